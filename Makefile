@@ -1,0 +1,23 @@
+# Every target is one command. `make psft` goes from an empty machine to a tuned model; `make test` checks everything.
+python := .venv/bin/python
+.PHONY: setup psft sim report test lint
+
+setup: # .venv with everything in it; does only what is missing
+	@./setup.sh
+
+psft: setup # film drops, fine-tune the pocket model, measure it, export the adapter
+	@$(python) -m posttrain run recipes/pocket/psft.yaml
+
+sim: setup # film the drop scenes alone
+	@$(python) -m sim make recipes/pocket/drop.yaml
+
+report: setup # write report.json and report.html again from what the run has
+	@$(python) -m posttrain report runs/pocket-psft
+
+test: setup # all tests
+	@./setup.sh chromium
+	@$(python) -m pytest
+
+lint: setup # style and types
+	@$(python) -m ruff check .
+	@$(python) -m mypy

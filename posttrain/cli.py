@@ -1,0 +1,48 @@
+"""The command line. A refusal is one line and exit code 1; what was done so far is kept and reused."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from posttrain.files import UserError
+
+COMMANDS = {
+    "run": "every stage of a recipe: clips, training, evaluation, report, export; continues what was cut off",
+    "train": "the clips and the training alone",
+    "eval": "measure a trained run",
+    "report": "write report.html and report.json from what was measured",
+    "export": "write the adapter as a diffusers LoRA with a model card",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="posttrain", description="Teach a video model physics.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("target", metavar="RECIPE|RUN", help="a recipe file, a run's folder, or its name in runs/")
+        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in train.steps=20")
+    options = parser.parse_args(arguments)
+    try:
+        from posttrain import stages  # takes a second, for torch
+
+        plan, folder = stages.open_run(options.target, options.overrides)
+        if options.command == "run":
+            stages.run(plan, folder)
+        elif options.command == "train":
+            stages.make(plan)
+            stages.check_data(plan)
+            stages.train(plan, folder)
+        elif options.command == "eval":
+            stages.evaluate(plan, folder)
+        elif options.command == "report":
+            stages.report(plan, folder)
+        else:
+            stages.export(plan, folder)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,97 @@
+"""Encode clips and captions once. A cache entry is a file whose name is the hash of all it depends on.
+
+So an entry of another VAE, text encoder, clip or caption is never found, entries are shared between runs, and an
+encoding that was cut off continues.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from posttrain import files
+from posttrain.data.clips import Clips, to_float
+from posttrain.files import UserError
+from posttrain.models.base import VideoModel
+from posttrain.progress import track
+from posttrain.types import Batch
+
+
+class Latents:
+    """The latents and text embeddings of `clips` under `model`, cached in `folder`.
+
+    Raises:
+        UserError: a clip is torn or changed, or the cache cannot be written.
+    """
+
+    def __init__(self, model: VideoModel, clips: Clips, folder: Path | str) -> None:
+        from accelerate import PartialState
+
+        self.ids = clips.ids
+        with ThreadPoolExecutor() as pool:
+            sums = list(pool.map(lambda i: files.sha256(clips.video(i)), range(len(clips))))
+        rows = [clips.row(index) for index in range(len(clips))]
+        base = model.cache_key()
+        self.keys = [_hash(base, sum_, row["caption"]) for sum_, row in zip(sums, rows, strict=True)]
+        self._targets = [row["target"] + 1 for row in rows]
+        self._files = [Path(folder) / key[:2] / f"{key}.safetensors" for key in self.keys]
+        missing = [index for index, file in enumerate(self._files) if not file.exists()]
+        state = PartialState()
+        if state.is_main_process:
+            print(f"latents: {len(self) - len(missing)} of {len(self)} are in {folder}")
+        mine = missing[state.process_index :: state.num_processes]
+        texts: dict[str, Tensor] = {}
+        for index in track(mine, "encoding clips", len(mine)) if mine else ():
+            video, _ = clips.read(index)
+            caption = rows[index]["caption"]
+            with torch.no_grad():
+                z0_CFHW = model.encode(to_float(video)[None].to(model.device))[0]
+                if caption not in texts:
+                    texts[caption] = _trim(model.encode_text([caption])[0])
+            entry = {"z0": z0_CFHW.float(), "text": texts[caption].float()}
+            files.write_bytes(self._files[index], save({k: v.contiguous().cpu() for k, v in entry.items()}))
+        state.wait_for_everyone()
+        self._length = model.encode_text([""]).shape[1]
+
+    @property
+    def key(self) -> str:
+        """One hash of everything that the latents depend on."""
+        return _hash(*self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def load(self, indices: Sequence[int]) -> Batch:
+        """Latents and text embeddings of the clips at `indices`."""
+        entries = [self._entry(index) for index in indices]
+        text_BLD = torch.stack(
+            [torch.nn.functional.pad(e["text"], (0, 0, 0, self._length - len(e["text"]))) for e in entries]
+        )
+        return Batch(
+            ids=tuple(self.ids[index] for index in indices),
+            z0_BCFHW=torch.stack([entry["z0"] for entry in entries]),
+            text_BLD=text_BLD,
+            target_B=torch.tensor([self._targets[index] for index in indices]),
+        )
+
+    def _entry(self, index: int) -> dict[str, Tensor]:
+        try:
+            return load_file(self._files[index])
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self._files[index]}: is damaged; delete it and start again") from error
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _trim(text_LD: Tensor) -> Tensor:
+    """Without the zeros that pad it."""
+    used = text_LD.abs().amax(dim=-1).nonzero()
+    return text_LD[: int(used.max()) + 1 if len(used) else 0]

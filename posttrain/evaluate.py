@@ -1,0 +1,344 @@
+"""Evaluation: rows (what made the video) x splits (which clips), none of them computed twice.
+
+    truth      the true clip itself: what is left is the tracker's error
+    truth_vae  the true clip through the model's autoencoder: the best its pictures allow
+    frozen     the first picture, held
+    base       the model before post-training
+    others     the model after it, named by its method
+
+A row is a file evaluation/<row>-<split>.json with a key, the hash of all that it depends on: weights, clips, tracker,
+settings, the source of the metric. It is reused where the key is the same and made again where it is not. It grows by a
+batch of clips at a time, so a killed evaluation continues. Rows that depend on no trained weights are kept by key in a
+folder that runs share.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import bootstrap
+from torch import Tensor, nn
+
+from posttrain import files, flow, sample
+from posttrain.benchmarks import pisa
+from posttrain.data.clips import Clips, DataConfig
+from posttrain.files import UserError
+from posttrain.metrics import pisa as metric
+from posttrain.models.base import VideoModel
+from posttrain.progress import progress
+from posttrain.types import Batch, Strict
+
+REFERENCES = ("truth", "truth_vae", "frozen")  # nothing random in them, so one seed
+FIXED = (*REFERENCES, "base")  # the same for all runs of one base
+Models = Mapping[str, Callable[[], AbstractContextManager[VideoModel]]]
+
+
+class SamplerConfig(Strict):
+    steps: int = Field(12, ge=1)
+    guidance: float = Field(1.0, ge=1)
+
+
+class EvalConfig(Strict):
+    """What `posttrain eval` measures, and how often training looks at a few clips of it (`every` steps; 0: never)."""
+
+    benchmark: Literal["pisa"] = "pisa"
+    clips: str
+    splits: tuple[str, ...] = Field(("test_seen", "test_unseen"), min_length=1)
+    every: int = Field(0, ge=0)
+    seeds: int = Field(3, ge=1)
+    limit: int | None = Field(None, ge=1)  # the first clips of each split
+    batch: int = Field(10, ge=1)  # clips sampled at once
+    sampler: SamplerConfig = SamplerConfig()
+
+
+class Tracker(Protocol):
+    """Follows an object: (video_BCFHW in [-1, 1], mask0_BHW bool) -> logits_BFHW. `module` holds its weights."""
+
+    module: nn.Module
+
+    def __call__(self, video_BCFHW: Tensor, mask0_BHW: Tensor) -> Tensor: ...
+
+
+def evaluate(
+    run: Path | str, config: EvalConfig, models: Models, tracker: Tracker, cache: Path | str | None = None
+) -> list[dict[str, Any]]:
+    """Measure the references and `models` on every split; write evaluation/ and samples/ in the folder `run`.
+
+    Args:
+        models: row name -> a function that gives a context in which the row's model is ready, for instance "base" with
+            the adapter switched off. The first one's autoencoder makes `truth_vae`.
+        tracker: the segmenter that scores, on the models' device.
+        cache: the folder in which runs share the rows of FIXED; None shares nothing.
+
+    Returns:
+        The records (also in the files), split by split, references first.
+
+    Raises:
+        UserError: a split is missing, a clip is torn, or the clips do not fit the model.
+    """
+    run = Path(run)
+    splits = {split: Clips(DataConfig(clips=config.clips, split=split, limit=config.limit)) for split in config.splits}
+    records, pending = {}, [*REFERENCES]
+    for name, ready in models.items():
+        with ready() as model:
+            for row in (*pending, name):
+                for split, clips in splits.items():
+                    record = blank(row, split, config, model, clips, tracker)
+                    shared = None if cache is None or row not in FIXED else Path(cache) / record["key"]
+                    records[split, row] = complete(run, record, config, model, clips, tracker, shared)
+            pending = []
+    return [records[split, row] for split in splits for row in (*REFERENCES, *models)]
+
+
+def blank(
+    row: str, split: str, config: EvalConfig, model: VideoModel, clips: Clips, tracker: Tracker
+) -> dict[str, Any]:
+    """A record without numbers. Its key changes with everything that its numbers depend on."""
+    truth = clips.row(0)
+    facts: dict[str, Any] = {
+        "row": row if row in REFERENCES else "sampled",
+        "clips": [clips.row(i) for i in range(len(clips))],
+        "tracker": fingerprint(tracker.module),
+        "source": [files.sha256(Path(str(module.__file__))) for module in (metric, pisa)],
+    }
+    if row not in ("truth", "frozen"):
+        facts["model"] = model.cache_key()
+    if row not in REFERENCES:
+        facts |= {
+            "weights": fingerprint(model.transformer, base=row == "base"),
+            "scheduler": [type(model.scheduler()).__name__, dict(model.scheduler().config)],
+            "sampler": [config.sampler.model_dump(), config.seeds],
+            "sampling": [files.sha256(Path(str(module.__file__))) for module in (flow, sample)],
+        }
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return {
+        "model": row,
+        "split": split.removeprefix("test_"),
+        "folder": split,
+        "key": key,
+        "fps": truth["fps"],
+        "frames": truth["frames"],
+        "size": truth["size"],
+        "seeds": 1 if row in REFERENCES else config.seeds,
+        "sampler": config.sampler.model_dump(),
+        "total": len(clips),
+        "seconds": 0.0,
+        "clips": [],
+    }
+
+
+def complete(
+    run: Path,
+    record: dict[str, Any],
+    config: EvalConfig,
+    model: VideoModel,
+    clips: Clips,
+    tracker: Tracker,
+    shared: Path | None,
+) -> dict[str, Any]:
+    """The record with all its clips: what the run or the shared folder has, and the rest measured now."""
+    path = run / "evaluation" / f"{record['model']}-{record['folder']}.json"
+    samples = run / "samples" / record["model"] / record["folder"]
+    found = files.read_json(path) if path.exists() else {}
+    if found.get("key") == record["key"]:
+        record = found
+    elif shared is not None and shared.exists():
+        with files.replacing(samples) as temporary:
+            shutil.copytree(shared / "samples", temporary)
+        record = files.read_json(shared / "record.json")
+        files.write_json(path, record)
+        tell(record, f"reused from {shared}")
+        return record
+    if len(record["clips"]) == record["total"]:
+        tell(record, f"reused from {path}")
+        return record
+
+    title = f"{record['model']} on {record['split']} clips"
+    with progress(title, record["total"] * record["seeds"], len(record["clips"]) * record["seeds"]) as advance:
+        for first in range(len(record["clips"]), record["total"], config.batch):
+            started = time.monotonic()
+            indices = range(first, min(first + config.batch, record["total"]))
+            batch, truths = on(clips.load(indices), model.device), [clips.row(i) for i in indices]
+            scores = []
+            for seed in range(record["seeds"]):
+                videos = generate(record["model"], model, batch, truths, seed, config.sampler)
+                for name, video in zip(batch.ids, videos, strict=True):
+                    sample.write_video(samples / f"{name}-s{seed}.mp4", video, record["fps"])
+                scores.append(pisa.score_videos(videos, batch, truths, tracker, record["fps"]))
+                for _ in indices:
+                    advance("")
+            for name, truth, *by_seed in zip(batch.ids, truths, *scores, strict=True):
+                record["clips"].append({"id": name, "caption": truth["caption"]} | pisa.average(by_seed))
+            record["seconds"] = round(record["seconds"] + time.monotonic() - started, 2)
+            files.write_json(path, record)
+    if shared is not None:
+        with files.replacing(shared) as temporary:
+            shutil.copytree(samples, temporary / "samples")
+            files.write_json(temporary / "record.json", record)
+    return record
+
+
+def generate(
+    row: str, model: VideoModel, batch: Batch, truths: Sequence[dict[str, Any]], seed: int, sampler: SamplerConfig
+) -> np.ndarray:
+    """The videos that a row shows for a batch of clips: uint8 (B, F, H, W, 3)."""
+    true_BCFHW = batch.video_BCFHW
+    assert true_BCFHW is not None
+    with torch.no_grad():
+        if row == "truth":
+            return sample.to_uint8(true_BCFHW)
+        if row == "frozen":
+            return sample.to_uint8(true_BCFHW[:, :, :1].expand_as(true_BCFHW))
+        if row == "truth_vae":
+            return sample.to_uint8(model.decode(model.encode(true_BCFHW)))
+    return sample.sample_clips(
+        model,
+        sample.to_uint8(true_BCFHW[:, :, :1])[:, 0],
+        [truth["caption"] for truth in truths],
+        [pisa.clip_seed(seed, name) for name in batch.ids],
+        true_BCFHW.shape[2],
+        sampler.steps,
+        sampler.guidance,
+    )
+
+
+def validation(
+    run: Path | str, config: EvalConfig, model: VideoModel, tracker: Tracker, clips: int = 8
+) -> Callable[[int], dict[str, float]]:
+    """A function of the step for `Run(validate=...)` that gives val_l2, val_iou and val_vanished.
+
+    It samples the first clips of the last split once and saves them under samples/validation/. Nothing is chosen by
+    these numbers, so that the clips may be those of the test.
+    """
+    some = Clips(DataConfig(clips=config.clips, split=config.splits[-1], limit=clips))
+    folder, indices = Path(run) / "samples" / "validation", range(len(some))
+    truths = [some.row(i) for i in indices]
+
+    def validate(step: int) -> dict[str, float]:
+        batch = on(some.load(indices), model.device)
+        videos = generate("validation", model, batch, truths, 0, config.sampler)
+        for name, video in zip(batch.ids, videos, strict=True):
+            sample.write_video(folder / f"step-{step:06d}" / f"{name}.mp4", video, truths[0]["fps"])
+        scores = pisa.score_videos(videos, batch, truths, tracker, truths[0]["fps"])
+        means = {key: pisa.mean([score[key] for score in scores]) for key in ("l2", "iou", "vanished")}
+        return {f"val_{key}": value for key, value in means.items() if value is not None}
+
+    return validate
+
+
+def on(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`."""
+    tensors = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return replace(batch, **tensors)  # type: ignore[arg-type]  # mypy takes each field for the first
+
+
+def fingerprint(module: nn.Module, base: bool = False) -> str:
+    """Hash of a module's weights; with `base` an adapter on it does not count, as if it had never been attached."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        name = name.removeprefix("module.").replace(".base_layer", "")
+        if base and ".lora_" in name:
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    if not base:
+        adapters = getattr(getattr(module, "module", module), "peft_config", {})
+        digest.update(repr([(name, c.r, c.lora_alpha) for name, c in adapters.items()]).encode())
+    return digest.hexdigest()
+
+
+def tell(record: dict[str, Any], what: str) -> None:
+    print(f"{record['model']} on {record['split']} clips: {what}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def read_records(run: Path | str) -> list[dict[str, Any]]:
+    """The finished records of a run, split by split, references and base first.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = Path(run) / "evaluation"
+    records = [files.read_json(path) for path in sorted(folder.glob("*.json"))]
+    records = [record for record in records if len(record["clips"]) == record["total"]]
+    if not records:
+        raise UserError(f"{folder}: has no finished evaluation; run `posttrain eval` first")
+
+    def place(record: dict[str, Any]) -> tuple[bool, str, int, str]:
+        row = record["model"]
+        return record["split"] != "unseen", record["split"], FIXED.index(row) if row in FIXED else len(FIXED), row
+
+    return sorted(records, key=place)
+
+
+def interval(values: Sequence[float | None]) -> dict[str, float | int | None]:
+    """Mean of the values that exist, its 95% percentile bootstrap interval (10,000 resamples, seeded), their number."""
+    present = np.array([value for value in values if value is not None], dtype=float)
+    if not len(present):
+        return {"mean": None, "low": None, "high": None, "n": 0}
+    low = high = present.mean()
+    if len(present) > 1:
+        resampled = bootstrap(
+            (present,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0), batch=1000
+        )
+        low, high = resampled.confidence_interval
+    return {"mean": float(present.mean()), "low": float(low), "high": float(high), "n": len(present)}
+
+
+def summary(record: dict[str, Any]) -> dict[str, Any]:
+    """One row of report.json: each metric's interval over clips; "released" holds those of the other convention."""
+    clips = record["clips"]
+    released = {key: interval([clip["released"][key] for clip in clips]) for key in clips[0]["released"]}
+    means = {key: interval([clip[key] for clip in clips]) for key in pisa.METRICS}
+    return {"model": record["model"], "split": record["split"]} | means | {"released": released}
+
+
+def difference(record: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
+    """Each metric of `record` minus that of `against`, clip by clip; paired intervals over the clips in both."""
+    others = {clip["id"]: clip for clip in against["clips"]}
+    pairs = [(clip, others[clip["id"]]) for clip in record["clips"] if clip["id"] in others]
+
+    def gap(key: str) -> list[float | None]:
+        return [None if a[key] is None or b[key] is None else a[key] - b[key] for a, b in pairs]
+
+    names = {"model": record["model"], "against": against["model"], "split": record["split"]}
+    return names | {key: interval(gap(key)) for key in pisa.METRICS}
+
+
+def print_table(records: Sequence[dict[str, Any]], console: Console | None = None) -> None:
+    """The records' means, L2 first with its interval. Narrow enough for 80 columns."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    headings = {
+        "l2": "L2 [95%]",
+        "chamfer": "Chamfer",
+        "iou": "IoU",
+        "vanished": "Vanished",
+        "time_error": "Time error",
+    }
+    for heading in ("Model", "Clips", *headings.values()):
+        table.add_column(heading, justify="left" if heading in ("Model", "Clips") else "right", no_wrap=True)
+    for previous, record in zip([records[0], *records], records, strict=False):
+        if previous["split"] != record["split"]:
+            table.add_row()
+        row = summary(record)
+        cells = {key: "-" if row[key]["mean"] is None else f"{row[key]['mean']:.3f}" for key in headings}
+        if row["l2"]["mean"] is not None:
+            cells["l2"] += f" [{row['l2']['low']:.3f}, {row['l2']['high']:.3f}]"
+        if row["time_error"]["mean"] is not None:
+            cells["time_error"] += " s"
+        table.add_row(row["model"], row["split"], *cells.values(), style="dim" if row["model"] in REFERENCES else None)
+    (console or Console()).print(table)

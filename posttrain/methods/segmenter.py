@@ -1,0 +1,136 @@
+"""Train a segmenter (models/tracker.py, models/sam2.py) to follow any object of a clip from its mask in the first frame.
+
+Loss, for mask logits l and true masks m, over the frames after the first:
+
+    L = b mean[BCE(l, m)] + mean_{clip, frame}[1 - (2 sum p m + 1) / (sum p + sum m + 1)],   p = sigmoid(l)
+
+Every step draws a window length, and for each clip a start, a time stride (which makes slow motion fast), a direction
+of time, mirrorings, colours, noise and blur, and which of the visible bodies is followed: so the others are distractors.
+A share of the clips is seen through a video autoencoder, whose pictures a segmenter of generated clips has to follow.
+With a given probability the step remembers true masks in place of the segmenter's own.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+from posttrain.metrics import masks
+from posttrain.models import sam2, tracker, vae
+from posttrain.models.base import ModelConfig
+from posttrain.run import Run
+from posttrain.types import Batch, Random, Strict
+
+DATA = "clips"
+Decode = Callable[[str, Tensor], Tensor]  # (clip id, its video_CFHW) -> the same through an autoencoder
+
+
+class DecodedConfig(Strict):
+    """Which share of the clips is seen through the autoencoder of which model folder ("pocket": the embedded one)."""
+
+    path: str = "pocket"
+    share: float = 0.3
+
+
+class Config(Strict):
+    """`lengths` of windows in frames, one drawn per step; `teacher` and the others below are probabilities."""
+
+    lengths: tuple[int, ...] = (4, 8)
+    max_stride: int = 4
+    min_pixels: int = 12  # of a body in the window's first frame, to be followed
+    teacher: float = 0.25
+    recolour: float = 0.5  # of the body that is followed, or of the whole picture
+    degrade: float = 0.4  # noise and blur
+    noise: float = 0.15  # largest standard deviation, pixels in [-1, 1]
+    bce: float = 4.0
+    decoded: DecodedConfig | None = None
+
+
+def windows(batch: Batch, config: Config, random: Random, decode: Decode | None = None) -> tuple[Tensor, Tensor]:
+    """Training windows: video (B, C, F', H, W) in [-1, 1] and the followed body's masks (B, F', H, W), bool."""
+    assert batch.video_BCFHW is not None
+    assert batch.instances_BFHW is not None
+    draws = random.uniform(24)
+    total = batch.video_BCFHW.shape[2]
+    length = min(config.lengths[int(draws[0, 0] * len(config.lengths))], total)
+    longest_stride = min(config.max_stride, (total - 1) // (length - 1))
+    noise = random.normal(3, length, *batch.video_BCFHW.shape[3:]).to(batch.video_BCFHW)
+    videos, followed = [], []
+    for i, u in enumerate(draws[:, 1:]):
+        stride = 1 + int(u[0] * longest_stride)
+        start = int(u[1] * (total - (length - 1) * stride))
+        frames = torch.arange(start, start + (length - 1) * stride + 1, stride)
+        if u[2] < 0.5:
+            frames = frames.flip(0)
+        video, instances = batch.video_BCFHW[i], batch.instances_BFHW[i][frames]
+        if decode is not None and config.decoded is not None and u[3] < config.decoded.share:
+            video = decode(batch.ids[i], video)
+        video = video[:, frames]
+        bodies, pixels = instances[0][instances[0] > 0].unique(return_counts=True)
+        bodies = bodies[pixels >= min(config.min_pixels, int(pixels.max()))] if len(bodies) else torch.ones(1)
+        mask = instances == bodies[int(u[4] * len(bodies))]
+        if u[5] < config.recolour:
+            video = recolour(video, mask if u[6] < 0.5 else torch.ones_like(mask), u[7:19])
+        flips = [axis for axis, draw in ((-1, u[19]), (-2, u[20])) if draw < 0.5]
+        if u[21] < config.degrade:
+            video = blur(video, float(u[22])) + config.noise * u[22] * noise[i]
+        videos.append(video.flip(flips).clamp(-1, 1))
+        followed.append(mask.flip(flips))
+    return torch.stack(videos), torch.stack(followed)
+
+
+def recolour(video_CFHW: Tensor, mask_FHW: Tensor, draws: Tensor) -> Tensor:
+    """Mix the colours under the mask by a random matrix near a permutation and shift them; 12 draws in [0, 1)."""
+    order = draws[:3].argsort()
+    draws = draws.to(video_CFHW)
+    matrix = torch.eye(3).to(draws)[order.to(draws.device)] * (0.6 + 0.6 * draws[3:6, None]) + 0.2 * (2 * draws[6:9, None] - 1)
+    mixed = torch.einsum("dc,cfhw->dfhw", matrix, video_CFHW) + 0.6 * (draws[9:12].view(3, 1, 1, 1) - 0.5)
+    return torch.where(mask_FHW, mixed, video_CFHW)
+
+
+def blur(video_CFHW: Tensor, strength: float) -> Tensor:
+    """Mix each picture with its 3 x 3 average."""
+    smooth = F.avg_pool2d(F.pad(video_CFHW, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    return video_CFHW + strength * (smooth - video_CFHW)
+
+
+def segmenter_loss(
+    module: nn.Module, video_BCFHW: Tensor, mask_BFHW: Tensor, config: Config, teacher: bool
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss above, a scalar, and the mean IoU of the thresholded masks."""
+    logits = module(video_BCFHW, mask_BFHW[:, 0], mask_BFHW if teacher else None)[:, 1:]
+    m = mask_BFHW[:, 1:].to(logits.dtype)
+    p = logits.sigmoid()
+    bce = F.binary_cross_entropy_with_logits(logits, m)
+    dice = (1 - (2 * (p * m).sum((2, 3)) + 1) / (p.sum((2, 3)) + m.sum((2, 3)) + 1)).mean()
+    found = (logits > 0).flatten(0, 1).cpu().numpy()
+    overlap = masks.iou(found, mask_BFHW[:, 1:].flatten(0, 1).cpu().numpy()).mean()
+    return config.bce * bce + dice, {"bce": bce.item(), "dice": dice.item(), "iou": float(overlap)}
+
+
+def decoder(config: DecodedConfig, device: torch.device) -> Decode:
+    """Clips through the autoencoder, kept as bytes. Whole, and one by one: a picture does not depend on its batch."""
+    loaded = vae.load(ModelConfig(family="vae", path=config.path), str(device)).module.eval()
+    assert isinstance(loaded, AutoencoderKLWan)
+    kept: dict[str, Tensor] = {}
+
+    def decode(name: str, video_CFHW: Tensor) -> Tensor:
+        if name not in kept:
+            with torch.no_grad():
+                z = loaded.encode(video_CFHW[None]).latent_dist.mode()
+                kept[name] = ((loaded.decode(z).sample[0] + 1) * 127.5).round().to(torch.uint8)
+        return kept[name].to(video_CFHW.dtype) / 127.5 - 1
+
+    return decode
+
+
+def train(run: Run, model: tracker.Model | sam2.Model, config: Config) -> None:
+    """The loop."""
+    decode = decoder(config.decoded, run.accelerator.device) if config.decoded else None
+    for batch in run.batches():
+        video, mask = windows(batch, config, run.random, decode)
+        teacher = bool(run.random.uniform(1)[0] < config.teacher)
+        loss, metrics = segmenter_loss(run.module, video, mask, config, teacher)
+        run.step(loss, **metrics)

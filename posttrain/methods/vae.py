@@ -1,0 +1,92 @@
+"""Train the video autoencoder (Wan's, at pocket size) on clips of moving objects.
+
+Loss, for pixels x in [-1, 1], their reconstruction y, and object weight w (1 on the background):
+
+    L = mean[w (|y - x| + 2 (y - x)^2)] + g mean[|d(y - x)|] + k KL(q(z|x) || N(0, 1)),
+
+where d are the differences to the right, lower and next-frame neighbours (edges and motion, on which a small moving
+object lives). KL is averaged over latent values. Objects cover a few percent of a picture; without w they dissolve.
+
+The decoder is causal and runs chunk by chunk, so errors build up along a clip unless it is trained on long ones:
+every step draws a clip length, a time stride (which makes slow motion fast), a direction of time and mirrorings.
+Each step sees about the same number of frames, whatever the length.
+"""
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from posttrain.models.vae import Autoencoder, set_latent_statistics
+from posttrain.run import Run
+from posttrain.types import Batch, Random, Strict
+
+DATA = "clips"
+
+
+class Config(Strict):
+    """`lengths` are numbers of frames (4k + 1), drawn with `weights`; `frames` is what a step sees in all."""
+
+    lengths: tuple[int, ...] = (1, 5, 9, 17, 33)
+    weights: tuple[float, ...] = (0.1, 0.2, 0.25, 0.3, 0.15)
+    frames: int = 72
+    max_stride: int = 6
+    object_weight: float = 8.0
+    difference: float = 0.3
+    kl: float = 1e-4
+
+
+def crop(batch: Batch, config: Config, random: Random) -> tuple[Tensor, Tensor]:
+    """A training crop: video (B', C, F', H, W) in [-1, 1] and pixel weights (B', 1, F', H, W), mean about 1.
+
+    One length and stride serve the whole step (drawn from its first item); start, direction and mirroring differ.
+    """
+    assert batch.video_BCFHW is not None
+    assert batch.instances_BFHW is not None
+    draws = random.uniform(6)
+    cumulative = torch.tensor(config.weights).cumsum(0)
+    length = config.lengths[int((draws[0, 0] * cumulative[-1] >= cumulative).sum())]
+    total = batch.video_BCFHW.shape[2]
+    longest_stride = min(config.max_stride, (total - 1) // max(length - 1, 1))
+    stride = 1 + int(draws[0, 1] * longest_stride)
+    videos, weights = [], []
+    for i in range(min(len(draws), max(config.frames // length, 1))):
+        start = int(draws[i, 2] * (total - (length - 1) * stride))
+        frames = torch.arange(start, start + (length - 1) * stride + 1, stride)
+        if draws[i, 3] < 0.5:
+            frames = frames.flip(0)
+        video = batch.video_BCFHW[i][:, frames]
+        weight = 1 + (config.object_weight - 1) * (batch.instances_BFHW[i][frames] > 0).to(video.dtype)[None]
+        flips = [axis for axis, draw in ((-1, draws[i, 4]), (-2, draws[i, 5])) if draw < 0.5]
+        videos.append(video.flip(flips))
+        weights.append(weight.flip(flips))
+    return torch.stack(videos), torch.stack(weights)
+
+
+def vae_loss(
+    vae: AutoencoderKLWan, x_BCFHW: Tensor, weight_B1FHW: Tensor, config: Config, noise: Random
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss above, a scalar, and its terms. `psnr` is in dB over all pixels."""
+    posterior = vae.encode(x_BCFHW).latent_dist
+    eps = noise.normal(*posterior.mean.shape[1:])[: len(x_BCFHW)].to(posterior.mean)
+    y_BCFHW = vae.decode(posterior.mean + posterior.std * eps).sample
+    error = y_BCFHW - x_BCFHW
+    pixels = (weight_B1FHW * (error.abs() + 2 * error.square())).mean() / weight_B1FHW.mean()
+    axes = [axis for axis in (2, 3, 4) if error.shape[axis] > 1]
+    edges = torch.stack([error.diff(dim=axis).abs().mean() for axis in axes]).mean()
+    kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+    loss = pixels + config.difference * edges + config.kl * kl
+    mse = error.detach().square().mean()
+    return loss, {"pixels": pixels.item(), "kl": kl.item(), "psnr": float(10 * torch.log10(4 / mse))}
+
+
+def train(run: Run, model: Autoencoder, config: Config) -> None:
+    """The loop; afterwards the latents' statistics are measured on the training clips themselves."""
+    for batch in run.batches():
+        x, weight = crop(batch, config, run.random)
+        loss, metrics = vae_loss(run.module, x, weight, config, run.random)
+        run.step(loss, **metrics)
+    run.finish()
+    indices = range(0, len(run.data), max(len(run.data) // 256, 1))
+    with torch.no_grad():
+        z = [model.module.encode(run.data.load([i]).video_BCFHW).latent_dist.mean.movedim(1, -1) for i in indices]
+    set_latent_statistics(model.module, torch.cat([part.flatten(0, -2) for part in z]))

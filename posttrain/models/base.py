@@ -1,0 +1,66 @@
+"""What a method, the sampler and the metrics may ask of a video model, and how a recipe names one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from posttrain.models.lora import TARGETS
+from posttrain.types import Strict
+
+
+class AdapterConfig(Strict):
+    """A low-rank adapter (see lora.py)."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveInt | None = None  # None: alpha = rank, scale 1
+    targets: tuple[str, ...] = TARGETS
+
+
+class ModelConfig(Strict):
+    """`model:` in a recipe."""
+
+    family: str = "wan"  # posttrain/models/<family>.py
+    path: str  # "pocket" (embedded), a local diffusers folder, or a hub id "owner/name"
+    init: Literal["pretrained", "random"] = "pretrained"  # random: the same architecture, drawn anew from `seed`
+    adapter: AdapterConfig | None = None  # None: all weights are trained
+    seed: int = 0  # of the adapter's and of random weights
+
+
+class VideoModel(Protocol):
+    """A latent video model under rectified flow. Pixels are in [-1, 1]; latents are normalised per channel."""
+
+    transformer: nn.Module  # what is trained; may be replaced by its wrapped self
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of the latents of a clip. Raises UserError for sizes that the model cannot take."""
+
+    def encode(self, video_BCFHW: Tensor) -> Tensor:
+        """Latents z_BCFHW: the posterior's mode, normalised."""
+
+    def decode(self, z_BCFHW: Tensor) -> Tensor:
+        """Pixels video_BCFHW in [-1, 1]; differentiable."""
+
+    def encode_text(self, captions: Sequence[str]) -> Tensor:
+        """text_BLD, zero after each caption's last token."""
+
+    def velocity(self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor) -> Tensor:
+        """v_BCFHW at per-frame times t_BF in [0, 1]."""
+
+    def scheduler(self) -> Any:
+        """A fresh diffusers scheduler, as the model folder configures it."""
+
+    def cache_key(self) -> str:
+        """Changes whenever encode or encode_text could give other numbers."""
+
+    def save(self, path: Path) -> list[Path]:
+        """Write what was trained (adapter file or transformer folder) below `path`; return the paths."""
+
+    def restore(self, path: Path) -> None:
+        """Read back what `save` wrote."""

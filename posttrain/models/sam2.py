@@ -1,0 +1,135 @@
+"""SAM 2 (arXiv 2408.00714) as transformers has it, following one object per clip: differentiable, many clips at once.
+
+`Sam2VideoModel.forward` runs under inference_mode and takes one clip at a time. Here its own steps (encode the picture,
+attend to the memory, decode a mask, encode the memory) are called in its order, on an inference session whose batch is
+the clips; for one clip the logits are bit-equal to it (tested). Two places in transformers 5 expect a batch of one:
+the memory attention's output keeps its axes in another order, and a mask prompt's object pointer is broadcast.
+
+What to know when its gradient is used: an object score <= 0 sets all logits to -1024, without gradient (the embedded
+model's score is frozen at +10); frame 0's output is the prompt itself; masks leave the network at a quarter of its
+picture size; memories are kept in bf16.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Sam2VideoConfig, Sam2VideoModel
+from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
+
+from posttrain.files import UserError, replacing
+from posttrain.models.base import ModelConfig
+from posttrain.pocket import folder
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # SAM 2's normalisation of pixels in [0, 1]
+
+
+class Sam2Tracker(nn.Module):
+    """Follows the object that `mask0_BHW` marks in frame 0. Pictures are enlarged to the size the model takes."""
+
+    def __init__(self, sam: Sam2VideoModel) -> None:
+        super().__init__()
+        self.sam = sam
+        self.sam.memory_attention.register_forward_hook(lambda module, inputs, output: output.transpose(0, 1))
+        self.sam.mask_decoder.pred_obj_score_head.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Sam2Tracker":
+        """Stays in evaluation mode: transformers' model returns no object score in training mode, and then fails."""
+        return super().train(False)
+
+    def forward(self, video_BCFHW: Tensor, mask0_BHW: Tensor, teacher_BFHW: Tensor | None = None) -> Tensor:
+        """Mask logits (B, F, H, W), differentiable through memory to every frame; frame 0's are about +-10.
+
+        Args:
+            video_BCFHW: pixels in [-1, 1].
+            mask0_BHW: bool, the object in frame 0.
+            teacher_BFHW: bool, true masks to remember in place of the network's own (training only).
+        """
+        batch, _, frames, height, width = video_BCFHW.shape
+        size = (self.sam.config.image_size, self.sam.config.image_size)
+        mean, std = (video_BCFHW.new_tensor(v).view(-1, 1, 1) for v in (MEAN, STD))
+        session = Sam2VideoInferenceSession(
+            video_height=height, video_width=width, inference_device=video_BCFHW.device, dtype=video_BCFHW.dtype
+        )
+        session.processed_frames = dict.fromkeys(range(frames))  # it only counts them: the features are given
+        session.obj_id_to_idx(0)
+        logits = []
+        for t in range(frames):
+            picture = F.interpolate((video_BCFHW[:, :, t] + 1) / 2, size, mode="bilinear", antialias=True)
+            seen = self.sam.get_image_features((picture - mean) / std, return_dict=True)
+            features = {"vision_feats": seen.fpn_hidden_states, "vision_pos_embeds": seen.fpn_position_encoding}
+            session.cache.cache_vision_features(t, features)
+            given = t == 0
+            out = self.sam._run_single_frame_inference(
+                inference_session=session,
+                obj_idx=0,
+                frame_idx=t,
+                batch_size=1,  # features already hold the batch
+                is_init_cond_frame=given,
+                point_inputs=None,
+                mask_inputs=F.interpolate(mask0_BHW[:, None].to(video_BCFHW), size) if given else None,
+                reverse=False,
+            )
+            if given:
+                out["object_pointer"] = out["object_pointer"].diagonal().T[:, None]
+            remembered = out["high_res_masks"]
+            if teacher_BFHW is not None and not given:
+                remembered = F.interpolate(20 * teacher_BFHW[:, t, None].to(video_BCFHW) - 10, size)
+            session.store_output(0, t, output_value=out, is_conditioning_frame=given)
+            memory, position = self.sam._encode_new_memory(
+                current_vision_feats=seen.fpn_hidden_states[-1],
+                pred_masks_high_res=remembered,
+                object_score_logits=out["object_score_logits"].reshape(batch, 1, 1),
+                is_mask_from_pts=given,
+            )
+            kind = "cond_frame_outputs" if given else "non_cond_frame_outputs"
+            session.output_dict_per_obj[0][kind][t] |= {"maskmem_features": memory, "maskmem_pos_enc": position}
+            logits.append(F.interpolate(out["pred_masks"].float(), (height, width), mode="bilinear"))
+        return torch.cat(logits, 1)
+
+
+def new(config: Sam2VideoConfig, seed: int = 0) -> Sam2Tracker:
+    """Random weights; the object score is frozen at +10, so that logits never vanish (see the module's docstring).
+
+    A small architecture must keep memory_encoder_output_channels at 64, hidden sizes above it, let its widths grow from
+    stage to stage, and have no global attention first in a stage.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sam = Sam2VideoModel(config)
+    score = sam.mask_decoder.pred_obj_score_head.proj_out
+    nn.init.zeros_(score.weight)
+    nn.init.constant_(score.bias, 10.0)
+    return Sam2Tracker(sam)
+
+
+class Model:
+    """A SAM 2 tracker and how it is saved."""
+
+    def __init__(self, module: Sam2Tracker) -> None:
+        self.module: nn.Module = module
+        self._tracker = module
+
+    def __call__(self, video_BCFHW: Tensor, mask0_BHW: Tensor) -> Tensor:
+        return self.module(video_BCFHW, mask0_BHW)
+
+    def save(self, path: Path) -> None:
+        """Write the transformers folder (config.json, model.safetensors) `path`."""
+        with replacing(path) as temporary:
+            self._tracker.sam.save_pretrained(temporary)
+
+
+def load(config: ModelConfig, device: str = "cpu") -> Model:
+    """The SAM 2 in folder `config.path` ("pocket": the embedded one); `init: random` keeps its architecture alone.
+
+    Raises:
+        UserError: the folder is no Sam2VideoModel.
+    """
+    path = folder("sam2") if config.path == "pocket" else Path(config.path)
+    if not (path / "config.json").exists():
+        raise UserError(f"{path / 'config.json'}: does not exist; model.path must be a Sam2VideoModel's folder")
+    if config.init == "random":
+        return Model(new(Sam2VideoConfig.from_pretrained(path), config.seed).to(device))
+    return Model(Sam2Tracker(Sam2VideoModel.from_pretrained(path)).to(device))

@@ -1,0 +1,47 @@
+"""The video autoencoder as something to train: diffusers' AutoencoderKLWan and how it is saved."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+from posttrain.files import UserError, replacing
+from posttrain.models.base import ModelConfig
+from posttrain.pocket import folder
+
+
+class Autoencoder:
+    """An AutoencoderKLWan on its way to becoming the eyes of a video model."""
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        self.module: nn.Module = vae
+
+    def save(self, path: Path) -> None:
+        """Write the diffusers folder (config.json with the latents' mean and std, safetensors)."""
+        with replacing(path) as temporary:
+            self.module.save_pretrained(temporary)
+
+
+def load(config: ModelConfig, device: str = "cpu") -> Autoencoder:
+    """The autoencoder in the `vae` folder of a model folder; `init: random` keeps its architecture alone."""
+    path = folder("wan") if config.path == "pocket" else Path(config.path)
+    if not (path / "vae" / "config.json").exists():
+        raise UserError(f"{path / 'vae' / 'config.json'}: does not exist; model.path must be a diffusers Wan folder")
+    if config.init == "pretrained":
+        return Autoencoder(AutoencoderKLWan.from_pretrained(path / "vae").to(device))
+    torch.manual_seed(0)
+    return Autoencoder(AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(path / "vae")).to(device))
+
+
+def set_latent_statistics(vae: AutoencoderKLWan, z_NC: Tensor) -> None:
+    """Store each channel's mean and standard deviation, by which every user of the latents normalises them.
+
+    Args:
+        z_NC: raw posterior means, any number of latent cells by channels.
+    """
+    std_C, mean_C = torch.std_mean(z_NC.double(), dim=0)
+    vae.register_to_config(
+        latents_mean=[round(value, 6) for value in mean_C.tolist()],
+        latents_std=[round(value, 6) for value in std_C.tolist()],
+    )

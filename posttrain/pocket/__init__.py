@@ -1,0 +1,8 @@
+"""The embedded base model: small enough to commit, shaped like Wan2.2 TI2V-5B. README.md says how it was made."""
+
+from pathlib import Path
+
+
+def folder(part: str) -> Path:
+    """Where an embedded part lives: `wan` (the diffusers folder), `tracker` or `sam2`."""
+    return Path(__file__).parent / part

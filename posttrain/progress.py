@@ -1,0 +1,50 @@
+"""How far a long job is: a live bar with the time left on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+EVERY = 30.0  # seconds between the lines where there is no terminal
+
+
+@contextmanager
+def progress(title: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
+    """Yield a function to be called after each of the remaining `total - done` pieces of work with a note to show."""
+    if sys.stderr.isatty():
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        # redrawn by `advance` alone, for a drawing thread would take turns with the training
+        with Progress(TextColumn(title), *columns, TextColumn("{task.fields[note]}"), auto_refresh=False) as live:
+            task = live.add_task(title, total=total, completed=done, note="")
+
+            def redraw(note: str = "") -> None:
+                live.update(task, advance=1, note=note, refresh=True)
+
+            yield redraw
+        return
+    start = told = time.monotonic()
+    first = done
+
+    def advance(note: str = "") -> None:
+        nonlocal done, told
+        done += 1
+        now = time.monotonic()
+        if now - told >= EVERY or done == total:
+            told = now
+            left = timedelta(seconds=round((now - start) / (done - first) * (total - done)))
+            print(f"{title} {done}/{total}, left {left} {note}".rstrip(), file=sys.stderr, flush=True)
+
+    yield advance
+
+
+def track(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
+    """The items one by one, with progress."""
+    with progress(title, total) as advance:
+        for item in items:
+            yield item
+            advance("")

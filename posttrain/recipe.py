@@ -1,0 +1,191 @@
+"""From a YAML recipe to a typed, frozen config. A key that nobody reads is an error, and an error names its line.
+
+A name is a file: `method: {name: psft, ...}` is `methods/psft.py`, and the other keys are the fields of its `Config`.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticCustomError, core_schema
+
+from posttrain.files import UserError
+
+Schema = TypeVar("Schema", bound=BaseModel)
+Place = tuple[str | int, ...]  # the keys that lead to a value
+
+
+def resolve(room: str, name: str) -> ModuleType:
+    """The module `name` in `room`: "methods" means the package posttrain.methods, "sim.physics" itself.
+
+    Raises:
+        UserError: there is no such file; the message lists those there are.
+    """
+    package = room if room.split(".")[0] in ("posttrain", "sim") else f"posttrain.{room}"
+    names = sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__))
+    if name not in names:
+        raise UserError(f"{package.replace('.', '/')}: has no {name!r}, {_suggest(name, names)}")
+    return importlib.import_module(f"{package}.{name}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What `{name: x, ...}` means: the module x of a room, and the other keys as its `Config`."""
+
+    name: str
+    module: ModuleType
+    config: Any
+
+
+class In:
+    """Field type of a named part: `method: Annotated[Part, In("methods")]`."""
+
+    def __init__(self, room: str) -> None:
+        self.room = room
+
+    def parse(self, value: Any) -> Part:
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+            raise PydanticCustomError("part", "should be a mapping with a 'name'")
+        try:
+            module = resolve(self.room, value["name"])
+        except UserError as error:
+            raise PydanticCustomError("name", "{reason}", {"reason": str(error)}) from error
+        return Part(value["name"], module, module.Config(**{k: v for k, v in value.items() if k != "name"}))
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        dump = core_schema.plain_serializer_function_ser_schema(
+            lambda part: {"name": part.name, **part.config.model_dump(mode="json")}
+        )
+        return core_schema.no_info_plain_validator_function(self.parse, serialization=dump)
+
+
+def load(path: Path | str, overrides: Sequence[str], schema: type[Schema]) -> Schema:
+    """Read the recipe at `path`, apply overrides such as "train.steps=20", and check it against `schema`.
+
+    Raises:
+        UserError: one line with file, line, key and remedy, e.g.
+            "recipes/x.yaml:7: data.clps: unknown key, did you mean 'clips'?"
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except FileNotFoundError:
+        near = get_close_matches(str(path), [str(p) for p in path.parent.glob("*.yaml")], n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else "name a recipe"
+        raise UserError(f"{path}: does not exist, {remedy}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}:{line}: is not YAML ({error.problem})") from error
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path}:1: should be a mapping of keys to values")
+    origins: dict[Place, str] = {}
+    _locate(node, (), path, origins)
+    values = yaml.safe_load(text)
+    for override in overrides:
+        _override(values, override, origins)
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        _explain(error, values, schema, origins)
+
+
+def dump(model: BaseModel) -> str:
+    """The resolved recipe as YAML that `load` reads back to an equal model."""
+    return yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100)
+
+
+def _suggest(name: str, names: Sequence[str]) -> str:
+    near = get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"choose from: {', '.join(sorted(names)) or '(nothing)'}"
+
+
+def _locate(node: yaml.Node, place: Place, path: Path, origins: dict[Place, str]) -> None:
+    """Note for every key and item of the document the line where it stands."""
+    origins.setdefault(place, f"{path}:{node.start_mark.line + 1}")
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*place, key.value)
+            if inner in origins:
+                raise UserError(f"{path}:{key.start_mark.line + 1}: {_dotted(inner)}: stands here twice; keep one")
+            origins[inner] = f"{path}:{key.start_mark.line + 1}"
+            _locate(value, inner, path, origins)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            _locate(value, (*place, index), path, origins)
+
+
+def _override(values: dict[str, Any], override: str, origins: dict[Place, str]) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not all(name.split(".")):
+        raise UserError(f"{override}: an override is written key=value, as in train.steps=20")
+    *parents, last = place = tuple(name.split("."))
+    for depth, key in enumerate(parents, 1):
+        inner = values.get(key)
+        if inner is None:
+            inner = values[key] = {}
+        if not isinstance(inner, dict):
+            raise UserError(f"{override}: {_dotted(place[:depth])} is not a mapping")
+        values = inner
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{override}: the value is not YAML") from error
+    for known in [p for p in origins if p[: len(place)] == place]:
+        del origins[known]
+    for depth in range(1, len(place) + 1):
+        origins.setdefault(place[:depth], override)
+
+
+def _dotted(place: Place) -> str:
+    return ".".join(map(str, place))
+
+
+def _explain(error: ValidationError, values: Any, schema: type[BaseModel], origins: dict[Place, str]) -> NoReturn:
+    """Raise the first complaint as one line; an unknown key comes first, for it is often why another is missing."""
+    errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    first, place = errors[0], errors[0]["loc"]
+    message = "should be a mapping" if first["type"] == "model_type" else first["msg"][:1].lower() + first["msg"][1:]
+    if first["type"] == "extra_forbidden":
+        message = f"unknown key, {_suggest(str(place[-1]), _keys(schema, place[:-1], values))}"
+    elif first["type"] == "missing":
+        message = "is missing"
+    else:
+        place = _written(place, values)
+        if first["type"] not in ("part", "name"):
+            message += f", not {first['input']!r}"
+    origin = next(origins[place[:n]] for n in range(len(place), -1, -1) if place[:n] in origins)
+    raise UserError(f"{origin}: {_dotted(place)}: {message}") from error
+
+
+def _written(place: Place, values: Any) -> Place:
+    """The part of `place` that stands in the recipe: for a union, pydantic adds the name of the branch."""
+    for depth, key in enumerate(place):
+        try:
+            values = values[key]
+        except (KeyError, IndexError, TypeError):
+            return place[:depth]
+    return place
+
+
+def _keys(schema: type[BaseModel], place: Place, values: Any) -> list[str]:
+    """The keys allowed at `place`."""
+    if not place:
+        return list(schema.model_fields)
+    field = schema.model_fields[str(place[0])]
+    room = next((m for m in field.metadata if isinstance(m, In)), None)
+    inner = values[place[0]]
+    if room is not None:
+        return ["name", *_keys(resolve(room.room, inner["name"]).Config, place[1:], inner)]
+    kinds = [field.annotation, *get_args(field.annotation)]
+    models = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+    return _keys(models[0], place[1:], inner) if models else []

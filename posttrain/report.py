@@ -1,0 +1,476 @@
+"""The report of a run: report.json for programs, report.html for people, both from the files in the run folder.
+
+report.html is one file that needs no network: table with intervals, players, trajectories, learning curves, recipe.
+"""
+
+import base64
+import html
+import io
+import json
+import math
+import os
+import platform
+import string
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files as resources
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+import yaml
+
+from posttrain import files
+from posttrain.data.clips import read_video
+from posttrain.evaluate import FIXED, REFERENCES, difference, read_records, summary
+
+PLAYERS = {"unseen": 8}  # cards per split, 4 for others: the first clips, not chosen ones
+BUDGET = 4_000_000  # bytes of video in the page
+PACKAGES = ("posttrain", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "scipy", "av")
+SPLITS = {"unseen": "Unseen objects and backgrounds", "seen": "Seen objects and backgrounds"}
+COLUMNS = (  # key, heading, explanation, decimals
+    ("l2", "L2", "smaller is better", 3),
+    ("chamfer", "Chamfer", "smaller is better", 3),
+    ("iou", "IoU", "larger is better", 3),
+    ("vanished", "Vanished", "share of frames", 3),
+    ("time_error", "Time error", "seconds", 3),
+    ("no_contact", "Never lands", "share of clips", 2),
+)
+TITLES = {
+    "loss": "Training loss",
+    "grad_norm": "Norm of the gradient",
+    "val_l2": "Validation: L2",
+    "val_iou": "Validation: IoU",
+    "val_vanished": "Validation: vanished",
+}
+Point = tuple[float, float]
+
+
+def report(run: Path | str) -> tuple[Path, Path]:
+    """Write report.json and report.html of the run folder `run`; returns their paths.
+
+    Raises:
+        UserError: the run has no finished evaluation, or a sample that the page shows is missing.
+    """
+    run = Path(run)
+    records = read_records(run)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text()) if (run / "recipe.yaml").exists() else {}
+    log = files.read_jsonl(run / "log.jsonl") if (run / "log.jsonl").exists() else []
+    facts = summarise(run.name, records, recipe, log)
+    files.write_json(run / "report.json", facts)
+    files.write_text(run / "report.html", page(run, records, facts, log))
+    return run / "report.json", run / "report.html"
+
+
+def summarise(
+    name: str, records: Sequence[dict[str, Any]], recipe: dict[str, Any], log: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What report.json holds: rows, paired differences from `base`, versions, machine, times (seconds), recipe."""
+    base = {record["split"]: record for record in records if record["model"] == "base"}
+    return {
+        "run": name,
+        "rows": [summary(record) for record in records],
+        "differences": [
+            difference(record, base[record["split"]])
+            for record in records
+            if record["model"] not in FIXED and record["split"] in base
+        ],
+        "versions": {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES},
+        "machine": machine(),
+        "times": {
+            "train": round(sum(row.get("seconds", 0.0) for row in log), 1),
+            "evaluate": {f"{record['model']}-{record['split']}": record["seconds"] for record in records},
+        },
+        "recipe": recipe,
+    }
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed package, None without it."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores that this process may use, memory (GiB), accelerator, system."""
+    processor = platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), processor)
+    return {
+        "processor": processor,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+# ---------------------------------------------------------------- the page
+
+
+def page(run: Path, records: Sequence[dict[str, Any]], facts: dict[str, Any], log: list[dict[str, Any]]) -> str:
+    """The whole of report.html."""
+    tuned = [name for name in dict.fromkeys(record["model"] for record in records) if name not in FIXED]
+    styles = {"truth": "truth", "base": "base"} | {name: f"c{i % 5}" for i, name in enumerate(tuned)}
+    cards, data = players(run, records, styles)
+    body = [headline(facts, tuned), table(facts, styles), cards, curves(log), details(facts)]
+    root = resources("posttrain")
+    return string.Template((root / "report.html").read_text()).substitute(
+        title=html.escape(facts["run"]),
+        lead=lead(facts, records),
+        body="\n".join(part for part in body if part),
+        css=(root / "report.css").read_text(),
+        js=(root / "report.js").read_text(),
+        data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+        footer="One file, no network. Numbers: report.json beside it.",
+    )
+
+
+def lead(facts: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
+    """What was run, in a sentence or two."""
+    recipe, sentences = facts["recipe"], []
+    if {"method", "model", "train"} <= recipe.keys():
+        adapter, train = recipe["model"].get("adapter"), recipe["train"]
+        how = f"a rank-{adapter['rank']} adapter" if adapter else "all weights"
+        start = "random weights of " if recipe["model"].get("init") == "random" else ""
+        took = f" in {duration(facts['times']['train'])}" if facts["times"]["train"] else ""
+        sentences.append(
+            f"{recipe['method']['name']} on {start}{recipe['model']['path']}: {how} trained{took}, "
+            f"{train['steps']} steps of {train['batch']} clips, seed {train['seed']}."
+        )
+    counts = {record["split"]: len(record["clips"]) for record in records}
+    sampled = next((record for record in reversed(records) if record["model"] not in REFERENCES), records[-1])
+    sentences.append(
+        f"Measured on {' and '.join(f'{n} {split}' for split, n in counts.items())} clips, "
+        f"{sampled['seeds']} samples each, {sampled['sampler']['steps']} sampling steps."
+    )
+    return html.escape(" ".join(sentences))
+
+
+def headline(facts: dict[str, Any], tuned: Sequence[str]) -> str:
+    """The figures that answer whether it worked: the tuned model against its base on the hardest split."""
+    split = facts["rows"][0]["split"]
+    rows = {row["model"]: row for row in facts["rows"] if row["split"] == split}
+    if not tuned or not {"base", tuned[-1]} <= rows.keys():
+        return ""
+    after, before = rows[tuned[-1]], rows["base"]
+
+    def figure(key: str, text: str, say: Callable[[float | None], str]) -> str:
+        now, then = say(after[key]["mean"]), say(before[key]["mean"])
+        return f"<div><b>{now}</b><span>{text}<br>{then} before</span></div>"
+
+    figures = (
+        figure("l2", f"trajectory error L2, {split} clips", lambda value: number(value, 3)),
+        figure("iou", "IoU with the true object", lambda value: number(value, 2)),
+        figure("vanished", "of frames without the object", percent),
+    )
+    return f'<div class="headline">{"".join(figures)}</div>'
+
+
+def table(facts: dict[str, Any], styles: dict[str, str]) -> str:
+    """Rows by split; means over clips, 95% intervals below them, L2 also drawn."""
+    rows = facts["rows"]
+    longest = max((row["l2"]["high"] or 0 for row in rows), default=0) or 1
+    heads = "".join(f'<th class="{key}">{title}<small>{hint}</small></th>' for key, title, hint, _ in COLUMNS[1:])
+    _, first, hint, _ = COLUMNS[0]
+    out = [f'<tr><th>Model</th><th>{first}<small>{hint}</small></th><th class="bar"></th>{heads}</tr>']
+    for split in dict.fromkeys(row["split"] for row in rows):
+        chosen = [row for row in rows if row["split"] == split]
+        out.append(f'<tr class="split"><th colspan="{len(COLUMNS) + 2}">{heading(split)}</th></tr>')
+        for row, following in zip(chosen, [*chosen[1:], None], strict=True):
+            style = styles.get(row["model"], "")
+            reference = row["model"] in REFERENCES
+            last = reference and following is not None and following["model"] not in REFERENCES
+            kind = " ".join(name for name, on in (("reference", reference), ("last", last)) if on)
+            cells = [cell(key, row[key], decimals) for key, _, _, decimals in COLUMNS]
+            name = html.escape(row["model"])
+            out.append(
+                f'<tr class="{kind}"><td><span class="key {style}"></span>{name}</td>{cells[0]}'
+                f'<td class="bar">{forest(row["l2"], longest, style)}</td>{"".join(cells[1:])}</tr>'
+            )
+    note = (
+        "L2 and Chamfer: how far the generated object is from the simulated one, in units of the picture's diagonal. "
+        "Means over clips; below them their 95% bootstrap intervals. <i>truth</i> is the tracker's own error, "
+        "<i>truth_vae</i> the true clip through the model's autoencoder, <i>frozen</i> the first picture held."
+    )
+    gains = "".join(f" {gain(row)}" for row in facts["differences"])
+    return (
+        f'<section id="table"><h2>Does it fall as it should?</h2><p class="note">{note}{gains}</p>'
+        f'<div class="wide"><table>{"".join(out)}</table></div></section>'
+    )
+
+
+def gain(row: dict[str, Any]) -> str:
+    """A paired difference of L2 in words."""
+    mean, low, high = (row["l2"][key] for key in ("mean", "low", "high"))
+    if mean is None:
+        return ""
+    side, sign = ("below", -1) if mean < 0 else ("above", 1)
+    span = sorted((sign * low, sign * high))
+    return (
+        f"On {row['split']} clips the L2 of {html.escape(row['model'])} is {number(sign * mean, 3)} "
+        f"({number(span[0], 3)} to {number(span[1], 3)}, paired) {side} that of {html.escape(row['against'])}."
+    )
+
+
+def heading(split: str) -> str:
+    return SPLITS.get(split, html.escape(split))
+
+
+def cell(key: str, value: dict[str, Any], decimals: int) -> str:
+    return f'<td class="{key}">{number(value["mean"], decimals)}<small>{interval(value, decimals)}</small></td>'
+
+
+def forest(value: dict[str, Any], longest: float, style: str) -> str:
+    """A dot at the mean on a bar from low to high."""
+    if value["mean"] is None:
+        return ""
+    low, middle, high = (100 * value[key] / longest for key in ("low", "mean", "high"))
+    line = f'<i style="left:{low:.1f}%;width:{high - low:.1f}%"></i>'
+    return f'<span class="forest {style}">{line}<b style="left:{middle:.1f}%"></b></span>'
+
+
+def players(run: Path, records: Sequence[dict[str, Any]], styles: dict[str, str]) -> tuple[str, list[dict[str, Any]]]:
+    """Cards of side-by-side clips over their trajectories, and the data that drive them."""
+    chosen: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = []  # per card: records and their clips
+    for split in dict.fromkeys(record["split"] for record in records):
+        shown = [record for record in records if record["split"] == split and record["model"] in styles]
+        named = [{clip["id"]: clip for clip in record["clips"]} for record in shown]
+        common = [name for name in named[0] if all(name in clips for clips in named)]
+        chosen += [(shown, [clips[name] for clips in named]) for name in common[: PLAYERS.get(split, 4)]]
+    films = [film(run, shown, clips[0]["id"]) for shown, clips in chosen]
+    for crf in range(16, 52, 5):
+        videos = [encode(frames, shown[0]["fps"], crf) for frames, (shown, _) in zip(films, chosen, strict=True)]
+        if sum(map(len, videos)) <= BUDGET:
+            break
+    cards: dict[str, str] = {}
+    data, panels = [], max((len(shown) for shown, _ in chosen), default=1)
+    for (shown, clips), video in zip(chosen, videos, strict=True):
+        first = shown[0]
+        cards[first["split"]] = cards.get(first["split"], "") + card(shown, clips, video, styles)
+        paths = [clip["paths"][0] for clip in clips]
+        data.append({"fps": first["fps"], "frames": first["frames"], "width": first["size"][1], "paths": paths})
+    speeds = "".join(
+        f'<button value="{speed}" aria-pressed="{str(speed == 1).lower()}">{name}</button>'
+        for speed, name in ((1, "1×"), (0.5, "½×"), (0.25, "¼×"))
+    )
+    note = (
+        "The first clips of each split, not chosen ones, and the first of their samples. White line: the true path; "
+        "dot: the object as the tracker sees it. Below each: its height in the picture over time, all samples. Click a "
+        "picture to pause it, drag over the plot to scrub."
+    )
+    groups = "".join(f'<h3>{heading(split)}</h3><div class="cards">{group}</div>' for split, group in cards.items())
+    return (
+        f'<section id="players" style="--panels:{panels}"><h2>Side by side</h2><p class="note">{note}</p>'
+        f'<div class="transport"><button id="play">Play</button><span class="speeds">{speeds}</span>'
+        f'<label><input type="checkbox" id="trace" checked> paths</label></div>{groups}</section>',
+        data,
+    )
+
+
+def card(shown: Sequence[dict[str, Any]], clips: Sequence[dict[str, Any]], video: bytes, styles: dict[str, str]) -> str:
+    """One player: caption, film with traced paths, names, and the heights over time as its scrubber."""
+    record, (height, width) = shown[0], shown[0]["size"]
+    n, frames, fps, name = len(shown), record["frames"], record["fps"], html.escape(clips[0]["id"])
+    overlay = ""
+    for i in range(n):
+        d = path_d([None if p is None else (p[0] + 0.5 + i * width, p[1] + 0.5) for p in clips[0]["true_path"]], 1)
+        overlay += f'<path class="under" d="{d}"/><path class="over" d="{d}"/><circle r="{height / 40:.2f}"/>'
+        overlay += f'<line x1="{i * width}" x2="{i * width}" y1="0" y2="{height}"/>' if i else ""
+    names, series = "", []
+    for row, clip in zip(shown, clips, strict=True):
+        style = styles[row["model"]]
+        error = "" if row["model"] == "truth" else f" <small>L2 {number(clip['l2'], 3)}</small>"
+        names += f'<span><span class="key {style}"></span>{html.escape(row["model"])}{error}</span>'
+        for seed, path in enumerate([clip["true_path"]] if row["model"] == "truth" else clip["paths"]):
+            points = [None if p is None else (float(k), p[1]) for k, p in enumerate(path)]
+            series.append((f"{style} thin" if seed else style, points))
+    seconds = (frames - 1) / fps
+    every = 0.5 if seconds <= 3 else math.ceil(seconds / 6)
+    ticks = [(k * every * fps, f"{k * every:g} s") for k in range(int(seconds / every + 1e-6) + 1)]
+    source = base64.b64encode(video).decode()
+    slider = f'<input type="range" min="0" max="{frames - 1}" value="0" aria-label="frame of clip {name}">'
+    return (
+        f'<figure class="card"><p><span>{html.escape(clips[0]["caption"])}</span><span>{name}</span></p>'
+        f'<div class="stage"><video muted loop playsinline preload="auto" src="data:video/mp4;base64,{source}"></video>'
+        f'<svg viewBox="0 0 {n * width} {height}" preserveAspectRatio="none">{overlay}</svg></div>'
+        f'<div class="names" style="grid-template-columns:repeat({n},1fr)">{names}</div>'
+        + chart(list(reversed(series)), (0, frames - 1), (height, 0), ticks, [], slider)
+        + "</figure>"
+    )
+
+
+def film(run: Path, shown: Sequence[dict[str, Any]], name: str) -> np.ndarray:
+    """The panels of one clip side by side, uint8 (F, H', n W', 3).
+
+    Small pictures are doubled, so that 4:2:0 keeps their colours; large ones are thinned out.
+    """
+    panels = []
+    for record in shown:
+        path = run / "samples" / record["model"] / record["folder"] / f"{name}-s0.mp4"
+        if not path.exists():
+            raise files.UserError(f"{path}: does not exist; delete {run / 'evaluation'} and evaluate again")
+        panels.append(read_video(path))
+    frames = np.concatenate(panels, axis=2)
+    height = panels[0].shape[1]
+    if height <= 128:
+        return frames.repeat(2, 1).repeat(2, 2)
+    return frames[:, :: math.ceil(height / 256), :: math.ceil(height / 256)]
+
+
+def encode(frames_FHWC: np.ndarray, fps: float, crf: int) -> bytes:
+    """An H.264 mp4 of uint8 frames that every browser plays."""
+    _, height, width, _ = frames_FHWC.shape
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = width // 2 * 2, height // 2 * 2, "yuv420p"
+        stream.options = {"crf": str(crf), "preset": "slow", "g": "16"}
+        for frame in frames_FHWC[:, : stream.height, : stream.width]:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def curves(log: list[dict[str, Any]]) -> str:
+    """Loss, validation and whatever else the method logged, over steps."""
+    keys = dict.fromkeys(key for row in log for key in row if key not in ("step", "lr", "seconds"))
+    figures = ""
+    for key in sorted(keys, key=lambda key: (key != "loss", not key.startswith("val_"))):
+        points = [(float(row["step"]), float(row[key])) for row in log if row.get(key) is not None]
+        if len(points) > 1:
+            figures += f"<figure><figcaption>{html.escape(TITLES.get(key, key))}</figcaption>{curve(points)}</figure>"
+    if not figures:
+        return ""
+    note = '<p class="note">Over training steps. Bold: running mean over 5% of the steps.</p>'
+    return f'<section id="curves"><h2>Learning curves</h2>{note}<div class="curves">{figures}</div></section>'
+
+
+def curve(points: Sequence[Point]) -> str:
+    """One quantity over steps: every value faintly and their running mean, or the values alone where they are few."""
+    steps, values = np.array(points).T
+    low, high = np.quantile(values, [0.0, 0.995])
+    if low == high or 0 <= low < 0.5 * high:
+        low, high = min(low, 0.0), max(high, 0.0) or 1.0
+    ticks = nice_ticks(low, high)
+    bottom, top = min(low, ticks[0]), max(high, ticks[-1])
+    lines: list[tuple[str, Sequence[Point | None]]] = [("c0", points)]
+    if len(points) > 40:
+        window = max(len(points) // 20, 3)
+        mean = np.convolve(values, np.ones(window) / window, "valid")
+        middle = steps[window // 2 : window // 2 + len(mean)]
+        thinned = slice(None, None, max(len(points) // 500, 1))
+        clipped = np.clip(values, bottom, top)
+        lines = [
+            ("c0 faint", list(zip(steps[thinned], clipped[thinned], strict=True))),
+            ("c0", list(zip(middle[thinned], mean[thinned], strict=True))),
+        ]
+    span = (0.0, float(steps[-1]))
+    x_ticks = [(x, f"{x:g}") for x in nice_ticks(*span)]
+    return chart(lines, span, (bottom, top), x_ticks, [(y, f"{y:g}".replace("-", "−")) for y in ticks])
+
+
+def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """About `count` round values in [low, high]."""
+    raw = (high - low) / count
+    unit = 10 ** math.floor(math.log10(raw))
+    step = next(factor * unit for factor in (1, 2, 2.5, 5, 10) if factor * unit >= raw)
+    return [round(k * step, 12) for k in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
+
+
+def chart(
+    series: Sequence[tuple[str, Sequence[Point | None]]],
+    x_range: Point,
+    y_range: Point,
+    x_ticks: Sequence[tuple[float, str]],
+    y_ticks: Sequence[tuple[float, str]],
+    extra: str = "",
+) -> str:
+    """Lines (class, points; None breaks a line) in a box that stretches while its strokes and labels do not."""
+    size = 1000
+
+    def at(value: float, span: Point) -> float:
+        return (value - span[0]) / (span[1] - span[0])
+
+    def place(points: Sequence[Point | None]) -> list[Point | None]:
+        # SVG's y points down
+        return [None if p is None else (size * at(p[0], x_range), size * (1 - at(p[1], y_range))) for p in points]
+
+    grid = "".join(f"M0 {size * (1 - at(y, y_range)):.0f}H{size}" for y, _ in y_ticks) + f"M0 {size}H{size}"
+    lines = "".join(f'<path class="{style}" d="{path_d(place(points), 0)}"/>' for style, points in series)
+    labels = ""
+    for y, text in y_ticks:
+        labels += f'<span class="y" style="top:{100 * (1 - at(y, y_range)):.1f}%">{text}</span>'
+    for i, (x, text) in enumerate(x_ticks):
+        end = " first" if i == 0 else " last" if at(x, x_range) > 0.95 else ""
+        labels += f'<span class="x{end}" style="left:{100 * at(x, x_range):.1f}%">{text}</span>'
+    return (
+        f'<div class="chart"><svg viewBox="0 0 {size} {size}" preserveAspectRatio="none" aria-hidden="true">'
+        f'<path class="grid" d="{grid}"/>{lines}</svg>{labels}{extra}</div>'
+    )
+
+
+def path_d(points: Sequence[Point | None], decimals: int) -> str:
+    """SVG path data; None lifts the pen."""
+    out, down = [], False
+    for point in points:
+        if point is not None:
+            out.append(f"{'L' if down else 'M'}{point[0]:.{decimals}f} {point[1]:.{decimals}f}")
+        down = point is not None
+    return "".join(out)
+
+
+def details(facts: dict[str, Any]) -> str:
+    """Machine, versions, times, recipe."""
+    hardware = facts["machine"]
+    times = {"training": facts["times"]["train"]} | facts["times"]["evaluate"]
+    lists = {
+        "Machine": {
+            "processor": hardware["processor"],
+            "cores": hardware["cores"],
+            "memory": f"{hardware['memory_gib']} GiB",
+            "accelerator": hardware["accelerator"] or "none",
+            "system": hardware["system"],
+        },
+        "Versions": facts["versions"],
+        "Times": {name: duration(seconds) for name, seconds in times.items() if seconds},
+    }
+    columns = "".join(
+        f"<div><h3>{title}</h3><dl>"
+        + "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in entries.items() if v)
+        + "</dl></div>"
+        for title, entries in lists.items()
+    )
+    recipe = ""
+    if facts["recipe"]:
+        text = yaml.safe_dump(facts["recipe"], sort_keys=False, allow_unicode=True)
+        recipe = f'<h3 class="recipe">Recipe</h3><pre>{html.escape(text)}</pre>'
+    return f'<section id="details"><h2>How it was made</h2><div class="facts">{columns}</div>{recipe}</section>'
+
+
+def number(value: float | None, decimals: int) -> str:
+    return "–" if value is None else f"{value:.{decimals}f}".replace("-", "−")
+
+
+def interval(value: dict[str, Any], decimals: int) -> str:
+    if value["low"] is None:
+        return ""
+    return f"{number(value['low'], decimals)}–{number(value['high'], decimals)}"
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def duration(seconds: float) -> str:
+    """1 h 2 min, 3 min 4 s or 5.6 s."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds) // 60
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {round(seconds) % 60} s"

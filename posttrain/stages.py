@@ -1,0 +1,254 @@
+"""What a recipe asks for, stage by stage: clips, latents, training, evaluation, report, export.
+
+Stages meet in files. Each looks at what is there, says what it reuses, does the rest, and continues what was cut off:
+
+    data/...                 the clips (made by `sim`)
+    runs/cache/              latents and rows of evaluation that runs share, by content
+    runs/<run>/recipe.yaml   the resolved recipe, overrides in it
+    runs/<run>/adapter/      the trained weights (also where they are a whole model)
+    runs/<run>/trained.json  says that they are complete, and what they depend on
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from posttrain import files, recipe
+from posttrain.data.clips import Clips, DataConfig, check_same_kind, open_split
+from posttrain.evaluate import EvalConfig
+from posttrain.files import UserError
+from posttrain.models.base import ModelConfig
+from posttrain.recipe import In, Part
+from posttrain.run import Run, TrainConfig
+from posttrain.types import Strict
+
+RUNS = Path("runs")
+CACHE = RUNS / "cache"
+ADAPTER, TRAINED = "adapter", "trained.json"
+# may change without changing the trained weights
+FREE = ("run", "data.make", "train.checkpoint_every", "eval", "export")
+
+
+class Recipe(Strict):
+    """A whole experiment. `run` names its folder in runs/."""
+
+    run: str
+    model: ModelConfig
+    data: DataConfig
+    method: Annotated[Part, In("methods")]
+    train: TrainConfig
+    eval: EvalConfig | None = None
+    export: tuple[Literal["diffusers"], ...] = ()
+
+
+def open_run(target: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
+    """The recipe and folder of a run, which is given as a recipe file, as the run's folder or as its name in runs/.
+
+    Raises:
+        UserError: there is no such thing, the recipe is wrong, or the folder holds a run of another recipe.
+    """
+    for folder in (Path(target), RUNS / target):
+        if folder.is_dir():
+            path = folder / "recipe.yaml"
+            if not path.exists():
+                raise UserError(f"{path}: does not exist; {folder} is no run: give a recipe or a folder below {RUNS}")
+            plan = recipe.load(path, overrides, Recipe)
+            claim(plan, folder, str(path))
+            return plan, folder
+    plan = recipe.load(target, overrides, Recipe)
+    folder = RUNS / plan.run
+    claim(plan, folder, target)
+    return plan, folder
+
+
+def claim(plan: Recipe, folder: Path, name: str) -> None:
+    """Refuse a folder in which another recipe was run; note this one in it."""
+    path = folder / "recipe.yaml"
+    if path.exists():
+        new, old = _flat(plan.model_dump(mode="json")), _flat(recipe.load(path, (), Recipe).model_dump(mode="json"))
+        differing = [
+            f"{key} ({old.get(key)}, now {new.get(key)})"
+            for key in sorted(new.keys() | old.keys())
+            if new.get(key) != old.get(key) and not key.startswith(FREE)
+        ]
+        if differing:
+            what = ", ".join(differing)
+            raise UserError(f"{path}: differs from {name} in {what}; choose another run=... or delete {folder}")
+    text = recipe.dump(plan)
+    if not path.exists() or path.read_text() != text:
+        files.write_text(path, text)
+
+
+def _flat(value: Any, place: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {place: value}
+    return {k: v for name, part in value.items() for k, v in _flat(part, f"{place}.{name}" if place else name).items()}
+
+
+def run(plan: Recipe, folder: Path) -> None:
+    """Every stage that the recipe lists."""
+    make(plan)
+    check_data(plan)
+    train(plan, folder)
+    if plan.eval:
+        evaluate(plan, folder)
+        report(plan, folder)
+    if plan.export:
+        export(plan, folder)
+
+
+def make(plan: Recipe) -> None:
+    """Film the clips that are missing, in processes of their own: this package knows nothing of simulation."""
+    makers = [plan.data.make] if isinstance(plan.data.make, str) else plan.data.make or []
+    if not _main_process():
+        makers = []
+    for maker in makers:
+        code = subprocess.run([sys.executable, "-m", "sim", "make", maker], check=False).returncode
+        if code in (-2, 130):
+            raise KeyboardInterrupt
+        if code:
+            raise UserError(f"{maker}: its clips could not be made (the line above says why)")
+    _wait()
+
+
+def check_data(plan: Recipe) -> None:
+    """Refuse clips for training and testing that do not go together, before hours are spent."""
+    wanted = [(clips, plan.data.split) for clips in plan.data.folders]
+    if plan.eval:
+        wanted += [(plan.eval.clips, split) for split in plan.eval.splits]
+    check_same_kind([open_split(clips, split) for clips, split in wanted])
+
+
+def train(plan: Recipe, folder: Path) -> None:
+    """Train and save the weights, unless that is done."""
+    model, method = _load(plan.model), plan.method.module
+    clips = Clips(plan.data, preload=False)
+    if hasattr(model, "latent_shape"):
+        model.latent_shape(clips.splits[0].frames, *clips.splits[0].size)
+    data: Any = clips
+    if method.DATA == "latents":
+        from posttrain.data.latents import Latents
+
+        data = Latents(model, clips, CACHE / "latents")
+    validate = None
+    if plan.eval:
+        from posttrain.evaluate import validation
+
+        validate = validation(folder, plan.eval, model, _tracker())  # what is missing for it is said before training
+    run = Run(folder, model.module, data, plan.train, validate, plan.eval.every if plan.eval else 0)
+    if _trained(folder, run.meaning):
+        print(f"training: {folder / ADAPTER} is complete", file=sys.stderr)
+        return
+    if data is clips:
+        clips.preload()
+    model.module = run.module
+    method.train(run, model, plan.method.config)
+    model.module = run.finish()
+    if _main_process():
+        model.save(folder / ADAPTER)
+        files.write_json(folder / TRAINED, run.meaning)
+    _wait()
+
+
+def _trained(folder: Path, meaning: dict[str, Any] | None = None) -> bool:
+    """Whether training is complete. `meaning`: what it would depend on now.
+
+    Raises:
+        UserError: it was complete with something else.
+    """
+    if not (folder / TRAINED).exists() or not (folder / ADAPTER).exists():
+        return False
+    kept = files.read_json(folder / TRAINED)
+    if meaning is not None and (other := [key for key, value in meaning.items() if kept.get(key) != value]):
+        what = ", ".join(other)
+        raise UserError(f"{folder / ADAPTER}: came of another {what}; choose another run=... or delete {folder}")
+    return True
+
+
+def evaluate(plan: Recipe, folder: Path) -> None:
+    """Measure the references, the base and the trained model, and print the table.
+
+    Raises:
+        UserError: the recipe has no `eval`, or training is not complete.
+    """
+    from posttrain.evaluate import evaluate, print_table, read_records
+
+    if plan.eval is None:
+        raise UserError(f"{folder / 'recipe.yaml'}: eval: is missing; say what to measure, as in eval.clips=data/drops")
+    _need_training(folder)
+    if _main_process():
+        models: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+            "base": lambda: _base(plan),
+            plan.method.name: lambda: _tuned(plan, folder),
+        }
+        evaluate(folder, plan.eval, models, _tracker(), CACHE / "evaluation")
+        print_table(read_records(folder))
+    _wait()
+
+
+def report(plan: Recipe, folder: Path) -> None:
+    """Write report.json and report.html from what was measured."""
+    from posttrain.report import report
+
+    if _main_process():
+        print("report:", report(folder)[1])
+
+
+def export(plan: Recipe, folder: Path) -> None:
+    """Write the weights as others load them, with a model card."""
+    from posttrain.export import export
+
+    _need_training(folder)
+    if _main_process():
+        print("export:", *export(folder))
+
+
+@contextmanager
+def _base(plan: Recipe) -> Iterator[Any]:
+    """The model that training started from; for random weights, the pretrained one they compete with."""
+    yield _load(plan.model.model_copy(update={"adapter": None, "init": "pretrained"}))
+
+
+@contextmanager
+def _tuned(plan: Recipe, folder: Path) -> Iterator[Any]:
+    """The model as its saved weights make it, so that what is measured is what is handed out."""
+    model = _load(plan.model)
+    model.restore(folder / ADAPTER)
+    yield model
+
+
+def _load(config: ModelConfig) -> Any:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one per part of a model
+    return recipe.resolve("models", config.family).load(config, _device())
+
+
+def _tracker() -> Any:
+    return _load(ModelConfig(family="tracker", path="pocket"))
+
+
+def _need_training(folder: Path) -> None:
+    if not _trained(folder):
+        raise UserError(f"{folder / ADAPTER}: is missing or incomplete; finish `posttrain train` first")
+
+
+def _device() -> Any:
+    from accelerate import PartialState
+
+    return PartialState().device
+
+
+def _main_process() -> bool:
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+def _wait() -> None:
+    from accelerate import PartialState
+
+    PartialState().wait_for_everyone()

@@ -1,0 +1,56 @@
+"""What every tensor means. Each room obeys this page.
+
+Axes    B batch, C channels, F frames, H W pixels (or latent cells), L text tokens, D text width, N bodies.
+Pixels  float in [-1, 1], (B, C, F, H, W). Latents (B, C, F, H, W), normalised channel by channel.
+Masks   bool (B, F, H, W). Depth metres along the optical axis. Flow pixels (x right, y down) to the next frame.
+Time    rectified flow: t = 0 is data, t = 1 is noise; z_t = (1 - t) z_0 + t eps; v = eps - z_0.
+        A per-frame time t_BF carries the conditioning: a clean (given) frame has t = 0 and no loss.
+World   metres, seconds, z up, floor at z = 0, gravity (0, 0, -9.81); poses with unit quaternions, w first.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+
+class Strict(BaseModel):
+    """A typed part of a recipe: unknown keys are refused, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a training step sees. Fields that a method does not ask for are None."""
+
+    ids: tuple[str, ...]
+    z0_BCFHW: Tensor | None = None  # latents of the true clip; frame 0 is the latent of the first picture
+    text_BLD: Tensor | None = None
+    video_BCFHW: Tensor | None = None  # pixels in [-1, 1]
+    instances_BFHW: Tensor | None = None  # uint8, 0 background, i + 1 body i
+    target_B: Tensor | None = None  # int64, the instance id (body index + 1) that metrics score
+
+
+class Random:
+    """Random numbers for one batch: every draw depends on (seed, step, global sample index) alone.
+
+    So a resumed run, or one split over other ranks, draws the same numbers.
+    """
+
+    def __init__(self, seed: int, step: int, indices: Sequence[int]) -> None:
+        self.generators = [
+            torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step, i]).generate_state(1, np.uint64)[0] >> 1))
+            for i in indices
+        ]
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers (B, *shape), float32 on the CPU."""
+        return torch.stack([torch.randn(shape, generator=g) for g in self.generators])
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1), (B, *shape), float32 on the CPU."""
+        return torch.stack([torch.rand(shape, generator=g) for g in self.generators])

@@ -1,0 +1,294 @@
+"""PISA's drop scenes (Li et al. 2025, section 4.1 and appendix K), with the mistakes of its generator mended.
+
+Some objects hang at rest over piles; at time 0, which is frame 0, they are let go. Numbers of objects include their
+upper ends, a drop height is the air below the lowest point, piles are settled before time 0, nothing interpenetrates,
+restitution is never forced to 0. Everything a picture needs is drawn here, so the scene is a function of the numbers.
+
+Shape letters: P points, T frames, N bodies, V hull vertices.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from scipy.spatial.transform import Rotation
+
+from posttrain.files import UserError
+from sim import assets
+from sim.physics import bullet
+from sim.scene import Body, Camera, Light, Material, Scene, Trajectory
+
+Range = tuple[float, float]
+ATTEMPTS = 400
+TOUCH = -2e-3  # metres of overlap of the engine's hulls (1 mm of margin each) that still is a touch
+
+
+class Config(BaseModel):
+    """Ranges are inclusive and drawn from uniformly; lengths in metres."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    width: int = 256
+    height: int = 256
+    frames: int = 32
+    fps: float = 16.0
+    dropped: tuple[int, int] = (1, 6)
+    pile: tuple[int, int] = (0, 4)  # bodies below each dropped one
+    drop: Range = (0.5, 1.5)
+    size: Range = (0.1, 0.4)
+    region: Range = (2.0, 2.0)  # the ground on which objects start: width, depth
+    camera_gap: float = 1.0  # from the camera to the region before it retreats
+    camera_height: Range = (0.4, 0.6)
+    camera_step: Range = (0.0, 0.4)  # of one retreat
+    target_pixels: Range = (0.0, 1e9)  # of the target in frame 0: root of its box's area
+    hidden: float = 0.5  # share of the target's box that may lie behind another's box
+    density: Range = (200.0, 800.0)  # kg / m^3
+    friction: Range = (0.5, 0.9)
+    restitution: Range = (0.2, 0.6)
+    floor_friction: Range = (0.7, 1.0)
+    floor_restitution: Range = (0.4, 0.7)
+    sun: Range = (60.0, 85.0)  # degrees above the horizon
+    gravity: float = 9.81
+
+
+def make(
+    rng: np.random.Generator, config: Config, objects: list[str], backgrounds: list[str], seed: int
+) -> tuple[Scene, Trajectory]:
+    """A scene and its motion. Numbers and drop heights are drawn once, the rest again until all of it fits.
+
+    Raises:
+        UserError: the ranges leave no room for such a scene.
+    """
+    heights = rng.uniform(*config.drop, size=rng.integers(*config.dropped, endpoint=True))
+    piles = rng.integers(*config.pile, size=len(heights), endpoint=True)
+    for _ in range(ATTEMPTS):
+        scene = stage(rng, config, objects, backgrounds, seed, heights, piles)
+        if scene is None or not _large_enough(scene, config):
+            continue
+        trajectory = bullet.simulate(scene)
+        filmed = film(rng, config, scene, trajectory) if _sound(scene, trajectory) else None
+        if filmed is not None:
+            return filmed, trajectory
+    raise UserError(
+        f"world: no scene with {len(heights)} dropped objects fits after {ATTEMPTS} tries; "
+        "widen target_pixels, size or region"
+    )
+
+
+def stage(
+    rng: np.random.Generator,
+    config: Config,
+    objects: list[str],
+    backgrounds: list[str],
+    seed: int,
+    heights: np.ndarray,
+    piles: np.ndarray,
+) -> Scene | None:
+    """The world at time 0, the camera at its first place; None if something overlaps or does not come to rest."""
+    width, depth = config.region
+    viewpoint = (0.0, -config.camera_gap, float(rng.uniform(*config.camera_height)))
+    scene = Scene(
+        bodies=(),
+        camera=Camera(viewpoint, width=config.width, height=config.height),
+        light=_light(rng, config),
+        background=assets.background(str(rng.choice(backgrounds))),
+        floor_friction=float(rng.uniform(*config.floor_friction)),
+        floor_restitution=float(rng.uniform(*config.floor_restitution)),
+        gravity=(0.0, 0.0, -config.gravity),
+        frames=config.frames,
+        fps=config.fps,
+        target=0,
+        caption="",
+        seed=seed,
+    )
+    spots = np.stack([rng.uniform(-width / 2, width / 2, len(heights)), rng.uniform(0, depth, len(heights))], axis=1)
+    stacks = [_stack(rng, config, objects, spot, count) for spot, count in zip(spots, piles, strict=True)]
+    waiting = tuple(body for stack in stacks for body in stack)
+    if waiting:
+        rest = bullet.settle(replace(scene, bodies=waiting))
+        if rest is None:
+            return None
+        waiting = tuple(replace(body, position=p, orientation=q) for body, (p, q) in zip(waiting, rest, strict=True))
+    dropped: list[Body] = []
+    for spot, height, count, first in zip(spots, heights, piles, np.cumsum(piles) - piles, strict=True):
+        if count:  # above the highest body of its own settled pile
+            spot = np.array(max((body.position for body in waiting[first : first + count]), key=lambda p: p[2])[:2])
+        body = _body(rng, config, objects, "dropped")
+        points_V3 = outline(body)
+        low, high = points_V3.min(0)[:2] + spot, points_V3.max(0)[:2] + spot
+        floor = max((_top(other, low, high) for other in waiting), default=0.0)
+        z = floor + height - points_V3[:, 2].min()
+        dropped.append(replace(body, position=(float(spot[0]), float(spot[1]), float(z))))
+    scene = replace(scene, bodies=(*dropped, *waiting), caption=sentence([body.name for body in dropped]))
+    return scene if bullet.clearance(scene) >= TOUCH else None
+
+
+def film(rng: np.random.Generator, config: Config, scene: Scene, trajectory: Trajectory) -> Scene | None:
+    """Retreat until all is in the picture at time 0 and the target always; None if the target is small or hidden."""
+    below = [[(*body.position[:2], 0.0)] for body in scene.bodies if body.role != "pile"]  # its shadow
+    start_P3 = np.concatenate([*below, *(outline(body) + body.position for body in scene.bodies)])
+    path_TV3 = paths(scene, trajectory, scene.target)
+    farthest = _farthest(scene.camera, np.concatenate([start_P3, path_TV3.reshape(-1, 3)]))
+    x, y, z = scene.camera.position
+    while y > farthest:
+        y -= float(rng.uniform(*config.camera_step)) + 1e-3
+    behind = max(config.region[1], float(trajectory.positions_TN3[..., 1].max()) + config.size[1])
+    scene = replace(
+        scene,
+        camera=replace(scene.camera, position=(x, y, z)),
+        background=replace(scene.background, wall_y=behind + float(rng.uniform(0.5, 4.0))),
+    )
+    if not _large_enough(scene, config) or _hidden(scene, trajectory, path_TV3) > config.hidden:
+        return None
+    return scene
+
+
+def outline(body: Body) -> np.ndarray:
+    """Hull vertices (V, 3) in metres around the body's centre of mass, in the axes of the world."""
+    hull_V3 = assets.hull(body.asset) * body.size
+    # A ball is as low as its radius however it turns; its hull's points are that only unturned.
+    return hull_V3 if bullet.is_round(body) else Rotation.from_quat(bullet.xyzw(body.orientation)).apply(hull_V3)
+
+
+def paths(scene: Scene, trajectory: Trajectory, index: int) -> np.ndarray:
+    """Hull vertices (T, V, 3) of one body along its trajectory, metres in the world."""
+    body = scene.bodies[index]
+    turns_T33 = Rotation.from_quat(np.roll(trajectory.quaternions_TN4[:, index], -1, axis=-1)).as_matrix()
+    hull_V3 = assets.hull(body.asset) * body.size
+    return np.einsum("tij,vj->tvi", turns_T33, hull_V3) + trajectory.positions_TN3[:, index, None]
+
+
+def project(camera: Camera, points: np.ndarray) -> np.ndarray:
+    """Pixels (..., 2), x right and y down, of points (..., 3) before the camera."""
+    x, y, z = np.moveaxis(points - np.array(camera.position), -1, 0)
+    focal = camera.focal / camera.sensor * camera.width
+    return np.stack([camera.width / 2 + focal * x / y, camera.height / 2 - focal * z / y], axis=-1)
+
+
+def sentence(names: list[str]) -> str:
+    """'a duck and an orange box fall.'"""
+    return listed([article(name) for name in names]) + (" fall." if len(names) > 1 else " falls.")
+
+
+def article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def listed(parts: list[str]) -> str:
+    return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
+
+
+def _farthest(camera: Camera, points_P3: np.ndarray) -> float:
+    """The largest camera y from which all points lie in the picture, a pixel from its edge."""
+    _, _, height = camera.position
+    slope_x = (camera.width / 2 - 1) / camera.width * camera.sensor / camera.focal
+    slope_z = (camera.height / 2 - 1) / camera.width * camera.sensor / camera.focal
+    needed = np.maximum(np.abs(points_P3[:, 0]) / slope_x, np.abs(points_P3[:, 2] - height) / slope_z)
+    return float((points_P3[:, 1] - needed).min())
+
+
+def _sound(scene: Scene, trajectory: Trajectory) -> bool:
+    """Whether the engine kept its laws: piles wait at rest (2 mm) and energy never rises (1%)."""
+    dropped = {i for i, body in enumerate(scene.bodies) if body.role == "dropped"}
+    first = min((c.time for c in trajectory.contacts if {c.a, c.b} & dropped), default=np.inf)
+    before_TN3 = trajectory.positions_TN3[: int(min(first * scene.fps, scene.frames - 1)) + 1, len(dropped) :]
+    moved = np.linalg.norm(before_TN3 - before_TN3[:1], axis=-1).max(initial=0.0)
+    return bool(moved <= 2e-3) and bullet.energy_gain(trajectory) <= 0.01
+
+
+def _large_enough(scene: Scene, config: Config) -> bool:
+    """Whether the target has the right size from the nearest place that shows all of frame 0, or from farther back."""
+    points_P3 = np.concatenate([outline(body) + body.position for body in scene.bodies])
+    x, y, z = scene.camera.position
+    y = min(y, _farthest(scene.camera, points_P3))
+    target = scene.bodies[scene.target]
+    pixels_V2 = project(replace(scene.camera, position=(x, y, z)), outline(target) + target.position)
+    low, high = config.target_pixels
+    return low <= float(np.sqrt(np.prod(np.ptp(pixels_V2, axis=0)))) <= high
+
+
+def _hidden(scene: Scene, trajectory: Trajectory, target_TV3: np.ndarray) -> float:
+    """The largest share, over frames and other bodies, of the target's box that a nearer body's box covers."""
+    own_TV2 = project(scene.camera, target_TV3)
+    low_T2, high_T2 = own_TV2.min(1), own_TV2.max(1)
+    worst = 0.0
+    for i in range(len(scene.bodies)):
+        if i == scene.target:
+            continue
+        path_TV3 = paths(scene, trajectory, i)
+        nearer_T = path_TV3[..., 1].mean(1) < target_TV3[..., 1].mean(1)
+        other_TV2 = project(scene.camera, path_TV3)
+        shared_T2 = np.clip(np.minimum(high_T2, other_TV2.max(1)) - np.maximum(low_T2, other_TV2.min(1)), 0, None)
+        worst = max(worst, float((nearer_T * shared_T2.prod(1) / (high_T2 - low_T2).prod(1)).max()))
+    return worst
+
+
+def _body(rng: np.random.Generator, config: Config, objects: list[str], role: Literal["dropped", "pile"]) -> Body:
+    asset = assets.choose(rng, objects)
+    size = float(rng.uniform(*config.size))
+    w, i, j, k = rng.normal(size=4)
+    norm = float(np.sqrt(w * w + i * i + j * j + k * k))
+    name, material = _look(rng, asset, size)
+    return Body(
+        asset=asset,
+        name=name,
+        size=size,
+        mass=float(rng.uniform(*config.density)) * assets.mesh(asset).volume * size**3,
+        friction=float(rng.uniform(*config.friction)),
+        restitution=float(rng.uniform(*config.restitution)),
+        position=(0.0, 0.0, 0.0),
+        orientation=(w / norm, i / norm, j / norm, k / norm),
+        role=role,
+        material=material,
+    )
+
+
+def _stack(rng: np.random.Generator, config: Config, objects: list[str], spot: np.ndarray, count: int) -> list[Body]:
+    """Bodies one above the other with a little air between them, to be settled."""
+    top, bodies = 0.0, []
+    for _ in range(count):
+        body = _body(rng, config, objects, "pile")
+        heights_V = outline(body)[:, 2]
+        x, y = spot + rng.normal(scale=0.1 * body.size, size=2)
+        bodies.append(replace(body, position=(float(x), float(y), float(top + 0.005 - heights_V.min()))))
+        top += 0.005 + float(np.ptp(heights_V))
+    return bodies
+
+
+def _top(body: Body, low_2: np.ndarray, high_2: np.ndarray) -> float:
+    """The height of the body's top if its box overlaps that footprint, else 0."""
+    points_V3 = outline(body) + body.position
+    apart = (points_V3.min(0)[:2] > high_2).any() or (points_V3.max(0)[:2] < low_2).any()
+    return 0.0 if apart else float(points_V3[:, 2].max())
+
+
+def _look(rng: np.random.Generator, asset: str, size: float) -> tuple[str, Material | None]:
+    """A noun for captions, and a surface if the asset has no texture of its own."""
+    mesh = assets.mesh(asset)
+    if mesh.texture is not None:
+        return mesh.name, None
+    material = assets.material(rng, size)
+    adjective = "wooden" if material.pattern == "wood" else assets.color_name(material.color)
+    return f"{adjective} {mesh.name}", material
+
+
+def _light(rng: np.random.Generator, config: Config) -> Light:
+    """A sun and a bluish or warm sky light."""
+    height, turn = np.radians(rng.uniform(*config.sun)), rng.uniform(0, 2 * np.pi)
+    warmth, power = rng.uniform(-0.1, 0.1), rng.uniform(0.7, 1.1)
+    sky = rng.uniform(0.2, 0.45)
+    return Light(
+        direction=(
+            float(np.cos(height) * np.cos(turn)),
+            float(np.cos(height) * np.sin(turn)),
+            float(np.sin(height)),
+        ),
+        color=(float(power * (1 + warmth)), float(power), float(power * (1 - warmth))),
+        ambient=(float(sky * (1 - warmth)), float(sky), float(sky * (1 + warmth))),
+    )
+
+
+def label(scene: Scene) -> str:
+    """The kind of motion, for the metadata."""
+    return "drop"

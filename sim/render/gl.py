@@ -1,0 +1,596 @@
+"""The default renderer: OpenGL 3.3 without a window, on Mesa's software rasteriser or on a graphics card.
+
+Once per clip the still background is painted (the plate: colour with and without sun, and depth). Then all frames are
+drawn, stacked in one tall target: a shadow map, the colours, `supersample` x `supersample` samples per pixel averaged
+in linear light, and, at one sample per pixel centre, instance, depth and forward flow, so that these three are exact
+at pixel centres. Rows run downwards everywhere: the projection flips, so nothing has to be flipped when read back.
+
+Light: radiance = albedo * (hemisphere ambient * occlusion + sun * cosine * shadow); occlusion by the other bodies is
+that of spheres of the bodies' volume, (r / d)^2 * cosine.
+"""
+
+import os
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import moderngl
+import numpy as np
+
+from posttrain.files import UserError
+from sim import assets
+from sim.render.geometry import check, focal_pixels, rotation
+from sim.scene import Body, Camera, Clip, Material, Scene, Trajectory
+
+NEAR = 0.05  # metres; the far plane is at infinity
+TALLEST = 12288  # rows of a target: frames beyond that are drawn in the next batch
+OCCLUDERS = 16
+SRGB8 = 0x8C41  # OpenGL's name for 8-bit sRGB texels
+IMAGE = len(assets.PATTERNS)  # the kind of surface that shows the asset's own texture
+
+Value = float | tuple[float, ...] | np.ndarray
+
+COMMON = """
+#version 330
+#define NEAR 0.05
+uniform vec3 eye;           // camera position
+uniform vec4 lens;          // focal length and half width, half height, all in pixels of this target
+uniform float top;          // first row of this frame in the target
+uniform vec3 sun, sun_color, ambient;
+uniform mat4 light;         // world to shadow map, all three in [0, 1]
+uniform float frame, frames;
+uniform float texel;        // of the shadow map, metres
+uniform int occluders, own;
+uniform vec4 spheres[16];
+uniform sampler2DShadow shadow_map;
+
+vec3 ray() {                // of length 1 along the optical axis
+    vec2 p = (gl_FragCoord.xy - vec2(0, top) - lens.yz) / lens.x;
+    return vec3(p.x, 1, -p.y);
+}
+float sunlit(vec3 p, vec3 n) {
+    vec3 q = (light * vec4(p + n * texel * 1.5, 1)).xyz;
+    bool outside = any(lessThan(q.xy, vec2(0))) || any(greaterThan(q.xy, vec2(1)));
+    vec2 step = 0.75 / vec2(textureSize(shadow_map, 0)), at = vec2(q.x, (q.y + frame) / frames);
+    float z = min(q.z, 1.0) - 0.001, sum = 0;
+    for (int i = 0; i < 4; i++) sum += texture(shadow_map, vec3(at + step * vec2(i % 2 * 2 - 1, i / 2 * 2 - 1), z));
+    return outside ? 1.0 : sum / 4;
+}
+float open_sky(vec3 p, vec3 n) {
+    float open = 1;
+    for (int i = 0; i < occluders; i++) {
+        vec3 d = spheres[i].xyz - p;
+        float square = max(dot(d, d), spheres[i].w * spheres[i].w);
+        float hidden = max(dot(n, d), 0) * inversesqrt(square) * spheres[i].w * spheres[i].w / square;
+        open *= i == own ? 1.0 : 1 - 0.8 * min(hidden, 1.0);
+    }
+    return open;
+}
+vec3 hemisphere(vec3 n) { return ambient * (0.75 + 0.25 * n.z); }
+"""
+
+PATTERN = """
+uniform vec3 color, second;
+uniform float scale;
+uniform uint seed;
+
+uint scramble(uint v) {     // one round of PCG
+    v = v * 747796405u + 2891336453u;
+    v = ((v >> ((v >> 28) + 4u)) ^ v) * 277803737u;
+    return (v >> 22) ^ v;
+}
+float random(ivec3 cell) {
+    uint v = scramble(uint(cell.x) + scramble(uint(cell.y) + scramble(uint(cell.z) + seed)));
+    return float(v >> 8) / 16777216.0;
+}
+float noise(vec3 p) {       // value noise, one cell per unit
+    ivec3 c = ivec3(floor(p));
+    vec3 f = fract(p);
+    f = f * f * (3 - 2 * f);
+    vec4 low = vec4(random(c), random(c + ivec3(1, 0, 0)), random(c + ivec3(0, 1, 0)), random(c + ivec3(1, 1, 0)));
+    c.z += 1;
+    vec4 high = vec4(random(c), random(c + ivec3(1, 0, 0)), random(c + ivec3(0, 1, 0)), random(c + ivec3(1, 1, 0)));
+    vec4 m = mix(low, high, f.z);
+    return mix(mix(m.x, m.y, f.x), mix(m.z, m.w, f.x), f.y);
+}
+float clouds(vec3 p, float w) {  // octaves finer than the footprint w fade to their mean
+    float sum = 0, gain = 0.5;
+    for (int i = 0; i < 4; i++) {
+        sum += gain * mix(noise(p), 0.5, smoothstep(0.4, 1.0, w));
+        p = p * 2.03 + 17.0; w *= 2.03; gain *= 0.5;
+    }
+    return clamp(sum / 0.9375, 0, 1);
+}
+vec2 square_wave(vec2 p, vec2 w) {  // of period 2 and values +-1, averaged over a box of width w
+    w = max(w, vec2(1e-4));
+    return 2 * (abs(fract((p - 0.5 * w) * 0.5) - 0.5) - abs(fract((p + 0.5 * w) * 0.5) - 0.5)) / w;
+}
+float pulse(float p, float on, float w) {  // share of the box around p that lies in [0, on) of a period of 1
+    vec2 e = vec2(p - 0.5 * w, p + 0.5 * w);
+    vec2 i = floor(e) * on + min(fract(e), vec2(on));
+    return (i.y - i.x) / w;
+}
+float flat_pattern(vec2 p, vec2 w) {
+#if KIND == 2
+    vec2 s = square_wave(p * 2, w * 2);
+    return 0.5 - 0.5 * s.x * s.y;
+#elif KIND == 3
+    return 0.5 - 0.5 * square_wave(p * 2, w * 2).x;
+#elif KIND == 4
+    ivec3 cell = ivec3(floor(p), 7);
+    vec2 shift = vec2(random(cell), random(cell + ivec3(0, 0, 1))) - 0.5;
+    float radius = 0.18 + 0.16 * random(cell + ivec3(0, 0, 2)), edge = max(length(w) * 0.7, 0.01);
+    float spot = 1 - smoothstep(radius - edge, radius + edge, length(fract(p) - 0.5 - shift * 0.3));
+    return mix(spot, 0.21, smoothstep(0.5, 1.2, length(w)));
+#else
+    p *= vec2(1, 2); w = max(w * vec2(1, 2), vec2(1e-4));
+    float row = floor(p.y);
+    p.x += 0.5 * mod(row, 2.0);
+    float brick = pulse(p.x, 0.94, w.x) * pulse(p.y, 0.9, w.y);
+    float tone = mix(random(ivec3(floor(p.x), row, 3)), 0.5, smoothstep(0.3, 1.0, length(w)));
+    return 1 - brick * (0.7 + 0.3 * tone);
+#endif
+}
+vec3 paint(vec3 p, vec3 n) {  // the albedo at p (metres) on a surface with normal n
+    p = p / scale + vec3(0.37, 0.61, 0.23);
+    vec3 w = max(abs(dFdx(p)), abs(dFdy(p)));
+    float size = length(w), t;
+#if KIND == 0
+    t = 0;
+#elif KIND == 1
+    t = smoothstep(0.25, 0.75, clouds(p * 2, size * 2));
+#elif KIND == 6
+    float bend = clouds(p, size) * 5;
+    t = mix(0.5 + 0.5 * sin(6.2832 * (p.x + 0.4 * p.y + 0.7 * p.z + bend)), 0.5, smoothstep(0.1, 0.4, size));
+    t = t * t;
+#elif KIND == 7
+    vec2 q = p.yz + 0.25 * (vec2(noise(p * 1.7), noise(p * 1.7 + 31.0)) - 0.5);
+    float ring = length(q - vec2(0.2, -1.3)) * 6, fibre = noise(p * vec3(2, 45, 45));
+    t = mix(0.5 + 0.5 * sin(6.2832 * ring * 0.5), 0.5, smoothstep(0.1, 0.35, size * 3));
+    t = mix(t, fibre, 0.3 * (1 - smoothstep(0.01, 0.05, size)));
+#else
+    vec3 side = pow(abs(n), vec3(8));
+    side /= side.x + side.y + side.z;
+    t = side.x * flat_pattern(p.yz, w.yz) + side.y * flat_pattern(p.xz, w.xz) + side.z * flat_pattern(p.xy, w.xy);
+#endif
+    return mix(color, second, t);
+}
+"""
+
+SCREEN_VERTEX = """
+#version 330
+void main() { gl_Position = vec4(gl_VertexID == 1 ? 3 : -1, gl_VertexID == 2 ? 3 : -1, 0, 1); }
+"""
+
+PLATE = """
+uniform vec3 normal;        // of the plane normal . x = offset
+uniform float offset;
+layout(location = 0) out vec4 shade;     // radiance without the sun, and depth
+layout(location = 1) out vec4 sunshine;  // what the sun adds where no shadow falls
+void main() {
+    vec3 direction = ray();
+    float towards = dot(direction, normal), depth = (offset - dot(eye, normal)) / towards;
+    bool hit = towards < 0 && depth > NEAR;
+    vec3 p = eye + direction * (hit ? depth : 0.0);
+    float turn = random(ivec3(5)) * (normal.z > 0.5 ? 6.2832 : 0.0);
+    if (normal.z < 0.5 && KIND == 3 && random(ivec3(6)) < 0.5) p = p.zyx;  // level stripes on half of the walls
+    p.xy = normal.z < 0.5 ? p.xy : mat2(cos(turn), -sin(turn), sin(turn), cos(turn)) * p.xy;
+    vec3 albedo = paint(p, normal);
+    if (!hit) discard;
+    shade = vec4(albedo * hemisphere(normal), depth);
+    sunshine = vec4(albedo * sun_color * max(dot(normal, sun), 0), 0);
+    gl_FragDepth = 1 - NEAR / depth;
+}
+"""
+
+SKY = """
+uniform vec3 horizon, zenith;
+layout(location = 0) out vec4 shade;
+layout(location = 1) out vec4 sunshine;
+void main() {
+    float height = normalize(ray()).z;
+    shade = vec4(mix(horizon, zenith, smoothstep(0, 1, sqrt(max(height, 0)))), uintBitsToFloat(0x7f800000u));
+    sunshine = vec4(0);
+    gl_FragDepth = 1;
+}
+"""
+
+BACKDROP = """
+uniform sampler2D shade, sunshine;
+uniform float wall_y;
+out vec4 result;
+void main() {
+    ivec2 pixel = ivec2(gl_FragCoord.xy - vec2(0, top));
+    vec4 still = texelFetch(shade, pixel, 0);
+    vec3 p = eye + ray() * min(still.a, 1e4);
+    vec3 n = p.y > wall_y - 1e-3 * still.a ? vec3(0, -1, 0) : vec3(0, 0, 1);
+    result = vec4(still.rgb * open_sky(p, n) + texelFetch(sunshine, pixel, 0).rgb * sunlit(p, n), 1);
+    gl_FragDepth = 1 - NEAR / still.a;
+}
+"""
+
+BODY_VERTEX = """
+#version 330
+uniform mat4 to_world, to_camera;
+uniform float size;
+uniform vec4 lens;
+in vec3 in_position, in_normal;
+in vec2 in_uv;
+out vec3 world, world_normal, local, local_normal;
+out vec2 uv;
+void main() {
+    local = in_position * size;
+    local_normal = in_normal;
+    world = (to_world * vec4(local, 1)).xyz;
+    world_normal = mat3(to_world) * in_normal;
+    uv = in_uv;
+    vec3 p = (to_camera * vec4(local, 1)).xyz;
+    gl_Position = vec4(p.xy * lens.x / lens.yz, p.z - 2 * 0.05, p.z);
+}
+"""
+
+BODY = """
+in vec3 world, world_normal, local, local_normal;
+in vec2 uv;
+uniform sampler2D image;
+out vec4 result;
+void main() {
+    vec3 view = normalize(eye - world), n = normalize(world_normal);
+    n = dot(n, view) < 0 && !gl_FrontFacing ? -n : n;
+#if KIND == 8
+    vec3 albedo = texture(image, uv).rgb;
+#else
+    vec3 albedo = paint(local, normalize(local_normal));
+#endif
+    float lit = max(dot(n, sun), 0) * sunlit(world, n);
+    float gloss = 0.15 * pow(max(dot(n, normalize(view + sun)), 0), 24);
+    result = vec4(albedo * hemisphere(n) * open_sky(world, n) + (albedo + gloss) * lit * sun_color, 1);
+}
+"""
+
+SHADOW_VERTEX = """
+#version 330
+uniform mat4 to_light;
+in vec3 in_position;
+void main() { gl_Position = vec4((to_light * vec4(in_position, 1)).xyz * 2 - 1, 1); }
+"""
+
+SHADOW = """
+#version 330
+void main() {}
+"""
+
+LABEL_VERTEX = """
+#version 330
+uniform mat4 to_camera, to_camera_next;
+uniform float size;
+uniform vec4 lens;
+in vec3 in_position;
+out vec3 here, next;
+void main() {
+    here = (to_camera * vec4(in_position * size, 1)).xyz;
+    next = (to_camera_next * vec4(in_position * size, 1)).xyz;
+    gl_Position = vec4(here.xy * lens.x / lens.yz, here.z - 2 * 0.05, here.z);
+}
+"""
+
+LABEL = """
+#version 330
+in vec3 here, next;
+uniform float instance;
+uniform vec4 lens;
+out vec4 label;             // instance, depth, flow
+void main() { label = vec4(instance, here.z, (next.xy / next.z - here.xy / here.z) * lens.x); }
+"""
+
+LABEL_BACKDROP = """
+uniform sampler2D shade;
+out vec4 label;
+void main() {
+    float depth = texelFetch(shade, ivec2(gl_FragCoord.xy - vec2(0, top)), 0).a;
+    label = vec4(0, depth, 0, 0);
+    gl_FragDepth = 1 - NEAR / depth;
+}
+"""
+
+RESOLVE = """
+#version 330
+uniform sampler2D fine;
+uniform int samples;
+out vec4 result;
+void main() {
+    ivec2 corner = ivec2(gl_FragCoord.xy) * samples;
+    vec3 sum = vec3(0);
+    for (int y = 0; y < samples; y++)
+        for (int x = 0; x < samples; x++) sum += min(texelFetch(fine, corner + ivec2(x, y), 0).rgb, vec3(1));
+    vec3 light = sum / float(samples * samples);
+    vec3 curve = 1.055 * pow(light, vec3(1 / 2.4)) - 0.055;  // sRGB
+    result = vec4(mix(light * 12.92, curve, greaterThan(light, vec3(0.0031308))), 1);
+}
+"""
+
+
+def render(scene: Scene, trajectory: Trajectory, supersample: int = 2) -> Clip:
+    """Film the trajectory; see Clip for what comes back. `supersample`^2 colour samples per pixel.
+
+    Raises:
+        UserError: no EGL on this machine, or more bodies than a uint8 mask can number.
+    """
+    check(scene)
+    return stage(os.getpid()).film(scene, trajectory, supersample)
+
+
+def missing_egl(reason: Exception) -> UserError:
+    """What to tell someone whose machine cannot open an EGL context."""
+    return UserError(
+        f"renderer gl: no EGL context ({str(reason) or type(reason).__name__}); install it with `sudo apt-get install "
+        "-y libegl1 libgl1-mesa-dri`, or write `renderer: {name: tiny}` in the recipe, the plainer fallback"
+    )
+
+
+@cache
+def stage(process: int) -> "Stage":
+    """The one stage of a process: a context must not be shared with the children of a fork."""
+    return Stage()
+
+
+class Stage:
+    """A context and what stays on the device between clips: programs, meshes, textures, targets."""
+
+    def __init__(self) -> None:
+        os.environ.setdefault("LP_NUM_THREADS", "1")  # llvmpipe: one process per core beats threads
+        try:
+            # glcontext would insist on libGL, which headless machines lack; libEGL hands out every function too.
+            settings: Any = {"backend": "egl", "libgl": "libEGL.so.1", "libegl": "libEGL.so.1"}
+            self.context = moderngl.create_context(standalone=True, require=330, **settings)
+        except Exception as error:  # glcontext raises bare exceptions
+            raise missing_egl(error) from error
+        self.context.enable_only(moderngl.DEPTH_TEST)
+        self.context.depth_func = "<="  # the sky lies at the depth that clears
+        self.programs: dict[tuple[str, str], moderngl.Program] = {}
+        self.meshes: dict[str, tuple[moderngl.Buffer, moderngl.Buffer]] = {}
+        self.arrays: dict[tuple[moderngl.Program, str], moderngl.VertexArray] = {}
+        self.images: dict[str, moderngl.Texture] = {}
+        self.targets: dict[tuple[int, ...], Targets] = {}
+
+    def program(self, vertex: str, fragment: str, kind: int = 0) -> moderngl.Program:
+        """The program of two shaders; `kind` chooses the pattern that is compiled in."""
+        fragment = fragment.replace("#version 330", f"#version 330\n#define KIND {kind}")
+        if (vertex, fragment) not in self.programs:
+            self.programs[vertex, fragment] = self.context.program(vertex, fragment)
+        return self.programs[vertex, fragment]
+
+    def array(self, program: moderngl.Program, asset: str | None) -> moderngl.VertexArray:
+        """The asset's triangles (or, for None, one that covers the screen) as input of a program."""
+        key = (program, asset or "")
+        if key not in self.arrays:
+            if asset is None:
+                self.arrays[key] = self.context.vertex_array(program, [])
+            else:
+                wanted = [("in_position", 3), ("in_normal", 3), ("in_uv", 2)]
+                layout = " ".join(f"{n}f" if name in program else f"{n}x4" for name, n in wanted)
+                names = [name for name, _ in wanted if name in program]
+                vertices, faces = self.mesh(asset)
+                self.arrays[key] = self.context.vertex_array(program, [(vertices, layout, *names)], index_buffer=faces)
+        return self.arrays[key]
+
+    def mesh(self, asset: str) -> tuple[moderngl.Buffer, moderngl.Buffer]:
+        if asset not in self.meshes:
+            m = assets.mesh(asset)
+            uv = np.zeros((len(m.vertices), 2)) if m.uv is None else m.uv
+            table = np.concatenate([m.vertices, m.normals, uv], axis=1).astype(np.float32)
+            self.meshes[asset] = self.context.buffer(table.tobytes()), self.context.buffer(m.faces.tobytes())
+        return self.meshes[asset]
+
+    def image(self, asset: str) -> moderngl.Texture | None:
+        pixels = assets.mesh(asset).texture
+        if pixels is not None and asset not in self.images:
+            height, width, _ = pixels.shape
+            rows = pixels[::-1].tobytes()
+            texture = self.context.texture((width, height), 3, rows, alignment=1, internal_format=SRGB8)
+            texture.build_mipmaps()
+            texture.anisotropy = 4.0
+            self.images[asset] = texture
+        return self.images.get(asset)
+
+    def target(self, width: int, height: int, supersample: int, frames: int, shadow: int) -> "Targets":
+        key = (width, height, supersample, frames, shadow)
+        if key not in self.targets:
+            self.targets[key] = Targets(self.context, (width, height), supersample, frames, shadow)
+        return self.targets[key]
+
+    def film(self, scene: Scene, trajectory: Trajectory, supersample: int) -> Clip:
+        camera, count = scene.camera, len(trajectory.positions_TN3)
+        shadow = min(max(256, 4 * max(camera.width, camera.height)), 2048)
+        batch = max(1, min(count, TALLEST // max(shadow, camera.height * supersample)))
+        targets = self.target(camera.width, camera.height, supersample, batch, shadow)
+        look = Look(scene, trajectory, shadow)
+        self.paint_plate(scene, look, targets.plate, supersample)
+        self.paint_plate(scene, look, targets.label_plate, 1)
+        parts = [
+            self.film_frames(scene, look, targets, supersample, range(k, min(k + batch, count)))
+            for k in range(0, count, batch)
+        ]
+        rgb, label = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return Clip(rgb, label[..., 0].astype(np.uint8), np.ascontiguousarray(label[..., 1]), label[..., 2:].copy())
+
+    def draw(self, program: moderngl.Program, asset: str | None, **uniforms: Value) -> None:
+        put(program, uniforms)
+        self.array(program, asset).render(moderngl.TRIANGLES, vertices=3 if asset is None else -1)
+
+    def paint_plate(self, scene: Scene, look: "Look", plate: moderngl.Framebuffer, samples: int) -> None:
+        """Floor, wall and sky as they are without bodies."""
+        background = scene.background
+        plate.use()
+        plate.clear()
+        always = {**look.light, "lens": lens(scene.camera, samples), "top": 0.0}
+        planes = [(background.floor, (0.0, 0.0, 1.0), 0.0)]
+        if background.wall is not None:
+            planes.append((background.wall, (0.0, -1.0, 0.0), -background.wall_y))
+        for material, normal, offset in planes:
+            program = self.program(SCREEN_VERTEX, COMMON + PATTERN + PLATE, kind(material))
+            self.draw(program, None, **always, **pattern(material), normal=normal, offset=offset)
+        sky = self.program(SCREEN_VERTEX, COMMON + SKY)
+        self.draw(sky, None, **always, horizon=background.sky_horizon, zenith=background.sky_zenith)
+
+    def film_frames(
+        self, scene: Scene, look: "Look", targets: "Targets", samples: int, frames: range
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Colours uint8 (T, H, W, 3) and labels float32 (T, H, W, 4) of some frames."""
+        width, height, bodies = scene.camera.width, scene.camera.height, scene.bodies
+        count = targets.shadow.height // targets.shadow.width
+
+        targets.shadow.use()
+        targets.shadow.clear()
+        program = self.program(SHADOW_VERTEX, SHADOW)
+        for row, k in enumerate(frames):
+            targets.shadow.viewport = (0, row * targets.shadow.width, targets.shadow.width, targets.shadow.width)
+            for i, body in enumerate(bodies):
+                self.draw(program, body.asset, to_light=look.to_light[k, i])
+
+        targets.fine.use()
+        targets.fine.clear()
+        targets.shadows.use(0)
+        targets.shade.use(1)
+        targets.sunshine.use(2)
+        backdrop = self.program(SCREEN_VERTEX, COMMON + BACKDROP)
+        programs = [self.program(BODY_VERTEX, COMMON + PATTERN + BODY, look.kinds[i]) for i in range(len(bodies))]
+        wall_y = scene.background.wall_y if scene.background.wall else 1e9
+        always = {**look.light, "lens": lens(scene.camera, samples), "frames": float(count), "shadow_map": 0}
+        put(backdrop, {**always, "shade": 1, "sunshine": 2, "wall_y": wall_y, "own": -1})
+        for p in programs:
+            put(p, {**always, "image": 3})
+        for row, k in enumerate(frames):
+            targets.fine.viewport = (0, row * height * samples, width * samples, height * samples)
+            now = {"frame": float(row), "top": float(row * height * samples), "spheres": look.spheres[k]}
+            self.draw(backdrop, None, **now)
+            for i, body in enumerate(bodies):
+                image = self.image(body.asset)
+                if image is not None:
+                    image.use(3)
+                pose = {"to_world": look.to_world[k, i], "to_camera": look.to_camera[k, i], "size": body.size, "own": i}
+                self.draw(programs[i], body.asset, **now, **pose, **look.paints[i])
+
+        targets.rgb.use()
+        targets.light.use(0)
+        self.draw(self.program(SCREEN_VERTEX, RESOLVE), None, fine=0, samples=samples)
+
+        targets.label.use()
+        targets.label.clear()
+        targets.label_shade.use(0)
+        backdrop, program = self.program(SCREEN_VERTEX, COMMON + LABEL_BACKDROP), self.program(LABEL_VERTEX, LABEL)
+        put(backdrop, {"lens": lens(scene.camera, 1), "shade": 0})
+        put(program, {"lens": lens(scene.camera, 1)})
+        for row, k in enumerate(frames):
+            targets.label.viewport = (0, row * height, width, height)
+            self.draw(backdrop, None, top=float(row * height))
+            after = min(k + 1, len(look.to_camera) - 1)
+            for i, body in enumerate(bodies):
+                poses = {"to_camera": look.to_camera[k, i], "to_camera_next": look.to_camera[after, i]}
+                self.draw(program, body.asset, **poses, size=body.size, instance=float(i + 1))
+
+        rgb = np.empty((len(frames), height, width, 3), dtype=np.uint8)
+        label = np.empty((len(frames), height, width, 4), dtype=np.float32)
+        box = (0, 0, width, height * len(frames))
+        targets.rgb.read_into(rgb, viewport=box, components=3, alignment=1)
+        targets.label.read_into(label, viewport=box, components=4, dtype="f4")
+        return rgb, label
+
+
+class Targets:
+    """What is drawn into, and the textures behind it; frames are stacked downwards."""
+
+    def __init__(self, c: moderngl.Context, size: tuple[int, int], supersample: int, frames: int, shadow: int) -> None:
+        fine = (size[0] * supersample, size[1] * supersample)
+        tall, tall_fine = (size[0], size[1] * frames), (fine[0], fine[1] * frames)
+        self.shadows = c.depth_texture((shadow, shadow * frames))
+        self.shadows.compare_func = "<="
+        self.shade, self.sunshine = c.texture(fine, 4, dtype="f4"), c.texture(fine, 4, dtype="f2")
+        self.label_shade = c.texture(size, 4, dtype="f4")
+        self.light = c.texture(tall_fine, 4, dtype="f2")
+        self.shadow = c.framebuffer(depth_attachment=self.shadows)
+        self.plate = c.framebuffer([self.shade, self.sunshine], c.depth_renderbuffer(fine))
+        self.label_plate = c.framebuffer([self.label_shade], c.depth_renderbuffer(size))
+        self.fine = c.framebuffer([self.light], c.depth_renderbuffer(tall_fine))
+        self.rgb = c.framebuffer([c.texture(tall, 4)])
+        self.label = c.framebuffer([c.texture(tall, 4, dtype="f4")], c.depth_renderbuffer(tall))
+
+
+class Look:
+    """A scene in the numbers that shaders take: float32, matrices column by column, per frame T and body N."""
+
+    def __init__(self, scene: Scene, trajectory: Trajectory, shadow: int) -> None:
+        camera, positions = scene.camera, trajectory.positions_TN3
+        meshes = [assets.mesh(body.asset) for body in scene.bodies]
+        sizes = np.array([body.size for body in scene.bodies])
+        poses = np.zeros((*positions.shape[:2], 4, 4))
+        poses[..., :3, :3], poses[..., :3, 3], poses[..., 3, 3] = rotation(trajectory.quaternions_TN4), positions, 1
+        view = np.eye(4)
+        view[:3, :3] = [[1, 0, 0], [0, 0, -1], [0, 1, 0]]
+        view[:3, 3] = -view[:3, :3] @ camera.position
+        self.to_world = columns(poses)
+        self.to_camera = columns(view @ poses)  # multiplied in float64, so nothing is lost far from the origin
+
+        sun = np.array(scene.light.direction) / np.linalg.norm(scene.light.direction)
+        side = np.cross(sun, [0.0, 1.0, 0.0] if abs(sun[1]) < 0.9 else [1.0, 0.0, 0.0])
+        side /= np.linalg.norm(side)
+        axes = np.stack([side, np.cross(sun, side), -sun])
+        reach = sizes * [np.linalg.norm(m.vertices, axis=1).max() for m in meshes]
+        centres = positions @ axes.T
+        low = (centres - reach[:, None]).min(axis=(0, 1), initial=1e6)
+        width = max(((centres + reach[:, None]).max(axis=(0, 1), initial=-1e6) - low).max(), 0.1)
+        texel = width / (shadow - 8)  # four empty texels all around keep the frames of the stack apart
+        light = np.eye(4)
+        light[:3, :3] = axes / (texel * shadow)
+        light[:3, 3] = -(low - 4 * texel) / (texel * shadow)
+        scaled = poses.copy()
+        scaled[..., :3, :3] *= sizes[:, None, None]
+        self.to_light = columns(light @ scaled)
+
+        radii = sizes * np.cbrt([3 * m.volume / (4 * np.pi) for m in meshes])
+        self.spheres = np.zeros((len(positions), OCCLUDERS, 4), dtype=np.float32)
+        n = min(len(sizes), OCCLUDERS)
+        self.spheres[:, :n, :3], self.spheres[:, :n, 3] = positions[:, :n], radii[:n]
+        self.light: dict[str, Value] = {
+            "eye": camera.position, "sun": tuple(sun.tolist()), "sun_color": scene.light.color,
+            "ambient": scene.light.ambient, "light": columns(light), "texel": float(texel), "occluders": n,
+        }  # fmt: skip
+        surfaces = [surface(body) for body in scene.bodies]
+        self.kinds = [IMAGE if m is None else kind(m) for m in surfaces]
+        self.paints: list[dict[str, Value]] = [{} if m is None else pattern(m) for m in surfaces]
+
+
+def surface(body: Body) -> Material | None:
+    """The body's material; None stands for the asset's own texture, grey where it has none."""
+    if body.material is None and assets.mesh(body.asset).texture is None:
+        return Material("plain", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 1.0, 0)
+    return body.material
+
+
+def kind(material: Material) -> int:
+    """The shader's number of a pattern."""
+    return assets.PATTERNS.index(material.pattern)
+
+
+def pattern(material: Material) -> dict[str, Value]:
+    return {"color": material.color, "second": material.second, "scale": material.scale, "seed": material.seed}
+
+
+def lens(camera: Camera, samples: int) -> tuple[float, float, float, float]:
+    return (focal_pixels(camera) * samples, camera.width * samples / 2, camera.height * samples / 2, 0.0)
+
+
+def columns(matrices: np.ndarray) -> np.ndarray:
+    """Matrices (..., 4, 4) as OpenGL stores them: float32, column by column."""
+    return np.ascontiguousarray(matrices.swapaxes(-1, -2), dtype=np.float32)
+
+
+def put(program: moderngl.Program, uniforms: Mapping[str, Value]) -> None:
+    """Set those uniforms that the program has (a compiler drops what a pattern does not use)."""
+    for name, value in uniforms.items():
+        uniform = program.get(name, None)
+        if isinstance(uniform, moderngl.Uniform):
+            if isinstance(value, np.ndarray):
+                uniform.write(value)
+            else:
+                uniform.value = value

@@ -1,0 +1,268 @@
+"""Evaluation of models whose videos are known, so that every number is."""
+
+import io
+import json
+import math
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from falling import FPS, SIDE, SIZE, Oracle, RedTracker, film, rows_of, write_dataset
+from rich.console import Console
+
+from posttrain import evaluate as room
+from posttrain.benchmarks import pisa
+from posttrain.data.clips import Clips, DataConfig, read_video
+from posttrain.evaluate import EvalConfig, difference, evaluate, fingerprint, interval, print_table, summary, validation
+from posttrain.files import UserError
+from posttrain.models.base import AdapterConfig, ModelConfig
+from posttrain.models.wan import load
+
+FRAMES, CLIPS = 17, 3
+
+
+def square(split: int, clip: int) -> tuple[int, int, int]:
+    """First row, column and colour of a square of `write_dataset`."""
+    return 2 + 2 * clip + split, 4 + 5 * clip, 200 + 10 * clip
+
+
+def oracle(rows: Callable[[int], Any], value: float = 0.0) -> Oracle:
+    """A model that shows each square at rows(first row); `value` tells its weights from another's."""
+    videos = {}
+    for split in range(2):
+        for clip in range(CLIPS):
+            start, column, red = square(split, clip)
+            videos[f"square {split}{clip} falls."] = film(rows(start), column, red)[0]
+    model = Oracle(videos)
+    for parameter in model.transformer.parameters():
+        torch.nn.init.constant_(parameter, value)
+    return model
+
+
+HOVER = oracle(lambda start: [start] * FRAMES, 1.0)
+FALL = oracle(lambda start: rows_of(start, FRAMES), 2.0)
+LATE = oracle(lambda start: [start, *rows_of(start, FRAMES - 1)], 3.0)  # everything one frame late
+
+
+def models(base: Any = HOVER, psft: Any = LATE) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
+    return {"base": lambda: nullcontext(base), "psft": lambda: nullcontext(psft)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("falling")
+    write_dataset(folder, clips=CLIPS, frames=FRAMES)
+    return folder
+
+
+@pytest.fixture
+def config(data: Path) -> EvalConfig:
+    return EvalConfig(clips=str(data), seeds=2, batch=2, sampler={"steps": 3})
+
+
+def by_row(records: list[dict[str, Any]], split: str = "unseen") -> dict[str, dict[str, Any]]:
+    return {record["model"]: record for record in records if record["split"] == split}
+
+
+def test_numbers_are_those_of_the_videos(tmp_path: Path, config: EvalConfig) -> None:
+    records = evaluate(tmp_path, config, models(), RedTracker())
+    assert [(r["split"], r["model"]) for r in records[:6]] == [
+        ("seen", "truth"),
+        ("seen", "truth_vae"),
+        ("seen", "frozen"),
+        ("seen", "base"),
+        ("seen", "psft"),
+        ("unseen", "truth"),
+    ]
+    rows = by_row(records)
+    unit = math.sqrt(2) * SIZE
+    for clip in range(CLIPS):
+        start, column, _ = square(1, clip)
+        true = rows_of(start, FRAMES)
+        late = np.array([start, *rows_of(start, FRAMES - 1)])
+        for name, shown in (
+            ("truth", true),
+            ("truth_vae", true),
+            ("frozen", [start]),
+            ("base", [start]),
+            ("psft", late),
+        ):
+            found, gap = rows[name]["clips"][clip], np.abs(shown - true)
+            overlap = np.maximum(SIDE - gap, 0)
+            assert found["l2"] == pytest.approx(gap.mean() / unit)
+            assert found["iou"] == pytest.approx((overlap / (2 * SIDE - overlap)).mean())
+            assert found["vanished"] == 0
+            assert found["true_path"][5] == [column + (SIDE - 1) / 2, true[5] + (SIDE - 1) / 2]
+            assert len(found["paths"]) == (1 if name in room.REFERENCES else 2)
+    assert summary(rows["base"])["no_contact"]["mean"] == 1
+    assert summary(rows["base"])["time_error"] == {"mean": None, "low": None, "high": None, "n": 0}
+    assert summary(rows["truth"])["time_error"]["mean"] <= 0.5 / FPS
+    assert summary(rows["truth"])["no_contact"]["mean"] == 0
+    video = read_video(tmp_path / "samples" / "base" / "test_unseen" / "00001-s1.mp4")
+    assert video.shape == (FRAMES, SIZE, SIZE, 3)
+
+
+def test_a_lost_object_is_charged(tmp_path: Path, config: EvalConfig) -> None:
+    """A model that lets the square disappear after frame 0."""
+    empty = oracle(lambda start: [start] * FRAMES)
+    empty.videos_NCFHW[:, :, 1:] = -0.3
+    rows = by_row(evaluate(tmp_path, config, models(psft=empty), RedTracker()))
+    clip = rows["psft"]["clips"][0]
+    assert clip["vanished"] == pytest.approx((FRAMES - 1) / FRAMES)
+    assert clip["l2"] == pytest.approx((FRAMES - 1) / FRAMES)
+    assert clip["released"]["l2"] == 0
+    assert clip["paths"][0][1:] == [None] * (FRAMES - 1)
+
+
+def test_clip_seed_depends_on_seed_and_clip() -> None:
+    seeds = {pisa.clip_seed(seed, name) for seed in range(3) for name in ("00000", "00001", "10000")}
+    assert len(seeds) == 9
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_samples_do_not_depend_on_the_batch(tmp_path: Path, data: Path) -> None:
+    """The real model: other batches and fewer clips give the same video of a clip, other seeds another one."""
+    model = load(ModelConfig(path="pocket", init="random"))
+    torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.3)
+    clips = Clips(DataConfig(clips=str(data), split="test_seen"))
+
+    def videos(indices: list[int], seed: int) -> np.ndarray:
+        truths = [clips.row(i) for i in indices]
+        return room.generate("psft", model, clips.load(indices), truths, seed, room.SamplerConfig(steps=2))
+
+    together, alone, other = videos([0, 2], 0), videos([2], 0), videos([2], 1)
+    assert np.abs(together[1].astype(int) - alone[0]).max() <= 1
+    assert np.abs(other[0].astype(int) - alone[0]).max() > 20
+
+
+def test_a_killed_evaluation_continues(tmp_path: Path, config: EvalConfig) -> None:
+    whole = evaluate(tmp_path / "whole", config, models(), RedTracker())
+    dying = RedTracker(give_up_after=23)  # references take 2 x 9 clips; the base dies in its second batch
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tmp_path / "cut", config, models(), dying)
+    left = json.loads((tmp_path / "cut" / "evaluation" / "base-test_seen.json").read_text())
+    assert 0 < len(left["clips"]) < CLIPS
+    rest = RedTracker()
+    again = evaluate(tmp_path / "cut", config, models(), rest)
+    assert rest.calls == 18 + 24 - (18 + 4)
+    for a, b in zip(again, whole, strict=True):
+        assert a | {"seconds": 0} == b | {"seconds": 0}
+
+
+def test_rows_are_reused_only_when_nothing_changed(
+    tmp_path: Path, config: EvalConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = by_row(evaluate(tmp_path / "a", config, models(), RedTracker(), tmp_path / "cache"))
+
+    again = RedTracker()
+    evaluate(tmp_path / "a", config, models(), again, tmp_path / "cache")
+    assert again.calls == 0
+    assert "psft on unseen clips: reused from" in capsys.readouterr().err
+
+    trained = RedTracker()  # the tuned model went on training: only its own row is made again
+    rows = by_row(evaluate(tmp_path / "a", config, models(psft=FALL), trained, tmp_path / "cache"))
+    assert trained.calls == 2 * CLIPS * 2
+    assert rows["psft"]["clips"][0]["l2"] == 0
+    assert rows["base"] == first["base"]
+
+    elsewhere = RedTracker()  # another run of the same base
+    rows = by_row(evaluate(tmp_path / "b", config, models(), elsewhere, tmp_path / "cache"))
+    assert elsewhere.calls == 2 * CLIPS * 2
+    assert rows["frozen"] == first["frozen"]
+    assert (tmp_path / "b" / "samples" / "base" / "test_unseen" / "00002-s1.mp4").exists()
+
+    changed = config.model_copy(update={"sampler": room.SamplerConfig(steps=4)})
+    sampled = RedTracker()  # references do not depend on the sampler
+    evaluate(tmp_path / "b", changed, models(), sampled, tmp_path / "cache")
+    assert sampled.calls == 2 * 2 * CLIPS * 2
+
+    other = RedTracker()
+    torch.nn.init.constant_(other.module.weight, 5.0)
+    evaluate(tmp_path / "b", config, models(), other, tmp_path / "cache")
+    assert other.calls == 2 * CLIPS * (3 + 2 * 2)
+
+
+def test_other_clips_make_other_rows(tmp_path: Path, data: Path, config: EvalConfig) -> None:
+    evaluate(tmp_path / "run", config, models(), RedTracker())
+    changed = tmp_path / "data"
+    shutil.copytree(data, changed)
+    path = changed / "test_seen" / "metadata.jsonl"
+    path.write_text(path.read_text().replace('"drop_height"', '"note": 1, "drop_height"'))
+    tracker = RedTracker()
+    evaluate(tmp_path / "run", config.model_copy(update={"clips": str(changed)}), models(), tracker)
+    assert tracker.calls == CLIPS * (3 + 2 * 2)
+
+
+def test_an_adapter_does_not_change_the_fingerprint_of_the_base() -> None:
+    bare = load(ModelConfig(path="pocket", init="random")).transformer
+    adapted = load(ModelConfig(path="pocket", init="random", adapter=AdapterConfig(rank=2, alpha=8))).transformer
+    assert fingerprint(adapted, base=True) == fingerprint(bare, base=True)
+    before = fingerprint(adapted)
+    assert before != fingerprint(
+        load(ModelConfig(path="pocket", init="random", adapter=AdapterConfig(rank=2))).transformer
+    )
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    with torch.no_grad():
+        trained[-1].add_(1.0)
+    assert fingerprint(adapted) != before
+    assert fingerprint(adapted, base=True) == fingerprint(bare, base=True)
+
+
+def test_interval_is_the_95_percent_interval_of_the_mean() -> None:
+    random = np.random.default_rng(0)
+    values = random.normal(3, 2, 400)
+    found = interval([*values, None])
+    assert found["n"] == 400
+    assert found["mean"] == pytest.approx(values.mean())
+    half = 1.96 * values.std() / math.sqrt(400)
+    assert found["low"] == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert found["high"] == pytest.approx(values.mean() + half, abs=0.1 * half)
+    assert interval([*values, None]) == found
+    assert interval([1.5]) == {"mean": 1.5, "low": 1.5, "high": 1.5, "n": 1}
+    assert interval([None]) == {"mean": None, "low": None, "high": None, "n": 0}
+
+
+def test_difference_is_paired() -> None:
+    """Clips differ far more than the models do: only pairs show that one is better by 0.1 everywhere."""
+
+    def record(name: str, offset: float, ids: range) -> dict[str, Any]:
+        clips = [{"id": str(i)} | dict.fromkeys(pisa.METRICS, i + offset) for i in ids]
+        clips[0]["time_error"] = None
+        return {"model": name, "split": "unseen", "clips": clips}
+
+    found = difference(record("psft", -0.1, range(1, 20)), record("base", 0.0, range(0, 18)))
+    assert (found["model"], found["against"], found["split"]) == ("psft", "base", "unseen")
+    assert found["l2"]["n"] == 17
+    assert found["time_error"]["n"] == 16
+    assert [found["l2"][key] for key in ("mean", "low", "high")] == pytest.approx([-0.1] * 3)
+
+
+def test_table_shows_the_headline(tmp_path: Path, config: EvalConfig) -> None:
+    records = evaluate(tmp_path, config, models(psft=FALL), RedTracker())
+    console = Console(width=80, file=io.StringIO())
+    print_table(room.read_records(tmp_path), console)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines[0].split()[:4] == ["Model", "Clips", "L2", "[95%]"]
+    assert any(line.startswith("psft") and "unseen" in line and "0.000 [0.000, 0.000]" in line for line in lines)
+    assert "…" not in console.file.getvalue()  # type: ignore[attr-defined]
+    assert len(records) == 10
+
+
+def test_validation_samples_the_model_as_it_is(tmp_path: Path, config: EvalConfig) -> None:
+    validate = validation(tmp_path, config, LATE, RedTracker(), clips=2)
+    first = validate(200)
+    assert set(first) == {"val_l2", "val_iou", "val_vanished"}
+    assert 0 < first["val_l2"] < validation(tmp_path, config, HOVER, RedTracker(), clips=2)(0)["val_l2"]
+    assert (tmp_path / "samples" / "validation" / "step-000200" / "00001.mp4").exists()
+
+
+def test_nothing_to_measure_is_said(tmp_path: Path, config: EvalConfig) -> None:
+    with pytest.raises(UserError, match=r"test_ood/metadata\.jsonl: does not exist"):
+        evaluate(tmp_path, config.model_copy(update={"splits": ("test_ood",)}), models(), RedTracker())
+    with pytest.raises(UserError, match="no finished evaluation"):
+        room.read_records(tmp_path)

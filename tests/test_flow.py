@@ -1,0 +1,206 @@
+"""Rectified flow: hand values, laws, and that our sampler is the stock pipeline's."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanImageToVideoPipeline
+from PIL import Image
+from tiny import wan_folder
+from torch import Tensor
+
+from posttrain.flow import frame_times, interpolate, sample, sample_time, shift_time, target
+from posttrain.models.base import ModelConfig
+from posttrain.models.wan import Wan, load
+from posttrain.sample import sample_clips
+from posttrain.types import Random
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wan_folder(tmp_path_factory.mktemp("tiny") / "wan")
+
+
+@pytest.fixture(scope="module")
+def wan(folder: Path) -> Wan:
+    return load(ModelConfig(path=str(folder)))
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: Path) -> WanImageToVideoPipeline:
+    pipe = WanImageToVideoPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def unipc() -> UniPCMultistepScheduler:
+    return UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+
+
+def test_hand_values() -> None:
+    z0, eps = torch.full((1, 1, 2, 1, 1), 2.0), torch.full((1, 1, 2, 1, 1), -6.0)
+    assert interpolate(z0, eps, torch.tensor([[0.25, 0.75]])).flatten().tolist() == [0.0, -4.0]
+    assert target(z0, eps).flatten().tolist() == [-8.0, -8.0]
+    assert shift_time(torch.tensor([0.0, 0.25, 0.5, 1.0]), 3.0).tolist() == [0.0, 0.5, 0.75, 1.0]
+    assert frame_times(torch.tensor([0.5, 0.25]), 3, clean=1).tolist() == [[0, 0.5, 0.5], [0, 0.25, 0.25]]
+
+
+def test_the_path_ends_at_data_and_noise_and_its_slope_is_the_target() -> None:
+    torch.manual_seed(0)
+    z0, eps = torch.randn(2, 3, 4, 2, 2, dtype=torch.float64), torch.randn(2, 3, 4, 2, 2, dtype=torch.float64)
+    t_BF = torch.rand(2, 4, dtype=torch.float64)
+    assert torch.equal(interpolate(z0, eps, torch.zeros(2, 4)), z0)
+    assert torch.equal(interpolate(z0, eps, torch.ones(2, 4)), eps)
+    slope = (interpolate(z0, eps, t_BF + 1e-6) - interpolate(z0, eps, t_BF - 1e-6)) / 2e-6
+    torch.testing.assert_close(slope, target(z0, eps), atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("shift", [0.3, 1.0, 3.0, 12.0])
+def test_shift_is_inverted_by_its_reciprocal_and_keeps_order(shift: float) -> None:
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    torch.testing.assert_close(shift_time(shift_time(t, shift), 1 / shift), t, atol=1e-14, rtol=0)
+    assert (shift_time(t, shift).diff() > 0).all()
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("kind", ["uniform", "logit_normal"])
+def test_times_are_distributed_as_named(kind: str, shift: float) -> None:
+    t = sample_time(Random(0, 0, range(8000)), kind, shift).double().numpy()
+    u = t / (shift - (shift - 1) * t)  # the shift undone
+    law = scipy.stats.uniform.cdf if kind == "uniform" else lambda x: scipy.stats.norm.cdf(scipy.special.logit(x))
+    assert scipy.stats.kstest(u, law).pvalue > 0.01
+
+
+def test_times_depend_on_the_sample_alone() -> None:
+    whole = sample_time(Random(7, 3, [4, 5, 6]), "logit_normal", 3.0)
+    assert torch.equal(whole[1:], sample_time(Random(7, 3, [5, 6]), "logit_normal", 3.0))
+
+
+class Constant:
+    """The same velocity everywhere: the ODE's solution is a straight line."""
+
+    def __init__(self, v: Tensor) -> None:
+        self.v = v
+
+    def velocity(self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor) -> Tensor:
+        return self.v.expand_as(z_BCFHW)
+
+
+class Linear:
+    """v = a z + b t + c text, smooth enough for finite differences."""
+
+    def __init__(self, a: Tensor) -> None:
+        self.a = a
+
+    def velocity(self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor) -> Tensor:
+        return self.a[0] * z_BCFHW + self.a[1] * t_BF[:, None, :, None, None] + self.a[2] * text_BLD.mean()
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+@pytest.mark.parametrize("kind", ["euler", "unipc"])
+def test_a_constant_velocity_is_integrated_exactly(kind: str, steps: int) -> None:
+    torch.manual_seed(0)
+    noise, v = torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4, 2, 2)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0) if kind == "euler" else unipc()
+    z0 = sample(Constant(v), scheduler, noise, torch.zeros(2, 1, 1), None, steps)
+    torch.testing.assert_close(z0, noise - v, atol=1e-5, rtol=0)
+
+
+def test_the_given_frame_stays_as_it_is_and_counts_as_clean() -> None:
+    torch.manual_seed(0)
+    noise, first = torch.randn(1, 3, 4, 2, 2), torch.randn(1, 3, 1, 2, 2)
+    z0 = sample(Linear(torch.tensor([0.5, 0.2, 0.0])), unipc(), noise, torch.zeros(1, 1, 1), first, 4)
+    assert torch.equal(z0[:, :, :1], first)
+    assert not torch.equal(z0[:, :, 1:], noise[:, :, 1:])
+
+
+def test_guidance_mixes_the_two_velocities() -> None:
+    noise, yes, no = torch.ones(1, 1, 2, 1, 1), torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), 1.0)
+    model = Linear(torch.tensor([0.0, 0.0, 1.0]))  # v is the text itself
+    z0 = sample(model, unipc(), noise, yes, None, 5, guidance=3.0, negative_text=no)
+    torch.testing.assert_close(z0, noise - (1 + 3 * (2 - 1)), atol=1e-5, rtol=0)
+
+
+def test_gradients_through_the_sampler_equal_finite_differences() -> None:
+    torch.manual_seed(0)
+    noise, first = torch.randn(1, 2, 3, 2, 2).double(), torch.randn(1, 2, 1, 2, 2).double()
+    text = torch.ones(1, 1, 1).double()
+
+    def outcome(a: Tensor) -> Tensor:
+        return sample(Linear(a), unipc(), noise, text, first, 4).square().sum()
+
+    a = torch.tensor([0.4, -0.3, 0.2], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(outcome(a), a)
+    with torch.no_grad():
+        steps = 1e-6 * torch.eye(3, dtype=torch.float64)
+        numeric = torch.stack([(outcome(a + h) - outcome(a - h)) / 2e-6 for h in steps])
+    torch.testing.assert_close(gradient, numeric, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("steps", "guidance"), [(4, 1.0), (12, 1.0), (4, 3.0), (12, 3.0)])
+def test_latents_equal_the_stock_pipeline(wan: Wan, pipe: WanImageToVideoPipeline, steps: int, guidance: float) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    noise = torch.randn(wan.latent_shape(9, 32, 48), generator=torch.Generator().manual_seed(5))[None]
+    theirs = pipe(
+        image=Image.fromarray(picture),
+        prompt="a red ball falls.",
+        negative_prompt="blurry",
+        height=32,
+        width=48,
+        num_frames=9,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        latents=noise,
+        output_type="latent",
+    ).frames
+    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None, :, None] / 127.5 - 1
+    with torch.no_grad():
+        text, negative = wan.encode_text(["a red ball falls."]), wan.encode_text(["blurry"])
+        ours = sample(wan, wan.scheduler(), noise, text, wan.encode(pixels), steps, guidance, negative)
+    assert (ours - theirs).abs().max() < 1e-4
+    assert (ours[:, :, 1:] - noise[:, :, 1:]).abs().max() > 0.1
+
+
+def test_pictures_equal_the_stock_pipeline_with_the_same_seed(wan: Wan, pipe: WanImageToVideoPipeline) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    captions = ["a red ball falls.", "a duck and a wooden box fall."]
+    ours = sample_clips(wan, pictures, captions, [3, 4], frames=9, steps=4)
+    assert ours.shape == (2, 9, 32, 32, 3)
+    for clip, picture, caption, seed in zip(ours, pictures, captions, [3, 4], strict=True):
+        theirs = pipe(
+            image=Image.fromarray(picture),
+            prompt=caption,
+            height=32,
+            width=32,
+            num_frames=9,
+            num_inference_steps=4,
+            guidance_scale=1.0,
+            generator=torch.Generator().manual_seed(seed),
+        ).frames[0]
+        assert np.abs(clip / 255 - theirs).max() < 0.5 / 255 + 1e-4  # ours is rounded to whole grey levels
+
+
+def test_gradients_reach_the_transformer_as_in_a_plain_loop(wan: Wan, pipe: WanImageToVideoPipeline) -> None:
+    """Against autograd through the stock transformer and scheduler, written out."""
+    torch.manual_seed(0)
+    noise, first = torch.randn(2, 8, 3, 4, 4), torch.randn(2, 8, 1, 4, 4)
+    text = wan.encode_text(["a red ball falls.", "a duck and a wooden box fall."])
+
+    ours = sample(wan, wan.scheduler(), noise, text, first, 3)
+    gradients = torch.autograd.grad(ours.square().mean(), list(wan.transformer.parameters()))
+
+    scheduler, z = wan.scheduler(), noise
+    scheduler.set_timesteps(3)
+    for t in scheduler.timesteps:
+        timestep = torch.cat([torch.zeros(2, 4), torch.full((2, 8), float(t))], dim=1)
+        v = pipe.transformer(torch.cat([first, z[:, :, 1:]], 2), timestep, text, return_dict=False)[0]
+        z = scheduler.step(v, t, z, return_dict=False)[0]
+    plain = torch.cat([first, z[:, :, 1:]], 2)
+    expected = torch.autograd.grad(plain.square().mean(), list(pipe.transformer.parameters()))
+
+    assert (ours - plain).abs().max() < 1e-4
+    for got, want in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5 * float(max(g.abs().max() for g in expected)))
+    assert all(g.abs().max() > 0 for g in gradients)

@@ -1,0 +1,237 @@
+"""The report: what it says, and that a browser plays it."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+import yaml
+from falling import FPS, SIZE, Oracle, RedTracker, film, rows_of, write_dataset
+from playwright.sync_api import Page, sync_playwright
+
+from posttrain import report as room
+from posttrain.evaluate import EvalConfig, evaluate
+from posttrain.files import UserError
+from posttrain.report import encode, nice_ticks, path_d, report
+
+CHROMIUM = Path("/usr/bin/chromium")
+QUIET = ("quic", "background-networking", "component-update", "sync", "gpu")
+FRAMES = 17
+EVIL = '</script><script>throw "ran"</script>'
+
+
+def oracle(split_rows: Any, value: float) -> Oracle:
+    videos = {}
+    for split in range(2):
+        for clip in range(3):
+            start = 2 + 2 * clip + split
+            videos[f"square {split}{clip} falls."] = film(split_rows(start), 4 + 5 * clip, 200 + 10 * clip)[0]
+    model = Oracle(videos)
+    torch.nn.init.constant_(model.transformer.weight, value)
+    return model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder as training and evaluation leave it; the tuned model loses the object now and then."""
+    root = tmp_path_factory.mktemp("report")
+    write_dataset(root / "data", frames=FRAMES)
+    base = oracle(lambda start: [start] * FRAMES, 1.0)
+    tuned = oracle(lambda start: [start, *rows_of(start, FRAMES - 1)], 2.0)
+    tuned.videos_NCFHW[:, :, 9:11] = -0.3
+    folder = root / "runs" / "pocket & co"
+    config = EvalConfig(clips=str(root / "data"), seeds=2)
+    models = {"base": lambda: nullcontext(base), "psft": lambda: nullcontext(tuned)}
+    evaluate(folder, config, models, RedTracker())
+    recipe = {
+        "run": EVIL,
+        "model": {"path": "pocket", "adapter": {"rank": 16}},
+        "method": {"name": "psft"},
+        "train": {"steps": 60, "batch": 8, "seed": 0},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    rows = [{"step": k + 1, "loss": 1 / (k + 1), "lr": 1e-3, "grad_norm": 0.5, "seconds": 0.5} for k in range(60)]
+    rows[29] |= {"val_l2": 0.2, "val_vanished": 0.0}
+    rows[59] |= {"val_l2": 0.1, "val_vanished": 0.0}
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if not CHROMIUM.exists():
+        pytest.fail(f"{CHROMIUM} does not exist: install it with `apt-get install chromium`")
+    arguments = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in QUIET)]
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=str(CHROMIUM), args=arguments)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser: Any, run: Path) -> Iterator[Page]:
+    """The open page; whatever it complains of, or asks the network for, fails the test."""
+    with browser.new_context(viewport={"width": 1200, "height": 800}) as context:
+        page, complaints = context.new_page(), []
+        page.on(
+            "console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None
+        )
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url[:80]}"))
+        page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else complaints.append(r.url))
+        page.goto((run / "report.html").as_uri())
+        yield page
+        assert complaints == []
+
+
+def wait(page: Page, condition: str) -> None:
+    """Until a JavaScript condition holds; playwright's own way needs `eval`, which the page forbids."""
+    for _ in range(200):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(50)
+    pytest.fail(f"never true: {condition}")
+
+
+def test_json_holds_rows_differences_and_circumstances(run: Path) -> None:
+    found = json.loads((run / "report.json").read_text())
+    assert [(row["model"], row["split"]) for row in found["rows"]] == [
+        (model, split) for split in ("unseen", "seen") for model in ("truth", "truth_vae", "frozen", "base", "psft")
+    ]
+    base, psft = found["rows"][3], found["rows"][4]
+    assert set(psft["l2"]) == {"mean", "low", "high", "n"}
+    assert psft["l2"]["low"] <= psft["l2"]["mean"] <= psft["l2"]["high"]
+    assert psft["l2"]["n"] == 3
+    assert psft["vanished"]["mean"] == pytest.approx(2 / FRAMES)
+    assert psft["released"]["l2"]["mean"] < psft["l2"]["mean"]
+    gap = found["differences"][0]
+    assert (gap["model"], gap["against"], gap["split"]) == ("psft", "base", "unseen")
+    assert gap["l2"]["mean"] == pytest.approx(psft["l2"]["mean"] - base["l2"]["mean"])
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["machine"]["cores"] >= 1
+    assert found["times"]["train"] == 30.0
+    assert set(found["times"]["evaluate"]) >= {"psft-seen", "base-unseen"}
+    assert found["recipe"]["train"]["steps"] == 60
+
+
+def test_page_is_one_small_file_without_network(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    assert len(text) < 6e6
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:)", text)
+    assert not re.findall(r"https?://", text)
+    assert EVIL not in text
+    assert text.count("<video") == 6
+
+
+def test_page_plays(page: Page) -> None:
+    """Videos run, the dots follow the tracker's paths, and pause, scrub and speed do what they say."""
+    first = page.locator("video").first
+    first.scroll_into_view_if_needed()
+    wait(page, "document.querySelector('video').currentTime > 0.2")
+    assert first.evaluate("v => [v.videoWidth, v.videoHeight]") == [3 * 2 * SIZE, 2 * SIZE]
+    assert first.evaluate("v => v.duration") == pytest.approx(FRAMES / FPS, abs=0.02)
+
+    page.click("#play")
+    assert page.inner_text("#play") == "Play"
+    assert page.evaluate("[...document.querySelectorAll('video')].every(v => v.paused)")
+
+    page.locator(".card input").first.fill("5")
+    wait(page, "!document.querySelector('video').seeking")
+    assert first.evaluate("v => v.currentTime") == pytest.approx(5.5 / FPS, abs=1e-3)
+    dots = page.locator(".card").first.locator("circle")
+    data = json.loads(page.locator("#data").text_content() or "")[0]
+    for i in range(3):
+        x, y = data["paths"][i][5]
+        assert float(dots.nth(i).get_attribute("cx") or 0) == pytest.approx(x + i * SIZE)
+        assert float(dots.nth(i).get_attribute("cy") or 0) == pytest.approx(y)
+    page.locator(".card input").first.fill("9")
+    wait(page, "document.querySelectorAll('.card circle')[2].style.display === 'none'")
+    assert dots.nth(0).is_visible()
+
+    page.click(".speeds button[value='0.5']")
+    page.locator(".stage").first.click()
+    wait(page, "!document.querySelector('video').paused")
+    assert first.evaluate("v => v.playbackRate") == 0.5
+    assert page.evaluate("[...document.querySelectorAll('video')].slice(1).every(v => v.paused)")
+    page.uncheck("#trace")
+    assert not dots.nth(0).is_visible()
+
+
+def test_page_says_what_was_measured(page: Page, run: Path) -> None:
+    found = json.loads((run / "report.json").read_text())
+    assert page.inner_text("h1") == "pocket & co"
+    assert "60 steps of 8 clips, seed 0" in page.inner_text(".lead")
+    assert "3 unseen and 3 seen clips, 2 samples each, 12 sampling steps" in page.inner_text(".lead")
+    assert page.locator(".headline b").first.inner_text() == f"{found['rows'][4]['l2']['mean']:.3f}"
+    rows = [row.inner_text().split() for row in page.locator("tr:not(.split)").all()][1:]
+    for cells, row in zip(rows, found["rows"], strict=True):
+        assert cells[0] == row["model"]
+        assert cells[1] == f"{row['l2']['mean']:.3f}"
+    assert page.locator("tr.reference").count() == 6
+    assert page.locator("#curves figcaption").all_inner_texts()[:3] == [
+        "Training loss",
+        "Validation: L2",
+        "Validation: vanished",
+    ]
+    assert EVIL in page.inner_text("pre")
+
+
+@pytest.mark.parametrize("width", [360, 768, 1600])
+def test_page_fits_the_screen(page: Page, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    boxes = [card.bounding_box() for card in page.locator(".card").all()]
+    assert all(box is not None and box["width"] >= min(width - 32, 320) for box in boxes)
+
+
+def test_video_keeps_its_colours() -> None:
+    """Encoded and decoded again, a small moving square keeps its place and colour."""
+    video = film(rows_of(2, FRAMES), 8, 220)[0].repeat(2, 1).repeat(2, 2)
+    with av.open(BytesIO(encode(video, 16, 16))) as container:
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        assert container.streams.video[0].pix_fmt == "yuv420p"
+    assert frames.shape == video.shape
+    assert np.abs(frames.astype(int) - video).mean() < 2
+
+
+def test_lines_break_where_there_is_nothing() -> None:
+    assert path_d([(0, 1), (2, 3), None, (4, 5), (6, 7)], 0) == "M0 1L2 3M4 5L6 7"
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 600), (0.11, 0.37), (-2, 3), (0, 3e-5)])
+def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
+    ticks = nice_ticks(low, high)
+    assert 2 <= len(ticks) <= 6
+    assert low - 1e-12 <= ticks[0] < ticks[-1] <= high + 1e-12
+    assert all(len(f"{tick:g}") <= 6 for tick in ticks)
+
+
+def test_a_missing_sample_is_named(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    gone = tmp_path / "run" / "samples" / "psft" / "test_unseen" / "00001-s0.mp4"
+    gone.unlink()
+    with pytest.raises(UserError, match=re.escape(str(gone))):
+        report(tmp_path / "run")
+
+
+def test_a_run_without_training_has_a_report(run: Path, tmp_path: Path) -> None:
+    """Evaluation alone, of the references and the base: no curves, no headline, but the table and the players."""
+    shutil.copytree(run, tmp_path / "run")
+    for path in (tmp_path / "run").glob("evaluation/psft-*"):
+        path.unlink()
+    (tmp_path / "run" / "log.jsonl").unlink()
+    (tmp_path / "run" / "recipe.yaml").unlink()
+    text = report(tmp_path / "run")[1].read_text()
+    assert 'class="headline"' not in text
+    assert 'id="curves"' not in text
+    assert text.count("<video") == 6
+    assert room.duration(3723) == "1 h 2 min"

@@ -1,0 +1,303 @@
+"""A run: the same numbers whether it is cut off or not, whole batch or micro-batches, and clear ends."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from posttrain.files import UserError
+from posttrain.run import Run, TrainConfig, sample_order
+from posttrain.types import Batch
+
+
+class Points:
+    """Thirteen points; the one named 'bad' can be made infinite."""
+
+    def __init__(self, bad: float = 0.0) -> None:
+        self.ids = [f"p{i}" for i in range(12)] + ["bad"]
+        self.video = torch.randn(13, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+        self.video[12] += bad
+        self.key = f"points {bad}"
+
+    def __len__(self) -> int:
+        return 13
+
+    def load(self, indices: Any) -> Batch:
+        return Batch(ids=tuple(self.ids[i] for i in indices), video_BCFHW=self.video[list(indices)])
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Dropout(0.1), nn.Linear(8, 4))
+    net[0].bias.requires_grad_(False)
+    return net
+
+
+def config(**changes: Any) -> TrainConfig:
+    values = {"steps": 8, "batch": 4, "lr": 1e-2, "schedule": "cosine", "warmup": 2, "ema": 0.9, "checkpoint_every": 3}
+    return TrainConfig(**{**values, **changes})
+
+
+def train(run: Run, pause: float = 0.0) -> dict[str, torch.Tensor]:
+    for batch in run.batches():
+        x = batch.video_BCFHW
+        assert x is not None
+        noise = run.random.normal(*x.shape[1:])
+        run.step((run.module(x + noise) - x).square().mean(), noise=noise.mean())
+        time.sleep(pause)
+    return {k: v.clone() for k, v in run.finish().state_dict().items()}
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_an_epoch_is_a_permutation_and_epochs_differ():
+    first, second = sample_order(3, 13, range(13)), sample_order(3, 13, range(13, 26))
+    assert sorted(first) == sorted(second) == list(range(13))
+    assert first != second
+    assert sample_order(3, 13, range(10, 16)) == first[10:] + second[:3]
+    assert sample_order(4, 13, range(13)) != first
+
+
+def test_the_log_has_a_row_per_step_and_the_schedule(tmp_path):
+    train(Run(tmp_path, network(), Points(), config(clip=0.1)))
+    rows = log(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [round(row["lr"], 6) for row in rows[:3]] == [0.0, 0.005, 0.01]  # warm-up, then the top of the cosine
+    assert rows[-1]["lr"] < rows[3]["lr"]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert {"loss", "noise", "grad_norm"} <= rows[0].keys()
+
+
+def test_frozen_parameters_stay_and_are_not_stored(tmp_path):
+    net = network()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    after = train(Run(tmp_path, net, Points(), config()))
+    assert torch.equal(before["0.bias"], after["0.bias"])
+    assert not torch.equal(before["0.weight"], after["0.weight"])
+    from safetensors.torch import load_file
+
+    stored = load_file(tmp_path / "checkpoints" / "step-000008" / "weights.safetensors")
+    assert sorted(stored) == ["0.weight", "3.bias", "3.weight"]
+
+
+def test_accumulated_micro_batches_give_the_whole_batchs_gradient(tmp_path):
+    plain = network()
+    plain[2].p = 0.0
+    split = network()
+    split[2].p = 0.0
+    whole = train(Run(tmp_path / "whole", plain, Points(), config(ema=0.0)))
+    parts = train(Run(tmp_path / "parts", split, Points(), config(ema=0.0, accumulate=4)))
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=0, atol=1e-6)
+    for a, b in zip(log(tmp_path / "whole"), log(tmp_path / "parts"), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_the_average_is_the_one_that_is_written_down(tmp_path):
+    run = Run(tmp_path, network(), Points(), config(steps=5, schedule="constant"))
+    weight, average = run.module[3].weight, None
+    for step, batch in enumerate(run.batches()):
+        run.step(run.module(batch.video_BCFHW).square().mean())
+        decay = 0.0 if step == 0 else min((1 + step) / (10 + step), 0.9)
+        average = weight.detach().clone() if average is None else average + (1 - decay) * (weight - average).detach()
+        own = weight.detach().clone()
+        with run.weights():
+            torch.testing.assert_close(weight, average)
+        assert torch.equal(weight, own)
+    run.finish()
+    torch.testing.assert_close(weight, average)
+
+
+def test_bf16_computes_in_bf16_and_keeps_float_weights(tmp_path):
+    run = Run(tmp_path, network(), Points(), config(steps=2, precision="bf16"))
+    for batch in run.batches():
+        assert run.module[0](batch.video_BCFHW).dtype == torch.bfloat16
+        loss = run.module(batch.video_BCFHW).square().mean()
+        assert loss.dtype == torch.float32
+        run.step(loss)
+    net = run.finish()
+    assert net[0].weight.dtype == torch.float32
+    assert net(Points().video[:1]).dtype == torch.float32  # nothing of the precision is left in it
+
+
+def test_validation_joins_the_log_and_sees_the_average(tmp_path):
+    seen = []
+
+    def validate(step: int) -> dict[str, float]:
+        seen.append((step, run.module[3].weight.detach().clone()))
+        torch.manual_seed(1)  # must not disturb the training
+        return {"score": float(step)}
+
+    run = Run(tmp_path / "a", network(), Points(), config(), validate, validate_every=3)
+    after = train(run)
+    assert [row.get("score") for row in log(tmp_path / "a")] == [None, None, 3, None, None, 6, None, 8]
+    assert torch.equal(seen[-1][1], after["3.weight"])
+    assert_same(after, train(Run(tmp_path / "b", network(), Points(), config())))
+
+
+def test_block_checkpointing_reaches_the_module_and_changes_nothing(tmp_path):
+    from diffusers import WanTransformer3DModel
+
+    def wan() -> nn.Module:
+        torch.manual_seed(0)
+        return WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=12, in_channels=3, out_channels=3, text_dim=8, freq_dim=16,
+            ffn_dim=16, num_layers=2,
+        )  # fmt: skip
+
+    ends = []
+    for name, on in (("plain", False), ("recomputed", True)):
+        run = Run(tmp_path / name, wan(), Points(), config(steps=2, block_checkpointing=on))
+        assert run.module.is_gradient_checkpointing is on
+        for batch in run.batches():
+            out = run.module(batch.video_BCFHW, torch.full((4,), 500.0), torch.zeros(4, 3, 8), return_dict=False)[0]
+            run.step((out - batch.video_BCFHW).square().mean())
+        ends.append(run.finish().state_dict())
+    assert_same(*ends)
+
+
+def child(folder: Path, pause: float) -> None:
+    """A whole run in a process of its own; what it says goes to a file."""
+    os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    weights = train(Run(folder, network(), Points(), config(steps=40, accumulate=2, checkpoint_every=2)), pause)
+    torch.save(weights, folder / "end.pt")
+
+
+@pytest.fixture(scope="module")
+def start() -> Callable[..., Any]:
+    """Starts a run in a new process, forked from one that has imported what a run needs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["accelerate", "diffusers.optimization", "diffusers.training_utils", __name__])
+
+    def launch(folder: Path, pause: float = 0.0) -> Any:
+        folder.mkdir(exist_ok=True)
+        process = context.Process(target=child, args=(folder, pause))
+        process.start()
+        return process
+
+    return launch
+
+
+def steps_in(folder: Path) -> int:
+    path = folder / "log.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_for_steps(process: Any, folder: Path, steps: int) -> None:
+    while steps_in(folder) < steps:
+        assert process.is_alive()
+        time.sleep(0.001)
+
+
+def test_killed_at_any_moment_it_ends_the_same(tmp_path, start):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    undisturbed = start(whole)
+    moments = random.Random(0)
+    kills = 0
+    while steps_in(cut) < 36:
+        process = start(cut)
+        wait_for_steps(process, cut, steps_in(cut) + 4)
+        time.sleep(moments.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+    assert kills >= 3
+    last = start(cut)
+    last.join()
+    undisturbed.join()
+    assert undisturbed.exitcode == last.exitcode == 0
+    assert "continues from step" in (cut / "stderr").read_text()
+    assert_same(torch.load(whole / "end.pt"), torch.load(cut / "end.pt"))
+    assert log(whole) == log(cut)
+    assert sorted(p.name for p in (cut / "checkpoints").iterdir()) == ["step-000038", "step-000040"]  # no remnants
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_leaves(tmp_path, start, number):
+    process = start(tmp_path, pause=0.02)
+    wait_for_steps(process, tmp_path, 5)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 128 + number
+    steps = steps_in(tmp_path)
+    said = (tmp_path / "stderr").read_text()
+    assert said == f"{number.name}: saved step {steps} of 40; start again to continue\n"
+    assert (tmp_path / "checkpoints" / f"step-{steps:06d}").is_dir()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys):
+    whole = train(Run(tmp_path / "whole", network(), Points(), config()))
+    train(Run(tmp_path / "cut", network(), Points(), config()))
+    kept = sorted((tmp_path / "cut" / "checkpoints").iterdir())
+    assert [path.name for path in kept] == ["step-000006", "step-000008"]  # the last two
+    with open(kept[-1] / "state.pt", "rb+") as stream:
+        stream.truncate(100)
+    run = Run(tmp_path / "cut", network(), Points(), config())
+    assert "step-000008: is damaged" in capsys.readouterr().err
+    assert run.steps == 6
+    assert_same(whole, train(run))
+    assert log(tmp_path / "whole") == log(tmp_path / "cut")
+
+
+def test_a_finished_run_started_again_gives_its_weights(tmp_path):
+    assert_same(
+        train(Run(tmp_path, network(), Points(), config())), train(Run(tmp_path, network(), Points(), config()))
+    )
+
+
+def test_other_settings_or_clips_do_not_continue_a_run(tmp_path):
+    train(Run(tmp_path, network(), Points(), config()))
+    with pytest.raises(UserError, match=r"step-000008: was made with another train\.lr"):
+        Run(tmp_path, network(), Points(), config(lr=2e-2))
+    other = Points()
+    other.key = "other points"
+    with pytest.raises(UserError, match="another data;"):
+        Run(tmp_path, network(), other, config())
+    start = network()
+    start[0].bias.data += 1  # frozen, so in no checkpoint
+    with pytest.raises(UserError, match="another model;"):
+        Run(tmp_path, start, Points(), config())
+    assert len(log(tmp_path)) == 8  # and nothing was lost
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])  # 1e30: a finite loss can have an infinite gradient
+def test_not_a_number_names_the_clips_and_keeps_the_last_checkpoint(tmp_path, bad):
+    run = Run(tmp_path, network(), Points(bad), config(batch=1, steps=13, checkpoint_every=1, schedule="constant"))
+    step = sample_order(0, 13, range(13)).index(12)
+    assert step > 0
+    kept = rf"{tmp_path}/checkpoints/step-{step:06d}"
+    with pytest.raises(UserError, match=rf"is (nan|inf) at step {step + 1}, clips bad; the last good .* {kept};"):
+        train(run)
+    assert len(log(tmp_path)) == step
+    assert Run(tmp_path, network(), Points(bad), config(batch=1, steps=13, schedule="constant")).steps == step
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"train\.batch: 4 does not divide into 3"):
+        Run(tmp_path, network(), Points(), config(accumulate=3))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/run: cannot be written \(a folder on the way is a file\)"):
+        Run(tmp_path / "file" / "run", network(), Points(), config())

@@ -1,0 +1,162 @@
+"""Drop scenes keep what the paper promises, and the motion corpus holds nothing that falls."""
+
+from collections import Counter
+from functools import cache
+
+import numpy as np
+import pytest
+
+from posttrain.files import UserError
+from sim import assets, drop, motion
+from sim.physics import analytic, bullet
+from sim.scene import Scene, Trajectory
+
+POCKET = {
+    "width": 64,
+    "height": 64,
+    "frames": 33,
+    "dropped": (1, 2),
+    "pile": (0, 1),
+    "size": (0.2, 0.4),
+    "region": (1.0, 1.0),
+    "camera_step": (0.0, 0.1),
+    "target_pixels": (6, 20),
+}
+OBJECTS = assets.split(assets.object_ids())[0]
+BACKGROUNDS = assets.split(assets.background_ids())[0]
+
+
+def film(module, config, index: int) -> tuple[Scene, Trajectory]:
+    return module.make(np.random.default_rng([7, index]), config, OBJECTS, BACKGROUNDS, index)
+
+
+@cache
+def drops() -> list[tuple[Scene, Trajectory]]:
+    return [film(drop, drop.Config(**POCKET), i) for i in range(16)]
+
+
+@cache
+def motions() -> list[tuple[Scene, Trajectory]]:
+    return [film(motion, motion.Config(**POCKET), i) for i in range(12)]
+
+
+def test_at_time_0_nothing_interpenetrates():
+    for scene, _ in drops():
+        assert bullet.clearance(scene) >= drop.TOUCH
+
+
+def test_drop_heights_are_the_air_below_the_lowest_point():
+    seen = 0
+    for scene, trajectory in drops():
+        if any(body.role == "pile" for body in scene.bodies):
+            continue
+        for i, body in enumerate(scene.bodies):
+            low = float((drop.outline(body) + body.position)[:, 2].min())
+            assert 0.5 <= low <= 1.5
+            touch = next(c for c in trajectory.contacts if i in (c.a, c.b))
+            if touch.b == -1:  # the floor, not the other one in the air
+                assert touch.time == pytest.approx(analytic.fall_time(low), abs=1 / bullet.RATE)
+                seen += 1
+    assert seen >= 3
+
+
+def test_what_is_dropped_hangs_above_its_pile():
+    scenes = [scene for scene, _ in drops() if any(body.role == "pile" for body in scene.bodies)]
+    assert len(scenes) >= 3
+    for scene in scenes:
+        tops = [float((drop.outline(body) + body.position)[:, 2].max()) for body in scene.bodies if body.role == "pile"]
+        lows = [float((drop.outline(body) + body.position)[:, 2].min()) for body in scene.bodies if body.role != "pile"]
+        assert max(lows) >= 0.5 + min(tops)
+
+
+def test_piles_rest_until_something_lands_on_them():
+    for scene, trajectory in drops():
+        dropped = {i for i, body in enumerate(scene.bodies) if body.role == "dropped"}
+        landing = min(c.time for c in trajectory.contacts if {c.a, c.b} & dropped)
+        waiting_TN3 = trajectory.positions_TN3[: int(landing * scene.fps) + 1, len(dropped) :]
+        assert np.linalg.norm(waiting_TN3 - waiting_TN3[:1], axis=-1).max(initial=0.0) <= 2e-3
+
+
+def test_energy_of_whole_scenes_never_rises():
+    assert max(bullet.energy_gain(trajectory) for _, trajectory in drops()) <= 0.01
+
+
+@pytest.mark.parametrize("corpus", [drops, motions])
+def test_everything_is_in_the_picture_and_the_target_stays_there(corpus):
+    for scene, trajectory in corpus():
+        start = [drop.outline(body) + body.position for body in scene.bodies]
+        path = drop.paths(scene, trajectory, scene.target)
+        pixels = drop.project(scene.camera, np.concatenate([*start, path.reshape(-1, 3)]))
+        assert (pixels > 0).all()
+        assert (pixels < 64).all()
+        box = np.ptp(drop.project(scene.camera, start[scene.target]), axis=0)
+        assert 6 <= np.sqrt(box.prod()) <= 20
+        assert 0.4 <= scene.camera.position[2] <= 0.6
+        assert scene.background.wall_y > trajectory.positions_TN3[..., 1].max()
+
+
+def test_numbers_of_objects_reach_both_ends():
+    dropped = Counter(sum(body.role == "dropped" for body in scene.bodies) for scene, _ in drops())
+    piled = Counter(sum(body.role == "pile" for body in scene.bodies) for scene, _ in drops())
+    assert set(dropped) == {1, 2}
+    assert {0, 1} <= set(piled) <= {0, 1, 2}
+
+
+def test_the_paper_s_own_scene_can_be_made():
+    scene, trajectory = film(drop, drop.Config(), 2)
+    assert 1 <= sum(body.role == "dropped" for body in scene.bodies) <= 6
+    assert trajectory.positions_TN3.shape == (32, len(scene.bodies), 3)
+    assert bullet.clearance(scene) >= drop.TOUCH
+    assert (scene.camera.width, scene.camera.height) == (256, 256)
+
+
+def test_ranges_that_leave_no_room_are_refused():
+    config = drop.Config(**POCKET | {"dropped": (1, 1), "pile": (0, 0), "target_pixels": (60, 64)})
+    with pytest.raises(UserError, match="target_pixels"):
+        drop.make(np.random.default_rng(0), config, OBJECTS[:2], BACKGROUNDS[:2], 0)
+
+
+def test_a_scene_is_a_function_of_its_generator():
+    (first, path), (second, again) = film(drop, drop.Config(**POCKET), 5), drops()[5]
+    assert first == second
+    np.testing.assert_array_equal(path.positions_TN3, again.positions_TN3)
+
+
+def test_captions_name_what_falls():
+    assert drop.sentence(["red ball"]) == "a red ball falls."
+    assert drop.sentence(["duck", "orange box"]) == "a duck and an orange box fall."
+    assert drop.sentence(["duck", "mug", "egg"]) == "a duck, a mug and an egg fall."
+
+
+def test_motions_are_balanced_and_told():
+    assert Counter(motion.label(scene) for scene, _ in motions()) == dict.fromkeys(motion.KINDS, 2)
+    verbs = ("hovers", "drifts", "spins", "circles", "slides", "rolls")
+    words = dict(zip(motion.KINDS, verbs, strict=True))
+    for scene, trajectory in motions():
+        assert words[motion.label(scene)] in scene.caption
+        assert "fall" not in scene.caption
+        assert trajectory.contacts == ()
+
+
+def test_nothing_falls_in_the_motion_corpus():
+    for scene, trajectory in motions():
+        for i in range(len(scene.bodies)):
+            height = trajectory.positions_TN3[:, i, 2]
+            assert drop.paths(scene, trajectory, i)[..., 2].min() > -2e-3
+            if motion.label(scene) in motion.AIR or i != scene.target:
+                acceleration = np.diff(height, 2) * scene.fps**2
+                assert np.abs(acceleration).max() < 3.0
+
+
+def test_motions_start_where_the_scene_says_and_move_smoothly():
+    moved = []
+    for scene, trajectory in motions():
+        for i, body in enumerate(scene.bodies):
+            np.testing.assert_allclose(trajectory.positions_TN3[0, i], body.position, atol=1e-6)
+            same = abs(np.dot(trajectory.quaternions_TN4[0, i], body.orientation))
+            assert same == pytest.approx(1, abs=1e-6)
+            if body.role == "pile":
+                assert (trajectory.positions_TN3[:, i] == trajectory.positions_TN3[0, i]).all()
+        np.testing.assert_allclose(np.linalg.norm(trajectory.quaternions_TN4, axis=-1), 1, atol=1e-9)
+        moved.append(np.linalg.norm(np.ptp(trajectory.positions_TN3[:, 0], axis=0)))
+    assert 0.1 < np.mean(moved) < 0.6

@@ -1,0 +1,217 @@
+"""The whole command: every stage once, again without work, cut off, and refused."""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from falling import write_dataset
+from tiny import wan_folder
+
+from posttrain import cli, files
+
+RECIPE: dict[str, Any] = {
+    "run": "try",
+    "model": {"path": "wan", "adapter": {"rank": 2, "alpha": 4}},
+    "data": {"clips": "drops"},
+    "method": {"name": "psft", "shift": 2.0},
+    "train": {"steps": 12, "batch": 2, "lr": 0.01, "schedule": "cosine", "ema": 0.9, "checkpoint_every": 2},
+    "eval": {"clips": "drops", "seeds": 1, "every": 6, "sampler": {"steps": 2}},
+    "export": ["diffusers"],
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, a few clips and a recipe."""
+    path = tmp_path_factory.mktemp("home")
+    wan_folder(path / "wan")
+    write_dataset(path / "drops", ["train", "test_seen", "test_unseen"], clips=3, frames=5)
+    (path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    return path
+
+
+def command(home: Path, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `posttrain ARGUMENTS`, called in this process."""
+    with contextlib.chdir(home), contextlib.redirect_stdout(io.StringIO()) as out:
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            code = cli.main(arguments)
+    return code, out.getvalue(), err.getvalue()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(home: Path, *arguments: str) -> str:
+    """The one line with which a command is refused."""
+    code, _, said = command(home, *arguments)
+    assert code == 1
+    assert said.count("\n") == 1
+    return said
+
+
+@pytest.fixture(scope="module")
+def finished(home: Path) -> Path:
+    """The folder of a run of all stages."""
+    code, _, said = command(home, "run", "recipe.yaml")
+    assert code == 0, said
+    return home / "runs" / "try"
+
+
+def test_a_run_leaves_what_the_recipe_lists(finished):
+    for name in ("recipe.yaml", "log.jsonl", "adapter/pytorch_lora_weights.safetensors", "report.json", "report.html"):
+        assert (finished / name).stat().st_size > 0, name
+    rows = files.read_jsonl(finished / "log.jsonl")
+    assert [row["step"] for row in rows if "val_l2" in row] == [6, 12]
+    measured = {(row["model"], row["split"]) for row in files.read_json(finished / "report.json")["rows"]}
+    models = ("truth", "truth_vae", "frozen", "base", "psft")
+    assert measured == {(model, split) for model in models for split in ("seen", "unseen")}
+
+
+def test_again_it_says_what_it_reuses_and_changes_no_weight(home, finished):
+    before = {k: v for k, v in contents(finished).items() if not k.startswith("report")}
+    code, out, said = command(home, "run", "recipe.yaml")
+    assert code == 0
+    assert "latents: 3 of 3 are in runs/cache/latents" in out
+    assert "training: runs/try/adapter is complete" in said
+    assert "psft on unseen clips: reused from" in said
+    assert before == {k: v for k, v in contents(finished).items() if not k.startswith("report")}
+
+
+def test_a_finished_run_needs_no_checkpoints(home, finished):
+    shutil.copytree(finished, home / "runs" / "bare")
+    shutil.rmtree(home / "runs" / "bare" / "checkpoints")
+    code, _, said = command(home, "train", "bare")
+    assert code == 0
+    assert "training: runs/bare/adapter is complete" in said
+    assert contents(home / "runs" / "bare" / "adapter") == contents(finished / "adapter")
+
+
+def test_another_recipe_in_the_same_folder_is_refused(home, finished):
+    said = refused(home, "run", "recipe.yaml", "train.lr=0.02", "model.adapter.rank=4")
+    assert said.startswith("runs/try/recipe.yaml: differs from recipe.yaml in model.adapter.rank (2, now 4), train.lr ")
+    assert "choose another run=... or delete runs/try" in said
+    assert command(home, "train", "recipe.yaml", "train.checkpoint_every=5", "eval.seeds=2")[0] == 0
+    assert command(home, "train", "recipe.yaml")[0] == 0  # and the folder keeps the last word
+
+
+def test_other_clips_under_a_finished_run_are_refused(home, finished):
+    metadata = home / "drops" / "train" / "metadata.jsonl"
+    before = metadata.read_text()
+    metadata.write_text(before.replace("square 01 falls.", "a square falls."))
+    try:
+        code, _, said = command(home, "train", "try")
+        assert code == 1
+        assert said.splitlines()[-1].startswith("runs/try/checkpoints/step-000012: was made with another data;")
+        code, _, said = command(home, "train", "bare")
+        assert code == 1
+        assert said.splitlines()[-1].startswith("runs/bare/adapter: came of another data;")
+    finally:
+        metadata.write_text(before)
+
+
+def test_what_is_missing_is_named(home, finished):
+    assert refused(home, "eval", "nothing") == "nothing: does not exist, name a recipe\n"
+    assert refused(home, "eval", "recipe.yaml", "run=new") == (
+        "runs/new/adapter: is missing or incomplete; finish `posttrain train` first\n"
+    )
+    assert "runs/new2/evaluation: has no finished evaluation" in refused(home, "report", "recipe.yaml", "run=new2")
+    assert "nowhere/wan does not exist" in refused(home, "run", "recipe.yaml", "run=new3", "model.path=./nowhere/wan")
+    assert "none/train/metadata.jsonl: does not exist" in refused(home, "run", "recipe.yaml", "data.clips=none", "run=n4")
+
+
+def test_test_clips_of_another_kind_are_refused_before_training(home):
+    write_dataset(home / "longer", ["test_seen", "test_unseen"], clips=1, frames=9)
+    said = refused(home, "run", "recipe.yaml", "run=kinds", "eval.clips=longer")
+    assert said.startswith("longer/test_seen/metadata.jsonl: frames is 9, but 5 in drops/train; clips are not retimed")
+    assert not (home / "runs" / "kinds" / "checkpoints").exists()
+
+
+def test_clips_that_do_not_fit_the_model_are_refused(home):
+    write_dataset(home / "six", ["train"], clips=1, frames=6)
+    said = refused(home, "run", "recipe.yaml", "run=six", "data.clips=six", "eval=null")
+    assert said.startswith("data.clips: 6 frames of 32 x 32 do not fit the model; make clips of 4k + 1 frames")
+
+
+def test_a_torn_clip_stops_before_training(home):
+    write_dataset(home / "torn", ["train"], clips=2, frames=5)
+    os.truncate(home / "torn" / "train" / "00001.mp4", 300)
+    code, _, said = command(home, "run", "recipe.yaml", "run=torn", "data.clips=torn", "eval=null")
+    assert code == 1
+    assert said.splitlines()[-1] == "torn/train/00001.mp4: is torn or no video; delete it and make it again"
+
+
+def test_clips_that_cannot_be_made_are_said(home):
+    said = refused(home, "run", "recipe.yaml", "run=made", "data.make=nowhere.yaml")
+    assert said == "nowhere.yaml: its clips could not be made (the line above says why)\n"
+
+
+def test_an_unwritable_run_folder_is_named(home):
+    (home / "file").write_text("")
+    assert refused(home, "run", "recipe.yaml", "run=../file/x") == (
+        "runs/../file/x/recipe.yaml: cannot be written (a folder on the way is a file); choose another\n"
+    )
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(tmp_path)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_the_run_continues_to_the_same_end(home, finished, small_disk):
+    arguments = ("train", "recipe.yaml", f"run={small_disk}/run", "eval=null")
+    code, _, said = command(home, *arguments)
+    assert code == 1
+    assert said.splitlines()[-1].startswith(f"{small_disk}/run/")
+    assert said.splitlines()[-1].endswith("the disk is full; free some space and start again, nothing is lost")
+    assert len(list((small_disk / "run" / "checkpoints").glob("step-*"))) == 2
+    subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
+    code, _, said = command(home, *arguments)
+    assert code == 0
+    assert "continues from step" in said
+    assert contents(small_disk / "run" / "adapter") == {
+        k: v for k, v in contents(finished / "adapter").items() if k != "README.md"
+    }
+
+
+def child(home: Path, run: str) -> None:
+    os.chdir(home)
+    os.dup2(os.open(f"{run}.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    raise SystemExit(cli.main(["train", "recipe.yaml", f"run={run}"]))
+
+
+def test_killed_and_started_again_the_adapter_is_the_same_to_the_bit(home, finished):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["accelerate", "diffusers", "transformers", "peft", __name__])
+    log, moments, kills = home / "runs" / "killed" / "log.jsonl", random.Random(0), 0
+    while True:
+        process = context.Process(target=child, args=(home, "killed"))
+        process.start()
+        reached = log.read_text().count("\n") if log.exists() else 0
+        while process.is_alive() and (not log.exists() or log.read_text().count("\n") < reached + 3):
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+    assert kills >= 2
+    expected = {k: v for k, v in contents(finished / "adapter").items() if k != "README.md"}
+    assert contents(home / "runs" / "killed" / "adapter") == expected

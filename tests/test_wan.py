@@ -1,0 +1,220 @@
+"""The Wan adapter: equal to the stock parts, and clear about folders that are not whole."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+from tiny import wan_folder
+from torch import Tensor
+
+from posttrain.files import UserError
+from posttrain.models.base import AdapterConfig, ModelConfig
+from posttrain.models.wan import Wan, load
+from posttrain.pocket import folder as embedded
+
+CAPTIONS = ["a red ball falls.", "  A  duck &amp; a wooden box\nfall. ", "", "ball " * 600]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wan_folder(tmp_path_factory.mktemp("tiny") / "wan")
+
+
+@pytest.fixture(scope="module")
+def wan(folder: Path) -> Wan:
+    return load(ModelConfig(path=str(folder)))
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "wan"))
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_text_equals_the_stock_pipeline(wan: Wan, folder: Path) -> None:
+    """Cleaned the same way, 512 tokens, zero after the last one; one caption is empty and one too long."""
+    text_BLD = wan.encode_text(CAPTIONS)
+    stock, _ = WanImageToVideoPipeline.from_pretrained(folder).encode_prompt(CAPTIONS, max_sequence_length=512)
+    assert text_BLD.shape == (4, 512, 64)
+    torch.testing.assert_close(text_BLD, stock, atol=2e-5, rtol=0)
+    assert (text_BLD != 0).any(-1).sum(1).tolist()[2:] == [1, 512]
+
+
+def test_known_words_are_one_token_and_others_are_spelt(wan: Wan) -> None:
+    assert wan.tokenizer.tokenize("a red ball falls.") == ["▁a", "▁red", "▁ball", "▁falls", "."]
+    assert wan.tokenizer.unk_token not in wan.tokenizer.tokenize("Xylophone #7 zaps!")
+
+
+def test_the_first_latent_is_that_of_the_first_picture_alone(wan: Wan) -> None:
+    video = torch.rand(1, 3, 9, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    z = wan.encode(video)
+    assert z.shape[1:] == wan.latent_shape(9, 32, 32) == (8, 3, 4, 4)
+    torch.testing.assert_close(z[:, :, :1], wan.encode(video[:, :, :1]), atol=1e-5, rtol=0)
+
+
+def test_latents_are_normalised_and_decode_undoes_it(wan: Wan) -> None:
+    video = torch.rand(1, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (wan.vae.config.latents_mean, wan.vae.config.latents_std))
+    raw = wan.vae.encode(video).latent_dist.mode()
+    torch.testing.assert_close(wan.encode(video), (raw - mean) / std)
+    torch.testing.assert_close(wan.decode(wan.encode(video)), wan.vae.decode(raw).sample, atol=1e-5, rtol=0)
+
+
+def test_decode_carries_gradients(wan: Wan) -> None:
+    z = torch.zeros(1, 8, 2, 4, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(wan.decode(z).sum(), z)
+    assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("size", [(10, 32, 32), (9, 40, 32), (9, 32, 24)])
+def test_sizes_that_do_not_fit_are_refused(wan: Wan, size: tuple[int, int, int]) -> None:
+    with pytest.raises(UserError, match=r"4k \+ 1 frames with sides in multiples of 16 x 16"):
+        wan.latent_shape(*size)
+
+
+def test_each_frame_has_its_own_time(wan: Wan, folder: Path) -> None:
+    """Tokens are frame-major: 2 x 3 cells per frame get 1000 t of that frame."""
+    torch.manual_seed(0)
+    z, text = torch.randn(2, 8, 3, 4, 6), wan.encode_text(CAPTIONS[:2])
+    t_BF = torch.tensor([[0.0, 0.5, 0.5], [0.0, 0.25, 0.75]])
+    stock = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+    tokens = torch.stack([torch.tensor(row).mul(1000).repeat_interleave(6) for row in t_BF.tolist()])
+    torch.testing.assert_close(wan.velocity(z, t_BF, text), stock(z, tokens, text).sample, atol=1e-5, rtol=0)
+    swapped = wan.velocity(z, t_BF[:, [0, 2, 1]], text)
+    assert torch.allclose(swapped[0], wan.velocity(z, t_BF, text)[0], atol=1e-6)
+    assert not torch.allclose(swapped[1], wan.velocity(z, t_BF, text)[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("captions", [CAPTIONS[:2], CAPTIONS[:1], CAPTIONS])
+def test_folded_padding_equals_the_stock_attention(folder: Path, captions: list[str], checkpointing: bool) -> None:
+    """Values and all gradients, with captions of different lengths in one batch, two forward passes per backward."""
+    wan = load(ModelConfig(path=str(folder)))
+    stock = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+    text, count = wan.encode_text(captions), len(captions)
+    if checkpointing:
+        wan.transformer.enable_gradient_checkpointing()
+    torch.manual_seed(0)
+    z, t = torch.randn(count, 8, 3, 4, 4), torch.full((count, 12), 500.0)
+
+    def both(transformer: torch.nn.Module) -> tuple[Tensor, tuple[Tensor, ...]]:
+        v = transformer(z, t, text, return_dict=False)[0]
+        v = v + transformer(v, t, text.flip(0), return_dict=False)[0]
+        return v.detach(), torch.autograd.grad(v.square().mean(), list(transformer.parameters()))
+
+    (v, gradients), (v_stock, gradients_stock) = both(wan.transformer), both(stock)
+    torch.testing.assert_close(v, v_stock, atol=1e-5, rtol=1e-5)
+    for got, want in zip(gradients, gradients_stock, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def test_latents_stay_float32_under_bfloat16(wan: Wan) -> None:
+    z, text = torch.randn(1, 8, 2, 4, 4), wan.encode_text(CAPTIONS[:1])
+    t_BF = torch.tensor([[0.0, 0.5]])
+    with torch.autocast("cpu", torch.bfloat16):
+        v = wan.velocity(z, t_BF, text)
+    assert v.dtype == torch.float32
+    exact = wan.velocity(z, t_BF, text)
+    assert 0 < (v - exact).norm() / exact.norm() < 0.05
+
+
+def test_random_weights_are_the_seeds_and_start_at_zero(folder: Path) -> None:
+    first, again, other = (load(ModelConfig(path=str(folder), init="random", seed=s)).transformer for s in (3, 3, 4))
+    state, other_state = first.state_dict(), other.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in again.state_dict().items())
+    assert not torch.equal(state["blocks.0.attn1.to_q.weight"], other_state["blocks.0.attn1.to_q.weight"])
+    assert first(torch.randn(1, 8, 2, 4, 4), torch.zeros(1, 8), torch.ones(1, 512, 64)).sample.abs().max() == 0
+
+
+def test_only_what_is_trained_has_gradients(folder: Path) -> None:
+    full = load(ModelConfig(path=str(folder)))
+    assert all(p.requires_grad for p in full.module.parameters())
+    assert not any(p.requires_grad for part in (full.vae, full.text_encoder) for p in part.parameters())
+    adapted = load(ModelConfig(path=str(folder), adapter=AdapterConfig(rank=2)))
+    assert {name.split(".")[-3] for name, p in adapted.module.named_parameters() if p.requires_grad} == {
+        "lora_A",
+        "lora_B",
+    }
+
+
+def test_cache_key_follows_what_encodes(folder: Path, copy: Path) -> None:
+    key = load(ModelConfig(path=str(folder))).cache_key()
+    assert load(ModelConfig(path=str(copy), adapter=AdapterConfig())).cache_key() == key
+    edit(copy / "vae" / "config.json", latents_std=[2.0] * 8)
+    changed = load(ModelConfig(path=str(copy)))
+    assert changed.cache_key() != key
+    with torch.no_grad():
+        changed.text_encoder.shared.weight[5] += 1
+    other = Wan(changed.transformer, changed.vae, changed.text_encoder, changed.tokenizer, changed.scheduler())
+    assert other.cache_key() not in (key, changed.cache_key())
+
+
+def test_all_weights_are_saved_and_restored(folder: Path, tmp_path: Path) -> None:
+    wan = load(ModelConfig(path=str(folder)))
+    with torch.no_grad():
+        wan.transformer.proj_out.weight += 1
+    assert wan.save(tmp_path) == [tmp_path / "transformer"]
+    again = load(ModelConfig(path=str(folder)))
+    again.restore(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(wan.module.parameters(), again.module.parameters(), strict=True))
+    pocket = load(ModelConfig(path="pocket"))
+    with pytest.raises(UserError, match="was trained from another model"):
+        pocket.restore(tmp_path)
+
+
+def broken(folder: Path) -> Iterator[tuple[str, str]]:
+    """Damage `folder` in one way after another; what the message must name."""
+    shutil.move(folder / "vae", folder / "away")
+    yield "vae", "does not exist"
+    shutil.move(folder / "away", folder / "vae")
+
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    yield "transformer", "cannot be loaded"
+    weights.write_bytes(whole)
+
+    edit(folder / "transformer" / "config.json", num_layers=3)
+    yield "transformer", "lacks blocks.2"
+    edit(folder / "transformer" / "config.json", num_layers=2, ffn_dim=64)
+    yield "transformer", "cannot be loaded"
+    edit(folder / "transformer" / "config.json", ffn_dim=32)
+
+    (folder / "text_encoder" / "config.json").write_text("{")
+    yield "text_encoder", "cannot be loaded"
+
+
+def test_broken_folders_are_named(copy: Path) -> None:
+    for part, complaint in broken(copy):
+        with pytest.raises(UserError) as error:
+            load(ModelConfig(path=str(copy)))
+        assert f"{copy / part}: " in str(error.value)
+        assert complaint in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_parts_that_do_not_belong_together_are_refused(copy: Path) -> None:
+    other = wan_folder(copy.parent / "other" / "wan")
+    edit(other / "transformer" / "config.json", in_channels=20, out_channels=8)
+    with pytest.raises(UserError, match="in_channels is 20, but vae z_dim is 8"):
+        load(ModelConfig(path=str(other), init="random"))
+
+
+@pytest.mark.parametrize("path", ["/nowhere/wan", "./nowhere", "nowhere", "a/b/c"])
+def test_a_folder_that_does_not_exist_is_named(path: str) -> None:
+    with pytest.raises(UserError, match="does not exist; give 'pocket', a diffusers folder or a hub id"):
+        load(ModelConfig(path=path))
+
+
+def test_the_embedded_folder_loads_in_the_stock_pipeline() -> None:
+    pipe = WanImageToVideoPipeline.from_pretrained(embedded("wan"))
+    assert pipe.config.expand_timesteps
+    pipe.scheduler.set_timesteps(4)
+    torch.testing.assert_close(pipe.scheduler.sigmas, torch.tensor([1, 0.9, 0.75, 0.5, 0]), atol=1e-3, rtol=0)
