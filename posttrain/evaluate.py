@@ -96,7 +96,7 @@ def evaluate(
             for row in (*pending, name):
                 for split, clips in splits.items():
                     record = blank(row, split, config, model, clips, tracker)
-                    shared = None if cache is None or row not in FIXED else Path(cache) / record["key"]
+                    shared = None if cache is None or row not in FIXED else Path(cache) / record["key"][:16]
                     records[split, row] = complete(run, record, config, model, clips, tracker, shared)
             pending = []
     return [records[split, row] for split in splits for row in (*REFERENCES, *models)]

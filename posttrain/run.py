@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -171,7 +171,8 @@ class Run:
 
     def batches(self) -> Iterator[Batch]:
         """Micro-batches of the steps still to do; call `step` once for each."""
-        with self._signals(), progress("training", self.train.steps, self.steps) as self._advance:
+        bar = progress("training", self.train.steps, self.steps)
+        with self._signals(), bar if self.accelerator.is_main_process else nullcontext(_silent) as self._advance:
             while self.steps < self.train.steps:
                 self._started = time.monotonic()
                 for part in range(self.train.accumulate):
@@ -406,6 +407,9 @@ def _fingerprint(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _silent(note: str) -> None: ...
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

@@ -1,18 +1,18 @@
 """A run: the same numbers whether it is cut off or not, whole batch or micro-batches, and clear ends."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import launch
 from torch import nn
 
 from posttrain.files import UserError
@@ -183,19 +183,39 @@ def child(folder: Path, pause: float) -> None:
     torch.save(weights, folder / "end.pt")
 
 
-@pytest.fixture(scope="module")
-def start() -> Callable[..., Any]:
-    """Starts a run in a new process, forked from one that has imported what a run needs."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["accelerate", "diffusers.optimization", "diffusers.training_utils", __name__])
+def start(folder: Path, pause: float = 0.0) -> Any:
+    folder.mkdir(exist_ok=True)
+    return launch(child, folder, pause)
 
-    def launch(folder: Path, pause: float = 0.0) -> Any:
-        folder.mkdir(exist_ok=True)
-        process = context.Process(target=child, args=(folder, pause))
-        process.start()
-        return process
 
-    return launch
+def rank(folder: Path, number: int, port: int) -> None:
+    """One of two processes of a distributed run on the CPU."""
+    places = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {**{k: str(v) for k, v in places.items()}, "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+    net = network()
+    net[2].p = 0.0
+    run = Run(folder, net, Points(), config(accumulate=2))
+    assert run.accelerator.num_processes == 2
+    weights = train(run)
+    if number == 0:
+        torch.save(weights, folder / "end.pt")
+
+
+def test_two_ranks_train_what_one_does(tmp_path):
+    net = network()
+    net[2].p = 0.0
+    alone = train(Run(tmp_path / "one", net, Points(), config()))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for process in [launch(rank, tmp_path / "two", number, port) for number in range(2)]:
+        process.join()
+        assert process.exitcode == 0
+    together = torch.load(tmp_path / "two" / "end.pt")
+    for name in alone:
+        torch.testing.assert_close(alone[name], together[name], rtol=0, atol=1e-6)
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
 
 
 def steps_in(folder: Path) -> int:
@@ -209,7 +229,7 @@ def wait_for_steps(process: Any, folder: Path, steps: int) -> None:
         time.sleep(0.001)
 
 
-def test_killed_at_any_moment_it_ends_the_same(tmp_path, start):
+def test_killed_at_any_moment_it_ends_the_same(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     undisturbed = start(whole)
     moments = random.Random(0)
@@ -233,7 +253,7 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path, start):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves_and_leaves(tmp_path, start, number):
+def test_asked_to_stop_it_saves_and_leaves(tmp_path, number):
     process = start(tmp_path, pause=0.02)
     wait_for_steps(process, tmp_path, 5)
     os.kill(process.pid, number)

@@ -29,7 +29,7 @@ FILM = dataset.Film(
 )
 
 
-def recipe(folder: Path, train: int = 4) -> Path:
+def recipe(folder: Path, train: int = 10) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(RECIPE.format(out=folder / "clips", train=train))
     return path
@@ -51,7 +51,7 @@ def files(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed dataset of 4 + 2 clips. Tests that harm it take a copy."""
+    """An undisturbed dataset of 10 + 2 clips. Tests that harm it take a copy."""
     folder = tmp_path_factory.mktemp("made")
     return cli.make(recipe(folder), workers=1)
 
@@ -62,7 +62,7 @@ def copy(made: Path, tmp_path: Path) -> Path:
 
 
 def remake(folder: Path, **splits: int) -> None:
-    dataset.write(folder, FILM, {"train": 4, "test_unseen": 2} | splits, workers=1)
+    dataset.write(folder, FILM, {"train": 10, "test_unseen": 2} | splits, workers=1)
 
 
 def rows(folder: Path, split: str) -> list[dict]:
@@ -111,20 +111,20 @@ def test_videofolder_reads_it(made: Path, tmp_path: Path):
     import datasets
 
     loaded = datasets.load_dataset(str(made), cache_dir=str(tmp_path / "cache"))
-    assert {name: len(split) for name, split in loaded.items()} == {"train": 4, "test_unseen": 2}
+    assert {name: len(split) for name, split in loaded.items()} == {"train": 10, "test_unseen": 2}
     split = loaded["train"].cast_column("video", datasets.Video(decode=False))
     assert split[2]["video"]["path"].endswith("train/00002.mp4")
     assert split[2]["caption"] == rows(made, "train")[2]["caption"]
     assert split[2]["bodies"] == rows(made, "train")[2]["bodies"]
     plain = datasets.load_dataset("videofolder", data_dir=str(made / "train"), cache_dir=str(tmp_path / "cache"))
-    assert plain["train"].num_rows == 4
+    assert plain["train"].num_rows == 10
 
 
 def test_killed_and_continued_is_the_same(made: Path, tmp_path: Path):
     path = recipe(tmp_path)
     process = start(path)
     deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("clips/.rows/train/0*.json"))) < 2:
+    while not list(tmp_path.glob("clips/.rows/train/0*.json")):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -169,9 +169,9 @@ def test_torn_files_are_made_again(made: Path, copy: Path):
 
 def test_what_is_there_is_reused_and_more_can_be_added(made: Path, copy: Path):
     before = {path: path.stat().st_mtime_ns for path in copy.glob("*/0*")}
-    remake(copy, train=5)
-    assert len(rows(copy, "train")) == 5
-    assert rows(copy, "train")[:4] == rows(made, "train")
+    remake(copy, train=11)
+    assert len(rows(copy, "train")) == 11
+    assert rows(copy, "train")[:10] == rows(made, "train")
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -179,8 +179,8 @@ def test_another_recipe_in_the_same_folder_is_refused(copy: Path):
     before = files(copy)
     other = dataset.Film("drop", FILM.config.model_copy(update={"fps": 24.0}), supersample=1)
     with pytest.raises(UserError, match=r"world\.fps: 16\.0 there, 24\.0 here"):
-        dataset.write(copy, other, {"train": 4}, workers=1)
-    with pytest.raises(UserError, match=r"splits\.train is 4 there, 3 here"):
+        dataset.write(copy, other, {"train": 10}, workers=1)
+    with pytest.raises(UserError, match=r"splits\.train is 10 there, 3 here"):
         remake(copy, train=3)
     assert files(copy) == before
 

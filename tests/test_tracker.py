@@ -74,9 +74,9 @@ def test_saved_and_loaded(net: tracker.Tracker, tmp_path: Path) -> None:
 
 
 def test_missing_weights_are_named(net: tracker.Tracker, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="config.json"):
+    with pytest.raises(UserError, match=r"config\.json"):
         tracker.load(ModelConfig(family="tracker", path=str(tmp_path)))
     tracker.Model(net).save(tmp_path / "tracker")
     (tmp_path / "tracker" / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="model.safetensors"):
+    with pytest.raises(UserError, match=r"model\.safetensors"):
         tracker.load(ModelConfig(family="tracker", path=str(tmp_path / "tracker")))

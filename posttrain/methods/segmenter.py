@@ -1,11 +1,11 @@
-"""Train a segmenter (models/tracker.py, models/sam2.py) to follow any object of a clip from its mask in the first frame.
+"""Train a segmenter (models/tracker.py, models/sam2.py) to follow any object of a clip from its mask in frame 0.
 
 Loss, for mask logits l and true masks m, over the frames after the first:
 
     L = b mean[BCE(l, m)] + mean_{clip, frame}[1 - (2 sum p m + 1) / (sum p + sum m + 1)],   p = sigmoid(l)
 
 Every step draws a window length, and for each clip a start, a time stride (which makes slow motion fast), a direction
-of time, mirrorings, colours, noise and blur, and which of the visible bodies is followed: so the others are distractors.
+of time, mirrorings, colours, noise and blur, and which visible body is followed: the others are distractors.
 A share of the clips is seen through a video autoencoder, whose pictures a segmenter of generated clips has to follow.
 With a given probability the step remembers true masks in place of the segmenter's own.
 """
@@ -40,6 +40,7 @@ class Config(Strict):
     lengths: tuple[int, ...] = (4, 8)
     max_stride: int = 4
     min_pixels: int = 12  # of a body in the window's first frame, to be followed
+    tries: int = 4  # windows and bodies drawn per clip, at most
     teacher: float = 0.25
     recolour: float = 0.5  # of the body that is followed, or of the whole picture
     degrade: float = 0.4  # noise and blur
@@ -52,7 +53,7 @@ def windows(batch: Batch, config: Config, random: Random, decode: Decode | None 
     """Training windows: video (B, C, F', H, W) in [-1, 1] and the followed body's masks (B, F', H, W), bool."""
     assert batch.video_BCFHW is not None
     assert batch.instances_BFHW is not None
-    draws = random.uniform(24)
+    draws, tries = random.uniform(24), random.uniform(config.tries, 2)
     total = batch.video_BCFHW.shape[2]
     length = min(config.lengths[int(draws[0, 0] * len(config.lengths))], total)
     longest_stride = min(config.max_stride, (total - 1) // (length - 1))
@@ -60,17 +61,19 @@ def windows(batch: Batch, config: Config, random: Random, decode: Decode | None 
     videos, followed = [], []
     for i, u in enumerate(draws[:, 1:]):
         stride = 1 + int(u[0] * longest_stride)
-        start = int(u[1] * (total - (length - 1) * stride))
-        frames = torch.arange(start, start + (length - 1) * stride + 1, stride)
-        if u[2] < 0.5:
-            frames = frames.flip(0)
-        video, instances = batch.video_BCFHW[i], batch.instances_BFHW[i][frames]
+        offsets = stride * torch.arange(length)
+        video, instances = batch.video_BCFHW[i], batch.instances_BFHW[i]
+        # most of the time most things lie still: of a few windows and bodies, the one that moves farthest
+        candidates = []
+        for where, which in tries[i, : 1 + int(u[1] * config.tries)]:
+            frames = int(where * (total - (length - 1) * stride)) + offsets
+            frames = frames.flip(0) if u[2] < 0.5 else frames
+            mask = follow(instances[frames], float(which), config.min_pixels)
+            candidates.append((distance(mask), frames, mask))
+        _, frames, mask = max(candidates, key=lambda candidate: candidate[0])
         if decode is not None and config.decoded is not None and u[3] < config.decoded.share:
             video = decode(batch.ids[i], video)
         video = video[:, frames]
-        bodies, pixels = instances[0][instances[0] > 0].unique(return_counts=True)
-        bodies = bodies[pixels >= min(config.min_pixels, int(pixels.max()))] if len(bodies) else torch.ones(1)
-        mask = instances == bodies[int(u[4] * len(bodies))]
         if u[5] < config.recolour:
             video = recolour(video, mask if u[6] < 0.5 else torch.ones_like(mask), u[7:19])
         flips = [axis for axis, draw in ((-1, u[19]), (-2, u[20])) if draw < 0.5]
@@ -81,11 +84,28 @@ def windows(batch: Batch, config: Config, random: Random, decode: Decode | None 
     return torch.stack(videos), torch.stack(followed)
 
 
+def follow(instances_FHW: Tensor, draw: float, min_pixels: int) -> Tensor:
+    """Masks, bool (F, H, W), of one of the bodies that the first picture shows well enough (its largest if none is)."""
+    first = instances_FHW[0]
+    bodies, pixels = first[first > 0].unique(return_counts=True)
+    if not len(bodies):
+        return torch.zeros_like(instances_FHW, dtype=torch.bool)
+    bodies = bodies[pixels >= min(min_pixels, int(pixels.max()))]
+    return instances_FHW == bodies[int(draw * len(bodies))]
+
+
+def distance(mask_FHW: Tensor) -> float:
+    """Pixels between the mask's centres in the first and the last picture; 0 where one is empty."""
+    ends = [mask.nonzero().float() for mask in (mask_FHW[0], mask_FHW[-1])]
+    return float((ends[0].mean(0) - ends[1].mean(0)).norm()) if all(map(len, ends)) else 0.0
+
+
 def recolour(video_CFHW: Tensor, mask_FHW: Tensor, draws: Tensor) -> Tensor:
     """Mix the colours under the mask by a random matrix near a permutation and shift them; 12 draws in [0, 1)."""
     order = draws[:3].argsort()
     draws = draws.to(video_CFHW)
-    matrix = torch.eye(3).to(draws)[order.to(draws.device)] * (0.6 + 0.6 * draws[3:6, None]) + 0.2 * (2 * draws[6:9, None] - 1)
+    permutation = torch.eye(3)[order].to(draws)
+    matrix = permutation * (0.6 + 0.6 * draws[3:6, None]) + 0.2 * (2 * draws[6:9, None] - 1)
     mixed = torch.einsum("dc,cfhw->dfhw", matrix, video_CFHW) + 0.6 * (draws[9:12].view(3, 1, 1, 1) - 0.5)
     return torch.where(mask_FHW, mixed, video_CFHW)
 

@@ -53,14 +53,13 @@ def centroids(masks_FHW: np.ndarray) -> np.ndarray:
     """Centres (F, 2) of the masks in pixels, x right, y down; NaN where a mask is empty."""
     masks = masks_FHW.astype(np.float64)
     area = masks.sum((1, 2))
-    moments = np.stack(
-        [masks.sum(1) @ np.arange(masks.shape[2], dtype=float), masks.sum(2) @ np.arange(masks.shape[1], dtype=float)], 1
-    )
+    rows, columns = (np.arange(size, dtype=float) for size in masks.shape[1:])
+    moments = np.stack([masks.sum(1) @ columns, masks.sum(2) @ rows], axis=1)
     return np.divide(moments, area[:, None], out=np.full_like(moments, np.nan), where=area[:, None] > 0)
 
 
 def chamfer(a_HW: np.ndarray, b_HW: np.ndarray) -> float:
-    """Sum of the two mean distances in pixels from a mask's pixels to the nearest pixel of the other; NaN if one is empty."""
+    """Sum of the two mean distances (pixels) from a mask's pixels to the other's nearest; NaN if one is empty."""
     if not (a_HW.any() and b_HW.any()):
         return math.nan
     return float(distance_transform_edt(~b_HW)[a_HW].mean() + distance_transform_edt(~a_HW)[b_HW].mean())
@@ -83,7 +82,7 @@ def score(
         convention: "paper" or "released"; the module's docstring tells them apart.
 
     Returns:
-        l2, chamfer: in units of sqrt(2) H, smaller is better; NaN if no frame has both (released) or a true (paper) mask.
+        l2, chamfer: in units of sqrt(2) H, smaller is better; NaN if no frame has a true mask (released: both masks).
         iou: in [0, 1].
         vanished: share of the compared frames with a true mask in which the generated mask is empty.
 

@@ -1,8 +1,8 @@
 """A small recurrent U-Net that follows one object: the pocket's scorer, in whose gradient no model is ever trained.
 
-It sees the picture, the picture before with the mask found there, and remembers how the object looked in frame 0:
-at each scale, the features of frame 0 averaged over its mask multiply the features of the picture, so that pixels like
-the object stand out. Its own masks are fed back; nothing else is carried along, so any number of frames may follow.
+It sees the picture, the picture before with the mask found there, and frame 0 with the given mask. At each scale, the
+features of frame 0 averaged over that mask multiply the features of the picture, so that pixels like the object stand
+out. Its own masks are fed back; nothing else is carried along, so any number of frames may follow.
 """
 
 from pathlib import Path
@@ -45,11 +45,12 @@ class Tracker(nn.Module):
         super().__init__()
         self.widths = tuple(widths)
         self.down = nn.ModuleList(Block(i, o) for i, o in zip((3, *widths), widths, strict=False))
-        # at each scale: what is here now, what was here, what looks like the object, where it was, the coarser answer
-        coarser = (*widths[1:], 0)
-        self.up = nn.ModuleList(Block(3 * w + 1 + c, w) for w, c in zip(widths, coarser, strict=True))
+        # what is here now, what looks like the object, where the object was, the coarser scale's answer; and, but for the
+        # finest scale, what was here in the picture before and in frame 0, and where the object was in frame 0
+        inputs = [(2 if i == 0 else 4) * w + (1 if i == 0 else 2) for i, w in enumerate(widths)]
+        self.up = nn.ModuleList(Block(i + c, w) for i, c, w in zip(inputs, (*widths[1:], 0), widths, strict=True))
         self.head = nn.Conv2d(widths[0], 1, 1)
-        nn.init.constant_(self.head.bias, -3.0)  # most pixels are not the object
+        self.head.bias = nn.Parameter(torch.tensor([-3.0]))  # most pixels are not the object
 
     def features(self, frames_NCHW: Tensor) -> list[Tensor]:
         """Features of pictures (in [-1, 1]) at each scale, finest first."""
@@ -70,16 +71,22 @@ class Tracker(nn.Module):
         batch, _, frames, _, _ = video_BCFHW.shape
         features = [f.unflatten(0, (batch, frames)) for f in self.features(video_BCFHW.transpose(1, 2).flatten(0, 1))]
         mask_B1HW = mask0_BHW[:, None].to(video_BCFHW.dtype)
-        looks = []
-        for f in features:
-            m = shrink(mask_B1HW, f.shape[-2:])
-            looks.append((f[:, 0] * m).sum((2, 3), keepdim=True) / m.sum((2, 3), keepdim=True).clamp_min(1e-3))
+        starts = [shrink(mask_B1HW, f.shape[-2:]) for f in features]
+        looks = [
+            (f[:, 0] * m).sum((2, 3), keepdim=True) / m.sum((2, 3), keepdim=True).clamp_min(1e-3)
+            for f, m in zip(features, starts, strict=True)
+        ]
         logits = [GIVEN * (2 * mask_B1HW - 1)]
         for t in range(1, frames):
             x = None
-            for f, look, block in reversed(list(zip(features, looks, self.up, strict=True))):
-                parts = [f[:, t], f[:, t - 1], f[:, t] * look, shrink(mask_B1HW, f.shape[-2:])]
-                x = block(torch.cat(parts if x is None else [*parts, F.interpolate(x, scale_factor=2)], 1))
+            for i in reversed(range(len(features))):
+                f = features[i]
+                parts = [f[:, t], f[:, t] * looks[i], shrink(mask_B1HW, f.shape[-2:])]
+                if i > 0:
+                    parts += [f[:, t - 1], f[:, 0], starts[i]]
+                if x is not None:
+                    parts.append(F.interpolate(x, scale_factor=2))
+                x = self.up[i](torch.cat(parts, 1))
             logits.append(self.head(x))
             mask_B1HW = logits[-1].sigmoid() if teacher_BFHW is None else teacher_BFHW[:, t, None].to(video_BCFHW.dtype)
         return torch.cat(logits, 1)
