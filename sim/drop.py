@@ -17,7 +17,7 @@ from scipy.spatial.transform import Rotation
 from posttrain.files import UserError
 from sim import assets
 from sim.physics import bullet
-from sim.scene import Body, Camera, Light, Material, Scene, Trajectory
+from sim.scene import Background, Body, Camera, Light, Material, Scene, Trajectory
 
 Range = tuple[float, float]
 ATTEMPTS = 400
@@ -43,6 +43,8 @@ class Config(BaseModel):
     camera_step: Range = (0.0, 0.4)  # of one retreat
     target_pixels: Range = (0.0, 1e9)  # of the target in frame 0: root of its box's area
     hidden: float = 0.5  # share of the target's box that may lie behind another's box
+    texture: float = 1.0  # contrast of procedural patterns; at 64 pixels a fine full one is aliasing and nothing else
+    contrast: float = 0.0  # least sRGB distance of the target's colour from those of wall or sky, and floor
     density: Range = (200.0, 800.0)  # kg / m^3
     friction: Range = (0.5, 0.9)
     restitution: Range = (0.2, 0.6)
@@ -92,7 +94,7 @@ def stage(
         bodies=(),
         camera=Camera(viewpoint, width=config.width, height=config.height),
         light=_light(rng, config),
-        background=assets.background(str(rng.choice(backgrounds))),
+        background=_background(rng, config, backgrounds),
         floor_friction=float(rng.uniform(*config.floor_friction)),
         floor_restitution=float(rng.uniform(*config.floor_restitution)),
         gravity=(0.0, 0.0, -config.gravity),
@@ -121,7 +123,7 @@ def stage(
         z = floor + height - points_V3[:, 2].min()
         dropped.append(replace(body, position=(float(spot[0]), float(spot[1]), float(z))))
     scene = replace(scene, bodies=(*dropped, *waiting), caption=sentence([body.name for body in dropped]))
-    return scene if bullet.clearance(scene) >= TOUCH else None
+    return scene if _stands_out(scene, config) and bullet.clearance(scene) >= TOUCH else None
 
 
 def film(rng: np.random.Generator, config: Config, scene: Scene, trajectory: Trajectory) -> Scene | None:
@@ -229,7 +231,7 @@ def _body(rng: np.random.Generator, config: Config, objects: list[str], role: Li
     size = float(rng.uniform(*config.size))
     w, i, j, k = rng.normal(size=4)
     norm = float(np.sqrt(w * w + i * i + j * j + k * k))
-    name, material = _look(rng, asset, size)
+    name, material = _look(rng, config, asset, size)
     return Body(
         asset=asset,
         name=name,
@@ -263,14 +265,36 @@ def _top(body: Body, low_2: np.ndarray, high_2: np.ndarray) -> float:
     return 0.0 if apart else float(points_V3[:, 2].max())
 
 
-def _look(rng: np.random.Generator, asset: str, size: float) -> tuple[str, Material | None]:
+def _look(rng: np.random.Generator, config: Config, asset: str, size: float) -> tuple[str, Material | None]:
     """A noun for captions, and a surface if the asset has no texture of its own."""
     mesh = assets.mesh(asset)
     if mesh.texture is not None:
         return mesh.name, None
     material = assets.material(rng, size)
     adjective = "wooden" if material.pattern == "wood" else assets.color_name(material.color)
-    return f"{adjective} {mesh.name}", material
+    return f"{adjective} {mesh.name}", _faded(material, config.texture)
+
+
+def _background(rng: np.random.Generator, config: Config, backgrounds: list[str]) -> Background:
+    full = assets.background(str(rng.choice(backgrounds)))
+    wall = full.wall and _faded(full.wall, config.texture)
+    return replace(full, floor=_faded(full.floor, config.texture), wall=wall)
+
+
+def _faded(material: Material, contrast: float) -> Material:
+    """The same surface with its second colour drawn towards the first."""
+    first, second = np.array(material.color), np.array(material.second)
+    r, g, b = (first + contrast * (second - first)).tolist()
+    return replace(material, second=(r, g, b))
+
+
+def _stands_out(scene: Scene, config: Config) -> bool:
+    """Whether the target's colour differs from all that it may be seen against."""
+    place, body = scene.background, scene.bodies[scene.target]
+    texture = assets.mesh(body.asset).texture
+    own = assets.encoded(np.array(body.material.color)) if body.material else texture.mean((0, 1)) / 255
+    behind = [place.floor.color, *([place.wall.color] if place.wall else [place.sky_horizon, place.sky_zenith])]
+    return float(np.linalg.norm(assets.encoded(np.array(behind)) - own, axis=1).min()) >= config.contrast
 
 
 def _light(rng: np.random.Generator, config: Config) -> Light:

@@ -27,8 +27,8 @@ class Config(Strict):
     """`lengths` are numbers of frames (4k + 1), drawn with `weights`; `frames` is what a step sees in all."""
 
     lengths: tuple[int, ...] = (1, 5, 9, 17, 33)
-    weights: tuple[float, ...] = (0.1, 0.2, 0.25, 0.3, 0.15)
-    frames: int = 72
+    weights: tuple[float, ...] = (0.2, 0.25, 0.2, 0.2, 0.15)
+    frames: int = 40
     max_stride: int = 6
     object_weight: float = 8.0
     difference: float = 0.3

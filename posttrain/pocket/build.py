@@ -23,7 +23,7 @@ from posttrain.pocket import folder
 # text of 512 tokens.
 VAE = {
     "base_dim": 16,
-    "decoder_base_dim": 24,
+    "decoder_base_dim": 16,
     "z_dim": 24,
     "dim_mult": [1, 2, 2],
     "num_res_blocks": 1,
