@@ -1,6 +1,6 @@
 # Every target is one command. `make psft` goes from an empty machine to a tuned model; `make test` checks everything.
 python := .venv/bin/python
-.PHONY: setup psft sim report test lint
+.PHONY: setup psft sim report bench test lint
 
 setup: # .venv with everything in it; does only what is missing
 	@./setup.sh
@@ -13,6 +13,9 @@ sim: setup # film the drop scenes alone
 
 report: setup # write report.json and report.html again from what the run has
 	@$(python) -m posttrain report runs/pocket-psft
+
+bench: setup # time every stage of the pocket model on this machine
+	@$(python) -m posttrain bench
 
 test: setup # all tests
 	@./setup.sh chromium

@@ -14,6 +14,11 @@ COMMANDS = {
     "export": "write the adapter as a diffusers LoRA with a model card",
 }
 
+TOOLS = {
+    "doctor": "what this machine has, what it lacks, and what to do about it",
+    "bench": "seconds that each stage of the pocket model takes on this machine",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="posttrain", description="Teach a video model physics.")
@@ -22,8 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("target", metavar="RECIPE|RUN", help="a recipe file, a run's folder, or its name in runs/")
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in train.steps=20")
+    for name, text in TOOLS.items():
+        commands.add_parser(name, help=text, description=text)
     options = parser.parse_args(arguments)
     try:
+        if options.command in TOOLS:
+            return _doctor() if options.command == "doctor" else _bench()
         from posttrain import stages  # takes a second, for torch
 
         plan, folder = stages.open_run(options.target, options.overrides)
@@ -45,4 +54,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
+    return 0
+
+
+def _doctor() -> int:
+    from posttrain.doctor import doctor
+
+    return doctor()
+
+
+def _bench() -> int:
+    from posttrain import stages
+    from posttrain.bench import bench, print_timings
+    from posttrain.models.base import AdapterConfig, ModelConfig
+    from sim import dataset, drop
+    from sim.render import gl
+
+    world = drop.Config(width=64, height=64, frames=33, dropped=(1, 1))
+    scene, trajectory, _ = dataset.make(dataset.Film("drop", world), "train", 0)
+    model = stages.load_model(ModelConfig(path="pocket", adapter=AdapterConfig()))
+    print_timings(bench(model, stages.load_tracker(), lambda: gl.render(scene, trajectory)))
     return 0

@@ -124,7 +124,7 @@ def check_data(plan: Recipe) -> None:
 
 def train(plan: Recipe, folder: Path) -> None:
     """Train and save the weights, unless that is done."""
-    model, method = _load(plan.model), plan.method.module
+    model, method = load_model(plan.model), plan.method.module
     clips = Clips(plan.data, preload=False)
     if hasattr(model, "latent_shape"):
         model.latent_shape(clips.splits[0].frames, *clips.splits[0].size)
@@ -137,7 +137,8 @@ def train(plan: Recipe, folder: Path) -> None:
     if plan.eval:
         from posttrain.evaluate import validation
 
-        validate = validation(folder, plan.eval, model, _tracker())  # what is missing for it is said before training
+        # also where it is not used, so that what evaluation will lack is said before training
+        validate = validation(folder, plan.eval, model, load_tracker())
     run = Run(folder, model.module, data, plan.train, validate, plan.eval.every if plan.eval else 0)
     if _trained(folder, run.meaning):
         print(f"training: {folder / ADAPTER} is complete", file=sys.stderr)
@@ -184,7 +185,7 @@ def evaluate(plan: Recipe, folder: Path) -> None:
             "base": lambda: _base(plan),
             plan.method.name: lambda: _tuned(plan, folder),
         }
-        evaluate(folder, plan.eval, models, _tracker(), CACHE / "evaluation")
+        evaluate(folder, plan.eval, models, load_tracker(), CACHE / "evaluation")
         print_table(read_records(folder))
     _wait()
 
@@ -209,26 +210,28 @@ def export(plan: Recipe, folder: Path) -> None:
 @contextmanager
 def _base(plan: Recipe) -> Iterator[Any]:
     """The model that training started from; for random weights, the pretrained one they compete with."""
-    yield _load(plan.model.model_copy(update={"adapter": None, "init": "pretrained"}))
+    yield load_model(plan.model.model_copy(update={"adapter": None, "init": "pretrained"}))
 
 
 @contextmanager
 def _tuned(plan: Recipe, folder: Path) -> Iterator[Any]:
     """The model as its saved weights make it, so that what is measured is what is handed out."""
-    model = _load(plan.model)
+    model = load_model(plan.model)
     model.restore(folder / ADAPTER)
     yield model
 
 
-def _load(config: ModelConfig) -> Any:
+def load_model(config: ModelConfig) -> Any:
+    """The model of `models/<family>.py` that a recipe names, on this process's device."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one per part of a model
     return recipe.resolve("models", config.family).load(config, _device())
 
 
-def _tracker() -> Any:
-    return _load(ModelConfig(family="tracker", path="pocket"))
+def load_tracker() -> Any:
+    """The embedded segmenter that scores."""
+    return load_model(ModelConfig(family="tracker", path="pocket"))
 
 
 def _need_training(folder: Path) -> None:

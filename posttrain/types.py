@@ -42,10 +42,8 @@ class Random:
     """
 
     def __init__(self, seed: int, step: int, indices: Sequence[int]) -> None:
-        self.generators = [
-            torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step, i]).generate_state(1, np.uint64)[0] >> 1))
-            for i in indices
-        ]
+        states = [np.random.SeedSequence([seed, step, i]).generate_state(1, np.uint64)[0] for i in indices]
+        self.generators = [torch.Generator().manual_seed(int(state >> 1)) for state in states]
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers (B, *shape), float32 on the CPU."""

@@ -291,8 +291,12 @@ def _faded(material: Material, contrast: float) -> Material:
 def _stands_out(scene: Scene, config: Config) -> bool:
     """Whether the target's colour differs from all that it may be seen against."""
     place, body = scene.background, scene.bodies[scene.target]
-    texture = assets.mesh(body.asset).texture
-    own = assets.encoded(np.array(body.material.color)) if body.material else texture.mean((0, 1)) / 255
+    if body.material:
+        own = assets.encoded(np.array(body.material.color))
+    else:
+        texture = assets.mesh(body.asset).texture
+        assert texture is not None
+        own = texture.mean((0, 1)) / 255
     behind = [place.floor.color, *([place.wall.color] if place.wall else [place.sky_horizon, place.sky_zenith])]
     return float(np.linalg.norm(assets.encoded(np.array(behind)) - own, axis=1).min()) >= config.contrast
 

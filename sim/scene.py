@@ -19,7 +19,7 @@ FLOOR = -1  # stands for the floor wherever a body's index is expected
 
 @dataclass(frozen=True)
 class Material:
-    """A procedural surface. `pattern` names a shader branch, `seed` fixes its noise, colours are linear RGB in [0, 1]."""
+    """A procedural surface: `pattern` is a shader branch, `seed` fixes its noise, colours are linear RGB in [0, 1]."""
 
     pattern: Literal["plain", "noise", "checker", "stripes", "spots", "bricks", "marble", "wood"]
     color: Vector

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "posttrain.progress": [],
     "posttrain.pocket": ["posttrain.files"],
     "posttrain.pocket.build": [*CONTRACT, "posttrain.models", "posttrain.pocket"],
+    "posttrain.pocket.check": [*CONTRACT, *ROOMS, "posttrain.benchmarks", "posttrain.sample"],
     "posttrain.recipe": ["posttrain.files"],
     "posttrain.flow": CONTRACT,
     "posttrain.models": [*CONTRACT, "posttrain.flow", "posttrain.pocket"],

@@ -45,8 +45,8 @@ class Tracker(nn.Module):
         super().__init__()
         self.widths = tuple(widths)
         self.down = nn.ModuleList(Block(i, o) for i, o in zip((3, *widths), widths, strict=False))
-        # what is here now, what looks like the object, where the object was, the coarser scale's answer; and, but for the
-        # finest scale, what was here in the picture before and in frame 0, and where the object was in frame 0
+        # what is here now, what looks like the object, where the object was, the coarser scale's answer; and, but for
+        # the finest scale, what was here in the picture before and in frame 0, and where the object was in frame 0
         inputs = [(2 if i == 0 else 4) * w + (1 if i == 0 else 2) for i, w in enumerate(widths)]
         self.up = nn.ModuleList(Block(i + c, w) for i, c, w in zip(inputs, (*widths[1:], 0), widths, strict=True))
         self.head = nn.Conv2d(widths[0], 1, 1)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
-from torch import Tensor, nn
+from torch import Tensor
 
 from posttrain.files import UserError, replacing
 from posttrain.models.base import ModelConfig
@@ -15,7 +15,7 @@ class Autoencoder:
     """An AutoencoderKLWan on its way to becoming the eyes of a video model."""
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
-        self.module: nn.Module = vae
+        self.module = vae
 
     def save(self, path: Path) -> None:
         """Write the diffusers folder (config.json with the latents' mean and std, safetensors)."""

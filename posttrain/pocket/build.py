@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from posttrain.files import read_jsonl, replacing, write_json
+from posttrain.files import read_jsonl, replacing, sha256, write_json, write_text
 from posttrain.models.wan import initialise
 from posttrain.pocket import folder
 
@@ -125,6 +125,13 @@ def build(out: Path, vae: Path | None = None, transformer: Path | None = None, c
     return out
 
 
+def write_checksums() -> None:
+    """SHA256SUMS of all embedded weights, which `posttrain doctor` compares them with."""
+    root = folder("")
+    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.safetensors"))
+    write_text(root / "SHA256SUMS", "".join(f"{sha256(root / name)}  {name}\n" for name in files))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="assemble the pocket base model")
     parser.add_argument("--vae", type=Path)
@@ -133,6 +140,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=folder("wan"))
     options = parser.parse_args()
     print(build(options.out, options.vae, options.transformer, options.captions))
+    write_checksums()
 
 
 if __name__ == "__main__":
