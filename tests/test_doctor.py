@@ -82,7 +82,7 @@ def test_bench_times_every_stage(tmp_path: Path) -> None:
     assert len(calls) == 3
     assert [row.clips for row in timings] == [2] * 6 + [1]
     seconds = {row.stage: row.seconds for row in timings}
-    assert seconds["PSFT, forward and backward"] > seconds["transformer, forward"] > 0
+    assert min(seconds.values()) > 0
     ratio = {row.stage: row.ratio for row in timings}
     assert ratio["autoencoder, decode"] == seconds["autoencoder, decode"] / seconds["autoencoder, encode"]
     assert all(p.grad is None for p in model.transformer.parameters())

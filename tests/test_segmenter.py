@@ -16,7 +16,7 @@ from posttrain.run import Run, TrainConfig
 from posttrain.types import Batch, Random
 
 FRAMES, SIZE = 9, 32
-PLAIN = segmenter.Config(lengths=(3,), max_stride=2, recolour=0, degrade=0, teacher=0)
+PLAIN = segmenter.Config(lengths=(3,), max_stride=2, twin=0, recolour=0, degrade=0, teacher=0)
 
 
 class Squares:
@@ -87,6 +87,15 @@ def test_colours_and_noise_stay_in_range_and_leave_the_mask() -> None:
         assert video.abs().max() <= 1
         assert torch.equal(mask, same)
         assert not torch.allclose(video, plain)
+
+
+def test_a_twin_looks_like_the_body_and_stays_behind_it() -> None:
+    video, mask = draw(PLAIN, 1)[0]
+    doubled = segmenter.twin(video[0], mask[0], torch.tensor([0.5, 0.25]))
+    assert torch.equal(doubled[:, mask[0]], video[0][:, mask[0]])
+    copy = mask[0].roll((SIZE // 2, SIZE // 4), (1, 2)) & ~mask[0]
+    assert torch.equal(doubled[:, copy], video[0][:, mask[0]][:, :1].expand(3, int(copy.sum())))
+    assert torch.equal(doubled[:, ~copy], video[0][:, ~copy])
 
 
 def test_a_share_of_clips_is_seen_through_the_autoencoder() -> None:

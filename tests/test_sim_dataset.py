@@ -145,7 +145,7 @@ def test_killed_and_continued_is_the_same(made: Path, tmp_path: Path):
 
 
 def test_interrupted_it_leaves_with_one_line(tmp_path: Path):
-    process = start(recipe(tmp_path, train=40))
+    process = start(recipe(tmp_path, train=2000))
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("clips/.rows/train/0*.json")):
         assert time.monotonic() < deadline

@@ -5,7 +5,7 @@ Loss, for mask logits l and true masks m, over the frames after the first:
     L = b mean[BCE(l, m)] + mean_{clip, frame}[1 - (2 sum p m + 1) / (sum p + sum m + 1)],   p = sigmoid(l)
 
 Every step draws a window length, and for each clip a start, a time stride (which makes slow motion fast), a direction
-of time, mirrorings, colours, noise and blur, and which visible body is followed: the others are distractors.
+of time, mirrorings, colours, noise and blur, and which visible body is followed. The others distract, or its twin.
 A share of the clips is seen through a video autoencoder, whose pictures a segmenter of generated clips has to follow.
 With a given probability the step remembers true masks in place of the segmenter's own.
 """
@@ -37,12 +37,13 @@ class DecodedConfig(Strict):
 class Config(Strict):
     """`lengths` of windows in frames, one drawn per step; `teacher` and the others below are probabilities."""
 
-    lengths: tuple[int, ...] = (4, 8)
-    max_stride: int = 4
+    lengths: tuple[int, ...] = (2, 4, 7)
+    max_stride: int = 2
     min_pixels: int = 12  # of a body in the window's first frame, to be followed
     tries: int = 4  # windows and bodies drawn per clip, at most
-    teacher: float = 0.25
-    recolour: float = 0.5  # of the body that is followed, or of the whole picture
+    teacher: float = 0.3
+    twin: float = 0.3  # a copy of the body elsewhere in the picture
+    recolour: float = 0.3  # of the body that is followed, or of the whole picture
     degrade: float = 0.4  # noise and blur
     noise: float = 0.15  # largest standard deviation, pixels in [-1, 1]
     bce: float = 4.0
@@ -53,32 +54,35 @@ def windows(batch: Batch, config: Config, random: Random, decode: Decode | None 
     """Training windows: video (B, C, F', H, W) in [-1, 1] and the followed body's masks (B, F', H, W), bool."""
     assert batch.video_BCFHW is not None
     assert batch.instances_BFHW is not None
-    draws, tries = random.uniform(24), random.uniform(config.tries, 2)
-    total = batch.video_BCFHW.shape[2]
+    total, size = batch.video_BCFHW.shape[2], batch.video_BCFHW.shape[3:]
+    draws, tries, colours = random.uniform(10), random.uniform(config.tries, 2), random.uniform(12)
+    shifts = random.uniform(2)
     length = min(config.lengths[int(draws[0, 0] * len(config.lengths))], total)
     longest_stride = min(config.max_stride, (total - 1) // (length - 1))
-    noise = random.normal(3, length, *batch.video_BCFHW.shape[3:]).to(batch.video_BCFHW)
+    noise = random.normal(3, length, *size).to(batch.video_BCFHW)
     videos, followed = [], []
-    for i, u in enumerate(draws[:, 1:]):
-        stride = 1 + int(u[0] * longest_stride)
-        offsets = stride * torch.arange(length)
+    for i, (_, speed, reverse, count, decoded, left, down, doubled, painted, worse) in enumerate(draws.tolist()):
         video, instances = batch.video_BCFHW[i], batch.instances_BFHW[i]
+        offsets = (1 + int(speed * longest_stride)) * torch.arange(length)
         # most of the time most things lie still: of a few windows and bodies, the one that moves farthest
         candidates = []
-        for where, which in tries[i, : 1 + int(u[1] * config.tries)]:
-            frames = int(where * (total - (length - 1) * stride)) + offsets
-            frames = frames.flip(0) if u[2] < 0.5 else frames
-            mask = follow(instances[frames], float(which), config.min_pixels)
+        for where, which in tries[i, : 1 + int(count * config.tries)].tolist():
+            frames = int(where * (total - int(offsets[-1]))) + offsets
+            frames = frames.flip(0) if reverse < 0.5 else frames
+            mask = follow(instances[frames], which, config.min_pixels)
             candidates.append((distance(mask), frames, mask))
         _, frames, mask = max(candidates, key=lambda candidate: candidate[0])
-        if decode is not None and config.decoded is not None and u[3] < config.decoded.share:
+        if decode is not None and config.decoded is not None and decoded < config.decoded.share:
             video = decode(batch.ids[i], video)
         video = video[:, frames]
-        if u[5] < config.recolour:
-            video = recolour(video, mask if u[6] < 0.5 else torch.ones_like(mask), u[7:19])
-        flips = [axis for axis, draw in ((-1, u[19]), (-2, u[20])) if draw < 0.5]
-        if u[21] < config.degrade:
-            video = blur(video, float(u[22])) + config.noise * u[22] * noise[i]
+        if doubled < config.twin:
+            video = twin(video, mask, shifts[i])
+        if painted < config.recolour:
+            video = recolour(video, mask if painted < config.recolour / 2 else torch.ones_like(mask), colours[i])
+        if worse < config.degrade:
+            strength = worse / config.degrade
+            video = blur(video, strength) + config.noise * strength * noise[i]
+        flips = [axis for axis, draw in ((-1, left), (-2, down)) if draw < 0.5]
         videos.append(video.flip(flips).clamp(-1, 1))
         followed.append(mask.flip(flips))
     return torch.stack(videos), torch.stack(followed)
@@ -98,6 +102,13 @@ def distance(mask_FHW: Tensor) -> float:
     """Pixels between the mask's centres in the first and the last picture; 0 where one is empty."""
     ends = [mask.nonzero().float() for mask in (mask_FHW[0], mask_FHW[-1])]
     return float((ends[0].mean(0) - ends[1].mean(0)).norm()) if all(map(len, ends)) else 0.0
+
+
+def twin(video_CFHW: Tensor, mask_FHW: Tensor, draws: Tensor) -> Tensor:
+    """Paste a copy of the body elsewhere, behind it: looks alone do not tell which one is followed."""
+    shift = tuple((draws * torch.tensor(mask_FHW.shape[1:])).int().tolist())
+    behind = mask_FHW.roll(shift, (1, 2)) & ~mask_FHW
+    return torch.where(behind, video_CFHW.roll(shift, (2, 3)), video_CFHW)
 
 
 def recolour(video_CFHW: Tensor, mask_FHW: Tensor, draws: Tensor) -> Tensor:

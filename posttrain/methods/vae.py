@@ -7,8 +7,9 @@ Loss, for pixels x in [-1, 1], their reconstruction y, and object weight w (1 on
 where d are the differences to the right, lower and next-frame neighbours (edges and motion, on which a small moving
 object lives). KL is averaged over latent values. Objects cover a few percent of a picture; without w they dissolve.
 
+First it learns single pictures, which it does many times faster than clips and without which clips stay grey (LOG.md).
 The decoder is causal and runs chunk by chunk, so errors build up along a clip unless it is trained on long ones:
-every step draws a clip length, a time stride (which makes slow motion fast), a direction of time and mirrorings.
+every later step draws a clip length, a time stride (which makes slow motion fast), a direction of time and mirrorings.
 Each step sees about the same number of frames, whatever the length.
 """
 
@@ -26,6 +27,7 @@ DATA = "clips"
 class Config(Strict):
     """`lengths` are numbers of frames (4k + 1), drawn with `weights`; `frames` is what a step sees in all."""
 
+    pictures: int = 1500  # steps at the start on single pictures
     lengths: tuple[int, ...] = (1, 5, 9, 17, 33)
     weights: tuple[float, ...] = (0.2, 0.25, 0.2, 0.2, 0.15)
     frames: int = 40
@@ -35,16 +37,17 @@ class Config(Strict):
     kl: float = 1e-4
 
 
-def crop(batch: Batch, config: Config, random: Random) -> tuple[Tensor, Tensor]:
+def crop(batch: Batch, config: Config, random: Random, still: bool) -> tuple[Tensor, Tensor]:
     """A training crop: video (B', C, F', H, W) in [-1, 1] and pixel weights (B', 1, F', H, W), mean about 1.
 
-    One length and stride serve the whole step (drawn from its first item); start, direction and mirroring differ.
+    One length (1 if `still`) and stride serve the whole step, drawn from its first item; start, direction and mirroring
+    differ.
     """
     assert batch.video_BCFHW is not None
     assert batch.instances_BFHW is not None
     draws = random.uniform(6)
     cumulative = torch.tensor(config.weights).cumsum(0)
-    length = config.lengths[int((draws[0, 0] * cumulative[-1] >= cumulative).sum())]
+    length = 1 if still else config.lengths[int((draws[0, 0] * cumulative[-1] >= cumulative).sum())]
     total = batch.video_BCFHW.shape[2]
     longest_stride = min(config.max_stride, (total - 1) // max(length - 1, 1))
     stride = 1 + int(draws[0, 1] * longest_stride)
@@ -82,7 +85,7 @@ def vae_loss(
 def train(run: Run, model: Autoencoder, config: Config) -> None:
     """The loop; afterwards the latents' statistics are measured on the training clips themselves."""
     for batch in run.batches():
-        x, weight = crop(batch, config, run.random)
+        x, weight = crop(batch, config, run.random, still=run.steps < config.pictures)
         loss, metrics = vae_loss(run.module, x, weight, config, run.random)
         run.step(loss, **metrics)
     run.finish()

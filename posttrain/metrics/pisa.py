@@ -11,7 +11,7 @@ Two conventions, because the authors' released code departs from their paper:
 
                       paper (the headline)                     released (to compare with the paper's Table 1)
     L2 of a frame     Euclidean                                mean of |dx| and |dy|
-    true frame of i   floor(i f_true / f_gen + 1/2)            int(i (f_true / f_gen))
+    true frame of i   floor(i f_true / f_gen + 1/2)            int(i f_true / f_gen)
     object vanished   L2 1, CD 2 (their maxima), IoU 0         the frame leaves L2 and CD, IoU 0
     no true object    scored by IoU alone                      the frame leaves L2 and CD, scored by IoU
     mask values       anything but 0 is the object             1 is the object: 0/255 masks look empty
@@ -45,7 +45,7 @@ def true_frames(generated: int, true: int, fps_generated: float, fps_true: float
     if convention == "paper":
         j = np.floor(i * fps_true / fps_generated + 0.5)
     else:
-        j = np.trunc(i * (fps_true / fps_generated))
+        j = np.trunc(i * fps_true / fps_generated)
     return j[j < true].astype(np.int64)
 
 

@@ -30,8 +30,16 @@ def load(config: ModelConfig, device: str = "cpu") -> Autoencoder:
         raise UserError(f"{path / 'vae' / 'config.json'}: does not exist; model.path must be a diffusers Wan folder")
     if config.init == "pretrained":
         return Autoencoder(AutoencoderKLWan.from_pretrained(path / "vae").to(device))
-    torch.manual_seed(0)
-    return Autoencoder(AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(path / "vae")).to(device))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(path / "vae"))
+    # Start nearly without noise: at the default log-variance of 0 it would drown the small means of a fresh encoder.
+    with torch.no_grad():
+        mean, logvar = vae.quant_conv.weight.chunk(2)
+        mean.mul_(3)
+        logvar.mul_(0.1)
+        vae.quant_conv.bias.chunk(2)[1].sub_(6)
+    return Autoencoder(vae.to(device))
 
 
 def set_latent_statistics(vae: AutoencoderKLWan, z_NC: Tensor) -> None:
