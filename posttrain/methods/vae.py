@@ -9,7 +9,7 @@ object lives). KL is averaged over latent values. Objects cover a few percent of
 
 First it learns single pictures, which it does many times faster than clips and without which clips stay grey (LOG.md).
 The decoder is causal and runs chunk by chunk, so errors build up along a clip unless it is trained on long ones:
-every later step draws a clip length, a time stride (which makes slow motion fast), a direction of time and mirrorings.
+every later step draws a clip length, a time stride (which makes slow motion fast), mirrorings and transpositions.
 Each step sees about the same number of frames, whatever the length.
 """
 
@@ -29,7 +29,7 @@ class Config(Strict):
 
     pictures: int = 1500  # steps at the start on single pictures
     lengths: tuple[int, ...] = (1, 5, 9, 17, 33)
-    weights: tuple[float, ...] = (0.2, 0.25, 0.2, 0.2, 0.15)
+    weights: tuple[float, ...] = (0.1, 0.25, 0.25, 0.25, 0.15)
     frames: int = 40
     max_stride: int = 6
     object_weight: float = 8.0
@@ -38,30 +38,29 @@ class Config(Strict):
 
 
 def crop(batch: Batch, config: Config, random: Random, still: bool) -> tuple[Tensor, Tensor]:
-    """A training crop: video (B', C, F', H, W) in [-1, 1] and pixel weights (B', 1, F', H, W), mean about 1.
+    """A training crop: video (B', C, F', H, W) in [-1, 1] and pixel weights (B', 1, F', H, W).
 
-    One length (1 if `still`) and stride serve the whole step, drawn from its first item; start, direction and mirroring
-    differ.
+    One length (1 if `still`) and stride serve the whole step, drawn from its first item; start, mirroring and
+    transposition differ. Time runs to and fro over the clip, so that a long crop can be fast too.
     """
     assert batch.video_BCFHW is not None
     assert batch.instances_BFHW is not None
     draws = random.uniform(6)
     cumulative = torch.tensor(config.weights).cumsum(0)
     length = 1 if still else config.lengths[int((draws[0, 0] * cumulative[-1] >= cumulative).sum())]
-    total = batch.video_BCFHW.shape[2]
-    longest_stride = min(config.max_stride, (total - 1) // max(length - 1, 1))
-    stride = 1 + int(draws[0, 1] * longest_stride)
+    stride, last = 1 + int(draws[0, 1] * config.max_stride), batch.video_BCFHW.shape[2] - 1
     videos, weights = [], []
     for i in range(min(len(draws), max(config.frames // length, 1))):
-        start = int(draws[i, 2] * (total - (length - 1) * stride))
-        frames = torch.arange(start, start + (length - 1) * stride + 1, stride)
-        if draws[i, 3] < 0.5:
-            frames = frames.flip(0)
-        video = batch.video_BCFHW[i][:, frames]
-        weight = 1 + (config.object_weight - 1) * (batch.instances_BFHW[i][frames] > 0).to(video.dtype)[None]
-        flips = [axis for axis, draw in ((-1, draws[i, 4]), (-2, draws[i, 5])) if draw < 0.5]
-        videos.append(video.flip(flips))
-        weights.append(weight.flip(flips))
+        ticks = int(draws[i, 2] * 2 * last) + stride * torch.arange(length)
+        frames = last - (ticks % (2 * last) - last).abs()
+        video, objects = batch.video_BCFHW[i][:, frames], batch.instances_BFHW[i][frames] > 0
+        # where an object was or will be counts as well: else its ghost stays there, cheaply
+        near = torch.stack([objects[max(t - 4, 0) : t + 5].any(0) for t in range(length)])
+        weight = 1 + (config.object_weight - 1) * near.to(video.dtype)[None]
+        flips = [axis for axis, draw in ((-1, draws[i, 3]), (-2, draws[i, 4])) if draw < 0.5]
+        axes = (-1, -2) if draws[i, 5] < 0.5 and video.shape[-1] == video.shape[-2] else (-1, -1)
+        videos.append(video.flip(flips).transpose(*axes))
+        weights.append(weight.flip(flips).transpose(*axes))
     return torch.stack(videos), torch.stack(weights)
 
 
