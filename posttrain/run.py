@@ -126,6 +126,7 @@ class Run:
 
         AcceleratorState._reset_state()  # it would refuse another precision later in the same process
         self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),  # else every process of several on CPUs thinks that it is alone
             mixed_precision="no" if train.precision == "fp32" else train.precision,
             gradient_accumulation_steps=train.accumulate,
         )

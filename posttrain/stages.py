@@ -16,6 +16,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
+
 from posttrain import files, recipe
 from posttrain.data.clips import Clips, DataConfig, check_same_kind, open_split
 from posttrain.evaluate import EvalConfig
@@ -239,19 +241,20 @@ def _need_training(folder: Path) -> None:
         raise UserError(f"{folder / ADAPTER}: is missing or incomplete; finish `posttrain train` first")
 
 
-def _device() -> Any:
+def _process() -> Any:
+    """This process among those of the run. On a machine without a GPU it has to be told, or every one thinks it is alone."""
     from accelerate import PartialState
 
-    return PartialState().device
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def _device() -> Any:
+    return _process().device
 
 
 def _main_process() -> bool:
-    from accelerate import PartialState
-
-    return PartialState().is_main_process
+    return _process().is_main_process
 
 
 def _wait() -> None:
-    from accelerate import PartialState
-
-    PartialState().wait_for_everyone()
+    _process().wait_for_everyone()

@@ -14,25 +14,15 @@ from posttrain.types import Batch, Random
 from tests.tiny import wan_folder
 
 
-class Shifted(torch.nn.Module):
-    """An autoencoder whose answer is known: latents of mean m and log-variance l, pictures `by` too bright."""
+class Known(torch.nn.Module):
+    """Its answer is known: latents of mean m and log-variance l, pictures `by` too bright."""
 
-    def __init__(self, m: float, logvar: float, by: float) -> None:
+    def __init__(self, m: float, logvar: float, by: float | torch.Tensor) -> None:
         super().__init__()
         self.m, self.logvar, self.by = m, logvar, by
 
-    def encode(self, x):
-        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-        from diffusers.models.modeling_outputs import AutoencoderKLOutput
-
-        self.x = x
-        moments = torch.cat([torch.full_like(x, self.m), torch.full_like(x, self.logvar)], 1)
-        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))
-
-    def decode(self, z):
-        from diffusers.models.autoencoders.vae import DecoderOutput
-
-        return DecoderOutput(sample=self.x + self.by)
+    def forward(self, x, normal):
+        return x + self.by, torch.full((2,), self.m), torch.full((2,), self.logvar)
 
 
 def clips(frames: int = 9, size: int = 16) -> Batch:
@@ -48,7 +38,7 @@ def test_loss_by_hand() -> None:
     """|e| = 0.5 everywhere: pixels 0.5 + 2 * 0.25 = 1; no edges; KL of N(2, 1) is 2."""
     x = torch.rand(2, 3, 5, 8, 8)
     config = Config(kl=0.1, difference=0.7)
-    loss, metrics = vae_loss(Shifted(2.0, 0.0, 0.5), x, torch.ones(2, 1, 5, 8, 8), config, Random(0, 0, [0, 1]))
+    loss, metrics = vae_loss(Known(2.0, 0.0, 0.5), x, torch.ones(2, 1, 5, 8, 8), config, Random(0, 0, [0, 1]))
     assert loss.item() == pytest.approx(1 + 0.1 * 2, abs=1e-5)
     assert metrics["kl"] == pytest.approx(2)
     assert metrics["psnr"] == pytest.approx(10 * torch.log10(torch.tensor(4 / 0.25)).item(), abs=1e-4)
@@ -59,7 +49,7 @@ def test_objects_weigh_more() -> None:
     by, weight = torch.zeros(1, 3, 1, 8, 8), torch.ones(1, 1, 1, 8, 8)
     by[..., :2], weight[..., :2] = 1, 7
     config = Config(kl=0, difference=0)
-    loss, _ = vae_loss(Shifted(0, 0, by), torch.zeros(1, 3, 1, 8, 8), weight, config, Random(0, 0, [0]))
+    loss, _ = vae_loss(Known(0, 0, by), torch.zeros(1, 3, 1, 8, 8), weight, config, Random(0, 0, [0]))
     assert loss.item() == pytest.approx(3 * 7 / 10)
 
 
@@ -90,11 +80,11 @@ def test_pictures_and_budget() -> None:
 
 def test_it_starts_nearly_without_noise_and_learns(tmp_path: Path) -> None:
     folder = wan_folder(tmp_path / "wan")
-    module = vae.load(ModelConfig(family="vae", path=str(folder), init="random")).module
-    assert isinstance(module, AutoencoderKLWan)
-    size = 4 * module.config.scale_factor_spatial
+    model = vae.load(ModelConfig(family="vae", path=str(folder), init="random"))
+    module = model.module
+    size = 4 * model.vae.config.scale_factor_spatial
     x = torch.nn.functional.interpolate(torch.rand(2, 3, 4, 4) * 2 - 1, size)[:, :, None]
-    assert module.encode(x).latent_dist.std.max() < 0.1
+    assert model.vae.encode(x).latent_dist.std.max() < 0.1
     optimizer = torch.optim.Adam(module.parameters(), 3e-3)
     psnr = []
     for step in range(40):
@@ -109,8 +99,8 @@ def test_it_starts_nearly_without_noise_and_learns(tmp_path: Path) -> None:
 def test_statistics_normalise_the_latents(tmp_path: Path) -> None:
     folder = wan_folder(tmp_path / "wan")
     model = vae.load(ModelConfig(family="vae", path=str(folder)))
-    z_NC = torch.randn(5000, model.module.config.z_dim) * 3 + 1
-    vae.set_latent_statistics(model.module, z_NC)
+    z_NC = torch.randn(5000, model.vae.config.z_dim) * 3 + 1
+    vae.set_latent_statistics(model.vae, z_NC)
     model.save(tmp_path / "out")
     read = AutoencoderKLWan.from_pretrained(tmp_path / "out").config
     normal = (z_NC - torch.tensor(read.latents_mean)) / torch.tensor(read.latents_std)

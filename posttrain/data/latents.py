@@ -55,7 +55,8 @@ class Latents:
                 if caption not in texts:
                     texts[caption] = _trim(model.encode_text([caption])[0])
             entry = {"z0": z0_CFHW.float(), "text": texts[caption].float()}
-            files.write_bytes(self._files[index], save({k: v.contiguous().cpu() for k, v in entry.items()}))
+            content = save({k: v.contiguous().cpu() for k, v in entry.items()})
+            files.write_bytes(self._files[index], content, flush=False)
         state.wait_for_everyone()
         self._length = model.encode_text([""]).shape[1]
 

@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from posttrain.metrics import masks
@@ -143,8 +142,7 @@ def segmenter_loss(
 
 def decoder(config: DecodedConfig, device: torch.device) -> Decode:
     """Clips through the autoencoder, kept as bytes. Whole, and one by one: a picture does not depend on its batch."""
-    loaded = vae.load(ModelConfig(family="vae", path=config.path), str(device)).module.eval()
-    assert isinstance(loaded, AutoencoderKLWan)
+    loaded = vae.load(ModelConfig(family="vae", path=config.path), str(device)).vae.eval()
     kept: dict[str, Tensor] = {}
 
     def decode(name: str, video_CFHW: Tensor) -> Tensor:

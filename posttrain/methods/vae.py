@@ -14,8 +14,7 @@ Each step sees about the same number of frames, whatever the length.
 """
 
 import torch
-from diffusers import AutoencoderKLWan
-from torch import Tensor
+from torch import Tensor, nn
 
 from posttrain.models.vae import Autoencoder, set_latent_statistics
 from posttrain.run import Run
@@ -65,17 +64,15 @@ def crop(batch: Batch, config: Config, random: Random, still: bool) -> tuple[Ten
 
 
 def vae_loss(
-    vae: AutoencoderKLWan, x_BCFHW: Tensor, weight_B1FHW: Tensor, config: Config, noise: Random
+    module: nn.Module, x_BCFHW: Tensor, weight_B1FHW: Tensor, config: Config, random: Random
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss above, a scalar, and its terms. `psnr` is in dB over all pixels."""
-    posterior = vae.encode(x_BCFHW).latent_dist
-    eps = noise.normal(*posterior.mean.shape[1:])[: len(x_BCFHW)].to(posterior.mean)
-    y_BCFHW = vae.decode(posterior.mean + posterior.std * eps).sample
+    y_BCFHW, mean, logvar = module(x_BCFHW, random.normal)
     error = y_BCFHW - x_BCFHW
     pixels = (weight_B1FHW * (error.abs() + 2 * error.square())).mean() / weight_B1FHW.mean()
     axes = [axis for axis in (2, 3, 4) if error.shape[axis] > 1]
     edges = torch.stack([error.diff(dim=axis).abs().mean() for axis in axes]).mean()
-    kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     loss = pixels + config.difference * edges + config.kl * kl
     mse = error.detach().square().mean()
     return loss, {"pixels": pixels.item(), "kl": kl.item(), "psnr": float(10 * torch.log10(4 / mse))}
@@ -90,5 +87,5 @@ def train(run: Run, model: Autoencoder, config: Config) -> None:
     run.finish()
     indices = range(0, len(run.data), max(len(run.data) // 256, 1))
     with torch.no_grad():
-        z = [model.module.encode(run.data.load([i]).video_BCFHW).latent_dist.mean.movedim(1, -1) for i in indices]
-    set_latent_statistics(model.module, torch.cat([part.flatten(0, -2) for part in z]))
+        z = [model.vae.encode(run.data.load([i]).video_BCFHW).latent_dist.mean.movedim(1, -1) for i in indices]
+    set_latent_statistics(model.vae, torch.cat([part.flatten(0, -2) for part in z]))

@@ -45,9 +45,9 @@ class Tracker(nn.Module):
         super().__init__()
         self.widths = tuple(widths)
         self.down = nn.ModuleList(Block(i, o) for i, o in zip((3, *widths), widths, strict=False))
-        # what is here now, what looks like the object, where the object was, the coarser scale's answer; and, but for
-        # the finest scale, what was here in the picture before and in frame 0, and where the object was in frame 0
-        inputs = [(2 if i == 0 else 4) * w + (1 if i == 0 else 2) for i, w in enumerate(widths)]
+        # what is here now and what looks like the object; where the object was before and in frame 0, and what was here
+        # then (at the finest scale, the colours of frame 0 alone); and the coarser scale's answer
+        inputs = [2 * widths[0] + 2 + 3, *(4 * w + 2 for w in widths[1:])]
         self.up = nn.ModuleList(Block(i + c, w) for i, c, w in zip(inputs, (*widths[1:], 0), widths, strict=True))
         self.head = nn.Conv2d(widths[0], 1, 1)
         self.head.bias = nn.Parameter(torch.tensor([-3.0]))  # most pixels are not the object
@@ -81,9 +81,8 @@ class Tracker(nn.Module):
             x = None
             for i in reversed(range(len(features))):
                 f = features[i]
-                parts = [f[:, t], f[:, t] * looks[i], shrink(mask_B1HW, f.shape[-2:])]
-                if i > 0:
-                    parts += [f[:, t - 1], f[:, 0], starts[i]]
+                parts = [f[:, t], f[:, t] * looks[i], shrink(mask_B1HW, f.shape[-2:]), starts[i]]
+                parts += [f[:, t - 1], f[:, 0]] if i else [video_BCFHW[:, :, 0]]
                 if x is not None:
                     parts.append(F.interpolate(x, scale_factor=2))
                 x = self.up[i](torch.cat(parts, 1))

@@ -1,26 +1,42 @@
 """The video autoencoder as something to train: diffusers' AutoencoderKLWan and how it is saved."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
-from torch import Tensor
+from torch import Tensor, nn
 
 from posttrain.files import UserError, replacing
 from posttrain.models.base import ModelConfig
 from posttrain.pocket import folder
 
 
+class Reconstruction(nn.Module):
+    """Encode, sample, decode in one call, as a distributed wrapper around it needs."""
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x_BCFHW: Tensor, normal: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(y_BCFHW, mean, logvar); `normal(C, F, H, W)` gives standard normal numbers for at least B items."""
+        posterior = self.vae.encode(x_BCFHW).latent_dist
+        eps = normal(*posterior.mean.shape[1:])[: len(x_BCFHW)].to(posterior.mean)
+        return self.vae.decode(posterior.mean + posterior.std * eps).sample, posterior.mean, posterior.logvar
+
+
 class Autoencoder:
     """An AutoencoderKLWan on its way to becoming the eyes of a video model."""
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
-        self.module = vae
+        self.vae = vae
+        self.module: nn.Module = Reconstruction(vae)
 
     def save(self, path: Path) -> None:
         """Write the diffusers folder (config.json with the latents' mean and std, safetensors)."""
         with replacing(path) as temporary:
-            self.module.save_pretrained(temporary)
+            self.vae.save_pretrained(temporary)
 
 
 def load(config: ModelConfig, device: str = "cpu") -> Autoencoder:
