@@ -242,7 +242,7 @@ def _need_training(folder: Path) -> None:
 
 
 def _process() -> Any:
-    """This process among those of the run. On a machine without a GPU it has to be told, or every one thinks it is alone."""
+    """This process among those of the run; without a GPU each has to be told, or it thinks that it is alone."""
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.cuda.is_available())

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from tiny import wan_folder
 
 from posttrain.files import UserError
 from posttrain.methods.vae import Config, crop, vae_loss
 from posttrain.models import vae
 from posttrain.models.base import ModelConfig
 from posttrain.types import Batch, Random
-from tests.tiny import wan_folder
 
 
 class Known(torch.nn.Module):

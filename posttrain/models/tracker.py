@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -130,5 +131,9 @@ def load(config: ModelConfig, device: str = "cpu") -> Model:
         weights = path / "model.safetensors"
         if not weights.exists():
             raise UserError(f"{weights}: does not exist; train it, or choose another model.path")
-        module.load_state_dict(load_file(weights))
+        try:
+            module.load_state_dict(load_file(weights))
+        except (RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise UserError(f"{weights}: does not fit the tracker ({reason}); train it again") from error
     return Model(module.to(device))
