@@ -1,5 +1,6 @@
 """A dataset folder is whole, the same however it was made, and never mixes what must stay apart."""
 
+import functools
 import hashlib
 import json
 import os
@@ -37,7 +38,9 @@ def recipe(folder: Path, train: int = 10) -> Path:
 
 def start(path: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "sim", "make", str(path), "--workers", "1"]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    # a shell's background job ignores SIGINT, and its children would too
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
 
 
 def files(folder: Path) -> dict[str, str]:

@@ -118,6 +118,8 @@ def build(out: Path, vae: Path | None = None, transformer: Path | None = None, c
         index: dict[str, object] = {"_class_name": "WanImageToVideoPipeline", "_diffusers_version": "0.42.1"}
         for name, part in parts.items():
             half = part.half() if name in ("vae", "transformer") else part  # changes no digit of the results
+            if name in ("vae", "transformer"):
+                half.register_to_config(_name_or_path="")  # else where it was loaded from
             half.save_pretrained(temporary / name)
             index[name] = [type(part).__module__.split(".")[0], type(part).__name__]
         nothing = dict.fromkeys(("image_encoder", "image_processor", "transformer_2"), (None, None))
