@@ -12,18 +12,16 @@ both; the truth is the simulator's mask, not a tracked one.
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from posttrain.data.clips import to_float
 from posttrain.metrics import pisa
+from posttrain.metrics.masks import Track, segment
 from posttrain.types import Batch
-
-Track = Callable[[Tensor, Tensor], Tensor]  # (video_BCFHW in [-1, 1], mask0_BHW bool) -> logits_BFHW
 
 METRICS = ("l2", "chamfer", "iou", "vanished", "time_error", "no_contact")
 
@@ -54,9 +52,7 @@ def score_videos(
     assert batch.target_B is not None
     true_BFHW = batch.instances_BFHW == batch.target_B.view(-1, 1, 1, 1)
     video_BCFHW = torch.stack([to_float(video) for video in videos_BFHWC]).to(true_BFHW.device)
-    with torch.no_grad():
-        masks_BFHW = track(video_BCFHW, true_BFHW[:, 0]) > 0
-    masks_BFHW[:, 0] = true_BFHW[:, 0]  # given, not tracked
+    masks_BFHW = segment(track, video_BCFHW, true_BFHW[:, 0])
     scores = []
     for masks, true, row in zip(masks_BFHW.cpu().numpy(), true_BFHW.cpu().numpy(), truths, strict=True):
         numbers: dict[str, Any] = dict(pisa.score(masks, true, fps, row["fps"]))
