@@ -13,6 +13,7 @@ folder that runs share.
 """
 
 import hashlib
+import inspect
 import json
 import shutil
 import sys
@@ -35,6 +36,7 @@ from posttrain import files, flow, sample
 from posttrain.benchmarks import pisa
 from posttrain.data.clips import Clips, DataConfig
 from posttrain.files import UserError
+from posttrain.metrics import masks
 from posttrain.metrics import pisa as metric
 from posttrain.models.base import VideoModel
 from posttrain.progress import progress
@@ -90,6 +92,10 @@ def evaluate(
     """
     run = Path(run)
     splits = {split: Clips(DataConfig(clips=config.clips, split=split, limit=config.limit)) for split in config.splits}
+    asked = {file_name(row, split) for row in (*REFERENCES, *models) for split in splits}
+    for path in (run / "evaluation").glob("*.json"):
+        if path.name not in asked:
+            path.unlink()  # the table shows what this recipe asks for
     records, pending = {}, [*REFERENCES]
     for name, ready in models.items():
         with ready() as model:
@@ -111,20 +117,22 @@ def blank(
         "row": row if row in REFERENCES else "sampled",
         "clips": [clips.row(i) for i in range(len(clips))],
         "tracker": fingerprint(tracker.module),
-        "source": [files.sha256(Path(str(module.__file__))) for module in (metric, pisa)],
+        "source": [source(module) for module in (metric, masks, pisa, sample, type(tracker), type(tracker.module))],
     }
     if row not in ("truth", "frozen"):
-        facts["model"] = model.cache_key()
+        facts["model"] = [model.cache_key(), source(type(model))]
     if row not in REFERENCES:
         facts |= {
             "weights": fingerprint(model.transformer, base=row == "base"),
             "scheduler": [type(model.scheduler()).__name__, dict(model.scheduler().config)],
             "sampler": [config.sampler.model_dump(), config.seeds],
-            "sampling": [files.sha256(Path(str(module.__file__))) for module in (flow, sample)],
+            "sampling": source(flow),
         }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    settings = config.model_dump(mode="json", include={"clips", "limit", "seeds", "sampler"})
     return {
         "model": row,
+        "settings": settings,
         "split": split.removeprefix("test_"),
         "folder": split,
         "key": key,
@@ -149,15 +157,16 @@ def complete(
     shared: Path | None,
 ) -> dict[str, Any]:
     """The record with all its clips: what the run or the shared folder has, and the rest measured now."""
-    path = run / "evaluation" / f"{record['model']}-{record['folder']}.json"
+    path, settings = run / "evaluation" / file_name(record["model"], record["folder"]), record["settings"]
     samples = run / "samples" / record["model"] / record["folder"]
     found = files.read_json(path) if path.exists() else {}
     if found.get("key") == record["key"]:
-        record = found
+        record = found | {"settings": settings}
+        files.write_json(path, record)
     elif shared is not None and shared.exists():
         with files.replacing(samples) as temporary:
             shutil.copytree(shared / "samples", temporary)
-        record = files.read_json(shared / "record.json")
+        record = files.read_json(shared / "record.json") | {"settings": settings}
         files.write_json(path, record)
         tell(record, f"reused from {shared}")
         return record
@@ -188,6 +197,15 @@ def complete(
             shutil.copytree(samples, temporary / "samples")
             files.write_json(temporary / "record.json", record)
     return record
+
+
+def file_name(row: str, split: str) -> str:
+    return f"{row}-{split}.json"
+
+
+def source(of: Any) -> str:
+    """Hash of the file in which a module or class is written."""
+    return files.sha256(Path(str(inspect.getsourcefile(of))))
 
 
 def generate(
@@ -270,13 +288,15 @@ def read_records(run: Path | str) -> list[dict[str, Any]]:
     """The finished records of a run, split by split, references and base first.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or they are not of one evaluation.
     """
     folder = Path(run) / "evaluation"
     records = [files.read_json(path) for path in sorted(folder.glob("*.json"))]
     records = [record for record in records if len(record["clips"]) == record["total"]]
     if not records:
         raise UserError(f"{folder}: has no finished evaluation; run `posttrain eval` first")
+    if any(record.get("settings") != records[0].get("settings") for record in records):
+        raise UserError(f"{folder}: an evaluation with other settings was cut off; run `posttrain eval` to its end")
 
     def place(record: dict[str, Any]) -> tuple[bool, str, int, str]:
         row = record["model"]

@@ -4,12 +4,15 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 
 class UserError(Exception):
@@ -21,7 +24,8 @@ def explain(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals while writing `path` into one clear line."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as found:
+        error = _refusal(found)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{path}: the disk is full; free some space and start again, nothing is lost") from error
         if error.errno == errno.EFBIG:
@@ -32,6 +36,17 @@ def explain(path: Path) -> Iterator[None]:
             why = os.strerror(error.errno).lower()
             raise UserError(f"{path}: cannot be written ({why}); choose another folder or mend its rights") from error
         raise
+
+
+def _refusal(error: Exception) -> OSError:
+    """What the operating system said, also where safetensors or shutil.copytree told it in their own way."""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            if any(f"[Errno {number}]" in why for _, _, why in error.args[0]):
+                return OSError(number, os.strerror(number))
+    if isinstance(error, SafetensorError) and (told := re.search(r"os error (\d+)", str(error))):
+        return OSError(int(told[1]), str(error))
+    return error if isinstance(error, OSError) else OSError(str(error))
 
 
 def _flush(path: Path) -> None:
@@ -69,6 +84,13 @@ def replacing(path: Path | str, flush: bool = True) -> Iterator[Path]:
                 _flush(path.parent)
         finally:
             shutil.rmtree(holder, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half-written in `folder`; nobody else may be writing there."""
+    for remnant in folder.glob(".*.????????"):  # as `replacing` names its own
+        if remnant.is_dir() and {path.name for path in remnant.iterdir()} <= {remnant.name[1:-9], "old"}:
+            shutil.rmtree(remnant, ignore_errors=True)
 
 
 def write_bytes(path: Path | str, content: bytes, flush: bool = True) -> None:

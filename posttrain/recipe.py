@@ -57,6 +57,8 @@ class In:
             module = resolve(self.room, value["name"])
         except UserError as error:
             raise PydanticCustomError("name", "{reason}", {"reason": str(error)}) from error
+        if not hasattr(module, "Config"):
+            raise PydanticCustomError("name", "{name} is no part of a recipe", {"name": repr(value["name"])})
         return Part(value["name"], module, module.Config(**{k: v for k, v in value.items() if k != "name"}))
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
@@ -77,6 +79,10 @@ def load(path: Path | str, overrides: Sequence[str], schema: type[Schema]) -> Sc
     try:
         text = path.read_text()
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+        origins: dict[Place, str] = {}
+        if isinstance(node, yaml.MappingNode):
+            _locate(node, (), path, origins)
     except FileNotFoundError:
         near = get_close_matches(str(path), [str(p) for p in path.parent.glob("*.yaml")], n=1)
         remedy = f"did you mean {near[0]!r}?" if near else "name a recipe"
@@ -86,11 +92,15 @@ def load(path: Path | str, overrides: Sequence[str], schema: type[Schema]) -> Sc
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: is not YAML ({error.problem})") from error
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        RecursionError,
+    ) as error:  # a control character, 2026-13-01, {[a]: 1}
+        raise UserError(f"{path}: is not YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{path}:1: should be a mapping of keys to values")
-    origins: dict[Place, str] = {}
-    _locate(node, (), path, origins)
-    values = yaml.safe_load(text)
     for override in overrides:
         _override(values, override, origins)
     try:
@@ -138,7 +148,7 @@ def _override(values: dict[str, Any], override: str, origins: dict[Place, str]) 
         values = inner
     try:
         values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         raise UserError(f"{override}: the value is not YAML") from error
     for known in [p for p in origins if p[: len(place)] == place]:
         del origins[known]

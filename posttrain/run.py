@@ -57,7 +57,7 @@ class TrainConfig(Strict):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, gt=0)  # the largest norm of the gradient
-    ema: float = Field(0.0, ge=0, lt=1)  # decay of the weights' moving average; 0: none
+    ema: float = Field(0.0, ge=0, lt=1)  # decay of the weights' average, at step s at most (1 + s) / (10 + s); 0: none
     checkpoint_every: int = Field(100, ge=1)
     block_checkpointing: bool = False  # recompute each block in the backward pass, for memory
 
@@ -142,7 +142,7 @@ class Run:
         if train.block_checkpointing:
             checkpointed: Any = module  # diffusers' name for it
             checkpointed.enable_gradient_checkpointing()
-        self._start = _fingerprint(module)
+        self._start = fingerprint(module)
         parameters = [p for p in module.parameters() if p.requires_grad]
         if not parameters:
             raise UserError("model: nothing in it is trainable")
@@ -166,12 +166,13 @@ class Run:
         self._started = time.monotonic()
         with files.explain(self.folder):
             self._checkpoints.mkdir(parents=True, exist_ok=True)
-        self._resume()
+        self._log_bytes = self._resume()
 
     # ------------------------------------------------------------------ the loop
 
     def batches(self) -> Iterator[Batch]:
         """Micro-batches of the steps still to do; call `step` once for each."""
+        self._cut_log()
         bar = progress("training", self.train.steps, self.steps)
         with self._signals(), bar if self.accelerator.is_main_process else nullcontext(_silent) as self._advance:
             while self.steps < self.train.steps:
@@ -355,19 +356,21 @@ class Run:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
-    def _resume(self) -> None:
-        """Continue from the newest whole checkpoint, and cut the log back to it."""
+    def _resume(self) -> int:
+        """Continue from the newest whole checkpoint; the length of its log."""
         if self.accelerator.is_main_process:
-            for leftover in self._checkpoints.glob(".step-*"):  # of a killed process
-                shutil.rmtree(leftover, ignore_errors=True)
+            files.sweep(self._checkpoints)
         log_bytes = 0
         for path in reversed(self._kept()):
             try:
                 meta, weights, state = _read_checkpoint(path)
-            except (UserError, OSError, KeyError, TypeError) as error:
-                print(f"{path}: is damaged ({error}); the one before it is used", file=sys.stderr)
+            except Damaged as error:
+                aside = path.with_name(f"damaged-{path.name}")
+                print(f"{path}: is damaged ({error}); the one before it is used, it becomes {aside}", file=sys.stderr)
+                self.accelerator.wait_for_everyone()  # all have looked
                 if self.accelerator.is_main_process:
-                    shutil.rmtree(path)
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.rename(aside)
                 continue
             if other := [key for key, value in self.meaning.items() if meta.get(key) != value]:
                 raise UserError(
@@ -384,25 +387,41 @@ class Run:
             if self.accelerator.is_main_process:
                 print(f"{self.folder}: continues from step {self.steps} of {self.train.steps}", file=sys.stderr)
             break
+        return log_bytes
+
+    def _cut_log(self) -> None:
+        """Take the steps off the log that will be done again."""
         if self.accelerator.is_main_process:
             log = self.folder / "log.jsonl"
             with files.explain(log), open(log, "ab") as stream:
-                stream.truncate(min(log_bytes, stream.tell()))
+                stream.truncate(min(self._log_bytes, stream.tell()))
         self.accelerator.wait_for_everyone()
 
 
+class Damaged(Exception):
+    """A checkpoint is not what was written; the message says which part."""
+
+
 def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
-    meta = files.read_json(path / "meta.json")
-    contents = {name: (path / name).read_bytes() for name in meta["sha256"]}
+    """Meta, weights and state.
+
+    Raises:
+        Damaged: something in it is absent or changed. A disk that does not answer is no damage, and raises OSError.
+    """
+    try:
+        meta = files.read_json(path / "meta.json")
+        contents = {name: (path / name).read_bytes() for name in meta["sha256"]}
+    except (UserError, FileNotFoundError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise Damaged(str(error)) from error
     for name, content in contents.items():
         if files.sha256_bytes(content) != meta["sha256"][name]:
-            raise UserError(f"{name} is not what was written")
+            raise Damaged(f"{name} is not what was written")
     state = torch.load(io.BytesIO(contents["state.pt"]), map_location="cpu", weights_only=True)
     return meta, load_tensors(contents["weights.safetensors"]), state
 
 
-def _fingerprint(module: nn.Module) -> str:
-    """Hash of the weights, and of which are trained."""
+def fingerprint(module: nn.Module) -> str:
+    """Hash of the weights, and of which are trained: what a run starts from."""
     digest = hashlib.sha256()
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,7 @@ from posttrain.evaluate import EvalConfig
 from posttrain.files import UserError
 from posttrain.models.base import ModelConfig
 from posttrain.recipe import In, Part
-from posttrain.run import Run, TrainConfig
+from posttrain.run import Run, TrainConfig, fingerprint
 from posttrain.types import Strict
 
 RUNS = Path("runs")
@@ -151,6 +152,8 @@ def train(plan: Recipe, folder: Path) -> None:
     method.train(run, model, plan.method.config)
     model.module = run.finish()
     if _main_process():
+        files.sweep(folder)
+        files.sweep(folder / ADAPTER)
         model.save(folder / ADAPTER)
         files.write_json(folder / TRAINED, run.meaning)
     _wait()
@@ -219,6 +222,9 @@ def _base(plan: Recipe) -> Iterator[Any]:
 def _tuned(plan: Recipe, folder: Path) -> Iterator[Any]:
     """The model as its saved weights make it, so that what is measured is what is handed out."""
     model = load_model(plan.model)
+    if files.read_json(folder / TRAINED)["model"] != fingerprint(model.module):
+        name = f"model.path {plan.model.path}"
+        raise UserError(f"{folder / ADAPTER}: was trained on other weights than {name} has now; train again as run=...")
     model.restore(folder / ADAPTER)
     yield model
 
@@ -245,7 +251,8 @@ def _process() -> Any:
     """This process among those of the run; without a GPU each has to be told, or it thinks that it is alone."""
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available())
+    # the others wait while the first films or measures, for longer than the usual ten minutes
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
 
 
 def _device() -> Any:

@@ -44,6 +44,12 @@ class Random:
     def __init__(self, seed: int, step: int, indices: Sequence[int]) -> None:
         states = [np.random.SeedSequence([seed, step, i]).generate_state(1, np.uint64)[0] for i in indices]
         self.generators = [torch.Generator().manual_seed(int(state >> 1)) for state in states]
+        state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
+        self._step = torch.Generator().manual_seed(int(state >> 1))
+
+    def shared(self, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1) that all samples of the step share, on every process; float32 on the CPU."""
+        return torch.rand(shape, generator=self._step)
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers (B, *shape), float32 on the CPU."""

@@ -15,7 +15,6 @@ import io
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 import zipfile
@@ -36,7 +35,17 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from posttrain.files import UserError, explain, read_json, sha256, write_bytes, write_json, write_jsonl, write_text
+from posttrain.files import (
+    UserError,
+    explain,
+    read_json,
+    sha256,
+    sweep,
+    write_bytes,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from sim import assets
 from sim.scene import Clip, Scene, Trajectory
 
@@ -290,5 +299,4 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
 def _sweep(out: Path, splits: dict[str, int]) -> None:
     """Remove what a killed process left half-written."""
     for folder in [out, *(out / split for split in splits), *(out / ".rows" / split for split in splits)]:
-        for remnant in folder.glob(".*.*.*"):
-            shutil.rmtree(remnant, ignore_errors=True)
+        sweep(folder)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from falling import SIZE, film, rows_of, write_dataset
 
+from posttrain import files
 from posttrain.data.clips import Clips, DataConfig, check_same_kind, open_split, read_annotations, read_video
 from posttrain.files import UserError
 
@@ -34,8 +35,8 @@ def edit(folder: Path, line: int, **changes: Any) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def clips(folder: Path, **changes: Any) -> Clips:
-    return Clips(DataConfig(clips=str(folder), **changes))
+def clips(folder: Path, preload: bool = True, **changes: Any) -> Clips:
+    return Clips(DataConfig(clips=str(folder), **changes), preload)
 
 
 def test_pixels_and_masks_are_those_that_were_written(folder):
@@ -76,7 +77,7 @@ def test_the_key_changes_with_the_content_alone(folder):
     assert clips(folder).key == before
     assert clips(folder, limit=2).key != before
     edit(folder, 1, annotations_sha256="0" * 64)
-    assert clips(folder).key != before
+    assert clips(folder, preload=False).key != before
 
 
 def test_a_torn_clip_is_named(folder):
@@ -143,6 +144,26 @@ def test_torn_annotations_are_named(folder):
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(UserError, match=r"00000\.npz: is missing or torn"):
         clips(folder)
+
+
+def test_other_annotations_than_those_that_were_made_are_refused(folder):
+    digest = files.sha256(folder / SPLIT / "00000.npz")
+    edit(folder, 0, annotations_sha256=digest)
+    clips(folder)
+    np.savez(folder / SPLIT / "00000.npz", instances=np.zeros((9, SIZE, SIZE), np.uint8))
+    with pytest.raises(UserError, match=r"00000\.npz: was changed since it was made"):
+        clips(folder)
+    edit(folder, 0, annotations_sha256=None)
+    np.savez(folder / SPLIT / "00000.npz", instances=np.zeros((5, SIZE, SIZE), np.uint8))
+    with pytest.raises(UserError, match=r"00000\.npz: instances are \(5, 32, 32\), the video \(9, 32, 32\)"):
+        clips(folder)
+
+
+def test_folders_of_one_name_are_refused(tmp_path):
+    for parent in ("a", "b"):
+        write_dataset(tmp_path / parent / "drops", [SPLIT], clips=1, frames=5)
+    with pytest.raises(UserError, match="clips share a name"):
+        Clips(DataConfig(clips=[str(tmp_path / parent / "drops") for parent in ("a", "b")]))
 
 
 def test_pickles_in_annotations_are_refused(folder):

@@ -3,12 +3,16 @@
 import multiprocessing
 import os
 import resource
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from posttrain import files
 from posttrain.files import UserError
@@ -87,6 +91,30 @@ def test_a_full_disk_is_one_line_and_loses_nothing(small_disk):
         files.write_bytes(path, bytes(100_000))
     assert path.read_bytes() == b"old" * 5_000
     assert [p.name for p in small_disk.iterdir()] == ["a.bin"]
+
+
+def test_libraries_that_fill_the_disk_are_understood(small_disk, tmp_path):
+    """safetensors and shutil.copytree have their own exceptions for it."""
+    with pytest.raises(UserError, match=r"a: the disk is full"), files.replacing(small_disk / "a") as temporary:
+        save_file({"w": torch.zeros(50_000)}, temporary)
+    for name in "ab":
+        files.write_bytes(tmp_path / "from" / name, bytes(50_000))
+    with pytest.raises(UserError, match=r"b: the disk is full"), files.replacing(small_disk / "b") as temporary:
+        shutil.copytree(tmp_path / "from", temporary)
+    assert list(small_disk.iterdir()) == []
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(SafetensorError), files.replacing(tmp_path / "c"):
+        load_file(tmp_path / "text")
+
+
+def test_what_a_killed_writer_left_is_swept(tmp_path):
+    for name in ("a", ".hidden", ".somebody.settings/theirs"):
+        (tmp_path / name).mkdir(parents=True)
+    with files.replacing(tmp_path / "step-1") as temporary:
+        temporary.write_text("kept")
+        shutil.copytree(temporary.parent, tmp_path / ".step-1.abcdefgh")
+    files.sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", ".somebody.settings", "a", "step-1"]
 
 
 def test_a_limit_on_the_size_of_files_is_said(tmp_path):

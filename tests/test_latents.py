@@ -82,6 +82,18 @@ def test_a_lost_entry_alone_is_made_again_and_equal(model, drops, tmp_path):
     assert torch.equal(before.text_BLD, after.text_BLD)
 
 
+def test_every_process_has_its_own_share_whatever_the_others_did(model, drops, tmp_path, monkeypatch):
+    """Two processes, of which the second comes after the first has written; then all clips are there."""
+    from accelerate import PartialState
+
+    state = PartialState(cpu=True)
+    monkeypatch.setattr(state, "num_processes", 2)
+    for process in range(2):
+        monkeypatch.setattr(state, "process_index", process)
+        Latents(model, clips(drops), tmp_path / "cache")
+        assert len(entries(tmp_path / "cache")) == (2, 3)[process]
+
+
 def test_another_caption_is_another_entry(model, drops, tmp_path):
     first = Latents(model, clips(drops), tmp_path / "cache")
     recaption(drops, "something else falls.")

@@ -86,6 +86,11 @@ def test_the_resolved_recipe_reads_back_to_the_same(path):
         ("run: try", "run: try\nrun: two", "x.yaml:3: run: stands here twice; keep one"),
         ("{train: 4}", "{train: 4", "x.yaml:8: is not YAML"),
         ("{train: 4}", "{train: many}", "x.yaml:7: splits.train: input should be a valid integer"),
+        ("{train: 4}", "!!python/name:os.system", "x.yaml:7: is not YAML"),
+        ("{train: 4}", "2026-13-01", "x.yaml: is not YAML"),
+        ("{train: 4}", "a\x07b", "x.yaml: is not YAML"),
+        ("{train: 4}", "{[a]: 1}", "x.yaml:7: is not YAML"),
+        ("{train: 4}", "&self [*self]", "x.yaml: is not YAML"),
     ],
 )
 def test_a_mistake_names_its_line_and_the_remedy(path, old, new, message):

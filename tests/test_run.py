@@ -1,8 +1,10 @@
 """A run: the same numbers whether it is cut off or not, whole batch or micro-batches, and clear ends."""
 
+import errno
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -277,6 +279,30 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys)
     assert run.steps == 6
     assert_same(whole, train(run))
     assert log(tmp_path / "whole") == log(tmp_path / "cut")
+
+
+def test_a_disk_that_does_not_answer_loses_no_checkpoint(tmp_path, monkeypatch):
+    train(Run(tmp_path, network(), Points(), config()))
+    before = log(tmp_path)
+
+    def silent(path: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", silent)
+        with pytest.raises(OSError, match="Input/output error"):
+            Run(tmp_path, network(), Points(), config())
+    assert Run(tmp_path, network(), Points(), config()).steps == 8
+    assert log(tmp_path) == before
+
+
+def test_the_log_stays_until_training_begins_again(tmp_path):
+    train(Run(tmp_path, network(), Points(), config()))
+    shutil.rmtree(tmp_path / "checkpoints")
+    run = Run(tmp_path, network(), Points(), config())
+    assert len(log(tmp_path)) == 8
+    train(run)
+    assert [row["step"] for row in log(tmp_path)] == list(range(1, 9))
 
 
 def test_a_finished_run_started_again_gives_its_weights(tmp_path):

@@ -50,7 +50,8 @@ def command(home: Path, *arguments: str) -> tuple[int, str, str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    paths = folder.rglob("*") if folder.is_dir() else [folder]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.is_file()}
 
 
 def refused(home: Path, *arguments: str) -> str:
@@ -95,7 +96,29 @@ def test_a_finished_run_needs_no_checkpoints(home, finished):
     code, _, said = command(home, "train", "bare")
     assert code == 0
     assert "training: runs/bare/adapter is complete" in said
-    assert contents(home / "runs" / "bare" / "adapter") == contents(finished / "adapter")
+    for part in ("adapter", "log.jsonl"):
+        assert contents(home / "runs" / "bare" / part) == contents(finished / part)
+
+
+def test_an_adapter_of_another_base_is_not_measured(home, finished):
+    shutil.copytree(finished, home / "runs" / "older")
+    trained = home / "runs" / "older" / "trained.json"
+    files.write_json(trained, files.read_json(trained) | {"model": "weights that were replaced"})
+    code, _, said = command(home, "eval", "older")
+    assert code == 1
+    assert said.splitlines()[-1].startswith("runs/older/adapter: was trained on other weights than model.path wan has")
+
+
+def test_the_table_shows_one_evaluation(home, finished):
+    shutil.copytree(finished, home / "runs" / "fewer")
+    path = home / "runs" / "fewer" / "evaluation" / "psft-test_unseen.json"
+    record = files.read_json(path)
+    files.write_json(path, record | {"settings": record["settings"] | {"seeds": 7}})
+    assert "an evaluation with other settings was cut off" in refused(home, "report", "fewer")
+    assert command(home, "eval", "recipe.yaml", "run=fewer", "eval.splits=[test_seen]")[0] == 0
+    assert command(home, "report", "fewer")[0] == 0
+    rows = files.read_json(home / "runs" / "fewer" / "report.json")["rows"]
+    assert {row["split"] for row in rows} == {"seen"}
 
 
 def test_another_recipe_in_the_same_folder_is_refused(home, finished):

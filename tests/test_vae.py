@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan
 from tiny import wan_folder
 
 from posttrain.files import UserError
-from posttrain.methods.vae import Config, crop, vae_loss
+from posttrain.methods.vae import Config, crop, fly, vae_loss
 from posttrain.models import vae
 from posttrain.models.base import ModelConfig
 from posttrain.types import Batch, Random
@@ -54,7 +54,7 @@ def test_objects_weigh_more() -> None:
 
 
 def test_crops_run_to_and_fro_through_the_clip() -> None:
-    config = Config(lengths=(9,), weights=(1.0,), frames=27, max_stride=6)
+    config = Config(lengths=(9,), weights=(1.0,), frames=27, max_stride=6, flying=0)
     strides = set()
     for step in range(20):
         video, weight = crop(clips(), config, Random(0, step, range(3)), still=False)
@@ -69,6 +69,28 @@ def test_crops_run_to_and_fro_through_the_clip() -> None:
             assert set(weighty.tolist()) <= {0.0, 0.5}
             assert (weighty[frames == 0] == 0.5).all()
     assert {1, 2, 3, 4, 5, 6} <= strides
+
+
+def test_every_weight_has_a_gradient_on_pictures_too(tmp_path: Path) -> None:
+    """Several processes, of which one sees pictures alone, would wait for the gradients along time forever."""
+    module = vae.load(ModelConfig(family="vae", path=str(wan_folder(tmp_path / "wan")), init="random")).module
+    x = torch.rand(1, 3, 1, 16, 16)
+    loss, _ = vae_loss(module, x, torch.ones_like(x[:, :1]), Config(), Random(0, 0, [0]))
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_flying_bodies_keep_their_looks_and_speed() -> None:
+    """A body of one bright pixel at (0, 0), sent from (2, 3) to the right at 1.5 pixels a frame."""
+    video, other = torch.zeros(3, 3, 8, 8), torch.zeros(3, 3, 8, 8)
+    none, bodies = torch.zeros(3, 8, 8, dtype=torch.bool), torch.zeros(3, 8, 8, dtype=torch.bool)
+    other[:, :, 0, 0], bodies[:, 0, 0] = torch.tensor([1.0, 2.0, 3.0])[:, None], True
+    pictures, objects = fly(video, none, other, bodies, 3.0, torch.tensor([2 / 8, 3 / 8, 0.0, 0.5]))
+    assert objects.nonzero().tolist() == [[0, 2, 3], [1, 2, 4], [2, 2, 6]]  # 3, 4.5 (to even), 6
+    for c, value in enumerate((1, 2, 3)):
+        assert torch.equal(pictures[c], value * objects.float())
+    pictures, objects = fly(video, none, other, bodies, 3.0, torch.tensor([7 / 8, 0.0, 0.25, 1.0]))
+    assert objects.nonzero().tolist() == [[0, 7, 0], [1, 2, 0], [2, 5, 0]]  # down, and in again above
 
 
 def test_pictures_and_budget() -> None:

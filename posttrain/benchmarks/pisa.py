@@ -57,7 +57,7 @@ def score_videos(
     for masks, true, row in zip(masks_BFHW.cpu().numpy(), true_BFHW.cpu().numpy(), truths, strict=True):
         numbers: dict[str, Any] = dict(pisa.score(masks, true, fps, row["fps"]))
         timing: dict[str, Any] = {}
-        if row["drop_height"]:  # the true object lands within the clip
+        if row.get("drop_height") and row.get("gravity"):  # the true object is known to land within the clip
             timing = pisa.time_error(masks, fps, row["drop_height"], math.hypot(*row["gravity"]))
         numbers |= {key: timing.get(key) for key in ("time_error", "no_contact")}
         numbers["released"] = finite(pisa.score(masks, true, fps, row["fps"], "released"))

@@ -160,6 +160,8 @@ class Clips:
             (f"{split.folder.parent.name}/" if several else "") + Path(split.rows[index]["file_name"]).stem
             for split, index in self._entries
         ]
+        if len(set(self.ids)) < len(self.ids):
+            raise UserError(f"data.clips: {', '.join(config.folders)}: clips share a name; rename one of the folders")
         self._decoded: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         if preload:
             self.preload()
@@ -204,7 +206,15 @@ class Clips:
             )
         if files.sha256_bytes(content) != row["sha256"]:
             raise UserError(f"{path}: was changed since it was made (sha256); delete it and make it again")
-        return video, read_annotations(split.annotations(number), ["instances"])["instances"]
+        annotations = split.annotations(number)
+        if (sha256 := row.get("annotations_sha256")) and files.sha256(annotations) != sha256:
+            raise UserError(f"{annotations}: was changed since it was made (sha256); delete it and make it again")
+        instances = read_annotations(annotations, ["instances"])["instances"]
+        if instances.shape != video.shape[:3]:
+            raise UserError(
+                f"{annotations}: instances are {instances.shape}, the video {video.shape[:3]}; make it again"
+            )
+        return video, instances
 
     def load(self, indices: Sequence[int]) -> Batch:
         """The clips at `indices`, in pixels; instances and the scored object's instance id beside them."""

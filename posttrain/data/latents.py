@@ -41,11 +41,12 @@ class Latents:
         self.keys = [_hash(base, sum_, row["caption"]) for sum_, row in zip(sums, rows, strict=True)]
         self._targets = [row["target"] + 1 for row in rows]
         self._files = [Path(folder) / key[:2] / f"{key}.safetensors" for key in self.keys]
-        missing = [index for index, file in enumerate(self._files) if not file.exists()]
         state = PartialState()
         if state.is_main_process:
-            print(f"latents: {len(self) - len(missing)} of {len(self)} are in {folder}")
-        mine = missing[state.process_index :: state.num_processes]
+            print(f"latents: {sum(file.exists() for file in self._files)} of {len(self)} are in {folder}")
+        # each process its own share of all, for others may already be at work
+        share = range(state.process_index, len(self), state.num_processes)
+        mine = [index for index in share if not self._files[index].exists()]
         texts: dict[str, Tensor] = {}
         for index in track(mine, "encoding clips", len(mine)) if mine else ():
             video, _ = clips.read(index)

@@ -54,13 +54,13 @@ def windows(batch: Batch, config: Config, random: Random, decode: Decode | None 
     assert batch.video_BCFHW is not None
     assert batch.instances_BFHW is not None
     total, size = batch.video_BCFHW.shape[2], batch.video_BCFHW.shape[3:]
-    draws, tries, colours = random.uniform(10), random.uniform(config.tries, 2), random.uniform(12)
+    draws, tries, colours = random.uniform(9), random.uniform(config.tries, 2), random.uniform(12)
     shifts = random.uniform(2)
-    length = min(config.lengths[int(draws[0, 0] * len(config.lengths))], total)
+    length = min(config.lengths[int(random.shared().item() * len(config.lengths))], total)
     longest_stride = min(config.max_stride, (total - 1) // (length - 1))
     noise = random.normal(3, length, *size).to(batch.video_BCFHW)
     videos, followed = [], []
-    for i, (_, speed, reverse, count, decoded, left, down, doubled, painted, worse) in enumerate(draws.tolist()):
+    for i, (speed, reverse, count, decoded, left, down, doubled, painted, worse) in enumerate(draws.tolist()):
         video, instances = batch.video_BCFHW[i], batch.instances_BFHW[i]
         offsets = (1 + int(speed * longest_stride)) * torch.arange(length)
         # most of the time most things lie still: of a few windows and bodies, the one that moves farthest
@@ -160,6 +160,6 @@ def train(run: Run, model: tracker.Model | sam2.Model, config: Config) -> None:
     decode = decoder(config.decoded, run.accelerator.device) if config.decoded else None
     for batch in run.batches():
         video, mask = windows(batch, config, run.random, decode)
-        teacher = bool(run.random.uniform(1)[0] < config.teacher)
+        teacher = bool(run.random.shared() < config.teacher)
         loss, metrics = segmenter_loss(run.module, video, mask, config, teacher)
         run.step(loss, **metrics)
