@@ -20,6 +20,8 @@ from posttrain.files import UserError
 
 Schema = TypeVar("Schema", bound=BaseModel)
 Place = tuple[str | int, ...]  # the keys that lead to a value
+# what PyYAML raises for a control character, for 2026-13-01, for {[a]: 1} and for &a [*a]
+UNREADABLE = (yaml.YAMLError, ValueError, TypeError, RecursionError)
 
 
 def resolve(room: str, name: str) -> ModuleType:
@@ -92,12 +94,7 @@ def load(path: Path | str, overrides: Sequence[str], schema: type[Schema]) -> Sc
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: is not YAML ({error.problem})") from error
-    except (
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-        RecursionError,
-    ) as error:  # a control character, 2026-13-01, {[a]: 1}
+    except UNREADABLE as error:  # a control character, 2026-13-01, {[a]: 1}
         raise UserError(f"{path}: is not YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{path}:1: should be a mapping of keys to values")
@@ -148,7 +145,7 @@ def _override(values: dict[str, Any], override: str, origins: dict[Place, str]) 
         values = inner
     try:
         values[last] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{override}: the value is not YAML") from error
     for known in [p for p in origins if p[: len(place)] == place]:
         del origins[known]
