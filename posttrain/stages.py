@@ -22,7 +22,7 @@ from posttrain import files, recipe
 from posttrain.data.clips import Clips, DataConfig, check_same_kind, open_split
 from posttrain.evaluate import EvalConfig
 from posttrain.files import UserError
-from posttrain.models.base import ModelConfig
+from posttrain.models.base import Merged, ModelConfig
 from posttrain.recipe import In, Part
 from posttrain.run import Run, TrainConfig
 from posttrain.types import Strict
@@ -211,8 +211,14 @@ def export(plan: Recipe, folder: Path) -> None:
 
 @contextmanager
 def _base(plan: Recipe) -> Iterator[Any]:
-    """The model that training started from; for random weights, the pretrained one they compete with."""
-    yield load_model(plan.model.model_copy(update={"adapter": None, "init": "pretrained"}))
+    """The model that training started from; for random weights, the pretrained one they compete with.
+
+    An adapter that training continued is folded into it, so that it has none, as any base.
+    """
+    config = resolved(plan.model).model_copy(update={"adapter": None, "init": "pretrained"})
+    if config.start and Path(config.start).is_file():
+        config = config.model_copy(update={"start": None, "merge": (*config.merge, Merged(path=config.start))})
+    yield load_model(config)
 
 
 @contextmanager
@@ -228,7 +234,58 @@ def load_model(config: ModelConfig) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one per part of a model
-    return recipe.resolve("models", config.family).load(config, _device())
+    model = recipe.resolve("models", config.family).load(resolved(config), _device())
+    if (config.start or config.merge) and not hasattr(model, "transformer"):
+        raise UserError(f"model: start and merge are for video models; name the folder of a {config.family} in model.path")
+    return model
+
+
+def resolved(config: ModelConfig) -> ModelConfig:
+    """`config` with the files and folders that its start and merge mean; resolved again it stays the same.
+
+    Raises:
+        UserError: there is no such thing, or it is a run whose own base is not this one's.
+    """
+    merge: tuple[Merged, ...] = ()
+    for number, adapter in enumerate(config.merge):
+        path = _weights(f"model.merge.{number}.path", adapter.path, merge)
+        if path.is_dir():
+            raise UserError(f"model.merge.{number}.path: {path} is a whole transformer; name it in model.start")
+        merge += (adapter.model_copy(update={"path": str(path)}),)
+    start = config.start and str(_weights("model.start", config.start, merge))
+    return config.model_copy(update={"start": start, "merge": merge})
+
+
+def _weights(field: str, source: str, merge: tuple[Merged, ...]) -> Path:
+    """The adapter file or transformer folder that `source` means, which may only need what is in `merge`."""
+    from posttrain.models import lora
+
+    for place in (Path(source), RUNS / source):
+        if (place / "recipe.yaml").is_file():
+            _need_training(place)
+            place = place / ADAPTER
+        for found in (place / "transformer", place, place / lora.FILE):
+            if (found / "config.json").is_file():
+                return found
+            if found.is_file():
+                _check_base(field, source, found.parent.parent, merge)
+                return found
+    raise UserError(f"{field}: {source} is no run, adapter file or transformer folder; name one that exists")
+
+
+def _check_base(field: str, source: str, run: Path, merge: tuple[Merged, ...]) -> None:
+    """Refuse the adapter of a run that was trained on more than its model.path and `merge`."""
+    if not (run / TRAINED).is_file():
+        return
+    base = resolved(recipe.load(run / "recipe.yaml", (), Recipe).model)
+    if base.start and Path(base.start).is_dir():
+        raise UserError(
+            f"{field}: {source} was trained on {base.start}; "
+            f"`posttrain export {run} export=[merged]`, and start from the folder that it writes"
+        )
+    if base.merge != merge[: len(base.merge)]:
+        needed = [item.model_dump() for item in base.merge]
+        raise UserError(f"{field}: {source} was trained on merged adapters; let model.merge begin with {needed}")
 
 
 def load_tracker() -> Any:

@@ -218,6 +218,22 @@ def _part(read: Callable[..., Any], root: Path | str, name: str, **options: Any)
     return part
 
 
+def bare(config: ModelConfig, root: Path | str) -> WanTransformer3DModel:
+    """The transformer that a recipe's training starts from, before there is an adapter; `root` is the model's folder."""
+    shape = _part(WanTransformer3DModel.load_config, root, "transformer")
+    if config.init == "random":
+        return initialise(shape, config.seed)
+    start = Path(config.start) if config.start and Path(config.start).is_dir() else None
+    place, name = (start.parent, start.name) if start else (root, "transformer")
+    transformer = _part(WanTransformer3DModel.from_pretrained, place, name, **WHOLE)
+    both = [json.dumps(_shape(config), sort_keys=True) for config in (transformer.config, {**transformer.config, **shape})]
+    if both[0] != both[1]:
+        raise UserError(f"model.start: {start} is of another architecture than {root}; name its own model in model.path")
+    for adapter in config.merge:
+        lora.merge(transformer, adapter.path, adapter.scale)
+    return transformer
+
+
 def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
     """Load the model that a recipe names; only what will be trained has requires_grad.
 
@@ -235,10 +251,7 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
     tokenizer = _part(AutoTokenizer.from_pretrained, root, "tokenizer")
     schedule = _part(diffusers.UniPCMultistepScheduler.load_config, root, "scheduler")
     scheduler = getattr(diffusers, schedule["_class_name"]).from_config(schedule)
-    if config.init == "random":
-        transformer = initialise(_part(WanTransformer3DModel.load_config, root, "transformer"), config.seed)
-    else:
-        transformer = _part(WanTransformer3DModel.from_pretrained, root, "transformer", **WHOLE)
+    transformer = bare(config, root)
 
     for field, value, part, expected in (
         ("in_channels", transformer.config.in_channels, "vae z_dim", vae.config.z_dim),
@@ -255,6 +268,10 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
     if config.adapter is not None:
         adapter = config.adapter
         lora.attach(transformer, adapter.rank, adapter.alpha, adapter.targets, config.seed)
+    if config.start and not Path(config.start).is_dir():
+        if config.adapter is None:
+            raise UserError(f"model.start: {config.start} is an adapter; set model.adapter, or name it in model.merge")
+        lora.proceed(transformer, config.start)
     for part in (transformer, vae, text_encoder):
         part.to(device)
     return Wan(transformer, vae, text_encoder, tokenizer, scheduler)
