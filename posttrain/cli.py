@@ -11,7 +11,7 @@ COMMANDS = {
     "train": "the clips and the training alone",
     "eval": "measure a trained run",
     "report": "write report.html and report.json from what was measured",
-    "export": "write the adapter as a diffusers LoRA with a model card",
+    "export": "write the weights as others load them (export=[diffusers, comfyui, merged]), with a model card",
 }
 
 TOOLS = {
@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("target", metavar="RECIPE|RUN", help="a recipe file, a run's folder, or its name in runs/")
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in train.steps=20")
+        if name == "export":
+            command.add_argument("--check", action="store_true", help="load every file as others do and compare")
     for name, text in TOOLS.items():
         commands.add_parser(name, help=text, description=text)
     options = parser.parse_args(arguments)
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.command == "report":
             stages.report(plan, folder)
         else:
-            stages.export(plan, folder)
+            stages.export(plan, folder, options.check)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1

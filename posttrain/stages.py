@@ -43,7 +43,7 @@ class Recipe(Strict):
     method: Annotated[Part, In("methods")]
     train: TrainConfig
     eval: EvalConfig | None = None
-    export: tuple[Literal["diffusers"], ...] = ()
+    export: tuple[Literal["diffusers", "comfyui", "merged"], ...] = ()
 
 
 def open_run(target: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
@@ -200,13 +200,23 @@ def report(plan: Recipe, folder: Path) -> None:
         print("report:", report(folder)[1])
 
 
-def export(plan: Recipe, folder: Path) -> None:
-    """Write the weights as others load them, with a model card."""
-    from posttrain.export import export
+def export(plan: Recipe, folder: Path, checked: bool = False) -> None:
+    """Write the weights as others load them, with a model card; `checked` loads them so and compares.
+
+    Raises:
+        UserError: training is not complete, or a file does not give the trained model's velocity.
+    """
+    from posttrain.export import check, export
 
     _need_training(folder)
     if _main_process():
-        print("export:", *export(folder))
+        family, config = recipe.resolve("models", plan.model.family), resolved(plan.model)
+        written = export(folder, plan.export, config, lambda adapter, path: family.save_merged(config, adapter, path))
+        print("export:", *written)
+        if checked:
+            with _tuned(plan, folder) as model:
+                for line in check(written[:-1], model, lambda: family.bare(config)):
+                    print("check:", line)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ adapter's metadata in its header, so that a stock pipeline's `load_lora_weights`
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,7 +158,8 @@ def load(transformer: nn.Module, path: Path | str) -> None:
         weights, metadata = WanLoraLoaderMixin.lora_state_dict(
             str(path), return_lora_metadata=True, use_safetensors=True, local_files_only=True
         )
-        inner.load_lora_adapter(weights, prefix="transformer", adapter_name=NAME, metadata=metadata)
+        with warnings.catch_warnings(action="ignore"):  # peft's, of the same
+            inner.load_lora_adapter(weights, prefix="transformer", adapter_name=NAME, metadata=metadata)
     except Exception as error:  # peft, diffusers and safetensors each raise their own kinds
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = lines[min(1, len(lines) - 1)].strip()  # torch's first line only says that there are more
