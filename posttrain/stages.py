@@ -12,7 +12,7 @@ Stages meet in files. Each looks at what is there, says what it reuses, does the
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +30,7 @@ from posttrain.types import Strict
 RUNS = Path("runs")
 CACHE = RUNS / "cache"
 ADAPTER, TRAINED = "adapter", "trained.json"
+POCKET: dict[str, Any] = {"size": (64, 64), "frames": 33, "fps": 16, "steps": 12, "guidance": 1.0}  # see gallery.Wish
 # may change without changing the trained weights
 FREE = ("run", "data.make", "train.checkpoint_every", "eval", "export")
 
@@ -67,9 +68,12 @@ def open_run(target: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
 
 
 def claim(plan: Recipe, folder: Path, name: str) -> None:
-    """Refuse a folder in which another recipe was run; note this one in it."""
+    """Refuse a folder in which another recipe was run; note this one in it.
+
+    One that was refused before it trained, for a wrong model.path or the like, left nothing and may be mended.
+    """
     path = folder / "recipe.yaml"
-    if path.exists():
+    if path.exists() and ((folder / ADAPTER).exists() or any(folder.glob("checkpoints/step-*"))):
         new, old = _flat(plan.model_dump(mode="json")), _flat(recipe.load(path, (), Recipe).model_dump(mode="json"))
         differing = [
             f"{key} ({old.get(key)}, now {new.get(key)})"
@@ -219,6 +223,66 @@ def export(plan: Recipe, folder: Path, checked: bool = False) -> None:
                     print("check:", line)
 
 
+def sample(target: str, image: Path, wishes: dict[str, Any], scale: float = 1.0, output: Path | None = None) -> None:
+    """Let a run (the base and what it became, side by side) or a model continue a picture.
+
+    Args:
+        target: a run, as in `open_run`, or what `model.path` may be.
+        wishes: fields of `gallery.Wish`; those that are missing are as the run was trained and measured.
+        scale: how much a run's adapter counts.
+        output: the folder; None: samples/asked in the run's folder, or runs/samples/<model>.
+
+    Raises:
+        UserError: there is no such thing, the picture cannot be read, or the wishes do not fit the model.
+    """
+    from posttrain.gallery import Wish, film, fit, natural_size, open_picture
+    from posttrain.models import lora
+
+    picture, run = open_picture(image), Path(target).suffix == ".yaml"
+    models: dict[str, Callable[[], AbstractContextManager[Any]]]
+    if run or any((place / "recipe.yaml").is_file() for place in (Path(target), RUNS / target)):
+        plan, folder = open_run(target)
+        _need_training(folder)
+        path, name = plan.model.path, plan.method.name if scale == 1 else f"{plan.method.name} x{scale:g}"
+
+        @contextmanager
+        def tuned() -> Iterator[Any]:
+            with _tuned(plan, folder) as model:
+                if scale != 1:
+                    if not lora.attached(model.transformer):
+                        raise UserError(f"--scale: {folder} has no adapter, all weights were trained; leave it out")
+                    lora.rescale(model.transformer, scale)
+                yield model
+
+        models = {"base": lambda: _base(plan), name: tuned}
+        usual = _usual(plan)
+        output = output or folder / "samples" / "asked"
+    else:
+        if scale != 1:
+            raise UserError(f"--scale: {target} is no run and has no adapter; leave it out or name a run")
+        path, name, usual = target, Path(target).name, {}
+        models = {name: lambda: nullcontext(load_model(ModelConfig(path=target)))}
+        output = output or RUNS / "samples" / name
+    published = {"size": natural_size(picture), "frames": 81, "fps": 16, "steps": 50, "guidance": 5.0}
+    wish = Wish(**{**(POCKET if path == "pocket" else published), **usual, **wishes})
+    if _main_process():
+        pixels, done = fit(picture, wish.size)
+        print(f"{image}: {done}; {wish.frames} frames, {wish.steps} steps, guidance {wish.guidance:g}")
+        print("samples:", *film(models, pixels, wish, output / image.stem))
+
+
+def _usual(plan: Recipe) -> dict[str, Any]:
+    """What a run's clips and evaluation have, as fields of `gallery.Wish`."""
+    usual: dict[str, Any] = {}
+    if plan.eval:
+        usual |= {"steps": plan.eval.sampler.steps, "guidance": plan.eval.sampler.guidance}
+    try:
+        clips = Clips(plan.data, preload=False).splits[0]
+    except UserError:  # the clips need not be there any more
+        return usual
+    return usual | {"size": clips.size, "frames": clips.frames, "fps": clips.fps}
+
+
 @contextmanager
 def _base(plan: Recipe) -> Iterator[Any]:
     """The model that training started from; for random weights, the pretrained one they compete with.
@@ -246,7 +310,9 @@ def load_model(config: ModelConfig) -> Any:
     logging.disable_progress_bar()  # one per part of a model
     model = recipe.resolve("models", config.family).load(resolved(config), _device())
     if (config.start or config.merge) and not hasattr(model, "transformer"):
-        raise UserError(f"model: start and merge are for video models; name the folder of a {config.family} in model.path")
+        raise UserError(
+            f"model: start and merge are for video models; name the folder of a {config.family} in model.path"
+        )
     return model
 
 
@@ -287,7 +353,10 @@ def _check_base(field: str, source: str, run: Path, merge: tuple[Merged, ...]) -
     """Refuse the adapter of a run that was trained on more than its model.path and `merge`."""
     if not (run / TRAINED).is_file():
         return
-    base = resolved(recipe.load(run / "recipe.yaml", (), Recipe).model)
+    try:
+        base = resolved(recipe.load(run / "recipe.yaml", (), Recipe).model)
+    except UserError as error:
+        raise UserError(f"{field}: {source}: what it was trained on is gone: {error}") from error
     if base.start and Path(base.start).is_dir():
         raise UserError(
             f"{field}: {source} was trained on {base.start}; "

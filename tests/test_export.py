@@ -153,7 +153,9 @@ def test_every_format_gives_the_velocity_that_was_trained(run: Path) -> None:
     weights = load_file(comfyui)
     wrong = {name: w / 2 if ".lora_B." in name else w for name, w in weights.items()}  # as if alpha were not folded in
     save_file(wrong, comfyui, {"format": "pt"})
-    with pytest.raises(UserError, match=r"run_comfyui.safetensors: largest error .* is wrong: delete it and export again"):
+    with pytest.raises(
+        UserError, match=r"run_comfyui.safetensors: largest error .* is wrong: delete it and export again"
+    ):
         checked([comfyui], run, config)
     shutil.copytree(Path(config.path) / "transformer", merged, dirs_exist_ok=True)
     with pytest.raises(UserError, match=r"merged/transformer: largest error .* is wrong"):
@@ -188,11 +190,15 @@ def test_one_file_per_expert(run: Path) -> None:
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["model"]["expert"] = "low"
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    written = export(run, ["comfyui", "merged"], ModelConfig(path="pocket"), lambda adapter, path: path.mkdir(parents=True))
+    written = export(
+        run, ["comfyui", "merged"], ModelConfig(path="pocket"), lambda adapter, path: path.mkdir(parents=True)
+    )
     assert [path.name for path in written[1:3]] == ["run_low_noise_comfyui.safetensors", "transformer_2"]
 
 
-def test_the_snippet_of_a_run_on_merged_adapters_gives_what_was_trained(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_snippet_of_a_run_on_merged_adapters_gives_what_was_trained(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     shutil.copytree(run / "adapter", run.parent / "first")
     recipe["model"] |= {"merge": [{"path": str(run.parent / "first" / lora.FILE), "scale": 0.5}]}
@@ -222,7 +228,7 @@ def probe(wan: Wan) -> torch.Tensor:
 
 @pytest.mark.xfail(raises=ImportError, strict=True, reason="export_to_video wants imageio: README should encode_video")
 def test_the_readmes_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """"Use the adapter", with one step in place of twelve, on the embedded model."""
+    """ "Use the adapter", with one step in place of twelve, on the embedded model."""
     wan = load(ModelConfig(path="pocket", adapter=AdapterConfig(rank=2)))
     wan.save(tmp_path / "runs" / "pocket-psft" / "adapter")
     (tmp_path / "posttrain").symlink_to(Path(posttrain.export.__file__).parent)

@@ -250,13 +250,13 @@ def test_training_proceeds_from_an_adapter_like_its_own_alone(folder: Path, tmp_
     assert trained == {name for name, p in wan.module.named_parameters() if p.requires_grad}
     again.save(tmp_path / "again")
     assert (tmp_path / "again" / lora.FILE).read_bytes() == Path(file).read_bytes()
-    with pytest.raises(UserError, match="has rank 4 and alpha 8, but model.adapter has 8 and 8; set model.adapter to"):
+    with pytest.raises(UserError, match=r"has rank 4 and alpha 8, but model.adapter has 8 and 8; set model.adapter"):
         start(rank=8)
-    with pytest.raises(UserError, match="has rank 4 and alpha 8, but model.adapter has 4 and 4; set model.adapter to"):
+    with pytest.raises(UserError, match=r"has rank 4 and alpha 8, but model.adapter has 4 and 4; set model.adapter"):
         start(rank=4)
     with pytest.raises(UserError, match=r"adapts blocks.0.attn1.to_k, unlike model.adapter; set model.adapter.targets"):
         start(rank=4, alpha=8, targets=("attn1.to_q",))
-    with pytest.raises(UserError, match="is an adapter; set model.adapter, or name it in model.merge"):
+    with pytest.raises(UserError, match=r"is an adapter; set model.adapter, or name it in model.merge"):
         load(ModelConfig(path=str(folder), start=file))
 
 

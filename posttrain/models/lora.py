@@ -135,9 +135,9 @@ def save_comfyui(file: Path | str, path: Path | str) -> None:
 
 
 def load(transformer: nn.Module, path: Path | str) -> None:
-    """Put the adapter at `path` (a file, or the folder that `save` wrote into) onto `transformer`, in place of any there.
+    """Put the adapter at `path` (a file, or the folder that `save` wrote into) onto `transformer`.
 
-    Files in diffusers', ComfyUI's and musubi's names are read, by diffusers.
+    It takes the place of one that is there. Files in diffusers', ComfyUI's and musubi's names are read, by diffusers.
 
     Raises:
         UserError: the file is absent, or it and this transformer do not have the same layers.
@@ -203,7 +203,9 @@ def proceed(transformer: nn.Module, path: Path | str) -> None:
     if differing := sorted(set(wanted.items()) ^ set(found.items())):
         place = "adapts" if differing[0] in found.items() else "does not adapt"
         layer = differing[0][0].split(".lora_")[0]
-        raise UserError(f"{path}: {place} {layer}, unlike model.adapter; set model.adapter.targets to those of the file")
+        raise UserError(
+            f"{path}: {place} {layer}, unlike model.adapter; set model.adapter.targets to those of the file"
+        )
 
 
 def _shapes(transformer: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -212,7 +214,7 @@ def _shapes(transformer: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def merge(transformer: nn.Module, path: Path | str, scale: float = 1.0) -> None:
-    """Fold the adapter at `path`, times `scale`, into the weights of a transformer without one: W + scale alpha / r B A.
+    """Fold the adapter at `path`, times `scale`, into a transformer that has none: W + scale alpha / rank B A.
 
     Raises:
         UserError: as `load`.
