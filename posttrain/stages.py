@@ -7,6 +7,7 @@ Stages meet in files. Each looks at what is there, says what it reuses, does the
     runs/<run>/recipe.yaml   the resolved recipe, overrides in it
     runs/<run>/adapter/      the trained weights (also where they are a whole model)
     runs/<run>/trained.json  says that they are complete, and what they depend on
+    runs/<run>/merged/       the adapter folded into its base, where `export:` lists it
 """
 
 import subprocess

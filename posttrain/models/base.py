@@ -41,7 +41,7 @@ class ModelConfig(Strict):
     adapter: AdapterConfig | None = None  # None: all weights are trained
     seed: int = 0  # of the adapter's and of random weights
     start: str | None = None
-    merge: tuple[Merged, ...] = ()  # before a new adapter is attached, and in no file that the run writes of it
+    merge: tuple[Merged, ...] = ()  # the run's own adapter file does not hold them
 
     @model_validator(mode="after")
     def _nothing_on_random_weights(self) -> Self:
