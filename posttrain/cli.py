@@ -3,6 +3,8 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from posttrain.files import UserError
 
@@ -11,7 +13,7 @@ COMMANDS = {
     "train": "the clips and the training alone",
     "eval": "measure a trained run",
     "report": "write report.html and report.json from what was measured",
-    "export": "write the adapter as a diffusers LoRA with a model card",
+    "export": "write the weights as others load them (export=[diffusers, comfyui, merged]), with a model card",
 }
 
 TOOLS = {
@@ -27,14 +29,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("target", metavar="RECIPE|RUN", help="a recipe file, a run's folder, or its name in runs/")
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in train.steps=20")
+        if name == "export":
+            command.add_argument("--check", action="store_true", help="load every file as others do and compare")
     for name, text in TOOLS.items():
         commands.add_parser(name, help=text, description=text)
+    _add_sample(commands)
     options = parser.parse_args(arguments)
     try:
         if options.command in TOOLS:
             return _doctor() if options.command == "doctor" else _bench()
         from posttrain import stages  # takes a second, for torch
 
+        if options.command == "sample":
+            wishes = {name: getattr(options, name) for name in WISHES if getattr(options, name) is not None}
+            if (options.height is None) != (options.width is None):
+                raise UserError("--height, --width: give both or neither")
+            if options.height is not None:
+                wishes["size"] = options.height, options.width
+            stages.sample(options.target, options.image, wishes, options.scale, options.output)
+            return 0
         plan, folder = stages.open_run(options.target, options.overrides)
         if options.command == "run":
             stages.run(plan, folder)
@@ -47,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.command == "report":
             stages.report(plan, folder)
         else:
-            stages.export(plan, folder)
+            stages.export(plan, folder, options.check)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
@@ -55,6 +68,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
     return 0
+
+
+WISHES = ("prompt", "negative", "seeds", "frames", "fps", "steps", "guidance")  # options of `sample`, see gallery.Wish
+
+
+def _add_sample(commands: Any) -> None:
+    text = "continue a picture into clips; with a run, base and tuned side by side"
+    usual = "What is left out is as in the run; for a model alone 81 frames, 50 steps, guidance 5 (pocket: 33, 12, 1)."
+    command = commands.add_parser("sample", help=text, description=f"{text}. {usual}")
+    command.add_argument("target", metavar="RUN|MODEL", help='a run, "pocket", a diffusers folder or a hub id')
+    command.add_argument("--image", type=Path, required=True, help="the first frame; its middle is cut to the size")
+    command.add_argument("--prompt", required=True)
+    command.add_argument("--negative", help="what should not be seen; counts where the guidance is above 1")
+    command.add_argument(
+        "--seed", type=int, nargs="+", dest="seeds", metavar="SEED", help="a clip for each (default 0)"
+    )
+    for side in ("height", "width"):
+        command.add_argument(f"--{side}", type=positive, help="pixels")
+    command.add_argument("--frames", type=positive, help="4k + 1 for Wan")
+    command.add_argument("--fps", type=positive, help="of the files: how fast they play")
+    command.add_argument("--steps", type=positive, help="of the sampler")
+    command.add_argument("--guidance", type=float, help="1 leaves guidance out")
+    command.add_argument("--scale", type=float, default=1.0, help="how much the run's adapter counts (default 1)")
+    command.add_argument("--output", type=Path, help="folder (default: samples/asked in the run's)")
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
 
 def _doctor() -> int:

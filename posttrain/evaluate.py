@@ -3,7 +3,7 @@
     truth      the true clip itself: what is left is the tracker's error
     truth_vae  the true clip through the model's autoencoder: the best its pictures allow
     frozen     the first picture, held
-    base       the model before post-training
+    base       the model that training started from, with what model.start and model.merge put into it
     others     the model after it, named by its method
 
 A row is a file evaluation/<row>-<split>.json with a key, the hash of all that it depends on: weights, clips, tracker,

@@ -1,25 +1,46 @@
-"""A finished run as something to hand out: the weights in diffusers' own layout, and a model card."""
+"""A finished run as something to hand out: the weights in others' layouts, a model card, and the proof that they load.
+
+    adapter/pytorch_lora_weights.safetensors   diffusers, always; or adapter/transformer where all weights were trained
+    adapter/<run>_comfyui.safetensors          the same adapter for ComfyUI
+    merged/transformer                         a diffusers transformer with the adapter folded in
+
+Of a model with two experts each has a run of its own: the file's name says "high_noise" or "low_noise", and the one for
+low noise is merged into `transformer_2`, as diffusers has it.
+"""
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from posttrain.files import UserError, read_json, read_jsonl, write_text
 from posttrain.models import lora
+from posttrain.models.base import ModelConfig, VideoModel
 
-ADAPTER = "adapter"  # below the run folder
+ADAPTER, MERGED = "adapter", "merged"  # below the run folder
+EXPERTS = {"high": ("high_noise", "transformer"), "low": ("low_noise", "transformer_2"), None: ("", "transformer")}
 
 
-def export(run: Path | str) -> list[Path]:
-    """Check the trained weights in `run`/adapter, write the model card beside them, and return both paths.
+def export(
+    run: Path | str,
+    formats: Sequence[str] = ("diffusers",),
+    config: ModelConfig | None = None,
+    merge: Callable[[Path, Path], None] | None = None,
+) -> list[Path]:
+    """Check the trained weights in `run`, write what `formats` lists and the model card; return the paths, card last.
 
-    The weights are `pytorch_lora_weights.safetensors` (an adapter) or the folder `transformer` (all weights).
+    Args:
+        formats: "diffusers" (what training left, and the card), "comfyui", "merged".
+        config: the model with the files that its start and merge mean; None: as the run's recipe names them.
+        merge: called with the adapter's file and the folder to write, for "merged".
 
     Raises:
-        UserError: the run has no trained weights, or they are damaged.
+        UserError: the run has no trained weights, they are damaged, or a format needs an adapter and there is none.
     """
     run = Path(run)
     adapter, transformer = run / ADAPTER / lora.FILE, run / ADAPTER / "transformer"
@@ -31,10 +52,80 @@ def export(run: Path | str) -> list[Path]:
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run / 'recipe.yaml'}: does not exist; name the folder of a run")
     text = (run / "recipe.yaml").read_text()
+    model = yaml.safe_load(text)["model"]
+    if weights.is_dir() and (other := sorted(set(formats) - {"diffusers"})):
+        raise UserError(f"{run}: export: {other[0]} needs an adapter; all weights were trained, {weights} holds them")
+    written = [weights]
+    noise, name = EXPERTS[model.get("expert")]
+    if "comfyui" in formats:
+        written += [run / ADAPTER / ("_".join(filter(None, (run.resolve().name, noise, "comfyui"))) + ".safetensors")]
+        lora.save_comfyui(weights, written[-1])
+    if "merged" in formats and merge is not None:
+        written += [run / MERGED / name]
+        merge(weights, written[-1])
     report = read_json(run / "report.json") if (run / "report.json").is_file() else {"rows": []}
     card = run / ADAPTER / "README.md"
-    write_text(card, _card(text, report["rows"], weights))
-    return [weights, card]
+    write_text(card, _card(text, report["rows"], written, config or ModelConfig(**model)))
+    return [*written, card]
+
+
+@torch.no_grad()
+def check(files: Sequence[Path], model: VideoModel, stock: Callable[[], nn.Module]) -> Iterator[str]:
+    """Load each file as others do and compare the velocity with ours; yield a line about each.
+
+    Args:
+        files: adapters (safetensors) and transformer folders, as `export` returns them.
+        model: the trained model.
+        stock: a fresh transformer of diffusers', what training started from without an adapter.
+
+    Raises:
+        UserError: a file's velocity is another. At most 1% of what the adapter changes may differ, beside the rounding
+            of the arithmetic: 1e-5 of the largest velocity in float32, 2e-2 in coarser numbers (4 x 2^-8 and reserve).
+    """
+    from diffusers import WanPipeline
+
+    ours, device = model.transformer, next(model.transformer.parameters()).device
+    z_BCFHW = torch.randn((1, *model.latent_shape(9, 64, 64)), generator=torch.Generator().manual_seed(0)).to(device)
+    t_BF = torch.full((1, z_BCFHW.shape[2]), 0.9, device=device)
+    text_BLD = model.encode_text(["a ball falls."])
+
+    def velocity(transformer: nn.Module) -> torch.Tensor:
+        model.transformer = transformer
+        try:
+            return model.velocity(z_BCFHW, t_BF, text_BLD).float()
+        finally:
+            model.transformer = ours
+
+    expected, adapted = velocity(ours), lora.attached(ours)
+    largest = effect = expected.abs().max().item()
+    if adapted:
+        with lora.disabled(ours):
+            effect = (expected - velocity(ours)).abs().max().item()
+    for file in files:
+        if file.is_file():
+            transformer = stock()
+            parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
+            WanPipeline(transformer=transformer, **parts).load_lora_weights(str(file))
+        else:
+            dtype = next(ours.parameters()).dtype
+            transformer = type(lora.unwrap(ours)).from_pretrained(file, torch_dtype=dtype)
+        error = (velocity(transformer.to(device)) - expected).abs().max().item()
+        coarse = _coarse(file) or any(p.dtype != torch.float32 for p in ours.parameters())
+        allowed = 0.01 * effect * adapted + largest * (2e-2 if coarse else 1e-5)
+        changes = f", of which the adapter makes {effect:.2g}" if adapted else ""
+        numbers = f"largest error {error:.1e} of a velocity up to {largest:.2g}{changes}"
+        if not error <= allowed:
+            raise UserError(f"{file}: {numbers}; more than {allowed:.1e} is wrong: delete it and export again")
+        yield f"{file}: {numbers}"
+
+
+def _coarse(path: Path) -> bool:
+    """Whether weights are kept in less than float32."""
+    for file in [path] if path.is_file() else path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            if any(tensors.get_tensor(name).dtype != torch.float32 for name in tensors.keys()):
+                return True
+    return False
 
 
 def _check(file: Path) -> None:
@@ -47,8 +138,8 @@ def _check(file: Path) -> None:
         raise UserError(f"{file}: {broken[0]} is not finite; train again with a lower train.lr")
 
 
-def _card(text: str, rows: list[dict[str, Any]], weights: Path) -> str:
-    recipe = yaml.safe_load(text)
+def _card(text: str, rows: list[dict[str, Any]], written: Sequence[Path], config: ModelConfig) -> str:
+    recipe, weights = yaml.safe_load(text), written[0]
     model, method = recipe["model"], recipe["method"]["name"]
     pocket = model["path"] == "pocket"
     local = pocket or Path(model["path"]).exists()
@@ -62,12 +153,17 @@ def _card(text: str, rows: list[dict[str, Any]], weights: Path) -> str:
     adapter = model.get("adapter") or {}
     rank, alpha = adapter.get("rank"), adapter.get("alpha") or adapter.get("rank")
     what = f"A LoRA adapter (rank {rank}, alpha {alpha})" if weights.is_file() else "All weights of the transformer"
+    merged = [f"`{item['path']}` (times {item['scale']:g})" for item in model.get("merge") or ()]
+    origin = f" with {' and '.join(merged)} merged into it" if merged else ""
+    origin += f", continued from `{model['start']}`" if model.get("start") else ""
+    others = [f"- `{path.parent.name}/{path.name}`: {_purpose(path)}" for path in written[1:]]
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {recipe['run']}",
-        f"{what} for {base}, trained with `{method}` on simulated clips so that things move as physics has it.",
+        f"{what} for {base}{origin}, trained with `{method}` on simulated clips so that things move as physics has it.",
         "## Use",
-        f"```python\n{_usage(model['path'], weights, _clip(recipe))}\n```",
+        f"```python\n{_usage(config, weights, _clip(recipe))}\n```",
+        *(["Beside it:", "\n".join(others)] if others else []),
         *(["## Results", _table(rows)] if rows else []),
         "## Recipe",
         f"```yaml\n{text.strip()}\n```",
@@ -83,30 +179,44 @@ def _clip(recipe: dict[str, Any]) -> dict[str, Any]:
     return read_jsonl(metadata)[0] if metadata.is_file() else {}
 
 
-def _usage(base: str, weights: Path, clip: dict[str, Any]) -> str:
-    adapter = weights.is_file()
-    lines = [f"from diffusers import WanImageToVideoPipeline{'' if adapter else ', WanTransformer3DModel'}"]
-    lines += ["from diffusers.utils import export_to_video, load_image"]
-    if base == "pocket":
+def _purpose(path: Path) -> str:
+    if path.is_file():
+        return "the same adapter for ComfyUI (`models/loras`)"
+    return "the whole transformer with the adapter folded in, for `WanTransformer3DModel.from_pretrained`"
+
+
+def _usage(config: ModelConfig, weights: Path, clip: dict[str, Any]) -> str:
+    adapter, start = weights.is_file(), config.start
+    transformer = "adapter/transformer" if not adapter else start if start and Path(start).is_dir() else None
+    lines = [f"from diffusers import WanImageToVideoPipeline{', WanTransformer3DModel' if transformer else ''}"]
+    lines += ["from diffusers.utils import encode_video, load_image  # writing a video needs PyAV (pip install av)"]
+    if config.path == "pocket":
         lines += ["from posttrain.pocket import folder", "", 'base = folder("wan")']
     else:
-        lines += ["", f"base = {base!r}"]
-    if adapter:
+        lines += ["", f"base = {config.path!r}"]
+    if transformer:
         lines += [
-            "pipe = WanImageToVideoPipeline.from_pretrained(base, expand_timesteps=True)",
-            'pipe.load_lora_weights("adapter")',
-        ]
-    else:
-        lines += [
-            'transformer = WanTransformer3DModel.from_pretrained("adapter", subfolder="transformer")',
+            f"transformer = WanTransformer3DModel.from_pretrained({transformer!r})",
             "pipe = WanImageToVideoPipeline.from_pretrained(base, transformer=transformer, expand_timesteps=True)",
         ]
+    else:
+        lines += ["pipe = WanImageToVideoPipeline.from_pretrained(base, expand_timesteps=True)"]
+    if adapter and config.merge:  # the run's adapter is a change to a base that has them
+        names = [f"merged_{number}" for number in range(len(config.merge))]
+        for name, item in zip(names, config.merge, strict=True):
+            lines += [f"pipe.load_lora_weights({item.path!r}, adapter_name={name!r})"]
+        lines += [
+            'pipe.load_lora_weights("adapter", adapter_name="trained")',
+            f"pipe.set_adapters({[*names, 'trained']!r}, {[*(item.scale for item in config.merge), 1.0]!r})",
+        ]
+    elif adapter:
+        lines += ['pipe.load_lora_weights("adapter")']
     size = f", num_frames={clip['frames']}" if "frames" in clip else ""
     lines += [
         'image = load_image("first_picture.png")',
         f"clip = pipe(image=image, prompt={clip.get('caption', 'a ball falls.')!r}, height=image.height,",
         f"            width=image.width{size}, num_inference_steps=12, guidance_scale=1.0)",
-        f'export_to_video(clip.frames[0], "clip.mp4", fps={clip.get("fps", 16)})',
+        f'encode_video(clip.frames[0], fps={clip.get("fps", 16)}, output_path="clip.mp4")',
     ]
     return "\n".join(lines)
 

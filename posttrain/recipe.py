@@ -188,7 +188,9 @@ def _keys(schema: type[BaseModel], place: Place, values: Any) -> list[str]:
     """The keys allowed at `place`."""
     if not place:
         return list(schema.model_fields)
-    field = schema.model_fields[str(place[0])]
+    if isinstance(place[0], int):  # an item of a list
+        return _keys(schema, place[1:], values[place[0]])
+    field = schema.model_fields[place[0]]
     room = next((m for m in field.metadata if isinstance(m, In)), None)
     inner = values[place[0]]
     if room is not None:

@@ -7,12 +7,13 @@ Stages meet in files. Each looks at what is there, says what it reuses, does the
     runs/<run>/recipe.yaml   the resolved recipe, overrides in it
     runs/<run>/adapter/      the trained weights (also where they are a whole model)
     runs/<run>/trained.json  says that they are complete, and what they depend on
+    runs/<run>/merged/       the adapter folded into its base, where `export:` lists it
 """
 
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,7 +24,7 @@ from posttrain import files, recipe
 from posttrain.data.clips import Clips, DataConfig, check_same_kind, open_split
 from posttrain.evaluate import EvalConfig
 from posttrain.files import UserError
-from posttrain.models.base import ModelConfig
+from posttrain.models.base import Merged, ModelConfig
 from posttrain.recipe import In, Part
 from posttrain.run import Run, TrainConfig, fingerprint
 from posttrain.types import Strict
@@ -31,6 +32,7 @@ from posttrain.types import Strict
 RUNS = Path("runs")
 CACHE = RUNS / "cache"
 ADAPTER, TRAINED = "adapter", "trained.json"
+POCKET: dict[str, Any] = {"size": (64, 64), "frames": 33, "fps": 16, "steps": 12, "guidance": 1.0}  # see gallery.Wish
 # may change without changing the trained weights
 FREE = ("run", "data.make", "train.checkpoint_every", "eval", "export")
 
@@ -44,7 +46,7 @@ class Recipe(Strict):
     method: Annotated[Part, In("methods")]
     train: TrainConfig
     eval: EvalConfig | None = None
-    export: tuple[Literal["diffusers"], ...] = ()
+    export: tuple[Literal["diffusers", "comfyui", "merged"], ...] = ()
 
 
 def open_run(target: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
@@ -68,9 +70,12 @@ def open_run(target: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
 
 
 def claim(plan: Recipe, folder: Path, name: str) -> None:
-    """Refuse a folder in which another recipe was run; note this one in it."""
+    """Refuse a folder in which another recipe was run; note this one in it.
+
+    One that was refused before it trained, for a wrong model.path or the like, left nothing and may be mended.
+    """
     path = folder / "recipe.yaml"
-    if path.exists():
+    if path.exists() and ((folder / ADAPTER).exists() or any(folder.glob("checkpoints/step-*"))):
         new, old = _flat(plan.model_dump(mode="json")), _flat(recipe.load(path, (), Recipe).model_dump(mode="json"))
         differing = [
             f"{key} ({old.get(key)}, now {new.get(key)})"
@@ -203,19 +208,95 @@ def report(plan: Recipe, folder: Path) -> None:
         print("report:", report(folder)[1])
 
 
-def export(plan: Recipe, folder: Path) -> None:
-    """Write the weights as others load them, with a model card."""
-    from posttrain.export import export
+def export(plan: Recipe, folder: Path, checked: bool = False) -> None:
+    """Write the weights as others load them, with a model card; `checked` loads them so and compares.
+
+    Raises:
+        UserError: training is not complete, or a file does not give the trained model's velocity.
+    """
+    from posttrain.export import check, export
 
     _need_training(folder)
     if _main_process():
-        print("export:", *export(folder))
+        family, config = recipe.resolve("models", plan.model.family), resolved(plan.model)
+        written = export(folder, plan.export, config, lambda adapter, path: family.save_merged(config, adapter, path))
+        print("export:", *written)
+        if checked:
+            with _tuned(plan, folder) as model:
+                for line in check(written[:-1], model, lambda: family.bare(config)):
+                    print("check:", line)
+
+
+def sample(target: str, image: Path, wishes: dict[str, Any], scale: float = 1.0, output: Path | None = None) -> None:
+    """Let a run (the base and what it became, side by side) or a model continue a picture.
+
+    Args:
+        target: a run, as in `open_run`, or what `model.path` may be.
+        wishes: fields of `gallery.Wish`; those that are missing are as the run was trained and measured.
+        scale: how much a run's adapter counts.
+        output: the folder; None: samples/asked in the run's folder, or runs/samples/<model>.
+
+    Raises:
+        UserError: there is no such thing, the picture cannot be read, or the wishes do not fit the model.
+    """
+    from posttrain.gallery import Wish, film, fit, natural_size, open_picture
+    from posttrain.models import lora
+
+    picture, run = open_picture(image), Path(target).suffix == ".yaml"
+    models: dict[str, Callable[[], AbstractContextManager[Any]]]
+    if run or any((place / "recipe.yaml").is_file() for place in (Path(target), RUNS / target)):
+        plan, folder = open_run(target)
+        _need_training(folder)
+        path, name = plan.model.path, plan.method.name if scale == 1 else f"{plan.method.name} x{scale:g}"
+
+        @contextmanager
+        def tuned() -> Iterator[Any]:
+            with _tuned(plan, folder) as model:
+                if scale != 1:
+                    if not lora.attached(model.transformer):
+                        raise UserError(f"--scale: {folder} has no adapter, all weights were trained; leave it out")
+                    lora.rescale(model.transformer, scale)
+                yield model
+
+        models = {"base": lambda: _base(plan), name: tuned}
+        usual = _usual(plan)
+        output = output or folder / "samples" / "asked"
+    else:
+        if scale != 1:
+            raise UserError(f"--scale: {target} is no run and has no adapter; leave it out or name a run")
+        path, name, usual = target, Path(target).name, {}
+        models = {name: lambda: nullcontext(load_model(ModelConfig(path=target)))}
+        output = output or RUNS / "samples" / name
+    published = {"size": natural_size(picture), "frames": 81, "fps": 16, "steps": 50, "guidance": 5.0}
+    wish = Wish(**{**(POCKET if path == "pocket" else published), **usual, **wishes})
+    if _main_process():
+        pixels, done = fit(picture, wish.size)
+        print(f"{image}: {done}; {wish.frames} frames, {wish.steps} steps, guidance {wish.guidance:g}")
+        print("samples:", *film(models, pixels, wish, output / image.stem))
+
+
+def _usual(plan: Recipe) -> dict[str, Any]:
+    """What a run's clips and evaluation have, as fields of `gallery.Wish`."""
+    usual: dict[str, Any] = {}
+    if plan.eval:
+        usual |= {"steps": plan.eval.sampler.steps, "guidance": plan.eval.sampler.guidance}
+    try:
+        clips = Clips(plan.data, preload=False).splits[0]
+    except UserError:  # the clips need not be there any more
+        return usual
+    return usual | {"size": clips.size, "frames": clips.frames, "fps": clips.fps}
 
 
 @contextmanager
 def _base(plan: Recipe) -> Iterator[Any]:
-    """The model that training started from; for random weights, the pretrained one they compete with."""
-    yield load_model(plan.model.model_copy(update={"adapter": None, "init": "pretrained"}))
+    """The model that training started from; for random weights, the pretrained one they compete with.
+
+    An adapter that training continued is folded into it, so that it has none, as any base.
+    """
+    config = resolved(plan.model).model_copy(update={"adapter": None, "init": "pretrained"})
+    if config.start and Path(config.start).is_file():
+        config = config.model_copy(update={"start": None, "merge": (*config.merge, Merged(path=config.start))})
+    yield load_model(config)
 
 
 @contextmanager
@@ -234,7 +315,63 @@ def load_model(config: ModelConfig) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one per part of a model
-    return recipe.resolve("models", config.family).load(config, _device())
+    model = recipe.resolve("models", config.family).load(resolved(config), _device())
+    if (config.start or config.merge) and not hasattr(model, "transformer"):
+        raise UserError(
+            f"model: start and merge are for video models; name the folder of a {config.family} in model.path"
+        )
+    return model
+
+
+def resolved(config: ModelConfig) -> ModelConfig:
+    """`config` with the files and folders that its start and merge mean; resolved again it stays the same.
+
+    Raises:
+        UserError: there is no such thing, or it is a run whose own base is not this one's.
+    """
+    merge: tuple[Merged, ...] = ()
+    for number, adapter in enumerate(config.merge):
+        path = _weights(f"model.merge.{number}.path", adapter.path, merge)
+        if path.is_dir():
+            raise UserError(f"model.merge.{number}.path: {path} is a whole transformer; name it in model.start")
+        merge += (adapter.model_copy(update={"path": str(path)}),)
+    start = config.start and str(_weights("model.start", config.start, merge))
+    return config.model_copy(update={"start": start, "merge": merge})
+
+
+def _weights(field: str, source: str, merge: tuple[Merged, ...]) -> Path:
+    """The adapter file or transformer folder that `source` means, which may only need what is in `merge`."""
+    from posttrain.models import lora
+
+    for place in (Path(source), RUNS / source):
+        if (place / "recipe.yaml").is_file():
+            _need_training(place)
+            place = place / ADAPTER
+        for found in (place / "transformer", place, place / lora.FILE):
+            if (found / "config.json").is_file():
+                return found
+            if found.is_file():
+                _check_base(field, source, found.parent.parent, merge)
+                return found
+    raise UserError(f"{field}: {source} is no run, adapter file or transformer folder; name one that exists")
+
+
+def _check_base(field: str, source: str, run: Path, merge: tuple[Merged, ...]) -> None:
+    """Refuse the adapter of a run that was trained on more than its model.path and `merge`."""
+    if not (run / TRAINED).is_file():
+        return
+    try:
+        base = resolved(recipe.load(run / "recipe.yaml", (), Recipe).model)
+    except UserError as error:
+        raise UserError(f"{field}: {source}: what it was trained on is gone: {error}") from error
+    if base.start and Path(base.start).is_dir():
+        raise UserError(
+            f"{field}: {source} was trained on {base.start}; "
+            f"`posttrain export {run} export=[merged]`, and start from the folder that it writes"
+        )
+    if base.merge != merge[: len(base.merge)]:
+        needed = [item.model_dump() for item in base.merge]
+        raise UserError(f"{field}: {source} was trained on merged adapters; let model.merge begin with {needed}")
 
 
 def load_tracker() -> Any:

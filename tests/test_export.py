@@ -2,7 +2,9 @@
 
 import json
 import re
+import runpy
 import shutil
+from functools import partial
 from pathlib import Path
 
 import av
@@ -12,14 +14,16 @@ import torch
 import yaml
 from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import wan_folder
 
-from posttrain.export import export
+import posttrain.export
+from posttrain.export import check, export
 from posttrain.files import UserError
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan import load
+from posttrain.models.wan import Wan, bare, load, save_merged
 from posttrain.sample import sample_clips, write_video
 
 ROW = {"caption": "a duck falls.", "frames": 9, "fps": 16}
@@ -112,6 +116,131 @@ def test_exported_whole_weights_make_our_video_in_a_stock_pipeline(run: Path) ->
     picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     clip = sample_clips(wan, picture[None], ["a duck falls."], [3], frames=9, steps=4)[0]
     assert np.abs(clip / 255 - stock(pipe, picture)).max() < 0.5 / 255 + 1e-4
+
+
+def exported(run: Path, *formats: str) -> tuple[list[Path], ModelConfig]:
+    """What `posttrain export` writes, but for the card."""
+    config = ModelConfig(**yaml.safe_load((run / "recipe.yaml").read_text())["model"])
+    return export(run, formats, config, partial(save_merged, config))[:-1], config
+
+
+def checked(files: list[Path], run: Path, config: ModelConfig) -> list[str]:
+    ours = load(config)
+    ours.restore(run / "adapter")
+    return list(check(files, ours, lambda: bare(config)))
+
+
+def test_every_format_gives_the_velocity_that_was_trained(run: Path) -> None:
+    """alpha is twice the rank here, so that a file which forgets it is far off."""
+    files, config = exported(run, "diffusers", "comfyui", "merged")
+    lora_file, comfyui, merged = files
+    assert [file.relative_to(run).as_posix() for file in files] == [
+        "adapter/pytorch_lora_weights.safetensors",
+        "adapter/run_comfyui.safetensors",
+        "merged/transformer",
+    ]
+    assert [line.split(": ")[0] for line in checked(files, run, config)] == [str(file) for file in files]
+    with safe_open(comfyui, "pt") as tensors:
+        assert tensors.metadata() == {"format": "pt"}
+        assert sorted(tensors.keys())[0] == "diffusion_model.blocks.0.cross_attn.k.lora_A.weight"
+        originals = {name.split(".", 3)[3].split(".lora_")[0] for name in tensors.keys()}
+    attention = {f"{attn}.{letter}" for attn in ("self_attn", "cross_attn") for letter in "qkvo"}
+    assert originals == attention | {"ffn.0", "ffn.2"}
+    card = (run / "adapter" / "README.md").read_text()
+    assert "- `adapter/run_comfyui.safetensors`: the same adapter for ComfyUI" in card
+    assert "- `merged/transformer`: the whole transformer" in card
+
+    weights = load_file(comfyui)
+    wrong = {name: w / 2 if ".lora_B." in name else w for name, w in weights.items()}  # as if alpha were not folded in
+    save_file(wrong, comfyui, {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"run_comfyui.safetensors: largest error .* is wrong: delete it and export again"
+    ):
+        checked([comfyui], run, config)
+    shutil.copytree(Path(config.path) / "transformer", merged, dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"merged/transformer: largest error .* is wrong"):
+        checked([merged], run, config)
+    assert len(checked([lora_file], run, config)) == 1
+
+
+def test_merged_weights_keep_the_dtype_of_the_base(run: Path) -> None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    base = Path(recipe["model"]["path"]) / "transformer"
+    WanTransformer3DModel.from_pretrained(base, torch_dtype=torch.bfloat16).save_pretrained(base)
+    files, config = exported(run, "merged")
+    stored = load_file(files[1] / "diffusion_pytorch_model.safetensors")
+    assert stored["blocks.0.attn1.to_q.weight"].dtype == torch.bfloat16
+    assert len(checked(files, run, config)) == 2
+
+
+def test_whole_weights_have_one_format(run: Path) -> None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["model"] |= {"adapter": None}
+    wan = load(ModelConfig(**recipe["model"]))
+    shutil.rmtree(run / "adapter")
+    wan.save(run / "adapter")
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(UserError, match="export: comfyui needs an adapter; all weights were trained"):
+        exported(run, "diffusers", "comfyui")
+    files, config = exported(run, "diffusers")
+    assert len(checked(files, run, config)) == 1
+
+
+def test_one_file_per_expert(run: Path) -> None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["model"]["expert"] = "low"
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    written = export(
+        run, ["comfyui", "merged"], ModelConfig(path="pocket"), lambda adapter, path: path.mkdir(parents=True)
+    )
+    assert [path.name for path in written[1:3]] == ["run_low_noise_comfyui.safetensors", "transformer_2"]
+
+
+def test_the_snippet_of_a_run_on_merged_adapters_gives_what_was_trained(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    shutil.copytree(run / "adapter", run.parent / "first")
+    recipe["model"] |= {"merge": [{"path": str(run.parent / "first" / lora.FILE), "scale": 0.5}]}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    config = ModelConfig(**recipe["model"])
+    ours = load(config)
+    ours.restore(run / "adapter")
+    text = export(run)[-1].read_text()
+    assert "first/pytorch_lora_weights.safetensors` (times 0.5) merged into it, trained with" in text
+
+    monkeypatch.chdir(run)
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    Path("snippet.py").write_text(snippet.replace("num_inference_steps=12", "num_inference_steps=1"))
+    Image.new("RGB", (32, 32), "red").save("first_picture.png")
+    ours_v, pipe = probe(ours), runpy.run_path("snippet.py")["pipe"]
+    ours.transformer = pipe.transformer
+    assert (probe(ours) - ours_v).abs().max() < 1e-4
+    pipe.set_adapters(["trained"], [1.0])
+    assert (probe(ours) - ours_v).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def probe(wan: Wan) -> torch.Tensor:
+    z = torch.randn(1, 8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    return wan.velocity(z, torch.full((1, 3), 0.7), wan.encode_text(["a duck falls."]))
+
+
+def test_the_readmes_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "Use the adapter", with one step in place of twelve, on the embedded model."""
+    wan = load(ModelConfig(path="pocket", adapter=AdapterConfig(rank=2)))
+    wan.save(tmp_path / "runs" / "pocket-psft" / "adapter")
+    (tmp_path / "posttrain").symlink_to(Path(posttrain.export.__file__).parent)
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (snippet,) = re.findall(r"## Use the adapter\n\n```python\n(.*?)```", readme, re.DOTALL)
+    assert "num_inference_steps=12" in snippet
+    monkeypatch.chdir(tmp_path)
+    Path("snippet.py").write_text(snippet.replace("num_inference_steps=12", "num_inference_steps=1"))
+    Image.new("RGB", (64, 64), "red").save("first_frame.png")
+    runpy.run_path("snippet.py")
+    with av.open("fall.mp4") as container:
+        stream = container.streams.video[0]
+        assert (stream.frames, stream.height, stream.width, stream.average_rate) == (33, 64, 64, 16)
 
 
 def test_the_card(run: Path) -> None:

@@ -9,13 +9,14 @@ import torch
 from diffusers import WanImageToVideoPipeline
 from PIL import Image
 from safetensors import safe_open
-from tiny import wan_folder
+from safetensors.torch import load_file, save_file
+from tiny import TINY_TRANSFORMER, wan_folder
 from torch import Tensor
 
 from posttrain.files import UserError
 from posttrain.models import lora
-from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan import Wan, load
+from posttrain.models.base import AdapterConfig, Merged, ModelConfig
+from posttrain.models.wan import Wan, initialise, load
 from posttrain.sample import sample_clips
 
 
@@ -28,9 +29,9 @@ def adapted(folder: Path, rank: int = 4, alpha: int | None = None, seed: int = 0
     return load(ModelConfig(path=str(folder), adapter=AdapterConfig(rank=rank, alpha=alpha), seed=seed))
 
 
-def disturb(wan: Wan) -> None:
+def disturb(wan: Wan, seed: int = 9) -> None:
     """Stand in for training: B is no longer zero."""
-    torch.manual_seed(9)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in wan.module.named_parameters():
             if ".lora_B." in name:
@@ -182,3 +183,98 @@ def test_files_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> None:
 def test_a_target_that_names_no_layer_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"model.adapter.targets: no linear layer ends in 'attn3.to_q'"):
         load(ModelConfig(path=str(folder), adapter=AdapterConfig(targets=("attn1.to_q", "attn3.to_q"))))
+
+
+def test_an_adapter_of_another_depth_or_width_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also where only some of its layers have no place, or some of the model's have no adapter in the file."""
+    for name, change in {"two": {"num_layers": 2}, "three": {"num_layers": 3}, "wide": {"ffn_dim": 48}}.items():
+        transformer = initialise(TINY_TRANSFORMER | change, seed=0)
+        lora.attach(transformer, 2, 4, lora.TARGETS, seed=0)
+        lora.save(transformer, tmp_path / name)
+    weights = load_file(tmp_path / "two" / lora.FILE)
+    save_file({k: v for k, v in weights.items() if "blocks.1.ffn.net.2.lora_B" not in k}, tmp_path / "half.safetensors")
+
+    def refused(layers: int, file: str) -> str:
+        with pytest.raises(UserError) as caught:
+            lora.load(initialise(TINY_TRANSFORMER | {"num_layers": layers}, seed=0), tmp_path / file)
+        return str(caught.value)
+
+    first = "blocks.2.attn1.to_k"
+    use = "; use the base that it was trained on"
+    assert refused(2, "three").endswith(f"does not fit the model (the model has no {first}.lora_A.weight){use}")
+    assert refused(3, "two").endswith(f"does not fit the model (the file has no {first}){use}")
+    assert "does not fit the model (size mismatch for blocks.0.ffn.net.0.proj" in refused(2, "wide")
+    assert "(the file has no blocks.1.ffn.net.2.lora_B.weight)" in refused(2, "half.safetensors")
+    assert all("\n" not in refused(*case) for case in ((2, "three"), (3, "two"), (2, "wide")))
+    assert capfd.readouterr().err == ""  # no library has the word besides
+
+
+def test_merged_is_what_attached_was(folder: Path, tmp_path: Path) -> None:
+    """Folded into the weights with a scale, several of them as diffusers stacks them; and all weights train then."""
+    files = []
+    for seed, alpha in ((9, 8), (10, 2)):
+        wan = adapted(folder, rank=4, alpha=alpha)
+        disturb(wan, seed)
+        files += wan.save(tmp_path / str(seed))
+    both = tuple(Merged(path=str(file), scale=scale) for file, scale in zip(files, (1.0, 0.5), strict=True))
+    merged = load(ModelConfig(path=str(folder), merge=both))
+    assert not lora.attached(merged.module)
+    assert all(p.requires_grad for p in merged.module.parameters())
+
+    pipe = WanImageToVideoPipeline.from_pretrained(folder)
+    for name, file in zip("ab", files, strict=True):
+        pipe.load_lora_weights(file, adapter_name=name)
+    pipe.set_adapters(["a", "b"], [1.0, 0.5])
+    stacked = load(ModelConfig(path=str(folder)))
+    before = velocity(stacked)
+    stacked.module = pipe.transformer
+    assert (velocity(merged) - velocity(stacked)).abs().max() < 1e-5
+    assert (velocity(merged) - before).abs().max() > 1e-2
+
+    fresh = load(ModelConfig(path=str(folder), merge=both, adapter=AdapterConfig(rank=2)))
+    assert torch.equal(velocity(fresh), velocity(merged))
+    assert {n for n, p in fresh.module.named_parameters() if p.requires_grad and ".lora_" not in n} == set()
+
+
+def test_training_proceeds_from_an_adapter_like_its_own_alone(folder: Path, tmp_path: Path) -> None:
+    wan = adapted(folder, rank=4, alpha=8)
+    disturb(wan)
+    file = str(wan.save(tmp_path)[0])
+
+    def start(**adapter: object) -> Wan:
+        return load(ModelConfig(path=str(folder), start=file, adapter=AdapterConfig(**adapter)))
+
+    again = start(rank=4, alpha=8)
+    assert torch.equal(velocity(again), velocity(wan))
+    trained = {name for name, p in again.module.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in wan.module.named_parameters() if p.requires_grad}
+    again.save(tmp_path / "again")
+    assert (tmp_path / "again" / lora.FILE).read_bytes() == Path(file).read_bytes()
+    with pytest.raises(UserError, match=r"has rank 4 and alpha 8, but model.adapter has 8 and 8; set model.adapter"):
+        start(rank=8)
+    with pytest.raises(UserError, match=r"has rank 4 and alpha 8, but model.adapter has 4 and 4; set model.adapter"):
+        start(rank=4)
+    with pytest.raises(UserError, match=r"adapts blocks.0.attn1.to_k, unlike model.adapter; set model.adapter.targets"):
+        start(rank=4, alpha=8, targets=("attn1.to_q",))
+    with pytest.raises(UserError, match=r"is an adapter; set model.adapter, or name it in model.merge"):
+        load(ModelConfig(path=str(folder), start=file))
+
+
+def test_the_scale_of_an_adapter(folder: Path, tmp_path: Path) -> None:
+    wan = adapted(folder, rank=4, alpha=4)
+    disturb(wan)
+    full, half = velocity(wan), adapted(folder, rank=4, alpha=2)
+    disturb(half)
+    for scale, expected in ((0.5, velocity(half)), (0.0, velocity(load(ModelConfig(path=str(folder))))), (1.0, full)):
+        lora.rescale(wan.module, scale)
+        assert (velocity(wan) - expected).abs().max() < 1e-5
+
+
+def test_a_layer_without_an_original_name_is_not_written_for_comfyui(folder: Path, tmp_path: Path) -> None:
+    config = AdapterConfig(rank=2, targets=("attn1.to_q", "proj_out", "patch"))
+    transformer = initialise(TINY_TRANSFORMER, seed=0)
+    transformer.patch = torch.nn.Linear(2, 2)
+    lora.attach(transformer, config.rank, config.alpha, config.targets, seed=0)
+    with pytest.raises(UserError, match="ComfyUI has no name for patch; leave `comfyui` out of export:"):
+        lora.save_comfyui(lora.save(transformer, tmp_path), tmp_path / "comfyui.safetensors")
+    assert not (tmp_path / "comfyui.safetensors").exists()

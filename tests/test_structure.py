@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "posttrain.methods": [*CONTRACT, *ROOMS],
     "posttrain.benchmarks": [*CONTRACT, "posttrain.metrics", "posttrain.data"],
     "posttrain.sample": [*CONTRACT, "posttrain.flow", "posttrain.data", "posttrain.models.base"],
+    "posttrain.gallery": [*CONTRACT, "posttrain.models.base", "posttrain.sample"],
     "posttrain.evaluate": [
         *CONTRACT,
         *("posttrain.flow", "posttrain.data", "posttrain.models.base"),
@@ -45,7 +46,7 @@ MAY_IMPORT = {
     "posttrain.bench": [*CONTRACT, *ROOMS, "posttrain.methods", "posttrain.sample"],
     "posttrain.stages": [
         *(*CONTRACT, *ROOMS, "posttrain.recipe", "posttrain.sample", "posttrain.evaluate"),
-        *("posttrain.report", "posttrain.export", "posttrain.doctor", "posttrain.bench"),
+        *("posttrain.gallery", "posttrain.report", "posttrain.export", "posttrain.doctor", "posttrain.bench"),
     ],
     "posttrain.cli": ["posttrain", "sim"],
     "posttrain.__main__": ["posttrain.cli"],

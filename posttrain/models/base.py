@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
 from posttrain.models.lora import TARGETS
@@ -20,14 +21,33 @@ class AdapterConfig(Strict):
     targets: tuple[str, ...] = TARGETS
 
 
+class Merged(Strict):
+    """An adapter that is folded into the weights, `scale` times as strong as it was trained to be."""
+
+    path: str  # a run, its adapter folder, or a file
+    scale: float = 1.0
+
+
 class ModelConfig(Strict):
-    """`model:` in a recipe."""
+    """`model:` in a recipe. What training starts from is `path`, with `merge` folded in, continued from `start`.
+
+    `start` is a run (its name in runs/ or its folder), an adapter or a transformer folder. An adapter is trained on, so
+    that `adapter` must be of its rank, alpha and targets; a transformer takes the place of the one in `path`.
+    """
 
     family: str = "wan"  # posttrain/models/<family>.py
     path: str  # "pocket" (embedded), a local diffusers folder, or a hub id "owner/name"
     init: Literal["pretrained", "random"] = "pretrained"  # random: the same architecture, drawn anew from `seed`
     adapter: AdapterConfig | None = None  # None: all weights are trained
     seed: int = 0  # of the adapter's and of random weights
+    start: str | None = None
+    merge: tuple[Merged, ...] = ()  # the run's own adapter file does not hold them
+
+    @model_validator(mode="after")
+    def _nothing_on_random_weights(self) -> Self:
+        if self.init == "random" and (self.start or self.merge):
+            raise PydanticCustomError("start", "init: random excludes start and merge; drop them or init")
+        return self
 
 
 class VideoModel(Protocol):

@@ -1,16 +1,19 @@
-"""Low-rank adapters: attach to a transformer, switch off (the reference model), save and load.
+"""Low-rank adapters: attach to a transformer, switch off (the reference model), save, load, fold into the weights.
 
 W' = W + (alpha / rank) B A with B = 0 at the start (Hu et al. 2021). The saved file is diffusers' own, with the
 adapter's metadata in its header, so that a stock pipeline's `load_lora_weights` also gets alpha != rank right.
 """
 
 import json
+import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save as save_tensors
 from torch import nn
 
@@ -23,6 +26,23 @@ TARGETS = (
     *(f"{attn}.{proj}" for attn in ("attn1", "attn2") for proj in ("to_q", "to_k", "to_v", "to_out.0")),
     *("ffn.net.0.proj", "ffn.net.2"),
 )
+# What the original Wan code, and with it ComfyUI, calls the layers of diffusers' transformer.
+ORIGINAL = {
+    "attn2.add_k_proj": "cross_attn.k_img",
+    "attn2.add_v_proj": "cross_attn.v_img",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "proj_out": "head.head",
+} | {
+    f"{ours}.{proj}": f"{theirs}.{letter}"
+    for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+    for proj, letter in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"))
+}
 
 
 def unwrap(transformer: nn.Module) -> Any:
@@ -47,9 +67,8 @@ def attach(transformer: nn.Module, rank: int, alpha: int | None, targets: Sequen
     """
     from peft import LoraConfig  # peft takes seconds to import, and recipes need TARGETS alone
 
-    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
-        if not any(name.endswith(f".{target}") or name == target for name in names):
+        if not _linear(transformer, [target]):
             raise UserError(f"model.adapter.targets: no linear layer ends in {target!r}; a Wan block has {TARGETS}")
     transformer.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
@@ -92,19 +111,126 @@ def save(transformer: nn.Module, folder: Path | str) -> Path:
     return path
 
 
-def load(transformer: nn.Module, folder: Path | str) -> None:
-    """Put the adapter saved in `folder` onto `transformer`, in place of any that is there.
+def save_comfyui(file: Path | str, path: Path | str) -> None:
+    """Write the adapter that `save` put into `file` as ComfyUI reads it: the original Wan names, alpha folded into B.
 
     Raises:
-        UserError: the file is absent or does not fit this transformer.
+        UserError: it adapts a layer for which there is no original name.
     """
-    inner, path = unwrap(transformer), Path(folder) / FILE
+    with safe_open(file, "pt") as tensors:
+        metadata = json.loads(tensors.metadata()["lora_adapter_metadata"])
+        weights = {name: tensors.get_tensor(name) for name in sorted(tensors.keys())}
+    scale = metadata["transformer.lora_alpha"] / metadata["transformer.r"]
+    renamed = {}
+    for name, tensor in weights.items():
+        layer, matrix = name.removeprefix("transformer.").rsplit(".lora_", 1)  # "A.weight" or "B.weight"
+        block = re.match(r"blocks\.\d+\.", layer)
+        place = block.group() if block else ""
+        original = ORIGINAL.get(layer.removeprefix(place))
+        if original is None:
+            raise UserError(f"{file}: ComfyUI has no name for {layer}; leave `comfyui` out of export:")
+        scaled = tensor * scale if matrix.startswith("B") else tensor
+        renamed[f"diffusion_model.{place}{original}.lora_{matrix}"] = scaled.contiguous()
+    write_bytes(path, save_tensors(renamed, {"format": "pt"}))
+
+
+def load(transformer: nn.Module, path: Path | str) -> None:
+    """Put the adapter at `path` (a file, or the folder that `save` wrote into) onto `transformer`.
+
+    It takes the place of one that is there. Files in diffusers', ComfyUI's and musubi's names are read, by diffusers.
+
+    Raises:
+        UserError: the file is absent, or it and this transformer do not have the same layers.
+    """
+    from diffusers.loaders import WanLoraLoaderMixin
+    from diffusers.utils import logging
+    from peft.utils import get_peft_model_state_dict
+
+    inner, path = unwrap(transformer), Path(path)
+    path = path / FILE if path.suffix != ".safetensors" else path
     if not path.is_file():
         raise UserError(f"{path}: does not exist; train the run first or name its adapter folder")
     if attached(inner):
         inner.delete_adapters(NAME)
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what it would only warn of is refused below
     try:
-        inner.load_lora_adapter(str(path.parent), weight_name=path.name, prefix="transformer", adapter_name=NAME)
+        weights, metadata = WanLoraLoaderMixin.lora_state_dict(
+            str(path), return_lora_metadata=True, use_safetensors=True, local_files_only=True
+        )
+        with warnings.catch_warnings(action="ignore"):  # peft's, of the same
+            inner.load_lora_adapter(weights, prefix="transformer", adapter_name=NAME, metadata=metadata)
     except Exception as error:  # peft, diffusers and safetensors each raise their own kinds
-        reason = str(error).strip().splitlines()[0]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[min(1, len(lines) - 1)].strip()  # torch's first line only says that there are more
         raise UserError(f"{path}: does not fit the model ({reason}); use the base that it was trained on") from error
+    finally:
+        logging.set_verbosity(level)
+    given = {key.removeprefix("transformer.") for key in weights}
+    taken = set(get_peft_model_state_dict(inner, adapter_name=NAME)) if attached(inner) else set()
+    targets = (metadata or {}).get("transformer.target_modules", [])  # peft makes layers for what the file has, no more
+    adapted = {key.split(".lora_")[0] for key in given}
+    lacking = set(_linear(inner, targets if isinstance(targets, list) else [])) - adapted
+    if wrong := sorted(given - taken) or sorted(taken - given) or sorted(lacking):
+        where = "model" if wrong[0] in given else "file"
+        raise UserError(
+            f"{path}: does not fit the model (the {where} has no {wrong[0]}); use the base that it was trained on"
+        )
+
+
+def _linear(transformer: nn.Module, targets: Sequence[str]) -> list[str]:
+    """The names of the linear layers that end in one of `targets`, whether an adapter is on them or not."""
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    names = [name.removesuffix(".base_layer") for name in linear if ".lora_" not in name]
+    return [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
+
+
+def proceed(transformer: nn.Module, path: Path | str) -> None:
+    """Give the adapter that is attached the weights at `path`, so that training goes on from there.
+
+    Raises:
+        UserError: as `load`, or it has another rank, alpha or other targets than the one attached.
+    """
+    inner = unwrap(transformer)
+    before, wanted = inner.peft_config[NAME], _shapes(inner)
+    load(inner, path)
+    after, found = inner.peft_config[NAME], _shapes(inner)
+    if (before.r, before.lora_alpha) != (after.r, after.lora_alpha):
+        raise UserError(
+            f"{path}: has rank {after.r} and alpha {after.lora_alpha}, but model.adapter has {before.r} and "
+            f"{before.lora_alpha}; set model.adapter to those of the file, or fold it in with model.merge"
+        )
+    if differing := sorted(set(wanted.items()) ^ set(found.items())):
+        place = "adapts" if differing[0] in found.items() else "does not adapt"
+        layer = differing[0][0].split(".lora_")[0]
+        raise UserError(
+            f"{path}: {place} {layer}, unlike model.adapter; set model.adapter.targets to those of the file"
+        )
+
+
+def _shapes(transformer: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of the matrices of its adapters."""
+    return {name: tuple(p.shape) for name, p in transformer.named_parameters() if ".lora_" in name}
+
+
+def merge(transformer: nn.Module, path: Path | str, scale: float = 1.0) -> None:
+    """Fold the adapter at `path`, times `scale`, into a transformer that has none: W + scale alpha / rank B A.
+
+    Raises:
+        UserError: as `load`.
+    """
+    load(transformer, path)
+    fuse(transformer, scale)
+    unwrap(transformer).requires_grad_(True)  # peft had frozen it
+
+
+def fuse(transformer: nn.Module, scale: float = 1.0) -> None:
+    """Fold the adapter that is attached, times `scale`, into the weights, and take it off."""
+    inner = unwrap(transformer)
+    inner.fuse_lora(scale)
+    inner.unload_lora()
+
+
+def rescale(transformer: nn.Module, scale: float) -> None:
+    """Let the adapter count `scale` times as much as it was trained to; 0 is the base."""
+    unwrap(transformer).set_adapters(NAME, scale)

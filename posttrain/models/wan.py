@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers.pipelines.wan.pipeline_wan_i2v import prompt_clean
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoTokenizer, UMT5EncoderModel
@@ -218,27 +219,71 @@ def _part(read: Callable[..., Any], root: Path | str, name: str, **options: Any)
     return part
 
 
+def _root(path: str) -> Path | str:
+    """The folder or hub id that `model.path` means."""
+    root = folder("wan") if path == "pocket" else Path(path)
+    if root.is_dir():
+        return root
+    if len(root.parts) != 2 or path.startswith((".", "/", "~")):
+        raise UserError(f"model.path: {root} does not exist; give 'pocket', a diffusers folder or a hub id")
+    return path
+
+
+def _place(config: ModelConfig) -> tuple[Path | str, str]:
+    """The folder or hub id below which the transformer's weights lie, and the name of their folder there."""
+    start = Path(config.start) if config.start else None
+    return (start.parent, start.name) if start and start.is_dir() else (_root(config.path), "transformer")
+
+
+def bare(config: ModelConfig, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
+    """diffusers' own transformer as training starts from it, before there is an adapter.
+
+    Raises:
+        UserError: it cannot be loaded, or `start` or `merge` do not fit it.
+    """
+    shape = _part(WanTransformer3DModel.load_config, _root(config.path), "transformer")
+    if config.init == "random":
+        return initialise(shape, config.seed)
+    place, name = _place(config)
+    transformer = _part(WanTransformer3DModel.from_pretrained, place, name, **(WHOLE | {"torch_dtype": dtype}))
+    if any(transformer.config.get(key) != value for key, value in _shape(shape).items()):
+        raise UserError(f"model.start: {config.start} was trained from another model; name that one in model.path")
+    for adapter in config.merge:
+        lora.merge(transformer, adapter.path, adapter.scale)
+    return transformer
+
+
+def save_merged(config: ModelConfig, adapter: Path, path: Path) -> None:
+    """Write the diffusers folder `path`: the transformer with `adapter` folded in, in the dtype of its base's files.
+
+    Raises:
+        UserError: as `bare` and `lora.load`, or the folder cannot be written.
+    """
+    place, name = _place(config)
+    dtype, probe = torch.float32, "blocks.0.attn1.to_q.weight"
+    for file in sorted((Path(place) / name).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            if probe in tensors.keys():
+                dtype = tensors.get_tensor(probe).dtype
+    transformer = bare(config, dtype)
+    lora.merge(transformer, adapter)
+    with replacing(path) as temporary:
+        transformer.save_pretrained(temporary)
+
+
 def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
     """Load the model that a recipe names; only what will be trained has requires_grad.
 
     Raises:
         UserError: no such folder, or a part is missing, broken or does not fit the others.
     """
-    root: Path | str = folder("wan") if config.path == "pocket" else Path(config.path)
-    if not Path(root).is_dir():
-        if len(Path(config.path).parts) != 2 or config.path.startswith((".", "/", "~")):
-            raise UserError(f"model.path: {root} does not exist; give 'pocket', a diffusers folder or a hub id")
-        root = config.path
-
+    root = _root(config.path)
     vae = _part(AutoencoderKLWan.from_pretrained, root, "vae", **WHOLE)
     text_encoder = _part(UMT5EncoderModel.from_pretrained, root, "text_encoder", output_loading_info=True)
     tokenizer = _part(AutoTokenizer.from_pretrained, root, "tokenizer")
     schedule = _part(diffusers.UniPCMultistepScheduler.load_config, root, "scheduler")
     scheduler = getattr(diffusers, schedule["_class_name"]).from_config(schedule)
-    if config.init == "random":
-        transformer = initialise(_part(WanTransformer3DModel.load_config, root, "transformer"), config.seed)
-    else:
-        transformer = _part(WanTransformer3DModel.from_pretrained, root, "transformer", **WHOLE)
+    transformer = bare(config)
 
     for field, value, part, expected in (
         ("in_channels", transformer.config.in_channels, "vae z_dim", vae.config.z_dim),
@@ -255,6 +300,10 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
     if config.adapter is not None:
         adapter = config.adapter
         lora.attach(transformer, adapter.rank, adapter.alpha, adapter.targets, config.seed)
+    if config.start and not Path(config.start).is_dir():
+        if config.adapter is None:
+            raise UserError(f"model.start: {config.start} is an adapter; set model.adapter, or name it in model.merge")
+        lora.proceed(transformer, config.start)
     for part in (transformer, vae, text_encoder):
         part.to(device)
     return Wan(transformer, vae, text_encoder, tokenizer, scheduler)

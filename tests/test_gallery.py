@@ -1,0 +1,167 @@
+"""`posttrain sample`: a picture and a prompt in; clips, a contact sheet and a GIF out."""
+
+import contextlib
+import io
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tiny import wan_folder
+
+from posttrain import cli, files
+from posttrain.files import UserError
+from posttrain.gallery import animation, contact_sheet, fit, natural_size, open_picture
+from posttrain.models.base import AdapterConfig, ModelConfig
+from posttrain.models.wan import load
+
+
+def test_the_middle_of_a_picture_is_kept(tmp_path: Path) -> None:
+    stripes = np.repeat(np.arange(12, dtype=np.uint8)[None, :, None] * 20, 4, axis=0).repeat(3, axis=2)  # 12 x 4
+    pixels, done = fit(Image.fromarray(stripes), (4, 4))
+    assert np.array_equal(pixels, stripes[:, 4:8])
+    assert done == "12 x 4, its middle 4 x 4 kept"
+    pixels, done = fit(Image.fromarray(stripes), (8, 16))
+    assert pixels.shape == (8, 16, 3)
+    assert done == "12 x 4, its middle 8 x 4 kept, resized to 16 x 8"
+    assert np.abs(pixels[0, [0, -1], 0].astype(int) - [40, 180]).max() <= 5  # stripes 2 and 9
+    assert fit(Image.fromarray(stripes), (4, 12))[1] == "12 x 4"
+
+    lying = Image.fromarray(stripes)
+    exif = lying.getexif()
+    exif[0x0112] = 6  # a camera held upright
+    lying.save(tmp_path / "upright.png", exif=exif)
+    assert open_picture(tmp_path / "upright.png").size == (4, 12)
+
+
+@pytest.mark.parametrize(("size", "expected"), [((1920, 1080), (448, 832)), ((100, 50), (32, 96)), ((9, 9), (32, 32))])
+def test_the_size_that_a_picture_asks_for(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert natural_size(Image.new("RGB", size)) == expected
+
+
+def test_sheet_and_gif_show_the_frames(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 250, 16).astype(np.uint8)[:, None, None, None] * np.ones((1, 64, 32, 3), np.uint8)
+    contact_sheet(tmp_path / "sheet.png", {"one": ramp, "two": ramp[::-1]})
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (2 * (128 + 14), 8 * 64, 3)
+    chosen = ramp[[0, 2, 4, 6, 9, 11, 13, 15], 0, 0, 0]
+    assert sheet[64, 32::64, 0].tolist() == chosen.tolist()
+    assert sheet[128 + 14 + 64, 32::64, 0].tolist() == chosen[::-1].tolist()
+
+    animation(tmp_path / "clips.gif", [[ramp, ramp[::-1]]], 16, ["one", "two"])
+    gif = Image.open(tmp_path / "clips.gif")
+    assert (gif.n_frames, gif.size, gif.info["duration"], gif.info["loop"]) == (16, (128, 142), 60, 0)
+    for number in (0, 7, 15):
+        gif.seek(number)
+        pixels = np.asarray(gif.convert("RGB")).astype(int)
+        assert abs(pixels[78, 32, 0] - int(ramp[number, 0, 0, 0])) <= 8
+        assert abs(pixels[78, 96, 0] - int(ramp[15 - number, 0, 0, 0])) <= 8
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, a finished run of it and a picture."""
+    path = tmp_path_factory.mktemp("home")
+    wan_folder(path / "wan")
+    wan = load(ModelConfig(path=str(path / "wan"), adapter=AdapterConfig(rank=2, alpha=4)))
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for name, parameter in wan.module.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.3)
+    run = path / "runs" / "try"
+    wan.save(run / "adapter")
+    recipe = {
+        "run": "try",
+        "model": {"path": "wan", "adapter": {"rank": 2, "alpha": 4}},
+        "data": {"clips": "drops"},
+        "method": {"name": "psft"},
+        "train": {"steps": 1, "batch": 1, "lr": 0.01},
+        "eval": {"clips": "drops", "sampler": {"steps": 2}},
+    }
+    files.write_text(run / "recipe.yaml", yaml.safe_dump(recipe))
+    files.write_json(run / "trained.json", {})
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path / "first.png")
+    return path
+
+
+def sampled(home: Path, target: str, *more: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of `posttrain sample TARGET --image first.png --prompt ... MORE`."""
+    arguments = ["sample", target, "--image", "first.png", "--prompt", "a duck falls.", *more]
+    with contextlib.chdir(home), contextlib.redirect_stdout(io.StringIO()) as out:
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            code = cli.main(arguments)
+    return code, out.getvalue(), err.getvalue()
+
+
+def frames(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(int)
+
+
+SMALL = ("--height", "32", "--width", "32", "--frames", "5")
+
+
+def test_base_and_tuned_stand_side_by_side(home: Path) -> None:
+    code, out, said = sampled(home, "try", *SMALL, "--seed", "3", "4", "--fps", "8", "--scale", "0.5")
+    assert code == 0, said
+    assert "first.png: 60 x 40, its middle 40 x 40 kept, resized to 32 x 32; 5 frames, 2 steps, guidance 1\n" in out
+    folder = home / "runs" / "try" / "samples" / "asked"
+    clips = [f"first-s{seed}-{label}.mp4" for seed in (3, 4) for label in ("base", "psft-x0.5")]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*clips, "first.gif", "first.png"])
+    with av.open(str(folder / clips[0])) as container:
+        assert container.streams.video[0].average_rate == 8
+    assert Image.open(folder / "first.gif").size == (2 * 128, 2 * 128 + 14)
+    assert Image.open(folder / "first.png").size == (5 * 128, 4 * (128 + 14))
+    shown = {name: frames(folder / name) for name in clips}
+    first, *others = shown.values()
+    assert all(np.abs(first[0] - other[0]).mean() < 4 for other in others)  # the picture
+    assert all(np.abs(first - other).mean() > 1 for other in others)  # another seed, another model
+
+
+def test_a_model_alone_is_the_base_of_its_run_and_scale_0_too(home: Path) -> None:
+    for target, more in (("try", ("--scale", "0")), ("wan", ("--steps", "2", "--guidance", "1"))):
+        code, _, said = sampled(home, target, *SMALL, *more, "--output", "compared")
+        assert code == 0, said
+    base, none, alone = (frames(home / "compared" / f"first-s0-{name}.mp4") for name in ("base", "psft-x0", "wan"))
+    for same in (none, alone):  # a rounded grey level here and there, which the video's coding spreads
+        assert np.abs(base - same).mean() < 0.5
+
+
+def test_what_cannot_be_sampled_is_one_line(home: Path) -> None:
+    (home / "words.png").write_text("no picture")
+    for target, more, expected in (
+        ("try", ("--image", "nothing.png"), "nothing.png: does not exist; name a picture"),
+        ("try", ("--image", "words.png"), "words.png: cannot be read as a picture; give a PNG, JPEG or WebP file"),
+        ("try", ("--height", "32"), "--height, --width: give both or neither"),
+        ("wan", ("--scale", "2"), "--scale: wan is no run and has no adapter; leave it out or name a run"),
+        ("nowhere", SMALL, "model.path: nowhere does not exist; give 'pocket', a diffusers folder or a hub id"),
+        (
+            "try",
+            ("--height", "32", "--width", "32", "--frames", "6"),
+            "--frames, --height, --width: 6 frames of 32 x 32 do not fit the model; "
+            "make clips of 4k + 1 frames with sides in multiples of 16 x 16",
+        ),
+    ):
+        code, _, said = sampled(home, target, *more)
+        assert code == 1
+        assert said.splitlines()[-1] == expected
+
+
+def test_a_run_of_whole_weights_has_no_scale(home: Path) -> None:
+    run = home / "runs" / "whole"
+    load(ModelConfig(path=str(home / "wan"))).save(run / "adapter")
+    text = (home / "runs" / "try" / "recipe.yaml").read_text()
+    files.write_text(
+        run / "recipe.yaml", yaml.safe_dump(yaml.safe_load(text) | {"run": "whole", "model": {"path": "wan"}})
+    )
+    files.write_json(run / "trained.json", {})
+    code, _, said = sampled(home, "whole", *SMALL, "--scale", "0.5")
+    assert code == 1
+    assert said.splitlines()[-1].endswith("whole has no adapter, all weights were trained; leave it out")
+    with pytest.raises(UserError, match="does not exist"):
+        open_picture(home / "nothing.png")
