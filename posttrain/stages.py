@@ -212,7 +212,8 @@ def export(plan: Recipe, folder: Path) -> None:
 @contextmanager
 def _base(plan: Recipe) -> Iterator[Any]:
     """The model that training started from; for random weights, the pretrained one they compete with."""
-    yield load_model(plan.model.model_copy(update={"adapter": None, "init": "pretrained"}))
+    plain = {"adapter": None, "init": "pretrained", "other_adapter": None}
+    yield load_model(plan.model.model_copy(update=plain))
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class Constant:
     def __init__(self, v: Tensor) -> None:
         self.v = v
 
-    def velocity(self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor) -> Tensor:
+    def velocity(self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor, condition: object = None) -> Tensor:
         return self.v.expand_as(z_BCFHW)
 
 
@@ -94,7 +94,7 @@ class Linear:
     def __init__(self, a: Tensor) -> None:
         self.a = a
 
-    def velocity(self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor) -> Tensor:
+    def velocity(self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor, condition: object = None) -> Tensor:
         return self.a[0] * z_BCFHW + self.a[1] * t_BF[:, None, :, None, None] + self.a[2] * text_BLD.mean()
 
 

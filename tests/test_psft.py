@@ -22,8 +22,11 @@ SHAPE = (2, 3, 4, 2, 2)  # B C F H W
 class Answers:
     """A model that answers what a function of (z_t, t) says."""
 
-    def __init__(self, answer: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.velocity = lambda z_BCFHW, t_BF, text_BLD: answer(z_BCFHW, t_BF)
+    def __init__(
+        self, answer: Callable[[Tensor, Tensor], Tensor], clean: int = 1, times: tuple[float, float] = (0.0, 1.0)
+    ) -> None:
+        self.velocity = lambda z_BCFHW, t_BF, text_BLD, condition: answer(z_BCFHW, t_BF)
+        self.clean, self.times = clean, times
 
 
 def clips(dtype: torch.dtype = torch.float32) -> Batch:

@@ -46,6 +46,7 @@ def attach(transformer: nn.Module, rank: int, alpha: int | None, targets: Sequen
         UserError: a target names no layer.
     """
     from peft import LoraConfig  # peft takes seconds to import, and recipes need TARGETS alone
+    from peft.functional import cast_adapter_dtype
 
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
@@ -57,6 +58,7 @@ def attach(transformer: nn.Module, rank: int, alpha: int | None, targets: Sequen
         unwrap(transformer).add_adapter(
             LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets)), adapter_name=NAME
         )
+    cast_adapter_dtype(unwrap(transformer), NAME)  # float32 whatever the base is
 
 
 @contextmanager
@@ -98,6 +100,8 @@ def load(transformer: nn.Module, folder: Path | str) -> None:
     Raises:
         UserError: the file is absent or does not fit this transformer.
     """
+    from peft.functional import cast_adapter_dtype
+
     inner, path = unwrap(transformer), Path(folder) / FILE
     if not path.is_file():
         raise UserError(f"{path}: does not exist; train the run first or name its adapter folder")
@@ -108,3 +112,4 @@ def load(transformer: nn.Module, folder: Path | str) -> None:
     except Exception as error:  # peft, diffusers and safetensors each raise their own kinds
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: does not fit the model ({reason}); use the base that it was trained on") from error
+    cast_adapter_dtype(inner, NAME)
