@@ -46,6 +46,33 @@ def loss_of(
     return psft.psft_loss(Answers(answer), batch, psft.Config(**config), Random(0, 0, [0, 1]))
 
 
+def test_without_a_given_frame_all_are_noisy_and_bear_the_loss() -> None:
+    """Off by 1 on frame 0 of the first clip, by 2 on all of the second: (1/4 + 4) / 2."""
+    batch, seen = clips(torch.float64), []
+    off = torch.zeros(2, 1, 4, 1, 1, dtype=torch.float64)
+    off[0, 0, 0], off[1] = 1, 2
+
+    def answer(z: Tensor, t_BF: Tensor) -> Tensor:
+        seen.append(t_BF)
+        return exact(batch.z0_BCFHW, z, t_BF) + off
+
+    loss, _ = psft.psft_loss(Answers(answer, clean=0), batch, psft.Config(), Random(0, 0, [0, 1]))
+    assert loss.item() == pytest.approx((1 / 4 + 4) / 2, rel=1e-6)
+    assert (seen[0] == seen[0][:, :1]).all()
+    assert (seen[0] > 0).all()
+
+
+def test_an_expert_sees_its_times() -> None:
+    batch, seen = clips(), []
+    for step in range(20):
+        model = Answers(lambda z, t: seen.append(t) or z, clean=0, times=(0.5, 0.6))
+        psft.psft_loss(model, batch, psft.Config(), Random(0, step, [0, 1]))
+    times = torch.cat(seen)
+    assert (times >= 0.5).all()
+    assert (times < 0.6).all()
+    assert len(times[:, 0].unique()) == 40
+
+
 def test_the_exact_velocity_has_no_loss() -> None:
     batch = clips(torch.float64)
     loss, metrics = loss_of(lambda z, t: exact(batch.z0_BCFHW, z, t), batch)

@@ -87,7 +87,6 @@ class Wan:
         self.clean = int(self.given and not self.concatenates)
         self.expert, self.boundary, self._read_other = expert, boundary, other
         self.times = (0.0, 1.0) if other is None else (boundary, 1.0) if expert == "high" else (0.0, boundary)
-        fold_padding(transformer)
 
     @property
     def module(self) -> nn.Module:
@@ -102,9 +101,7 @@ class Wan:
     def other(self) -> nn.Module:
         """The expert that is not trained."""
         assert self._read_other is not None
-        transformer = self._read_other()
-        fold_padding(transformer)
-        return transformer
+        return self._read_other()
 
     def weights(self) -> list[nn.Module]:
         if self._read_other is None:
@@ -439,6 +436,7 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
         other = _part(WanTransformer3DModel, root, other_name, torch_dtype=dtype)
         if config.other_adapter is not None:
             lora.load(other, config.other_adapter)
+        fold_padding(other)
         return other.requires_grad_(False)
 
     if config.init == "random":
@@ -449,6 +447,7 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
     if config.adapter is not None:
         adapter = config.adapter
         lora.attach(transformer, adapter.rank, adapter.alpha, adapter.targets, config.seed)
+    fold_padding(transformer)
     for encoder in (vae, text_encoder, image_encoder):
         if encoder is not None:
             encoder.requires_grad_(False).eval()
