@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from posttrain.files import UserError
 
@@ -28,11 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("target", metavar="RECIPE|RUN", help="a recipe file, a run's folder, or its name in runs/")
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in train.steps=20")
     for name, text in TOOLS.items():
-        commands.add_parser(name, help=text, description=text)
+        tool = commands.add_parser(name, help=text, description=text)
+        if name == "doctor":
+            tool.add_argument("recipe", nargs="?", metavar="RECIPE", help="also what its training takes")
+            tool.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in train.batch=4")
     options = parser.parse_args(arguments)
     try:
         if options.command in TOOLS:
-            return _doctor() if options.command == "doctor" else _bench()
+            return _doctor(options.recipe, options.overrides) if options.command == "doctor" else _bench()
         from posttrain import stages  # takes a second, for torch
 
         plan, folder = stages.open_run(options.target, options.overrides)
@@ -57,10 +61,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _doctor() -> int:
-    from posttrain.doctor import doctor
+def _doctor(path: str | None, overrides: Sequence[str]) -> int:
+    from posttrain.doctor import check_recipe, doctor
 
-    return doctor()
+    if path is None:
+        return doctor()
+    from posttrain import recipe, stages
+    from posttrain.data.clips import open_split
+    from posttrain.dry import needs
+    from sim.cli import Recipe as Film
+
+    plan = recipe.load(path, overrides, stages.Recipe)
+    folder, makers = plan.data.folders[0], [plan.data.make] if isinstance(plan.data.make, str) else plan.data.make
+    if makers and not (Path(folder) / plan.data.split / "metadata.jsonl").is_file():  # not filmed yet
+        world = recipe.load(makers[0], (), Film).world.config
+        clip = (world.frames, world.height, world.width)
+    else:
+        split = open_split(folder, plan.data.split)
+        clip = (split.frames, *split.size)
+    line, memory = needs(plan.model, plan.train, clip)
+    return doctor(lambda: check_recipe(line, memory))
 
 
 def _bench() -> int:

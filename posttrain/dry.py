@@ -1,11 +1,13 @@
 """A whole training step at full size without its memory or its time: tensors that have a shape and nothing else.
 
 What is run is the real thing, `psft_loss` on the real transformer with its adapter, forward and backward. Counted are
-the bytes that are alive at once and the floating point operations, recomputation among them.
+the bytes that are alive at once and the floating point operations, recomputation among them. Attention counts as its
+flash form does, captions with all of their 512 tokens.
 """
 
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +15,15 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
+from posttrain.files import UserError, read_json
 from posttrain.methods import psft
 from posttrain.models import lora
 from posttrain.models.base import ModelConfig
-from posttrain.models.wan import DTYPES, TEXT_TOKENS, Wan
+from posttrain.models.published import PUBLISHED
+from posttrain.models.wan import DTYPES, TEXT_TOKENS, Wan, find
+from posttrain.run import TrainConfig
 from posttrain.types import Batch, Random
 
 ATEN: Any = torch.ops.aten
@@ -53,11 +57,11 @@ class Meter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = self.flop = 0
-        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.known: set[int] = set()  # addresses of storages
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
+        for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):
                 self.see(tensor)
         count = FLOPS.get(func._overloadpacket)
@@ -67,14 +71,16 @@ class Meter(TorchDispatchMode):
 
     def see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage not in self.known:
-            self.known.add(storage)
+        address = storage._cdata
+        if address not in self.known:
+            self.known.add(address)
             size = storage.nbytes()
             self.live += size
             self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.forget, size)
+            weakref.finalize(storage, self.forget, address, size)
 
-    def forget(self, size: int) -> None:
+    def forget(self, address: int, size: int) -> None:
+        self.known.discard(address)
         self.live -= size
 
 
@@ -143,3 +149,42 @@ def dry_step(
         optimizer=(3 if ema else 2) * kept / 2**30,
         activations=(meter.peak - weights) / 2**30,
     )
+
+
+def read_configs(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configs of transformer and VAE of `model.path`; those of the published models without the hub.
+
+    Raises:
+        UserError: it is neither a folder nor one of these, and is not to be had from the hub.
+    """
+    if path in PUBLISHED and not Path(path).is_dir():
+        return PUBLISHED[path]["transformer"], PUBLISHED[path]["vae"]
+    transformer, vae = (read_json(find(path) / part / "config.json") for part in ("transformer", "vae"))
+    return transformer, vae
+
+
+def needs(config: ModelConfig, train: TrainConfig, clip: tuple[int, int, int]) -> tuple[str, float]:
+    """In a line what training on clips of (frames, height, width) takes in one process, and its GiB on the device.
+
+    Raises:
+        UserError: the model is not there, or the clips do not fit it.
+    """
+    if config.family != "wan":
+        raise UserError(f"model.family: what training takes is only known for wan, not for {config.family}")
+    batch = -(-train.batch // train.accumulate)
+    step = dry_step(
+        config,
+        *read_configs(config.path),
+        *clip,
+        batch=batch,
+        precision=train.precision,
+        block_checkpointing=train.block_checkpointing,
+        ema=bool(train.ema),
+    )
+    what = " x ".join(map(str, clip))
+    line = (
+        f"{step.parameters:,} parameters, {step.trained:,} trained; {batch} clips at once of {what} ({step.tokens:,} "
+        f"tokens each): {step.memory:.1f} GiB (weights {step.weights:.1f}, optimizer {step.optimizer:.1f}, "
+        f"activations {step.activations:.1f}) and {step.teraflop * train.accumulate:.3g} TFLOP a step"
+    )
+    return line, step.memory

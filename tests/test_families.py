@@ -117,9 +117,7 @@ def test_without_a_picture_the_mask_is_empty(folders: dict[str, Path], family: s
 
 
 @pytest.mark.parametrize(("family", "conditioning"), CASES)
-def test_each_trains(
-    folders: dict[str, Path], drops: Path, tmp_path: Path, family: str, conditioning: str
-) -> None:
+def test_each_trains(folders: dict[str, Path], drops: Path, tmp_path: Path, family: str, conditioning: str) -> None:
     """From clips to an adapter, with the conditions from the cache; the saved adapter restores the model."""
     wan = model(folders[family], family, conditioning=conditioning, adapter=AdapterConfig(rank=2))
     data = Latents(wan, Clips(DataConfig(clips=str(drops)), preload=False), tmp_path / "cache")

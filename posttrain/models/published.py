@@ -1,4 +1,4 @@
-"""The published Wan models: what is needed to check them without their weights. Sources: their config.json files.
+"""The published Wan models: what is needed to check them without their weights, as facts about their config.json.
 
 `frames`, `size` (height, width) and `fps` are those that each was made for.
 """
@@ -33,7 +33,6 @@ PUBLISHED = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _entry(SMALL),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": _entry({}),
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": _entry(CHANNELS | BESIDE),
-    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": _entry(CHANNELS | BESIDE, size=(720, 1280)),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": _entry(
         MIDDLE | {"in_channels": 48, "out_channels": 48}, Z48, frames=121, size=(704, 1280), fps=24
     ),

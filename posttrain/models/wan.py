@@ -1,13 +1,13 @@
 """Wan 2.1 / 2.2, every size, from a diffusers folder or a hub id. What a folder is, its data decide:
 
-transformer in_channels = the VAE's     text-to-video and TI2V. The first picture is given the TI2V way: latent frame 0
-                                        is its clean latent and has timestep 0, as in Wan2.2-TI2V-5B (`expand_timesteps`
-                                        of WanImageToVideoPipeline). The transformers of text-to-video models take this
-                                        too and learn it from post-training.
-in_channels = 2 x the VAE's + 4         image-to-video. The latents of a clip that holds the picture and then grey, and a
-                                        mask of the given pictures, are further channels; all latent frames are noisy.
-image_encoder                           (Wan2.1 I2V) CLIP's view of the picture is attended to beside the text.
-transformer_2 and boundary_ratio        (Wan2.2 A14B) two experts: `transformer` for t >= boundary, `transformer_2` below.
+in_channels = the VAE's            text-to-video and TI2V. The first picture is given the TI2V way: latent frame 0 is
+                                   its clean latent and has timestep 0, as in Wan2.2-TI2V-5B (`expand_timesteps` of
+                                   WanImageToVideoPipeline). The transformers of text-to-video models take this too and
+                                   learn it from post-training.
+in_channels = 2 x the VAE's + 4    image-to-video. The latents of a clip that holds the picture and then grey, and a
+                                   mask of the given pictures, are further channels; all latent frames are noisy.
+image_dim                          (Wan2.1 I2V) CLIP's view of the picture is attended to beside the text.
+transformer_2, boundary_ratio      (Wan2.2 A14B) two experts: `transformer` for t >= boundary, `transformer_2` below.
 
 With `conditioning: text` no picture is given: all frames are noisy, and an image-to-video model gets the mask 0.
 Wan's own time is 1000 t. Text is 512 tokens, zero after the caption's end.
@@ -40,8 +40,8 @@ PREPROCESSING = "1"  # raise it when encode, encode_text or condition change, so
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EXPERTS = {"high": "transformer", "low": "transformer_2"}
 # What is fetched of a hub repository: the parts a folder may have, and in them configs, vocabularies and safe weights.
-PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler")
-PARTS += ("image_encoder", "image_processor")
+PARTS = ["transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler"]
+PARTS += ["image_encoder", "image_processor"]
 WANTED = ["model_index.json", *(f"{part}/*.{kind}" for part in PARTS for kind in ("json", "safetensors", "model"))]
 
 
@@ -50,6 +50,7 @@ class Wan:
 
     Args:
         transformer: what is trained; of two experts, the one that `expert` names.
+        text_encoder: None is enough for velocities and latents.
         image_encoder, image_processor: of Wan2.1 I2V, else None.
         boundary: from this t on, the high-noise expert answers.
         other: reads the other expert (for sampling; training needs it not), which is done when it is first asked.
@@ -61,7 +62,7 @@ class Wan:
         self,
         transformer: WanTransformer3DModel,
         vae: AutoencoderKLWan,
-        text_encoder: nn.Module,
+        text_encoder: nn.Module | None,
         tokenizer: Any,
         scheduler: Any,
         *,
@@ -227,8 +228,7 @@ class Wan:
             digest.update(json.dumps(["channels", self.given]).encode())
         if self.image_processor is not None:
             digest.update(self.image_processor.to_json_string().encode())
-        encoders = [self.vae, self.text_encoder, *([] if self.image_encoder is None else [self.image_encoder])]
-        for part in encoders:
+        for part in filter(None, (self.vae, self.text_encoder, self.image_encoder)):
             for name, tensor in sorted(part.state_dict().items()):
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
@@ -428,7 +428,7 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
         _check_files(root / other_name)
         _check_parts(root / other_name / "config.json", other_shape, vae, text_encoder, image_encoder)
         if other_shape.get("in_channels") != shape.get("in_channels"):
-            raise UserError(f"{root / other_name / 'config.json'}: in_channels differs from {name}; get the model again")
+            raise UserError(f"{root / other_name / 'config.json'}: in_channels is not {name}'s; get the model again")
         if config.other_adapter is not None and not (Path(config.other_adapter) / lora.FILE).is_file():
             raise UserError(f"model.other_adapter: {Path(config.other_adapter) / lora.FILE} does not exist")
 
