@@ -59,7 +59,7 @@ def bench(
     mask_BHW = torch.zeros(batch, *size[1:], dtype=torch.bool, device=model.device)
     mask_BHW[:, : size[1] // 4, : size[2] // 4] = True
     text_BLD = model.encode_text(["a red ball falls."] * batch)
-    t_BF = flow.frame_times(torch.full((batch,), 0.5, device=model.device), shape[1], clean=1)
+    t_BF = flow.frame_times(torch.full((batch,), 0.5, device=model.device), shape[1], clean=model.clean)
 
     def step() -> None:
         loss, _ = psft.psft_loss(model, Batch(ids=(), z0_BCFHW=z_BCFHW, text_BLD=text_BLD), psft.Config(), random)

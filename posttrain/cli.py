@@ -32,12 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "export":
             command.add_argument("--check", action="store_true", help="load every file as others do and compare")
     for name, text in TOOLS.items():
-        commands.add_parser(name, help=text, description=text)
+        tool = commands.add_parser(name, help=text, description=text)
+        if name == "doctor":
+            tool.add_argument("recipe", nargs="?", metavar="RECIPE", help="also what its training takes")
+            tool.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in train.batch=4")
     _add_sample(commands)
     options = parser.parse_args(arguments)
     try:
         if options.command in TOOLS:
-            return _doctor() if options.command == "doctor" else _bench()
+            return _doctor(options.recipe, options.overrides) if options.command == "doctor" else _bench()
         from posttrain import stages  # takes a second, for torch
 
         if options.command == "sample":
@@ -100,10 +103,26 @@ def positive(text: str) -> int:
     return number
 
 
-def _doctor() -> int:
-    from posttrain.doctor import doctor
+def _doctor(path: str | None, overrides: Sequence[str]) -> int:
+    from posttrain.doctor import check_recipe, doctor
 
-    return doctor()
+    if path is None:
+        return doctor()
+    from posttrain import recipe, stages
+    from posttrain.data.clips import open_split
+    from posttrain.dry import needs
+    from sim.cli import Recipe as Film
+
+    plan = recipe.load(path, overrides, stages.Recipe)
+    folder, makers = plan.data.folders[0], [plan.data.make] if isinstance(plan.data.make, str) else plan.data.make
+    if makers and not (Path(folder) / plan.data.split / "metadata.jsonl").is_file():  # not filmed yet
+        world = recipe.load(makers[0], (), Film).world.config
+        clip = (world.frames, world.height, world.width)
+    else:
+        split = open_split(folder, plan.data.split)
+        clip = (split.frames, *split.size)
+    line, memory = needs(plan.model, plan.train, clip)
+    return doctor(lambda: check_recipe(line, memory))
 
 
 def _bench() -> int:

@@ -15,6 +15,7 @@ CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"  # beside the packag
 POCKET = Path(__file__).parent / "pocket"
 CHECKSUMS = "SHA256SUMS"  # in the format of `sha256sum`
 DISK = 5.0  # GiB that a pocket run with its data may need
+DRIVER = 2.0  # GiB of a GPU that CUDA, its libraries and the allocator's gaps take
 
 
 class Finding(NamedTuple):
@@ -127,6 +128,16 @@ def check_cores() -> Iterator[Finding]:
     yield Finding("machine", "ok" if cores > 1 else "note", f"{cores} cores, {memory:.0f} GiB memory", remedy)
 
 
+def check_recipe(line: str, memory: float) -> Iterator[Finding]:
+    """What a recipe's training takes (`line`, and the GiB of it), against the GPU that is here."""
+    import torch
+
+    have = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else None
+    tight = have is not None and memory + DRIVER > have
+    remedy = "raise train.accumulate, set train.block_checkpointing=true, or make smaller clips" if tight else ""
+    yield Finding("recipe", "bad" if tight else "ok", line, remedy)
+
+
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_python,
     check_packages,
@@ -139,12 +150,12 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
 )
 
 
-def doctor() -> int:
-    """Print the findings; the exit status is 1 if something will fail, else 0."""
+def doctor(*more: Callable[[], Iterator[Finding]]) -> int:
+    """Print the findings, those of the checks `more` last; the exit status is 1 if something will fail, else 0."""
     from rich.console import Console
 
     console, bad = Console(highlight=False, soft_wrap=True), 0
-    for check in CHECKS:
+    for check in (*CHECKS, *more):
         for finding in check():
             bad += finding.state == "bad"
             mark = {"ok": "[green]ok  [/]", "note": "[yellow]note[/]", "bad": "[red]bad [/]"}[finding.state]

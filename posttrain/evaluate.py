@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -50,6 +49,7 @@ Models = Mapping[str, Callable[[], AbstractContextManager[VideoModel]]]
 class SamplerConfig(Strict):
     steps: int = Field(12, ge=1)
     guidance: float = Field(1.0, ge=1)
+    guidance_low: float | None = Field(None, ge=1)  # of the expert for little noise, where there are two
 
 
 class EvalConfig(Strict):
@@ -123,7 +123,8 @@ def blank(
         facts["model"] = [model.cache_key(), source(type(model))]
     if row not in REFERENCES:
         facts |= {
-            "weights": fingerprint(model.transformer, base=row == "base"),
+            "weights": [fingerprint(module, base=row == "base") for module in model.weights()],
+            "given": [model.clean, model.boundary],
             "scheduler": [type(model.scheduler()).__name__, dict(model.scheduler().config)],
             "sampler": [config.sampler.model_dump(), config.seeds],
             "sampling": source(flow),
@@ -179,7 +180,7 @@ def complete(
         for first in range(len(record["clips"]), record["total"], config.batch):
             started = time.monotonic()
             indices = range(first, min(first + config.batch, record["total"]))
-            batch, truths = on(clips.load(indices), model.device), [clips.row(i) for i in indices]
+            batch, truths = clips.load(indices).to(model.device), [clips.row(i) for i in indices]
             scores = []
             for seed in range(record["seeds"]):
                 videos = generate(record["model"], model, batch, truths, seed, config.sampler)
@@ -229,6 +230,7 @@ def generate(
         true_BCFHW.shape[2],
         sampler.steps,
         sampler.guidance,
+        guidance_low=sampler.guidance_low,
     )
 
 
@@ -245,7 +247,7 @@ def validation(
     truths = [some.row(i) for i in indices]
 
     def validate(step: int) -> dict[str, float]:
-        batch = on(some.load(indices), model.device)
+        batch = some.load(indices).to(model.device)
         videos = generate("validation", model, batch, truths, 0, config.sampler)
         for name, video in zip(batch.ids, videos, strict=True):
             sample.write_video(folder / f"step-{step:06d}" / f"{name}.mp4", video, truths[0]["fps"])
@@ -254,12 +256,6 @@ def validation(
         return {f"val_{key}": value for key, value in means.items() if value is not None}
 
     return validate
-
-
-def on(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`."""
-    tensors = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    return replace(batch, **tensors)  # type: ignore[arg-type]  # mypy takes each field for the first
 
 
 def fingerprint(module: nn.Module, base: bool = False) -> str:

@@ -84,15 +84,18 @@ def check(files: Sequence[Path], model: VideoModel, stock: Callable[[], nn.Modul
     """
     from diffusers import WanPipeline
 
-    ours, device = model.transformer, next(model.transformer.parameters()).device
-    z_BCFHW = torch.randn((1, *model.latent_shape(9, 64, 64)), generator=torch.Generator().manual_seed(0)).to(device)
-    t_BF = torch.full((1, z_BCFHW.shape[2]), 0.9, device=device)
+    ours, device, random = model.transformer, model.device, torch.Generator().manual_seed(0)
+    z_BCFHW = torch.randn((1, *model.latent_shape(9, 64, 64)), generator=random).to(device)
+    low, high = model.times
+    t_BF = torch.full((1, z_BCFHW.shape[2]), low + 0.9 * (high - low), device=device)
     text_BLD = model.encode_text(["a ball falls."])
+    with torch.no_grad():
+        condition = model.condition((2 * torch.rand((1, 3, 1, 64, 64), generator=random) - 1).to(device), 9)
 
     def velocity(transformer: nn.Module) -> torch.Tensor:
         model.transformer = transformer
         try:
-            return model.velocity(z_BCFHW, t_BF, text_BLD).float()
+            return model.velocity(z_BCFHW, t_BF, text_BLD, condition).float()
         finally:
             model.transformer = ours
 

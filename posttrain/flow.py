@@ -4,6 +4,7 @@ Time runs from data (t = 0) to noise (t = 1). Every function takes per-frame tim
 (given) frame is simply one whose time is 0. Shapes: B batch, C channels, F latent frames, H W cells, L D text.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
@@ -17,7 +18,9 @@ TimeKind = Literal["uniform", "logit_normal"]
 class Velocity(Protocol):
     """The part of a video model that the sampler needs."""
 
-    def velocity(self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor) -> Tensor: ...
+    def velocity(
+        self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor, condition: Mapping[str, Tensor] | None = None
+    ) -> Tensor: ...
 
 
 def interpolate(z0_BCFHW: Tensor, eps_BCFHW: Tensor, t_BF: Tensor) -> Tensor:
@@ -39,13 +42,25 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def sample_time(random: Random, kind: TimeKind, shift: float = 1.0) -> Tensor:
-    """Draw one training time per clip, t_B in [0, 1].
+def sample_time(random: Random, kind: TimeKind, shift: float = 1.0, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Draw one training time per clip, t_B in [0, 1], float32.
 
     "uniform": u ~ U(0, 1). "logit_normal": u = sigmoid(n), n ~ N(0, 1). Then t = shift_time(u, shift).
+    With `low` or `high`, the same law given low <= t < high, which rejection would give too. Each clip still takes
+    one draw: with F the distribution function of u, it becomes the quantile of F(low) + F(u) (F(high) - F(low)).
     """
     u_B = random.uniform() if kind == "uniform" else torch.sigmoid(random.normal())
-    return shift_time(u_B, shift)
+    if (low, high) == (0.0, 1.0):
+        return shift_time(u_B, shift)
+
+    def share(u: Tensor) -> Tensor:
+        return u if kind == "uniform" else torch.special.ndtr(torch.logit(u))
+
+    below, above = share(shift_time(torch.tensor([low, high], dtype=torch.float64), 1 / shift).clamp(0, 1))
+    q_B = below + share(u_B.double()) * (above - below)
+    u_B = q_B if kind == "uniform" else torch.sigmoid(torch.special.ndtri(q_B))
+    first, end = torch.tensor([low, high])  # as float32 has them: a rounded t must not leave the range
+    return shift_time(u_B, shift).float().clamp(first, torch.nextafter(end, first))
 
 
 def frame_times(t_B: Tensor, frames: int, clean: int) -> Tensor:
@@ -61,8 +76,9 @@ def sample(
     text_BLD: Tensor,
     first_BC1HW: Tensor | None,
     steps: int,
-    guidance: float = 1.0,
+    guidance: float | Callable[[float], float] = 1.0,
     negative_text: Tensor | None = None,
+    condition: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Solve dz = v dt from noise (t = 1) to data (t = 0); gradients flow through every step.
 
@@ -72,8 +88,10 @@ def sample(
     Args:
         noise_BCFHW: standard normal latents; float32, and they stay so.
         first_BC1HW: the clean latent of the first picture, or None for text alone.
-        guidance: w in v = v_negative + w (v_text - v_negative); 1 asks for one evaluation per step.
+        guidance: w in v = v_negative + w (v_text - v_negative), or a function t -> w; where it is 1, the model is
+            asked once.
         negative_text: text_BLD of the unwanted prompt; needed when guidance > 1.
+        condition: what the model made of the first picture besides (`VideoModel.condition`).
 
     Returns:
         z0_BCFHW, with the given frame unchanged.
@@ -90,9 +108,10 @@ def sample(
         # float64, so that a whole timestep of 1000 is the same whole number again inside the model
         t_B = timestep.double().expand(batch) / scheduler.config.num_train_timesteps
         t_BF = frame_times(t_B, frames, clean)
-        v_BCFHW = model.velocity(given(z_BCFHW), t_BF, text_BLD)
-        if guidance > 1 and negative_text is not None:
-            v_negative = model.velocity(given(z_BCFHW), t_BF, negative_text)
-            v_BCFHW = v_negative + guidance * (v_BCFHW - v_negative)
+        w = guidance(float(t_B[0])) if callable(guidance) else guidance
+        v_BCFHW = model.velocity(given(z_BCFHW), t_BF, text_BLD, condition)
+        if w > 1 and negative_text is not None:
+            v_negative = model.velocity(given(z_BCFHW), t_BF, negative_text, condition)
+            v_BCFHW = v_negative + w * (v_BCFHW - v_negative)
         z_BCFHW = scheduler.step(v_BCFHW, timestep, z_BCFHW, return_dict=False)[0]
     return given(z_BCFHW)

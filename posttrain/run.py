@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from types import FrameType
@@ -145,7 +144,10 @@ class Run:
         self._start = fingerprint(module)
         parameters = [p for p in module.parameters() if p.requires_grad]
         if not parameters:
-            raise UserError("model: nothing in it is trainable")
+            raise UserError(
+                "model: nothing in it is trainable; give it an adapter, load it in fp32 to train all of it, and where "
+                "there are two experts name model.expert"
+            )
         optimizer = torch.optim.AdamW(
             parameters, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
         )
@@ -188,7 +190,7 @@ class Run:
                     batch = self.data.load(sample_order(self.train.seed, len(self.data), places))
                     self._context.enter_context(self.accelerator.accumulate(self.module))
                     self._context.enter_context(self.accelerator.autocast())
-                    yield _to(batch, self.accelerator.device)
+                    yield batch.to(self.accelerator.device)
 
     def step(self, loss: Tensor, **metrics: float | Tensor) -> None:
         """Take the gradient of a micro-batch's loss; after the last one of a step, update, log and save.
@@ -430,8 +432,3 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def _silent(note: str) -> None: ...
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(batch).items() if isinstance(v, Tensor)}
-    return replace(batch, **tensors)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from posttrain.files import replacing
+from posttrain.files import UserError, replacing
 from posttrain.flow import sample
 from posttrain.models.base import VideoModel
 
@@ -25,14 +25,16 @@ def sample_clips(
     steps: int,
     guidance: float = 1.0,
     negative: str = "",
+    guidance_low: float | None = None,
 ) -> Pixels:
     """Continue each picture into a clip. One batch; a clip depends on its own picture, caption and seed alone.
 
     The noise of a clip is what `torch.Generator().manual_seed(seed)` gives, as in a stock diffusers pipeline.
 
     Args:
-        pictures: uint8 (N, H, W, 3), the first frames.
+        pictures: uint8 (N, H, W, 3), the first frames; a model conditioned on text alone takes their size from them.
         frames: length of the clips in pictures, the first included.
+        guidance_low: the guidance where a second expert answers, the one for little noise; None: the same.
 
     Returns:
         uint8 (N, F, H, W, 3).
@@ -40,18 +42,29 @@ def sample_clips(
     count, height, width, _ = pictures.shape
     shape = model.latent_shape(frames, height, width)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    video_BCFHW = torch.from_numpy(pictures).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
+    if guidance_low is not None and not model.boundary:
+        raise UserError("sampler.guidance_low: is for a model of two experts, and this one has one; leave it out")
+    first_BC1HW = torch.from_numpy(pictures).permute(0, 3, 1, 2)[:, :, None].float().to(model.device) / 127.5 - 1
+    low = guidance if guidance_low is None else guidance_low
+    text_BLD = model.encode_text(captions)
+    negative_BLD = model.encode_text([negative] * count) if max(guidance, low) > 1 else None
+    clean_BCFHW = model.encode(first_BC1HW) if model.clean else None
+    condition = model.condition(first_BC1HW, frames)
+    model.release()
     z0_BCFHW = sample(
         model,
         model.scheduler(),
         noise.to(model.device),
-        model.encode_text(captions),
-        model.encode(video_BCFHW.to(model.device)),
+        text_BLD,
+        clean_BCFHW,
         steps,
-        guidance,
-        model.encode_text([negative] * count) if guidance > 1 else None,
+        lambda t: guidance if t >= model.boundary else low,
+        negative_BLD,
+        condition,
     )
-    return to_uint8(model.decode(z0_BCFHW))
+    video_BCFHW = model.decode(z0_BCFHW)
+    model.release()
+    return to_uint8(video_BCFHW)
 
 
 def to_uint8(video_BCFHW: torch.Tensor) -> Pixels:

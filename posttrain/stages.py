@@ -293,7 +293,7 @@ def _base(plan: Recipe) -> Iterator[Any]:
 
     An adapter that training continued is folded into it, so that it has none, as any base.
     """
-    config = resolved(plan.model).model_copy(update={"adapter": None, "init": "pretrained"})
+    config = resolved(plan.model).model_copy(update={"adapter": None, "init": "pretrained", "other_adapter": None})
     if config.start and Path(config.start).is_file():
         config = config.model_copy(update={"start": None, "merge": (*config.merge, Merged(path=config.start))})
     yield load_model(config)

@@ -9,7 +9,8 @@ World   metres, seconds, z up, floor at z = 0, gravity (0, 0, -9.81); poses with
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,12 @@ class Batch:
     video_BCFHW: Tensor | None = None  # pixels in [-1, 1]
     instances_BFHW: Tensor | None = None  # uint8, 0 background, i + 1 body i
     target_B: Tensor | None = None  # int64, the instance id (body index + 1) that metrics score
+    condition: dict[str, Tensor] = field(default_factory=dict)  # what VideoModel.condition made of the first picture
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with its tensors on `device`."""
+        tensors: dict[str, Any] = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, condition={name: v.to(device) for name, v in self.condition.items()}, **tensors)
 
 
 class Random:

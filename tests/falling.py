@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +88,14 @@ class RedTracker:
 class Oracle:
     """A rectified-flow model in pixels that knows a caption's video: its velocity leads there from any noise."""
 
+    device = torch.device("cpu")
+    clean, times, boundary, text_tokens = 1, (0.0, 1.0), 0.0, 1
+
     def __init__(self, videos: dict[str, np.ndarray]) -> None:
         self.captions = list(videos)
         self.transformer: nn.Module = nn.Linear(1, 1)
         stack = torch.stack([torch.from_numpy(video) for video in videos.values()])
         self.videos_NCFHW = stack.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         return 3, frames, height, width
@@ -110,7 +109,17 @@ class Oracle:
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         return torch.tensor([self.captions.index(caption) for caption in captions]).view(-1, 1, 1)
 
-    def velocity(self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor) -> Tensor:
+    def condition(self, first_BC1HW: Tensor, frames: int) -> dict[str, Tensor]:
+        return {}
+
+    def weights(self) -> list[nn.Module]:
+        return [self.transformer]
+
+    def release(self) -> None: ...
+
+    def velocity(
+        self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor, condition: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         t = t_BF[:, None, :, None, None].float()
         return (z_BCFHW - self.videos_NCFHW[text_BLD[:, 0, 0]]) / t.clamp_min(1e-6)
 

@@ -73,6 +73,32 @@ def test_times_are_distributed_as_named(kind: str, shift: float) -> None:
     assert scipy.stats.kstest(u, law).pvalue > 0.01
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0])
+@pytest.mark.parametrize("kind", ["uniform", "logit_normal"])
+@pytest.mark.parametrize(("low", "high"), [(0.875, 1.0), (0.0, 0.875), (0.9, 1.0), (0.0, 0.9), (0.25, 0.5)])
+def test_times_of_a_range_have_the_law_given_that_range(kind: str, shift: float, low: float, high: float) -> None:
+    """As drawing again until the range is hit would give, which is done here; and never a time outside."""
+    t = sample_time(Random(0, 0, range(3000)), kind, shift, low, high)
+    assert t.dtype == torch.float32
+    assert (t >= low).all()
+    assert (t < high).all()
+    generator = np.random.default_rng(2)
+    u = generator.uniform(size=400_000) if kind == "uniform" else scipy.special.expit(generator.normal(size=400_000))
+    drawn = shift * u / (1 + (shift - 1) * u)
+    kept = drawn[(drawn >= low) & (drawn < high)][:20_000]
+    assert len(kept) > 1000
+    assert scipy.stats.ks_2samp(t.numpy(), kept).pvalue > 0.005
+
+
+def test_times_of_a_range_keep_the_order_of_the_draws_and_depend_on_the_sample_alone() -> None:
+    whole = sample_time(Random(7, 3, range(40)), "logit_normal", 5.0, 0.9, 1.0)
+    free = sample_time(Random(7, 3, range(40)), "logit_normal", 5.0)
+    assert torch.equal(whole.argsort(), free.argsort())
+    assert torch.equal(whole[5:], sample_time(Random(7, 3, range(5, 40)), "logit_normal", 5.0, 0.9, 1.0))
+    nearly = sample_time(Random(7, 3, range(40)), "logit_normal", 5.0, 0.0, 1.0 - 1e-12)
+    torch.testing.assert_close(nearly, free, atol=1e-6, rtol=0)
+
+
 def test_times_depend_on_the_sample_alone() -> None:
     whole = sample_time(Random(7, 3, [4, 5, 6]), "logit_normal", 3.0)
     assert torch.equal(whole[1:], sample_time(Random(7, 3, [5, 6]), "logit_normal", 3.0))
@@ -84,7 +110,7 @@ class Constant:
     def __init__(self, v: Tensor) -> None:
         self.v = v
 
-    def velocity(self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor) -> Tensor:
+    def velocity(self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor, condition: object = None) -> Tensor:
         return self.v.expand_as(z_BCFHW)
 
 
@@ -94,7 +120,7 @@ class Linear:
     def __init__(self, a: Tensor) -> None:
         self.a = a
 
-    def velocity(self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor) -> Tensor:
+    def velocity(self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor, condition: object = None) -> Tensor:
         return self.a[0] * z_BCFHW + self.a[1] * t_BF[:, None, :, None, None] + self.a[2] * text_BLD.mean()
 
 
@@ -121,6 +147,21 @@ def test_guidance_mixes_the_two_velocities() -> None:
     model = Linear(torch.tensor([0.0, 0.0, 1.0]))  # v is the text itself
     z0 = sample(model, unipc(), noise, yes, None, 5, guidance=3.0, negative_text=no)
     torch.testing.assert_close(z0, noise - (1 + 3 * (2 - 1)), atol=1e-5, rtol=0)
+
+
+def test_guidance_may_depend_on_the_time() -> None:
+    """Euler steps from sigma 1 to 0.75, 0.5, 0.25, 0; v is 4 where w is 3 (t >= 0.5), else the text's own 2."""
+    noise, yes, no = torch.ones(1, 1, 2, 1, 1), torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), 1.0)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    sigmas = scheduler.sigmas.double()
+    weights = [3.0 if t >= 0.5 else 1.0 for t in sigmas[:-1]]
+    assert set(weights) == {1.0, 3.0}
+    moved = sum((a - b) * (1 + w) for a, b, w in zip(sigmas, sigmas[1:], weights, strict=False))
+    model = Linear(torch.tensor([0.0, 0.0, 1.0]))
+    w = lambda t: 3.0 if t >= 0.5 else 1.0  # noqa: E731
+    z0 = sample(model, FlowMatchEulerDiscreteScheduler(), noise, yes, None, 4, w, negative_text=no)
+    torch.testing.assert_close(z0, noise.double() - float(moved), atol=1e-5, rtol=0)
 
 
 def test_gradients_through_the_sampler_equal_finite_differences() -> None:

@@ -17,6 +17,7 @@ from posttrain.files import UserError
 from posttrain.gallery import animation, contact_sheet, fit, natural_size, open_picture
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan import load
+from posttrain.run import fingerprint
 
 
 def test_the_middle_of_a_picture_is_kept(tmp_path: Path) -> None:
@@ -67,6 +68,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("home")
     wan_folder(path / "wan")
     wan = load(ModelConfig(path=str(path / "wan"), adapter=AdapterConfig(rank=2, alpha=4)))
+    start = fingerprint(wan.module)
     torch.manual_seed(9)
     with torch.no_grad():
         for name, parameter in wan.module.named_parameters():
@@ -83,7 +85,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "eval": {"clips": "drops", "sampler": {"steps": 2}},
     }
     files.write_text(run / "recipe.yaml", yaml.safe_dump(recipe))
-    files.write_json(run / "trained.json", {})
+    files.write_json(run / "trained.json", {"model": start})
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path / "first.png")
     return path
@@ -154,12 +156,13 @@ def test_what_cannot_be_sampled_is_one_line(home: Path) -> None:
 
 def test_a_run_of_whole_weights_has_no_scale(home: Path) -> None:
     run = home / "runs" / "whole"
-    load(ModelConfig(path=str(home / "wan"))).save(run / "adapter")
+    wan = load(ModelConfig(path=str(home / "wan")))
+    wan.save(run / "adapter")
     text = (home / "runs" / "try" / "recipe.yaml").read_text()
     files.write_text(
         run / "recipe.yaml", yaml.safe_dump(yaml.safe_load(text) | {"run": "whole", "model": {"path": "wan"}})
     )
-    files.write_json(run / "trained.json", {})
+    files.write_json(run / "trained.json", {"model": fingerprint(wan.module)})
     code, _, said = sampled(home, "whole", *SMALL, "--scale", "0.5")
     assert code == 1
     assert said.splitlines()[-1].endswith("whole has no adapter, all weights were trained; leave it out")

@@ -22,8 +22,11 @@ SHAPE = (2, 3, 4, 2, 2)  # B C F H W
 class Answers:
     """A model that answers what a function of (z_t, t) says."""
 
-    def __init__(self, answer: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.velocity = lambda z_BCFHW, t_BF, text_BLD: answer(z_BCFHW, t_BF)
+    def __init__(
+        self, answer: Callable[[Tensor, Tensor], Tensor], clean: int = 1, times: tuple[float, float] = (0.0, 1.0)
+    ) -> None:
+        self.velocity = lambda z_BCFHW, t_BF, text_BLD, condition: answer(z_BCFHW, t_BF)
+        self.clean, self.times = clean, times
 
 
 def clips(dtype: torch.dtype = torch.float32) -> Batch:
@@ -41,6 +44,33 @@ def loss_of(
     answer: Callable[[Tensor, Tensor], Tensor], batch: Batch, **config: object
 ) -> tuple[Tensor, dict[str, Tensor]]:
     return psft.psft_loss(Answers(answer), batch, psft.Config(**config), Random(0, 0, [0, 1]))
+
+
+def test_without_a_given_frame_all_are_noisy_and_bear_the_loss() -> None:
+    """Off by 1 on frame 0 of the first clip, by 2 on all of the second: (1/4 + 4) / 2."""
+    batch, seen = clips(torch.float64), []
+    off = torch.zeros(2, 1, 4, 1, 1, dtype=torch.float64)
+    off[0, 0, 0], off[1] = 1, 2
+
+    def answer(z: Tensor, t_BF: Tensor) -> Tensor:
+        seen.append(t_BF)
+        return exact(batch.z0_BCFHW, z, t_BF) + off
+
+    loss, _ = psft.psft_loss(Answers(answer, clean=0), batch, psft.Config(), Random(0, 0, [0, 1]))
+    assert loss.item() == pytest.approx((1 / 4 + 4) / 2, rel=1e-6)
+    assert (seen[0] == seen[0][:, :1]).all()
+    assert (seen[0] > 0).all()
+
+
+def test_an_expert_sees_its_times() -> None:
+    batch, seen = clips(), []
+    for step in range(20):
+        model = Answers(lambda z, t: seen.append(t) or z, clean=0, times=(0.5, 0.6))
+        psft.psft_loss(model, batch, psft.Config(), Random(0, step, [0, 1]))
+    times = torch.cat(seen)
+    assert (times >= 0.5).all()
+    assert (times < 0.6).all()
+    assert len(times[:, 0].unique()) == 40
 
 
 def test_the_exact_velocity_has_no_loss() -> None:

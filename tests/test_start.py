@@ -19,6 +19,7 @@ from posttrain.files import UserError
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, Merged, ModelConfig
 from posttrain.models.wan import Wan, initialise, load
+from posttrain.run import fingerprint
 
 ADAPTER = {"rank": 2, "alpha": 4}
 RECIPE: dict[str, Any] = {
@@ -39,6 +40,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     for name, adapter in (("first", AdapterConfig(**ADAPTER)), ("whole", None)):
         wan = load(ModelConfig(path=str(path / "wan"), adapter=adapter))
+        start = fingerprint(wan.module)
         torch.manual_seed(9)
         with torch.no_grad():
             for key, parameter in wan.module.named_parameters():
@@ -47,7 +49,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         wan.save(path / "runs" / name / "adapter")
         model = {"path": "wan", "adapter": adapter and ADAPTER}
         files.write_text(path / "runs" / name / "recipe.yaml", yaml.safe_dump(RECIPE | {"run": name, "model": model}))
-        files.write_json(path / "runs" / name / "trained.json", {})
+        files.write_json(path / "runs" / name / "trained.json", {"model": start})
     return path
 
 

@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "posttrain.report": [*CONTRACT, "posttrain.data", "posttrain.evaluate"],
     "posttrain.export": [*CONTRACT, "posttrain.models"],
     "posttrain.doctor": [*CONTRACT, "posttrain.pocket"],
+    "posttrain.dry": [*CONTRACT, *ROOMS, "posttrain.methods"],
     "posttrain.bench": [*CONTRACT, *ROOMS, "posttrain.methods", "posttrain.sample"],
     "posttrain.stages": [
         *(*CONTRACT, *ROOMS, "posttrain.recipe", "posttrain.sample", "posttrain.evaluate"),

@@ -15,6 +15,7 @@ from posttrain.files import UserError
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan import Wan, load
 from posttrain.pocket import folder as embedded
+from posttrain.run import Run, TrainConfig
 
 CAPTIONS = ["a red ball falls.", "  A  duck &amp; a wooden box\nfall. ", "", "ball " * 600]
 
@@ -178,7 +179,7 @@ def broken(folder: Path) -> Iterator[tuple[str, str]]:
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    yield "transformer", "cannot be loaded"
+    yield f"transformer/{weights.name}", "is torn"
     weights.write_bytes(whole)
 
     edit(folder / "transformer" / "config.json", num_layers=3)
@@ -200,10 +201,150 @@ def test_broken_folders_are_named(copy: Path) -> None:
         assert "\n" not in str(error.value)
 
 
+@pytest.fixture
+def sharded(copy: Path) -> Path:
+    """The copy, its transformer in several files, as the published ones are."""
+    transformer = WanTransformer3DModel.from_pretrained(copy, subfolder="transformer")
+    shutil.rmtree(copy / "transformer")
+    transformer.save_pretrained(copy / "transformer", max_shard_size="40KB")
+    assert len(list((copy / "transformer").glob("*.safetensors"))) > 2
+    return copy
+
+
+def test_sharded_weights_are_read(sharded: Path, wan: Wan) -> None:
+    again = load(ModelConfig(path=str(sharded)))
+    for got, want in zip(again.transformer.parameters(), wan.transformer.parameters(), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_missing_or_torn_shard_is_named(sharded: Path) -> None:
+    shard = sorted((sharded / "transformer").glob("*.safetensors"))[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=f"{shard}: is torn"):
+        load(ModelConfig(path=str(sharded)))
+    shard.unlink()
+    with pytest.raises(UserError, match=f"{shard}: does not exist; get this file of the model again"):
+        load(ModelConfig(path=str(sharded)))
+    (sharded / "outside.safetensors").write_bytes(whole)
+    index = next((sharded / "transformer").glob("*.index.json"))
+    index.write_text(index.read_text().replace(shard.name, "../outside.safetensors"))
+    with pytest.raises(UserError, match=r"names '\.\./outside\.safetensors', which is no file of this folder"):
+        load(ModelConfig(path=str(sharded)))
+
+
+def test_only_safe_weights_are_read(copy: Path) -> None:
+    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save({}, weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(UserError, match=f"{copy / 'vae'}: has no .safetensors file"):
+        load(ModelConfig(path=str(copy)))
+
+
+def test_a_second_expert_and_its_boundary_need_each_other(copy: Path) -> None:
+    edit(copy / "model_index.json", boundary_ratio=0.9)
+    with pytest.raises(UserError, match=r"model_index\.json: transformer_2 and boundary_ratio need each other"):
+        load(ModelConfig(path=str(copy)))
+    edit(copy / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"])
+    with pytest.raises(UserError, match=f"{copy / 'transformer_2'}: does not exist"):
+        load(ModelConfig(path=str(copy)))
+
+
+def test_models_of_a_last_picture_are_refused(copy: Path) -> None:
+    edit(copy / "transformer" / "config.json", pos_embed_seq_len=514)
+    with pytest.raises(UserError, match=r"pos_embed_seq_len is 514, but models of a first and a last picture cannot"):
+        load(ModelConfig(path=str(copy)))
+
+
+COMMIT, NEWER = "a" * 40, "b" * 40
+
+
+@pytest.fixture
+def hub(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The hub's own cache, offline, with two commits of some-one/wan in it, files linked to blobs as it does."""
+    cache = tmp_path / "hub"
+    repository = cache / "models--some-one--wan"
+    for commit in (COMMIT, NEWER):
+        for file in (path for path in copy.rglob("*") if path.is_file()):
+            link = repository / "snapshots" / commit / file.relative_to(copy)
+            blob = repository / "blobs" / f"{commit}-{file.parent.name}-{file.name}"
+            blob.parent.mkdir(parents=True, exist_ok=True)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, blob)
+            link.symlink_to(blob)
+    edit(repository / "snapshots" / COMMIT / "vae" / "config.json", latents_std=[2.0] * 8)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(NEWER)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    return "some-one/wan"
+
+
+def test_a_hub_id_is_read_at_the_revision_that_is_asked(hub: str) -> None:
+    newest, pinned = load(ModelConfig(path=hub)), load(ModelConfig(path=hub, revision=COMMIT))
+    assert newest.vae.config.latents_std != pinned.vae.config.latents_std == [2.0] * 8
+    with pytest.raises(UserError) as error:
+        load(ModelConfig(path=hub, revision="c" * 40))
+    assert f"model.path: {hub} at revision {'c' * 40} is no folder and cannot be got from the hub" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_hub_id_that_cannot_be_got_is_named(hub: str) -> None:
+    with pytest.raises(UserError, match=r"model\.path: no-one/nothing is no folder and cannot be got from the hub"):
+        load(ModelConfig(path="no-one/nothing"))
+
+
+def test_bfloat16_weights_carry_a_float32_adapter(folder: Path, wan: Wan, tmp_path: Path) -> None:
+    """What diffusers keeps in float32 stays so; without autocast the answer is close to the float32 one's."""
+    half = load(ModelConfig(path=str(folder), dtype="bf16", adapter=AdapterConfig(rank=2)))
+    kinds = {name: parameter.dtype for name, parameter in half.transformer.named_parameters()}
+    assert kinds["blocks.0.ffn.net.2.base_layer.weight"] == kinds["patch_embedding.weight"] == torch.bfloat16
+    assert kinds["blocks.0.norm2.weight"] == kinds["scale_shift_table"] == torch.float32
+    assert {kind for name, kind in kinds.items() if ".lora_" in name} == {torch.float32}
+    assert {p.dtype for p in half.vae.parameters()} == {torch.float32}
+    assert next(half.text_encoder.parameters()).dtype == torch.bfloat16
+
+    torch.manual_seed(0)
+    z, t_BF, text = torch.randn(1, 8, 3, 4, 4), torch.tensor([[0.0, 0.5, 0.5]]), wan.encode_text(CAPTIONS[:1])
+    v, exact = half.velocity(z, t_BF, text), wan.velocity(z, t_BF, text)
+    assert v.dtype == torch.float32
+    assert 0 < (v - exact).norm() / exact.norm() < 0.05
+    v.square().mean().backward()
+    assert all(p.grad is not None for p in half.transformer.parameters() if p.requires_grad)
+    half.save(tmp_path)
+    half.restore(tmp_path)
+    assert {p.dtype for n, p in half.transformer.named_parameters() if ".lora_" in n} == {torch.float32}
+    torch.testing.assert_close(half.velocity(z, t_BF, text), v)
+
+
+def test_bfloat16_weights_themselves_are_not_trained(folder: Path, tmp_path: Path) -> None:
+    half = load(ModelConfig(path=str(folder), dtype="bf16"))
+    assert not any(p.requires_grad for p in half.transformer.parameters())
+    points = type("Points", (), {"ids": ["a"], "key": "", "__len__": lambda self: 1})()
+    with pytest.raises(UserError, match="nothing in it is trainable; give it an adapter, load it in fp32"):
+        Run(tmp_path, half.module, points, TrainConfig(steps=1, batch=1, lr=1.0))
+
+
+@pytest.mark.gpu
+def test_parts_come_to_the_device_when_used_and_leave_when_released(folder: Path) -> None:
+    wan = load(ModelConfig(path=str(folder)), "cuda")
+
+    def places() -> list[str]:
+        return [next(part.parameters()).device.type for part in (wan.transformer, wan.vae, wan.text_encoder)]
+
+    assert places() == ["cpu", "cpu", "cpu"]
+    text, z = wan.encode_text(CAPTIONS[:1]), wan.encode(torch.zeros(1, 3, 5, 32, 32))
+    assert places() == ["cpu", "cuda", "cuda"]
+    wan.velocity(z, torch.zeros(1, 2, device=wan.device), text)
+    wan.release()
+    assert places() == ["cuda", "cpu", "cpu"]
+    wan.decode(z)
+    assert places() == ["cuda", "cuda", "cpu"]
+
+
 def test_parts_that_do_not_belong_together_are_refused(copy: Path) -> None:
     other = wan_folder(copy.parent / "other" / "wan")
-    edit(other / "transformer" / "config.json", in_channels=20, out_channels=8)
-    with pytest.raises(UserError, match="in_channels is 20, but vae z_dim is 8"):
+    edit(other / "transformer" / "config.json", in_channels=24, out_channels=8)
+    with pytest.raises(UserError, match="in_channels is 24, but the vae's z_dim is 8, which asks for 8 or 20"):
         load(ModelConfig(path=str(other), init="random"))
 
 

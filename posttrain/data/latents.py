@@ -22,9 +22,11 @@ from posttrain.models.base import VideoModel
 from posttrain.progress import track
 from posttrain.types import Batch
 
+CONDITION = "condition."  # what names in an entry begin with that are of Batch.condition
+
 
 class Latents:
-    """The latents and text embeddings of `clips` under `model`, cached in `folder`.
+    """The latents, text embeddings and conditions of `clips` under `model`, cached in `folder`.
 
     Raises:
         UserError: a clip is torn or changed, or the cache cannot be written.
@@ -52,14 +54,18 @@ class Latents:
             video, _ = clips.read(index)
             caption = rows[index]["caption"]
             with torch.no_grad():
-                z0_CFHW = model.encode(to_float(video)[None].to(model.device))[0]
+                pixels = to_float(video)[None].to(model.device)
+                z0_CFHW = model.encode(pixels)[0]
+                condition = model.condition(pixels[:, :, :1], pixels.shape[2])
                 if caption not in texts:
                     texts[caption] = _trim(model.encode_text([caption])[0])
             entry = {"z0": z0_CFHW.float(), "text": texts[caption].float()}
+            entry |= {f"{CONDITION}{name}": value[0] for name, value in condition.items()}
             content = save({k: v.contiguous().cpu() for k, v in entry.items()})
             files.write_bytes(self._files[index], content, flush=False)
+        model.release()
         state.wait_for_everyone()
-        self._length = model.encode_text([""]).shape[1]
+        self._length = model.text_tokens
 
     @property
     def key(self) -> str:
@@ -80,6 +86,11 @@ class Latents:
             z0_BCFHW=torch.stack([entry["z0"] for entry in entries]),
             text_BLD=text_BLD,
             target_B=torch.tensor([self._targets[index] for index in indices]),
+            condition={
+                name.removeprefix(CONDITION): torch.stack([entry[name] for entry in entries])
+                for name in entries[0]
+                if name.startswith(CONDITION)
+            },
         )
 
     def _entry(self, index: int) -> dict[str, Tensor]:

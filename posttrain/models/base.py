@@ -1,6 +1,6 @@
 """What a method, the sampler and the metrics may ask of a video model, and how a recipe names one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -37,9 +37,14 @@ class ModelConfig(Strict):
 
     family: str = "wan"  # posttrain/models/<family>.py
     path: str  # "pocket" (embedded), a local diffusers folder, or a hub id "owner/name"
+    revision: str | None = None  # of a hub id: a branch, a tag or, to pin it, a commit
     init: Literal["pretrained", "random"] = "pretrained"  # random: the same architecture, drawn anew from `seed`
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of frozen weights and the text encoder; an adapter is always fp32
     adapter: AdapterConfig | None = None  # None: all weights are trained
     seed: int = 0  # of the adapter's and of random weights
+    conditioning: Literal["image", "text"] = "image"  # image: the first picture of a clip is given
+    expert: Literal["high", "low"] | None = None  # which of two (Wan2.2-A14B) is trained: that of much or little noise
+    other_adapter: str | None = None  # folder of the adapter of the expert that is not trained, for sampling
     start: str | None = None
     merge: tuple[Merged, ...] = ()  # the run's own adapter file does not hold them
 
@@ -51,12 +56,17 @@ class ModelConfig(Strict):
 
 
 class VideoModel(Protocol):
-    """A latent video model under rectified flow. Pixels are in [-1, 1]; latents are normalised per channel."""
+    """A latent video model under rectified flow. Pixels are in [-1, 1]; latents are normalised per channel.
+
+    Its parts lie in main memory. Each comes to `device` when it is first used; `release` lets some leave again.
+    """
 
     transformer: nn.Module  # what is trained; may be replaced by its wrapped self
-
-    @property
-    def device(self) -> torch.device: ...
+    device: torch.device  # where the work is done, and where what it returns lies
+    clean: int  # how many latent frames are given as they are (time 0, no loss): 1 or 0
+    times: tuple[float, float]  # t from low to below high, which `transformer` answers for
+    boundary: float  # at t >= boundary the expert for much noise answers; 0 where there is one for all times
+    text_tokens: int  # the length L of text_BLD
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, F, H, W) of the latents of a clip. Raises UserError for sizes that the model cannot take."""
@@ -70,14 +80,25 @@ class VideoModel(Protocol):
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         """text_BLD, zero after each caption's last token."""
 
-    def velocity(self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor) -> Tensor:
-        """v_BCFHW at per-frame times t_BF in [0, 1]."""
+    def condition(self, first_BC1HW: Tensor, frames: int) -> dict[str, Tensor]:
+        """What `velocity` wants to know of the first picture besides clean latents, for clips of `frames` pictures."""
+
+    def velocity(
+        self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor, condition: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """v_BCFHW at per-frame times t_BF in [0, 1]; without clean frames, a clip has one time for all its frames."""
+
+    def weights(self) -> Sequence[nn.Module]:
+        """Every module that `velocity` may ask, the trained one among them."""
+
+    def release(self) -> None:
+        """Let all that `transformer` does not need for training leave the device, until it is used again."""
 
     def scheduler(self) -> Any:
         """A fresh diffusers scheduler, as the model folder configures it."""
 
     def cache_key(self) -> str:
-        """Changes whenever encode or encode_text could give other numbers."""
+        """Changes whenever encode, encode_text or condition could give other numbers."""
 
     def save(self, path: Path) -> list[Path]:
         """Write what was trained (adapter file or transformer folder) below `path`; return the paths."""

@@ -66,6 +66,7 @@ def attach(transformer: nn.Module, rank: int, alpha: int | None, targets: Sequen
         UserError: a target names no layer.
     """
     from peft import LoraConfig  # peft takes seconds to import, and recipes need TARGETS alone
+    from peft.functional import cast_adapter_dtype
 
     for target in targets:
         if not _linear(transformer, [target]):
@@ -76,6 +77,7 @@ def attach(transformer: nn.Module, rank: int, alpha: int | None, targets: Sequen
         unwrap(transformer).add_adapter(
             LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets)), adapter_name=NAME
         )
+    cast_adapter_dtype(unwrap(transformer), NAME)  # float32 whatever the base is
 
 
 @contextmanager
@@ -144,6 +146,7 @@ def load(transformer: nn.Module, path: Path | str) -> None:
     """
     from diffusers.loaders import WanLoraLoaderMixin
     from diffusers.utils import logging
+    from peft.functional import cast_adapter_dtype
     from peft.utils import get_peft_model_state_dict
 
     inner, path = unwrap(transformer), Path(path)
@@ -176,6 +179,7 @@ def load(transformer: nn.Module, path: Path | str) -> None:
         raise UserError(
             f"{path}: does not fit the model (the {where} has no {wrong[0]}); use the base that it was trained on"
         )
+    cast_adapter_dtype(inner, NAME)
 
 
 def _linear(transformer: nn.Module, targets: Sequence[str]) -> list[str]:

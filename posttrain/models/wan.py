@@ -1,56 +1,93 @@
-"""Wan 2.1 / 2.2 from a diffusers folder, conditioned on the first picture the TI2V way.
+"""Wan 2.1 / 2.2, every size, from a diffusers folder or a hub id. What a folder is, its data decide:
 
-The first latent frame is the clean latent of the picture and its tokens carry timestep 0, as in Wan2.2-TI2V-5B
-(`expand_timesteps` of WanImageToVideoPipeline). Wan's own time is 1000 t. Text is 512 tokens, zero after the
-caption's end.
+in_channels = the VAE's            text-to-video and TI2V. The first picture is given the TI2V way: latent frame 0 is
+                                   its clean latent and has timestep 0, as in Wan2.2-TI2V-5B (`expand_timesteps` of
+                                   WanImageToVideoPipeline). The transformers of text-to-video models take this too and
+                                   learn it from post-training.
+in_channels = 2 x the VAE's + 4    image-to-video. The latents of a clip that holds the picture and then grey, and a
+                                   mask of the given pictures, are further channels; all latent frames are noisy.
+image_dim                          (Wan2.1 I2V) CLIP's view of the picture is attended to beside the text.
+transformer_2, boundary_ratio      (Wan2.2 A14B) two experts: `transformer` for t >= boundary, `transformer_2` below.
+
+With `conditioning: text` no picture is given: all frames are noisy, and an image-to-video model gets the mask 0.
+Wan's own time is 1000 t. Text is 512 tokens, zero after the caption's end.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers.pipelines.wan.pipeline_wan_i2v import prompt_clean
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
 
-from posttrain.files import UserError, replacing
+from posttrain.files import UserError, read_json, replacing
 from posttrain.models import lora
 from posttrain.models.base import ModelConfig
 from posttrain.pocket import folder
 
 TEXT_TOKENS = 512
-PREPROCESSING = "1"  # raise it when encode or encode_text change, so that cached latents are made again
-WHOLE: dict[str, Any] = {"torch_dtype": torch.float32, "output_loading_info": True}
+PREPROCESSING = "1"  # raise it when encode, encode_text or condition change, so that cached latents are made again
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EXPERTS = {"high": "transformer", "low": "transformer_2"}
+# What is fetched of a hub repository: the parts a folder may have, and in them configs, vocabularies and safe weights.
+PARTS = ["transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler"]
+PARTS += ["image_encoder", "image_processor"]
+WANTED = ["model_index.json", *(f"{part}/*.{kind}" for part in PARTS for kind in ("json", "safetensors", "model"))]
 
 
 class Wan:
-    """A `VideoModel` (see base.py) made of a diffusers folder's parts."""
+    """A `VideoModel` (see base.py) made of a diffusers folder's parts.
+
+    Args:
+        transformer: what is trained; of two experts, the one that `expert` names.
+        text_encoder: None is enough for velocities and latents.
+        image_encoder, image_processor: of Wan2.1 I2V, else None.
+        boundary: from this t on, the high-noise expert answers.
+        other: reads the other expert (for sampling; training needs it not), which is done when it is first asked.
+    """
+
+    text_tokens = TEXT_TOKENS
 
     def __init__(
         self,
         transformer: WanTransformer3DModel,
         vae: AutoencoderKLWan,
-        text_encoder: nn.Module,
+        text_encoder: nn.Module | None,
         tokenizer: Any,
         scheduler: Any,
+        *,
+        image_encoder: nn.Module | None = None,
+        image_processor: Any = None,
+        conditioning: Literal["image", "text"] = "image",
+        expert: Literal["high", "low"] = "high",
+        boundary: float = 0.0,
+        other: Callable[[], WanTransformer3DModel] | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
         self.transformer: nn.Module = transformer
         self.config = transformer.config  # kept here: a distributed wrapper hides it
+        self.dtype = transformer.dtype
         self.vae = vae
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
+        self.image_encoder, self.image_processor = image_encoder, image_processor
         self._scheduler = scheduler
-        if transformer.config.image_dim is None and transformer.config.added_kv_proj_dim is None:
-            fold_padding(transformer)
+        self.device = torch.empty(0, device=device).device  # with its number, as tensors give it
+        self.concatenates = self.config.in_channels != vae.config.z_dim
+        self.given = conditioning == "image"
+        self.clean = int(self.given and not self.concatenates)
+        self.expert, self.boundary, self._read_other = expert, boundary, other
+        self.times = (0.0, 1.0) if other is None else (boundary, 1.0) if expert == "high" else (0.0, boundary)
 
     @property
     def module(self) -> nn.Module:
@@ -61,9 +98,31 @@ class Wan:
     def module(self, module: nn.Module) -> None:
         self.transformer = module
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.transformer.parameters()).device
+    @cached_property
+    def other(self) -> nn.Module:
+        """The expert that is not trained."""
+        assert self._read_other is not None
+        return self._read_other()
+
+    def weights(self) -> list[nn.Module]:
+        if self._read_other is None:
+            return [self.transformer]
+        return [self.transformer, self.other] if self.expert == "high" else [self.other, self.transformer]
+
+    def _here(self, part: Any) -> Any:
+        """A part, on the device from now on."""
+        if next(part.parameters()).device != self.device:
+            part.to(self.device)
+        return part
+
+    def release(self) -> None:
+        """VAE, text and image encoder and the other expert go to main memory, until they are used again."""
+        other = self.__dict__.get("other")  # unread, there is nothing to move
+        for part in (self.vae, self.text_encoder, self.image_encoder, other):
+            if part is not None:
+                part.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         config = self.vae.config
@@ -82,13 +141,13 @@ class Wan:
         return mean, std
 
     def encode(self, video_BCFHW: Tensor) -> Tensor:
-        z_BCFHW = self.vae.encode(video_BCFHW.to(self.device, self.vae.dtype)).latent_dist.mode()
+        z_BCFHW = self._here(self.vae).encode(video_BCFHW.to(self.device, self.vae.dtype)).latent_dist.mode()
         mean, std = self._statistics(z_BCFHW)
         return (z_BCFHW - mean) / std
 
     def decode(self, z_BCFHW: Tensor) -> Tensor:
         mean, std = self._statistics(z_BCFHW)
-        return self.vae.decode((z_BCFHW * std + mean).to(self.vae.dtype), return_dict=False)[0]
+        return self._here(self.vae).decode((z_BCFHW * std + mean).to(self.vae.dtype), return_dict=False)[0]
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:
@@ -101,16 +160,62 @@ class Wan:
             return_attention_mask=True,
             return_tensors="pt",
         ).to(self.device)
-        text_BLD = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        text_BLD = self._here(self.text_encoder)(tokens.input_ids, tokens.attention_mask).last_hidden_state
         return (text_BLD * tokens.attention_mask[..., None]).float()
 
-    def velocity(self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor) -> Tensor:
-        """v_BCFHW in the dtype of z. Each token gets its frame's time, 1000 t, in the order of the patches."""
-        _, _, _, height, width = z_BCFHW.shape
-        patch_f, patch_h, patch_w = self.config.patch_size
-        cells = (height // patch_h) * (width // patch_w)
-        timestep_BN = (1000 * t_BF[:, ::patch_f]).to(z_BCFHW.dtype).repeat_interleave(cells, dim=1)
-        return self.transformer(z_BCFHW, timestep_BN, text_BLD, return_dict=False)[0].to(z_BCFHW.dtype)
+    @torch.no_grad()
+    def condition(self, first_BC1HW: Tensor, frames: int) -> dict[str, Tensor]:
+        """Empty for models that take the picture as a clean latent. For the others, float32:
+
+        "channels": (B, 4 + C, F, H, W), a mask of the given pictures (latent frame 0 stands for one picture, repeated,
+            and each later one for four) and the latents of the picture followed by grey ones.
+        "image": (B, 257, 1280), the last but one layer of CLIP's vision tower (Wan2.1 alone).
+        """
+        if not self.concatenates:
+            return {}
+        if not self.given:
+            first_BC1HW = torch.zeros_like(first_BC1HW)
+        z_BCFHW = self.encode(functional.pad(first_BC1HW, (0, 0, 0, 0, 0, frames - 1)))
+        batch, _, *size = z_BCFHW.shape
+        mask_BCFHW = z_BCFHW.new_zeros(batch, self.vae.config.scale_factor_temporal, *size)
+        mask_BCFHW[:, :, 0] = float(self.given)
+        condition = {"channels": torch.cat([mask_BCFHW, z_BCFHW], dim=1).float()}
+        if self.image_encoder is not None:
+            pictures = ((first_BC1HW[:, :, 0].float() + 1) * 127.5).round().to("cpu", torch.uint8)
+            pixels = self.image_processor(images=list(pictures), return_tensors="pt").pixel_values.to(self.device)
+            states = self._here(self.image_encoder)(pixels, output_hidden_states=True).hidden_states
+            condition["image"] = states[-2].float()
+        return condition
+
+    def velocity(
+        self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor, condition: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """v_BCFHW in the dtype of z.
+
+        With a clean frame, each token gets its frame's time, 1000 t, in the order of the patches. Without, all frames
+        of a clip must have one time, and the transformer gets that (it is quicker, and equal).
+        """
+        condition = condition or {}
+        if self.clean:
+            patch_f, patch_h, patch_w = self.config.patch_size
+            cells = (z_BCFHW.shape[3] // patch_h) * (z_BCFHW.shape[4] // patch_w)
+            timestep = (1000 * t_BF[:, ::patch_f]).to(z_BCFHW.dtype).repeat_interleave(cells, dim=1)
+        else:
+            timestep = (1000 * t_BF[:, 0]).to(z_BCFHW.dtype)
+        x_BCFHW = torch.cat([z_BCFHW, condition["channels"]], dim=1) if self.concatenates else z_BCFHW
+        image = condition["image"].to(self.dtype) if "image" in condition else None
+        transformer = self._here(self._expert(t_BF))
+        v_BCFHW = transformer(x_BCFHW.to(self.dtype), timestep, text_BLD.to(self.dtype), image, return_dict=False)[0]
+        return v_BCFHW.to(z_BCFHW.dtype)
+
+    def _expert(self, t_BF: Tensor) -> nn.Module:
+        """Which transformer answers for these times, all of a batch on one side of the boundary."""
+        if self._read_other is None:
+            return self.transformer
+        high_B = t_BF.amax(dim=1) >= self.boundary
+        if high_B.any() != high_B.all():
+            raise ValueError(f"times on both sides of {self.boundary} in one batch: {t_BF.amax(dim=1).tolist()}")
+        return self.transformer if bool(high_B[0]) == (self.expert == "high") else self.other
 
     def scheduler(self) -> Any:
         return type(self._scheduler).from_config(self._scheduler.config)
@@ -119,7 +224,11 @@ class Wan:
     def _key(self) -> str:
         digest = hashlib.sha256(PREPROCESSING.encode())
         digest.update(json.dumps([_shape(self.vae.config), self.tokenizer.get_vocab()], sort_keys=True).encode())
-        for part in (self.vae, self.text_encoder):
+        if self.concatenates:
+            digest.update(json.dumps(["channels", self.given]).encode())
+        if self.image_processor is not None:
+            digest.update(self.image_processor.to_json_string().encode())
+        for part in filter(None, (self.vae, self.text_encoder, self.image_encoder)):
             for name, tensor in sorted(part.state_dict().items()):
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
@@ -139,7 +248,7 @@ class Wan:
     def restore(self, path: Path) -> None:
         """Read back what `save` wrote. Raises UserError when it is absent or of another shape."""
         if (path / "transformer").is_dir():
-            trained = _part(WanTransformer3DModel.from_pretrained, path, "transformer", **WHOLE)
+            trained = _part(WanTransformer3DModel, path, "transformer", torch_dtype=self.dtype)
             if _shape(trained.config) != _shape(self.config):
                 raise UserError(f"{path / 'transformer'}: was trained from another model; name that one in model.path")
             lora.unwrap(self.transformer).load_state_dict(trained.state_dict())
@@ -168,7 +277,12 @@ class FoldedTextAttention(WanAttnProcessor):
 
 
 def fold_padding(transformer: WanTransformer3DModel) -> None:
-    """Let `transformer` attend to one padded text token per caption instead of hundreds, with equal results."""
+    """Let `transformer` attend to one padded text token per caption instead of hundreds, with equal results.
+
+    One that attends to pictures too is left as it is: diffusers finds its text as the last 512 tokens.
+    """
+    if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
+        return
 
     def fold(_: nn.Module, inputs: tuple[Tensor], text_BLE: Tensor) -> Tensor:
         (text_BLD,) = inputs
@@ -200,52 +314,98 @@ def initialise(config: dict[str, Any], seed: int) -> WanTransformer3DModel:
     return transformer
 
 
-def _part(read: Callable[..., Any], root: Path | str, name: str, **options: Any) -> Any:
-    """One component of the folder or hub id `root`; whatever is wrong with it becomes a UserError that names it."""
-    place = Path(root) / name
-    local = isinstance(root, Path)
-    if local and not place.is_dir():
-        raise UserError(f"{place}: does not exist; model.path must name a whole diffusers folder")
+def find(path: str, revision: str | None = None) -> Path:
+    """The diffusers folder that `path` names: "pocket", a folder, or a hub id, which is fetched unless it is there.
+
+    Raises:
+        UserError: there is none.
+    """
+    if path == "pocket" or Path(path).is_dir():
+        if revision is not None:
+            raise UserError(f"model.revision: {revision} is for hub ids, and {path} is a folder; leave it out")
+        return folder("wan") if path == "pocket" else Path(path)
+    if len(Path(path).parts) != 2 or path.startswith((".", "/", "~")):
+        raise UserError(f"model.path: {path} does not exist; give 'pocket', a diffusers folder or a hub id")
+    from huggingface_hub import snapshot_download
+
     try:
-        part = read(str(root), subfolder=name, local_files_only=local, **options)
+        return Path(snapshot_download(path, revision=revision, allow_patterns=WANTED))
+    except Exception as error:  # the hub, the network and the disk each raise their own kinds
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(
+            f"model.path: {path}{at} is no folder and cannot be got from the hub ({_reason(error)}); check its name, "
+            "model.revision, the network and the login (hf auth login), or give a folder"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _check_files(place: Path) -> None:
+    """Refuse a part whose weights are missing, torn, or lack a shard; their headers alone are read."""
+    indexes = place.glob("*.safetensors.index.json")
+    shards = {str(name) for index in indexes for name in read_json(index).get("weight_map", {}).values()}
+    names = sorted(shards or {path.name for path in place.glob("*.safetensors")})
+    if not names:
+        raise UserError(f"{place}: has no .safetensors file; get this part of the model in that format")
+    for name in names:
+        if Path(name).name != name:
+            raise UserError(f"{place}: its index names {name!r}, which is no file of this folder; get the model again")
+        try:
+            with safe_open(place / name, framework="pt"):
+                pass
+        except FileNotFoundError as error:
+            raise UserError(f"{place / name}: does not exist; get this file of the model again") from error
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{place / name}: is torn ({_reason(error)}); get this file of the model again") from error
+
+
+def _part(kind: Any, root: Path, name: str, **options: Any) -> Any:
+    """One component of the folder `root`; whatever is wrong with it becomes a UserError that names it.
+
+    `kind` is the class whose `from_pretrained` reads it, or a function that does.
+    """
+    place = root / name
+    if not place.is_dir():
+        raise UserError(f"{place}: does not exist; model.path must name a whole diffusers folder")
+    weighty = isinstance(kind, type) and issubclass(kind, nn.Module)
+    if weighty:
+        _check_files(place)
+        options |= {"use_safetensors": True, "output_loading_info": True}
+    read = kind.from_pretrained if hasattr(kind, "from_pretrained") else kind
+    try:
+        part = read(str(root), subfolder=name, local_files_only=True, **options)
     except Exception as error:  # diffusers, transformers and safetensors each raise their own kinds
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{place}: cannot be loaded ({reason}); get this part of the model again") from error
-    if options.get("output_loading_info"):
+        raise UserError(f"{place}: cannot be loaded ({_reason(error)}); get this part of the model again") from error
+    if weighty:
         part, info = part
         if info["missing_keys"]:  # diffusers would leave these random and only warn
             lacking = sorted(info["missing_keys"])[0]
-            raise UserError(f"{place}: its file lacks {lacking}; get this part of the model again")
+            raise UserError(f"{place}: lacks {lacking}; get this part of the model again")
     return part
 
 
-def _root(path: str) -> Path | str:
-    """The folder or hub id that `model.path` means."""
-    root = folder("wan") if path == "pocket" else Path(path)
-    if root.is_dir():
-        return root
-    if len(root.parts) != 2 or path.startswith((".", "/", "~")):
-        raise UserError(f"model.path: {root} does not exist; give 'pocket', a diffusers folder or a hub id")
-    return path
-
-
-def _place(config: ModelConfig) -> tuple[Path | str, str]:
-    """The folder or hub id below which the transformer's weights lie, and the name of their folder there."""
+def _place(config: ModelConfig) -> tuple[Path, str]:
+    """The folder below which the transformer that is trained lies, and the name of its folder there."""
     start = Path(config.start) if config.start else None
-    return (start.parent, start.name) if start and start.is_dir() else (_root(config.path), "transformer")
+    if start and start.is_dir():
+        return start.parent, start.name
+    return find(config.path, config.revision), EXPERTS[config.expert or "high"]
 
 
-def bare(config: ModelConfig, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
-    """diffusers' own transformer as training starts from it, before there is an adapter.
+def bare(config: ModelConfig, dtype: torch.dtype | None = None) -> WanTransformer3DModel:
+    """diffusers' own transformer as training starts from it, before there is an adapter; None: in `config.dtype`.
 
     Raises:
         UserError: it cannot be loaded, or `start` or `merge` do not fit it.
     """
-    shape = _part(WanTransformer3DModel.load_config, _root(config.path), "transformer")
+    root = find(config.path, config.revision)
+    shape = _part(WanTransformer3DModel.load_config, root, EXPERTS[config.expert or "high"])
     if config.init == "random":
         return initialise(shape, config.seed)
     place, name = _place(config)
-    transformer = _part(WanTransformer3DModel.from_pretrained, place, name, **(WHOLE | {"torch_dtype": dtype}))
+    transformer = _part(WanTransformer3DModel, place, name, torch_dtype=dtype or DTYPES[config.dtype])
     if any(transformer.config.get(key) != value for key, value in _shape(shape).items()):
         raise UserError(f"model.start: {config.start} was trained from another model; name that one in model.path")
     for adapter in config.merge:
@@ -261,7 +421,7 @@ def save_merged(config: ModelConfig, adapter: Path, path: Path) -> None:
     """
     place, name = _place(config)
     dtype, probe = torch.float32, "blocks.0.attn1.to_q.weight"
-    for file in sorted((Path(place) / name).glob("*.safetensors")):
+    for file in sorted((place / name).glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             if probe in tensors.keys():
                 dtype = tensors.get_tensor(probe).dtype
@@ -272,31 +432,60 @@ def save_merged(config: ModelConfig, adapter: Path, path: Path) -> None:
 
 
 def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
-    """Load the model that a recipe names; only what will be trained has requires_grad.
+    """Load the model that a recipe names, into main memory; only what will be trained has requires_grad.
+
+    Weights of `dtype: bf16` are not trained themselves (small steps vanish in them), and neither is a model of two
+    experts where none is named; both can be sampled.
 
     Raises:
-        UserError: no such folder, or a part is missing, broken or does not fit the others.
+        UserError: no such model, or a part is missing, broken or does not fit the others.
     """
-    root = _root(config.path)
-    vae = _part(AutoencoderKLWan.from_pretrained, root, "vae", **WHOLE)
-    text_encoder = _part(UMT5EncoderModel.from_pretrained, root, "text_encoder", output_loading_info=True)
-    tokenizer = _part(AutoTokenizer.from_pretrained, root, "tokenizer")
+    root = find(config.path, config.revision)
+    index = read_json(root / "model_index.json")
+    two = index.get("transformer_2", [None])[0] is not None
+    boundary = index.get("boundary_ratio") or 0.0
+    if two != bool(boundary):
+        raise UserError(f"{root / 'model_index.json'}: transformer_2 and boundary_ratio need each other; get it again")
+    if two and config.adapter is not None and config.expert is None:
+        raise UserError(f"model.expert: is missing; {config.path} has two experts, say which to train: high or low")
+    if not two and (config.expert is not None or config.other_adapter is not None):
+        field = "expert" if config.expert is not None else "other_adapter"
+        raise UserError(f"model.{field}: is for models of two experts, and {config.path} has one; leave it out")
+    if config.init == "random" and config.dtype != "fp32":
+        raise UserError("model.dtype: random weights are fp32, for all of them are trained; leave it out")
+    dtype = DTYPES[config.dtype]
+    expert = config.expert or "high"
+    name, other_name = (EXPERTS[key] for key in (expert, "low" if expert == "high" else "high"))
+
+    vae = _part(AutoencoderKLWan, root, "vae", torch_dtype=torch.float32)
+    text_encoder = _part(UMT5EncoderModel, root, "text_encoder", dtype=dtype)
+    tokenizer = _part(AutoTokenizer, root, "tokenizer")
     schedule = _part(diffusers.UniPCMultistepScheduler.load_config, root, "scheduler")
     scheduler = getattr(diffusers, schedule["_class_name"]).from_config(schedule)
-    transformer = bare(config)
+    shape = _part(WanTransformer3DModel.load_config, root, name)
+    image_encoder = image_processor = None
+    if shape.get("image_dim") is not None:
+        image_encoder = _part(CLIPVisionModel, root, "image_encoder", dtype=torch.float32)
+        image_processor = _part(AutoImageProcessor, root, "image_processor")
+    _check_parts(root / name / "config.json", shape, vae, text_encoder, image_encoder)
+    if two:
+        other_shape = _part(WanTransformer3DModel.load_config, root, other_name)
+        _check_files(root / other_name)
+        _check_parts(root / other_name / "config.json", other_shape, vae, text_encoder, image_encoder)
+        if other_shape.get("in_channels") != shape.get("in_channels"):
+            raise UserError(f"{root / other_name / 'config.json'}: in_channels is not {name}'s; get the model again")
+        if config.other_adapter is not None and not (Path(config.other_adapter) / lora.FILE).is_file():
+            raise UserError(f"model.other_adapter: {Path(config.other_adapter) / lora.FILE} does not exist")
 
-    for field, value, part, expected in (
-        ("in_channels", transformer.config.in_channels, "vae z_dim", vae.config.z_dim),
-        ("text_dim", transformer.config.text_dim, "text_encoder d_model", text_encoder.config.d_model),
-    ):
-        if value != expected:
-            raise UserError(
-                f"{Path(root) / 'transformer' / 'config.json'}: {field} is {value}, but {part} is {expected}; "
-                "give a text-to-video or TI2V folder whose parts belong together"
-            )
+    def read_other() -> WanTransformer3DModel:
+        other = _part(WanTransformer3DModel, root, other_name, torch_dtype=dtype)
+        if config.other_adapter is not None:
+            lora.load(other, config.other_adapter)
+        fold_padding(other)
+        return other.requires_grad_(False)
 
-    vae.requires_grad_(False).eval()
-    text_encoder.requires_grad_(False).eval()
+    transformer = bare(config, dtype)
+    transformer.requires_grad_(config.dtype == "fp32" and not (two and config.expert is None))
     if config.adapter is not None:
         adapter = config.adapter
         lora.attach(transformer, adapter.rank, adapter.alpha, adapter.targets, config.seed)
@@ -304,6 +493,40 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
         if config.adapter is None:
             raise UserError(f"model.start: {config.start} is an adapter; set model.adapter, or name it in model.merge")
         lora.proceed(transformer, config.start)
-    for part in (transformer, vae, text_encoder):
-        part.to(device)
-    return Wan(transformer, vae, text_encoder, tokenizer, scheduler)
+    fold_padding(transformer)
+    for encoder in (vae, text_encoder, image_encoder):
+        if encoder is not None:
+            encoder.requires_grad_(False).eval()
+    return Wan(
+        transformer,
+        vae,
+        text_encoder,
+        tokenizer,
+        scheduler,
+        image_encoder=image_encoder,
+        image_processor=image_processor,
+        conditioning=config.conditioning,
+        expert=expert,
+        boundary=boundary,
+        other=read_other if two else None,
+        device=device,
+    )
+
+
+def _check_parts(
+    place: Path, shape: Mapping[str, Any], vae: AutoencoderKLWan, text_encoder: Any, image_encoder: Any
+) -> None:
+    """Refuse a transformer (its config at `place`) that does not fit the other parts, or that no code here feeds."""
+    z, time = vae.config.z_dim, vae.config.scale_factor_temporal
+    fits = {
+        "in_channels": ((z, 2 * z + time), f"the vae's z_dim is {z}, which asks for {z} or {2 * z + time}"),
+        "out_channels": ((z,), f"the vae's z_dim is {z}"),
+        "text_dim": ((text_encoder.config.d_model,), f"the text_encoder's d_model is {text_encoder.config.d_model}"),
+        "pos_embed_seq_len": ((None,), "models of a first and a last picture cannot be trained here"),
+    }
+    if image_encoder is not None:
+        width = image_encoder.config.hidden_size
+        fits["image_dim"] = ((width,), f"the image_encoder's hidden_size is {width}")
+    for field, (allowed, why) in fits.items():
+        if shape.get(field) not in allowed:
+            raise UserError(f"{place}: {field} is {shape.get(field)}, but {why}; use parts that belong together")

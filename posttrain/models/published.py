@@ -1,0 +1,41 @@
+"""The published Wan models: what is needed to check them without their weights, as facts about their config.json.
+
+`frames`, `size` (height, width) and `fps` are those that each was made for.
+"""
+
+from typing import Any
+
+Z16: dict[str, Any] = {}  # AutoencoderKLWan's own defaults are those of Wan 2.1
+Z48: dict[str, Any] = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.0] * 48,  # the numbers themselves are in the published config alone
+    "latents_std": [1.0] * 48,
+}
+SMALL: dict[str, Any] = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}  # WanTransformer3DModel else 14B
+MIDDLE: dict[str, Any] = {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30}
+CHANNELS = {"in_channels": 36}
+BESIDE = {"image_dim": 1280, "added_kv_proj_dim": 5120}
+
+
+def _entry(transformer: dict[str, Any], vae: dict[str, Any] = Z16, experts: int = 1, **made_for: Any) -> dict[str, Any]:
+    usual = {"frames": 81, "size": (480, 832), "fps": 16}
+    return {"transformer": transformer, "vae": vae, "experts": experts, **usual, **made_for}
+
+
+PUBLISHED = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _entry(SMALL),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": _entry({}),
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": _entry(CHANNELS | BESIDE),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": _entry(
+        MIDDLE | {"in_channels": 48, "out_channels": 48}, Z48, frames=121, size=(704, 1280), fps=24
+    ),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _entry({}, experts=2),
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": _entry(CHANNELS, experts=2),
+}
