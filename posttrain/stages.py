@@ -5,6 +5,7 @@ Stages meet in files. Each looks at what is there, says what it reuses, does the
     data/...                 the clips (made by `sim`)
     runs/cache/              latents and rows of evaluation that runs share, by content
     runs/<run>/recipe.yaml   the resolved recipe, overrides in it
+    runs/<run>/clips.jsonl   which files are retimed, cropped or left out, and why (where any is)
     runs/<run>/adapter/      the trained weights (also where they are a whole model)
     runs/<run>/trained.json  says that they are complete, and what they depend on
 """
@@ -19,7 +20,8 @@ from typing import Annotated, Any, Literal
 import torch
 
 from posttrain import files, recipe
-from posttrain.data.clips import Clips, DataConfig, check_same_kind, open_split
+from posttrain.data import videos
+from posttrain.data.clips import Clips, DataConfig, check_same_kind, open_split, open_splits
 from posttrain.evaluate import EvalConfig
 from posttrain.files import UserError
 from posttrain.models.base import ModelConfig
@@ -29,7 +31,7 @@ from posttrain.types import Strict
 
 RUNS = Path("runs")
 CACHE = RUNS / "cache"
-ADAPTER, TRAINED = "adapter", "trained.json"
+ADAPTER, TRAINED, CLIPS = "adapter", "trained.json", "clips.jsonl"
 # may change without changing the trained weights
 FREE = ("run", "data.make", "train.checkpoint_every", "eval", "export")
 
@@ -118,16 +120,20 @@ def make(plan: Recipe) -> None:
 
 def check_data(plan: Recipe) -> None:
     """Refuse clips for training and testing that do not go together, before hours are spent."""
-    wanted = [(clips, plan.data.split) for clips in plan.data.folders]
+    splits = open_splits(plan.data)
     if plan.eval:
-        wanted += [(plan.eval.clips, split) for split in plan.eval.splits]
-    check_same_kind([open_split(clips, split) for clips, split in wanted])
+        splits += [open_split(plan.eval.clips, split) for split in plan.eval.splits]
+    check_same_kind(splits)
 
 
 def train(plan: Recipe, folder: Path) -> None:
     """Train and save the weights, unless that is done."""
     model, method = load_model(plan.model), plan.method.module
     clips = Clips(plan.data, preload=False)
+    tell(clips, folder)
+    if method.DATA == "clips" and not clips.annotated:
+        bare = next(split.folder for split in clips.splits if not split.annotated)
+        raise UserError(f"{bare}: has no masks, which {plan.method.name} learns from; use clips that `sim make` filmed")
     if hasattr(model, "latent_shape"):
         model.latent_shape(clips.splits[0].frames, *clips.splits[0].size)
     data: Any = clips
@@ -154,6 +160,17 @@ def train(plan: Recipe, folder: Path) -> None:
         model.save(folder / ADAPTER)
         files.write_json(folder / TRAINED, run.meaning)
     _wait()
+
+
+def tell(clips: Clips, folder: Path) -> None:
+    """Say which files are retimed, cropped or left out: in short on the terminal, each of them in clips.jsonl."""
+    told = [{"clips": str(split.folder), **row} for split in clips.splits for row in split.told]
+    if told and _main_process():
+        files.write_jsonl(folder / CLIPS, told)
+        for split in clips.splits:
+            for line in videos.summary(split.told) if split.told else ():
+                print(f"{split.folder}: {line}", file=sys.stderr)
+        print(f"clips: all is listed in {folder / CLIPS}", file=sys.stderr)
 
 
 def _trained(folder: Path, meaning: dict[str, Any] | None = None) -> bool:
