@@ -9,7 +9,7 @@ from posttrain.files import UserError
 COMMANDS = {
     "run": "every stage of a recipe: clips, training, evaluation, report, export; continues what was cut off",
     "train": "the clips and the training alone",
-    "eval": "measure a trained run",
+    "eval": "measure a trained run, or videos that any model made (--clips)",
     "report": "write report.html and report.json from what was measured",
     "export": "write the adapter as a diffusers LoRA with a model card",
 }
@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("target", metavar="RECIPE|RUN", help="a recipe file, a run's folder, or its name in runs/")
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in train.steps=20")
+        if name == "eval":
+            _scoring(command)
     for name, text in TOOLS.items():
         commands.add_parser(name, help=text, description=text)
     options = parser.parse_args(arguments)
@@ -35,6 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _doctor() if options.command == "doctor" else _bench()
         from posttrain import stages  # takes a second, for torch
 
+        if options.command == "eval" and options.clips:
+            if options.overrides:
+                raise UserError(f"{options.overrides[0]}: with --clips there is no recipe whose values could change")
+            stages.score(options.target, options.clips, options.tracker, options.fps, options.out)
+            return 0
         plan, folder = stages.open_run(options.target, options.overrides)
         if options.command == "run":
             stages.run(plan, folder)
@@ -55,6 +62,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
     return 0
+
+
+def _scoring(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group(
+        "videos that any model made",
+        "posttrain eval BENCHMARK --clips FOLDER ... scores folders of videos against PisaBench (its folder real or "
+        "sim) or a dataset folder. A video is named by its clip, <clip>.mp4 or <clip>-s<seed>.mp4, in a folder per "
+        "split where the benchmark has several.",
+    )
+    group.add_argument("--clips", nargs="+", metavar="FOLDER", help="a row of the table each; NAME=FOLDER names it")
+    group.add_argument(
+        "--tracker",
+        default="pocket",
+        metavar="FOLDER|HUB",
+        help="what follows the object: a SAM 2 in transformers' layout, as facebook/sam2.1-hiera-large, which the real "
+        "set needs; by default the embedded tracker, made for 64 x 64 pixels",
+    )
+    group.add_argument("--fps", type=float, help="of the videos, where their files say it wrongly")
+    group.add_argument("--out", metavar="FOLDER", help="where scores and report go (runs/eval-<benchmark>)")
 
 
 def _doctor() -> int:

@@ -226,6 +226,36 @@ def export(plan: Recipe, folder: Path) -> None:
         print("export:", *export(folder))
 
 
+def score(benchmark: str, clips: Sequence[str], tracker: str, fps: float | None, out: str | None) -> None:
+    """Score folders of videos (FOLDER or NAME=FOLDER) against a benchmark; print tables and write the report.
+
+    Raises:
+        UserError: the benchmark or a folder is not what it should be; the line says how.
+    """
+    from posttrain.benchmarks.pisabench import open_benchmark
+    from posttrain.evaluate import fingerprint, print_table
+    from posttrain.report import report as write_report
+    from posttrain.score import score
+
+    named = [text.partition("=") for text in clips]
+    folders = {name if equals else Path(name).resolve().name: Path(path or name) for name, equals, path in named}
+    if len(folders) < len(clips) or any(not name or "/" in name for name in folders):
+        raise UserError("--clips: each folder is a row of the table and needs a name of its own, as in kling=videos/k")
+    for path in folders.values():
+        if not path.is_dir():
+            raise UserError(f"{path}: does not exist; --clips names folders of videos")
+    follower = load_tracker(tracker)
+    truths = open_benchmark(benchmark, getattr(follower, "clicks", None), fingerprint(follower.module), CACHE / "masks")
+    if tracker == "pocket" and any(min(truth.size) > 64 for split in truths.values() for truth in split):
+        print("the embedded tracker was made for 64 x 64 pixels; name a SAM 2 with --tracker", file=sys.stderr)
+    folder = Path(out) if out else RUNS / f"eval-{Path(benchmark).resolve().name}"
+    records = score(folder, truths, folders, follower, fps, _device())
+    print_table(records)
+    print("\nas the published code counts (PISA, table 1):")
+    print_table(records, released=True)
+    print("report:", write_report(folder)[1])
+
+
 @contextmanager
 def _base(plan: Recipe) -> Iterator[Any]:
     """The model that training started from; for random weights, the pretrained one they compete with."""
@@ -248,9 +278,11 @@ def load_model(config: ModelConfig) -> Any:
     return recipe.resolve("models", config.family).load(config, _device())
 
 
-def load_tracker() -> Any:
-    """The embedded segmenter that scores."""
-    return load_model(ModelConfig(family="tracker", path="pocket"))
+def load_tracker(path: str = "pocket") -> Any:
+    """The segmenter that scores: the embedded one, one like it in a folder, or a SAM 2 in a folder or on the hub."""
+    config = Path(path) / "config.json"
+    ours = path == "pocket" or (config.exists() and "widths" in files.read_json(config))
+    return load_model(ModelConfig(family="tracker" if ours else "sam2", path=path))
 
 
 def _need_training(folder: Path) -> None:

@@ -327,20 +327,22 @@ def read(path: Path, view: View) -> np.ndarray:
         UserError: the file is torn, or is not the one that was looked at.
     """
     found: dict[int, np.ndarray] = {}
+    missing = set(view.frames)
     try:
         with av.open(str(path)) as container:
             stream = _stream(container, path)
             stream.thread_type = "AUTO"
             for place, frame in enumerate(container.decode(stream)):
                 mark = frame.pts if view.marked else place
-                if mark in view.frames:
+                if mark in missing:
+                    missing.remove(mark)
                     picture = frame.to_ndarray(format="rgb24", width=_width(frame, stream), height=frame.height)
                     found[mark] = scale(np.rot90(picture, round(frame.rotation / 90)), view)
-                if len(found) == len(set(view.frames)):
+                if not missing:
                     break
     except av.FFmpegError as error:
         raise UserError(f"{path}: is torn ({error}); mend or remove it") from error
-    if missing := set(view.frames) - found.keys():
+    if missing:
         raise UserError(f"{path}: {len(missing)} of its frames cannot be decoded; mend or remove it")
     return np.stack([found[mark] for mark in view.frames])
 
