@@ -37,10 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _doctor() if options.command == "doctor" else _bench()
         from posttrain import stages  # takes a second, for torch
 
-        if options.command == "eval" and options.clips:
+        if options.command == "eval" and (options.clips or options.run):
             if options.overrides:
                 raise UserError(f"{options.overrides[0]}: with --clips there is no recipe whose values could change")
-            stages.score(options.target, options.clips, options.tracker, options.fps, options.out)
+            stages.score(options.target, options.clips, options.run, options.tracker, options.fps, options.out)
             return 0
         plan, folder = stages.open_run(options.target, options.overrides)
         if options.command == "run":
@@ -71,7 +71,10 @@ def _scoring(command: argparse.ArgumentParser) -> None:
         "sim) or a dataset folder. A video is named by its clip, <clip>.mp4 or <clip>-s<seed>.mp4, in a folder per "
         "split where the benchmark has several.",
     )
-    group.add_argument("--clips", nargs="+", metavar="FOLDER", help="a row of the table each; NAME=FOLDER names it")
+    clips = "a row of the table each; NAME=FOLDER names it"
+    group.add_argument("--clips", nargs="+", default=[], metavar="FOLDER", help=clips)
+    runs = "let a run's base and tuned model make the videos first, from the benchmark's pictures and prompts"
+    group.add_argument("--run", nargs="+", default=[], metavar="RUN", help=runs)
     group.add_argument(
         "--tracker",
         default="pocket",

@@ -1,5 +1,7 @@
 """Score videos that any model made: `posttrain eval BENCHMARK --clips FOLDER ...`, a row of the table per folder.
 
+`--run RUN` makes such folders first, with a run's base and with what it became.
+
 A folder holds a video for each clip of the benchmark that is to be scored, <clip>.mp4, or <clip>-s<seed>.mp4 for
 several samples of it; where the benchmark has several splits, in a folder per split (seen/00.mp4, unseen/00-s1.mp4).
 
@@ -14,7 +16,8 @@ the authors click again. Files are those of evaluate.py, which see: evaluation/,
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,13 @@ import torch
 
 from posttrain import files, sample
 from posttrain.benchmarks import pisa
-from posttrain.benchmarks.pisabench import Truth
+from posttrain.benchmarks.pisabench import NEGATIVE, Truth
 from posttrain.data import videos
 from posttrain.evaluate import Tracker, fingerprint, read_records, tell
 from posttrain.files import UserError
 from posttrain.metrics import masks as masks_module
 from posttrain.metrics import pisa as metric
+from posttrain.models.base import VideoModel
 from posttrain.progress import progress
 from posttrain.types import Batch
 
@@ -90,6 +94,54 @@ def samples_of(folder: Path, split: str, ids: Sequence[str], several: bool) -> d
         if parts and path.suffix.lower() in videos.SUFFIXES and parts[1] in known:
             found.setdefault(parts[1], []).append((int(parts[2] or 0), path))
     return {name: [path for _, path in sorted(some)] for name, some in found.items()}
+
+
+def imagine(
+    model: Callable[[], AbstractContextManager[VideoModel]],
+    benchmark: Mapping[str, Sequence[Truth]],
+    folder: Path,
+    kind: Mapping[str, Any],
+    seeds: int,
+    batch: int,
+    steps: int,
+    guidance: float,
+) -> None:
+    """Let a model continue the first picture of each clip, as far as `folder` has no video of it.
+
+    Args:
+        model: gives a context in which the model is ready; asked only if there is something to do.
+        kind: frames, fps and size (height, width) of its videos; a picture of another shape is padded with black.
+    """
+    frames, fps, size = int(kind["frames"]), float(kind["fps"]), (int(kind["size"][0]), int(kind["size"][1]))
+    wanted = [
+        (truth, seed, path)
+        for split, truths in benchmark.items()
+        for seed in range(seeds)
+        for truth in truths
+        if not (path := folder / split / f"{truth.id}-s{seed}.mp4").exists()
+    ]
+    if not wanted:
+        return
+    with model() as ready, progress(f"videos for {folder.name}", len(wanted)) as advance:
+        for first in range(0, len(wanted), batch):
+            part = wanted[first : first + batch]
+            pictures = np.stack([padded(truth.picture(), size) for truth, _, _ in part])
+            captions = [truth.caption for truth, _, _ in part]
+            noise = [pisa.clip_seed(seed, truth.id) for truth, seed, _ in part]
+            made = sample.sample_clips(ready, pictures, captions, noise, frames, steps, guidance, NEGATIVE)
+            for (_, _, path), video in zip(part, made, strict=True):
+                sample.write_video(path, video, fps)
+                advance("")
+
+
+def padded(picture_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A picture (uint8) scaled to fit into `size` (height, width), in the middle of black."""
+    height, width = picture_HWC.shape[:2]
+    top, left, tall, wide = videos.centred(size, (height, width))
+    out = np.zeros((*size, 3), np.uint8)
+    view = videos.View((), False, (0, 0, height, width), (tall, wide))
+    out[top : top + tall, left : left + wide] = videos.scale(picture_HWC, view)
+    return out
 
 
 def _claim(out: Path, protocol: dict[str, Any]) -> None:

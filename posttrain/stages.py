@@ -10,6 +10,7 @@ Stages meet in files. Each looks at what is there, says what it reuses, does the
     runs/<run>/trained.json  says that they are complete, and what they depend on
 """
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -226,34 +227,79 @@ def export(plan: Recipe, folder: Path) -> None:
         print("export:", *export(folder))
 
 
-def score(benchmark: str, clips: Sequence[str], tracker: str, fps: float | None, out: str | None) -> None:
-    """Score folders of videos (FOLDER or NAME=FOLDER) against a benchmark; print tables and write the report.
+def score(
+    benchmark: str,
+    clips: Sequence[str] = (),
+    runs: Sequence[str] = (),
+    tracker: str = "pocket",
+    fps: float | None = None,
+    out: str | None = None,
+) -> None:
+    """Score videos against a benchmark, a row of the table each; print the tables and write the report.
+
+    Args:
+        benchmark: PisaBench's folder, or a dataset folder.
+        clips: folders of videos, each FOLDER or NAME=FOLDER.
+        runs: runs, as in `open_run`, whose base and tuned model make videos first.
+        tracker: what follows the object, see `load_tracker`.
+        fps: of the videos in `clips`, where their files say it wrongly.
+        out: the folder for scores and report; None: runs/eval-<benchmark>.
 
     Raises:
-        UserError: the benchmark or a folder is not what it should be; the line says how.
+        UserError: the benchmark, a folder or a run is not what it should be; the line says how.
     """
     from posttrain.benchmarks.pisabench import open_benchmark
     from posttrain.evaluate import fingerprint, print_table
-    from posttrain.report import report as write_report
+    from posttrain.report import report
     from posttrain.score import score
 
     named = [text.partition("=") for text in clips]
-    folders = {name if equals else Path(name).resolve().name: Path(path or name) for name, equals, path in named}
-    if len(folders) < len(clips) or any(not name or "/" in name for name in folders):
-        raise UserError("--clips: each folder is a row of the table and needs a name of its own, as in kling=videos/k")
-    for path in folders.values():
+    rows = [(name if equals else Path(name).resolve().name, Path(path or name)) for name, equals, path in named]
+    for _, path in rows:
         if not path.is_dir():
             raise UserError(f"{path}: does not exist; --clips names folders of videos")
     follower = load_tracker(tracker)
-    truths = open_benchmark(benchmark, getattr(follower, "clicks", None), fingerprint(follower.module), CACHE / "masks")
+    masks = CACHE / "masks"
+    truths = open_benchmark(benchmark, getattr(follower, "clicks", None), fingerprint(follower.module), masks)
     if tracker == "pocket" and any(min(truth.size) > 64 for split in truths.values() for truth in split):
         print("the embedded tracker was made for 64 x 64 pixels; name a SAM 2 with --tracker", file=sys.stderr)
     folder = Path(out) if out else RUNS / f"eval-{Path(benchmark).resolve().name}"
-    records = score(folder, truths, folders, follower, fps, _device())
-    print_table(records)
-    print("\nas the published code counts (PISA, table 1):")
-    print_table(records, released=True)
-    print("report:", write_report(folder)[1])
+    for target in runs:
+        rows += _imagine(target, truths, folder / "videos")
+    if len(dict(rows)) < len(rows) or any(not name or "/" in name for name, _ in rows):
+        raise UserError("--clips: each row of the table needs a name of its own; give one, as in kling=videos/k")
+    if _main_process():
+        records = score(folder, truths, dict(rows), follower, fps, _device())
+        print_table(records)
+        print("\nas the published code counts (PISA, table 1):")
+        print_table(records, released=True)
+        print("report:", report(folder)[1])
+    _wait()
+
+
+def _imagine(target: str, truths: Any, out: Path) -> list[tuple[str, Path]]:
+    """Rows for a run: the folders with the videos of its base and of its tuned model, made where they are missing."""
+    from posttrain.score import imagine
+
+    plan, folder = open_run(target)
+    _need_training(folder)
+    kind = open_splits(plan.data)[0].kind
+    asked = plan.eval or EvalConfig(clips="", seeds=1)
+    settings = {"kind": kind, "sampler": asked.sampler.model_dump(), "model": plan.model.model_dump(mode="json")}
+    weights = {path.name: files.sha256(path) for path in sorted((folder / ADAPTER).rglob("*.safetensors"))}
+    models: dict[str, tuple[Any, Any]] = {
+        "base": (lambda: _base(plan), {}),
+        plan.method.name: (lambda: _tuned(plan, folder), weights),
+    }
+    rows = []
+    for name, (model, trained) in models.items():
+        digest = files.sha256_bytes(json.dumps([settings, trained], sort_keys=True).encode())
+        rows.append((name, out / f"{name}-{digest[:8]}"))
+        if _main_process():
+            sampler = asked.sampler
+            imagine(model, truths, rows[-1][1], kind, asked.seeds, asked.batch, sampler.steps, sampler.guidance)
+    _wait()
+    return rows
 
 
 @contextmanager

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     ],
     "posttrain.score": [
         *(*CONTRACT, "posttrain.data", "posttrain.metrics", "posttrain.benchmarks"),
-        *("posttrain.sample", "posttrain.evaluate"),
+        *("posttrain.models.base", "posttrain.sample", "posttrain.evaluate"),
     ],
     "posttrain.report": [*CONTRACT, "posttrain.data", "posttrain.evaluate"],
     "posttrain.export": [*CONTRACT, "posttrain.models"],

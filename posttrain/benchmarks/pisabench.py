@@ -31,7 +31,7 @@ from posttrain.data.clips import Clips, DataConfig
 from posttrain.files import UserError
 
 REAL_FPS, SIM_FPS = 120.0, 16.0  # said in the paper and nowhere in the files
-NEGATIVE = "no camera motion, no slow-motion"  # the paper's negative prompts, for models that take them
+NEGATIVE = "no camera motion, no slow-motion"  # the paper's negative prompts; they count where there is guidance
 
 
 class Clicks(Protocol):
@@ -47,7 +47,8 @@ class Truth:
     """What really happened in a clip.
 
     Attributes:
-        masks: the first n masks of the scored object, bool (F, H, W), F <= n; takes n.
+        picture: gives its first picture, uint8 (H, W, 3).
+        masks: gives the first n masks of the scored object, bool (F, H, W), F <= n; takes n.
         key: changes with all that they depend on.
         row: fps, drop_height (metres; None if unknown) and gravity, as in metadata.jsonl.
     """
@@ -55,6 +56,7 @@ class Truth:
     id: str
     caption: str
     size: tuple[int, int]  # height, width
+    picture: Callable[[], np.ndarray]
     masks: Callable[[int], np.ndarray]
     key: str
     row: dict[str, Any]
@@ -102,11 +104,15 @@ def _ours(folder: Path, split: str) -> list[Truth]:
         assert instances is not None
         return (instances == clips.row(index)["target"] + 1)[:n]
 
+    def picture(index: int) -> np.ndarray:
+        return clips.read(index)[0][0]
+
     def truth(index: int) -> Truth:
         row = clips.row(index)
         key = _digest([row["sha256"], row.get("annotations_sha256"), row["target"]])
         facts = {name: row.get(name) for name in ("fps", "drop_height", "gravity")}
-        return Truth(clips.ids[index], row["caption"], tuple(row["size"]), partial(masks, index), key, facts)
+        size = clips.splits[0].size
+        return Truth(clips.ids[index], row["caption"], size, partial(picture, index), partial(masks, index), key, facts)
 
     return [truth(index) for index in range(len(clips))]
 
@@ -129,7 +135,8 @@ def _published(scene: Path, clicks: Clicks | None, follower: str, cache: Path | 
     row = {"fps": REAL_FPS if real else SIM_FPS, "drop_height": None, "gravity": None}
     if archive.exists():
         key = _digest([files.sha256(archive), target])
-        return Truth(scene.name, info["prompt"], (height, width), partial(_stored, archive, target), key, row)
+        masks = partial(_stored, archive, target)
+        return Truth(scene.name, info["prompt"], (height, width), partial(_picture, pictures[0]), masks, key, row)
     if not real:
         raise UserError(f"{archive}: does not exist; unpack PisaBench again")
     if clicks is None or cache is None:
@@ -141,7 +148,7 @@ def _published(scene: Path, clicks: Clicks | None, follower: str, cache: Path | 
     key = _digest([info["points"][target], sizes, files.sha256(pictures[0]), follower])
     kept = cache / f"{key[:32]}.npz"
     masks = partial(_clicked, pictures, info["points"][target], clicks, kept)
-    return Truth(scene.name, info["prompt"], (height, width), masks, key, row)
+    return Truth(scene.name, info["prompt"], (height, width), partial(_picture, pictures[0]), masks, key, row)
 
 
 def _dropped(path: Path, points: Any, size: tuple[int, int]) -> int:
