@@ -118,7 +118,7 @@ def test_a_long_video_needs_no_more_memory_than_a_short_one(net: sam2.Sam2Tracke
     net.sam._prepare_memory_conditioned_features = spy
     try:
         with torch.no_grad():
-            list(net.follow((video[:, :, t % FRAMES] for t in range(FAR)), FAR, mask))
+            list(net.follow((video[:, :, t % FRAMES] for t in range(FAR + 2)), FAR + 2, mask))
     finally:
         del net.sam._prepare_memory_conditioned_features
     assert kept[:3] == [1, 2, 3]
