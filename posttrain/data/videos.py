@@ -16,6 +16,7 @@ Shape letters: F frames, H W pixels, C channels.
 """
 
 import csv
+import io
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -121,8 +122,7 @@ def _table(path: Path) -> list[Entry]:
         rows = files.read_json(path)
         rows = rows.get("data") if isinstance(rows, dict) else rows
     elif path.suffix == ".csv":
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            rows = list(csv.DictReader(stream))
+        rows = list(csv.DictReader(io.StringIO(_text(path))))
     else:
         raise UserError(f"{path}: is no folder and no .jsonl, .json or .csv; name a folder or a list of videos")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows) or not rows:
