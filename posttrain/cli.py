@@ -11,7 +11,7 @@ from posttrain.files import UserError
 COMMANDS = {
     "run": "every stage of a recipe: clips, training, evaluation, report, export; continues what was cut off",
     "train": "the clips and the training alone",
-    "eval": "measure a trained run",
+    "eval": "measure a trained run, or videos that any model made (--clips)",
     "report": "write report.html and report.json from what was measured",
     "export": "write the weights as others load them (export=[diffusers, comfyui, merged]), with a model card",
 }
@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in train.steps=20")
         if name == "export":
             command.add_argument("--check", action="store_true", help="load every file as others do and compare")
+        if name == "eval":
+            _scoring(command)
     for name, text in TOOLS.items():
         tool = commands.add_parser(name, help=text, description=text)
         if name == "doctor":
@@ -50,6 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.height is not None:
                 wishes["size"] = options.height, options.width
             stages.sample(options.target, options.image, wishes, options.scale, options.output)
+            return 0
+        if options.command == "eval" and (options.clips or options.run):
+            if options.overrides:
+                raise UserError(f"{options.overrides[0]}: with --clips there is no recipe whose values could change")
+            stages.score(options.target, options.clips, options.run, options.tracker, options.fps, options.out)
             return 0
         plan, folder = stages.open_run(options.target, options.overrides)
         if options.command == "run":
@@ -71,6 +78,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
     return 0
+
+
+def _scoring(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group(
+        "videos that any model made",
+        "posttrain eval BENCHMARK --clips FOLDER ... scores folders of videos against PisaBench (its folder real or "
+        "sim) or a dataset folder. A video is named by its clip, <clip>.mp4 or <clip>-s<seed>.mp4, in a folder per "
+        "split where the benchmark has several.",
+    )
+    clips = "a row of the table each; NAME=FOLDER names it"
+    group.add_argument("--clips", nargs="+", default=[], metavar="FOLDER", help=clips)
+    runs = "let a run's base and tuned model make the videos first, from the benchmark's pictures and prompts"
+    group.add_argument("--run", nargs="+", default=[], metavar="RUN", help=runs)
+    group.add_argument(
+        "--tracker",
+        default="pocket",
+        metavar="FOLDER|HUB",
+        help="what follows the object: a SAM 2 in transformers' layout, as facebook/sam2.1-hiera-large, which the real "
+        "set needs; by default the embedded tracker, made for 64 x 64 pixels",
+    )
+    group.add_argument("--fps", type=float, help="of the videos, where their files say it wrongly")
+    group.add_argument("--out", metavar="FOLDER", help="where scores and report go (runs/eval-<benchmark>)")
 
 
 WISHES = ("prompt", "negative", "seeds", "frames", "fps", "steps", "guidance")  # options of `sample`, see gallery.Wish

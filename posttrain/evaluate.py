@@ -335,8 +335,8 @@ def difference(record: dict[str, Any], against: dict[str, Any]) -> dict[str, Any
     return names | {key: interval(gap(key)) for key in pisa.METRICS}
 
 
-def print_table(records: Sequence[dict[str, Any]], console: Console | None = None) -> None:
-    """The records' means, L2 first with its interval. Narrow enough for 80 columns."""
+def print_table(records: Sequence[dict[str, Any]], console: Console | None = None, released: bool = False) -> None:
+    """The records' means, L2 first with its interval; `released`: in the other convention. Fits 80 columns."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     headings = {
         "l2": "L2 [95%]",
@@ -345,16 +345,19 @@ def print_table(records: Sequence[dict[str, Any]], console: Console | None = Non
         "vanished": "Vanished",
         "time_error": "Time error",
     }
+    if released:
+        del headings["time_error"]
     for heading in ("Model", "Clips", *headings.values()):
         table.add_column(heading, justify="left" if heading in ("Model", "Clips") else "right", no_wrap=True)
     for previous, record in zip([records[0], *records], records, strict=False):
         if previous["split"] != record["split"]:
             table.add_row()
-        row = summary(record)
+        row = summary(record)["released"] if released else summary(record)
         cells = {key: "-" if row[key]["mean"] is None else f"{row[key]['mean']:.3f}" for key in headings}
         if row["l2"]["mean"] is not None:
             cells["l2"] += f" [{row['l2']['low']:.3f}, {row['l2']['high']:.3f}]"
-        if row["time_error"]["mean"] is not None:
+        if not released and row["time_error"]["mean"] is not None:
             cells["time_error"] += " s"
-        table.add_row(row["model"], row["split"], *cells.values(), style="dim" if row["model"] in REFERENCES else None)
+        style = "dim" if record["model"] in REFERENCES else None
+        table.add_row(record["model"], record["split"], *cells.values(), style=style)
     (console or Console()).print(table)

@@ -146,9 +146,10 @@ def lead(facts: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
         )
     counts = {record["split"]: len(record["clips"]) for record in records}
     sampled = next((record for record in reversed(records) if record["model"] not in REFERENCES), records[-1])
+    steps = f", {sampled['sampler']['steps']} sampling steps" if "sampler" in sampled else ""
     sentences.append(
         f"Measured on {' and '.join(f'{n} {split}' for split, n in counts.items())} clips, "
-        f"{sampled['seeds']} samples each, {sampled['sampler']['steps']} sampling steps."
+        f"{sampled['seeds']} samples each{steps}."
     )
     return html.escape(" ".join(sentences))
 
@@ -241,6 +242,7 @@ def players(run: Path, records: Sequence[dict[str, Any]], styles: dict[str, str]
     chosen: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = []  # per card: records and their clips
     for split in dict.fromkeys(record["split"] for record in records):
         shown = [record for record in records if record["split"] == split and record["model"] in styles]
+        shown = [record for record in shown if all(record[key] == shown[0][key] for key in ("fps", "size"))]
         named = [{clip["id"]: clip for clip in record["clips"]} for record in shown]
         common = [name for name in named[0] if all(name in clips for clips in named)]
         chosen += [(shown, [clips[name] for clips in named]) for name in common[: PLAYERS.get(split, 4)]]
@@ -317,7 +319,8 @@ def film(run: Path, shown: Sequence[dict[str, Any]], name: str) -> np.ndarray:
         if not path.exists():
             raise files.UserError(f"{path}: does not exist; delete {run / 'evaluation'} and evaluate again")
         panels.append(read_video(path))
-    frames = np.concatenate(panels, axis=2)
+    shortest = min(map(len, panels))
+    frames = np.concatenate([panel[:shortest] for panel in panels], axis=2)
     height = panels[0].shape[1]
     if height <= 128:
         return frames.repeat(2, 1).repeat(2, 2)

@@ -5,11 +5,13 @@ Stages meet in files. Each looks at what is there, says what it reuses, does the
     data/...                 the clips (made by `sim`)
     runs/cache/              latents and rows of evaluation that runs share, by content
     runs/<run>/recipe.yaml   the resolved recipe, overrides in it
+    runs/<run>/clips.jsonl   which files are retimed, cropped or left out, and why (where any is)
     runs/<run>/adapter/      the trained weights (also where they are a whole model)
     runs/<run>/trained.json  says that they are complete, and what they depend on
     runs/<run>/merged/       the adapter folded into its base, where `export:` lists it
 """
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +23,8 @@ from typing import Annotated, Any, Literal
 import torch
 
 from posttrain import files, recipe
-from posttrain.data.clips import Clips, DataConfig, check_same_kind, open_split
+from posttrain.data import videos
+from posttrain.data.clips import Clips, DataConfig, check_same_kind, open_split, open_splits
 from posttrain.evaluate import EvalConfig
 from posttrain.files import UserError
 from posttrain.models.base import Merged, ModelConfig
@@ -31,7 +34,7 @@ from posttrain.types import Strict
 
 RUNS = Path("runs")
 CACHE = RUNS / "cache"
-ADAPTER, TRAINED = "adapter", "trained.json"
+ADAPTER, TRAINED, CLIPS = "adapter", "trained.json", "clips.jsonl"
 POCKET: dict[str, Any] = {"size": (64, 64), "frames": 33, "fps": 16, "steps": 12, "guidance": 1.0}  # see gallery.Wish
 # may change without changing the trained weights
 FREE = ("run", "data.make", "train.checkpoint_every", "eval", "export")
@@ -124,16 +127,20 @@ def make(plan: Recipe) -> None:
 
 def check_data(plan: Recipe) -> None:
     """Refuse clips for training and testing that do not go together, before hours are spent."""
-    wanted = [(clips, plan.data.split) for clips in plan.data.folders]
+    splits = open_splits(plan.data)
     if plan.eval:
-        wanted += [(plan.eval.clips, split) for split in plan.eval.splits]
-    check_same_kind([open_split(clips, split) for clips, split in wanted])
+        splits += [open_split(plan.eval.clips, split) for split in plan.eval.splits]
+    check_same_kind(splits)
 
 
 def train(plan: Recipe, folder: Path) -> None:
     """Train and save the weights, unless that is done."""
     model, method = load_model(plan.model), plan.method.module
     clips = Clips(plan.data, preload=False)
+    tell(clips, folder)
+    if method.DATA == "clips" and not clips.annotated:
+        bare = next(split.folder for split in clips.splits if not split.annotated)
+        raise UserError(f"{bare}: has no masks, which {plan.method.name} learns from; use clips that `sim make` filmed")
     if hasattr(model, "latent_shape"):
         model.latent_shape(clips.splits[0].frames, *clips.splits[0].size)
     data: Any = clips
@@ -162,6 +169,17 @@ def train(plan: Recipe, folder: Path) -> None:
         model.save(folder / ADAPTER)
         files.write_json(folder / TRAINED, run.meaning)
     _wait()
+
+
+def tell(clips: Clips, folder: Path) -> None:
+    """Say which files are retimed, cropped or left out: in short on the terminal, each of them in clips.jsonl."""
+    told = [{"clips": str(split.folder), **row} for split in clips.splits for row in split.told]
+    if told and _main_process():
+        files.write_jsonl(folder / CLIPS, told)
+        for split in clips.splits:
+            for line in videos.summary(split.told) if split.told else ():
+                print(f"{split.folder}: {line}", file=sys.stderr)
+        print(f"clips: all is listed in {folder / CLIPS}", file=sys.stderr)
 
 
 def _trained(folder: Path, meaning: dict[str, Any] | None = None) -> bool:
@@ -287,6 +305,81 @@ def _usual(plan: Recipe) -> dict[str, Any]:
     return usual | {"size": clips.size, "frames": clips.frames, "fps": clips.fps}
 
 
+def score(
+    benchmark: str,
+    clips: Sequence[str] = (),
+    runs: Sequence[str] = (),
+    tracker: str = "pocket",
+    fps: float | None = None,
+    out: str | None = None,
+) -> None:
+    """Score videos against a benchmark, a row of the table each; print the tables and write the report.
+
+    Args:
+        benchmark: PisaBench's folder, or a dataset folder.
+        clips: folders of videos, each FOLDER or NAME=FOLDER.
+        runs: runs, as in `open_run`, whose base and tuned model make videos first.
+        tracker: what follows the object, see `load_tracker`.
+        fps: of the videos in `clips`, where their files say it wrongly.
+        out: the folder for scores and report; None: runs/eval-<benchmark>.
+
+    Raises:
+        UserError: the benchmark, a folder or a run is not what it should be; the line says how.
+    """
+    from posttrain.benchmarks.pisabench import open_benchmark
+    from posttrain.evaluate import fingerprint, print_table
+    from posttrain.report import report
+    from posttrain.score import score
+
+    named = [text.partition("=") for text in clips]
+    rows = [(name if equals else Path(name).resolve().name, Path(path or name)) for name, equals, path in named]
+    for _, path in rows:
+        if not path.is_dir():
+            raise UserError(f"{path}: does not exist; --clips names folders of videos")
+    follower = load_tracker(tracker)
+    masks = CACHE / "masks"
+    truths = open_benchmark(benchmark, getattr(follower, "clicks", None), fingerprint(follower.module), masks)
+    if tracker == "pocket" and any(min(truth.size) > 64 for split in truths.values() for truth in split):
+        print("the embedded tracker was made for 64 x 64 pixels; name a SAM 2 with --tracker", file=sys.stderr)
+    folder = Path(out) if out else RUNS / f"eval-{Path(benchmark).resolve().name}"
+    for target in runs:
+        rows += _imagine(target, truths, folder / "videos")
+    if len(dict(rows)) < len(rows) or any(not name or "/" in name for name, _ in rows):
+        raise UserError("--clips: each row of the table needs a name of its own; give one, as in kling=videos/k")
+    if _main_process():
+        records = score(folder, truths, dict(rows), follower, fps, _device())
+        print_table(records)
+        print("\nas the published code counts (PISA, table 1):")
+        print_table(records, released=True)
+        print("report:", report(folder)[1])
+    _wait()
+
+
+def _imagine(target: str, truths: Any, out: Path) -> list[tuple[str, Path]]:
+    """Rows for a run: the folders with the videos of its base and of its tuned model, made where they are missing."""
+    from posttrain.score import imagine
+
+    plan, folder = open_run(target)
+    _need_training(folder)
+    kind = open_splits(plan.data)[0].kind
+    asked = plan.eval or EvalConfig(clips="", seeds=1)
+    settings = {"kind": kind, "sampler": asked.sampler.model_dump(), "model": plan.model.model_dump(mode="json")}
+    weights = {path.name: files.sha256(path) for path in sorted((folder / ADAPTER).rglob("*.safetensors"))}
+    models: dict[str, tuple[Any, Any]] = {
+        "base": (lambda: _base(plan), {}),
+        plan.method.name: (lambda: _tuned(plan, folder), weights),
+    }
+    rows = []
+    for name, (model, trained) in models.items():
+        digest = files.sha256_bytes(json.dumps([settings, trained], sort_keys=True).encode())
+        rows.append((name, out / f"{name}-{digest[:8]}"))
+        if _main_process():
+            sampler = asked.sampler
+            imagine(model, truths, rows[-1][1], kind, asked.seeds, asked.batch, sampler.steps, sampler.guidance)
+    _wait()
+    return rows
+
+
 @contextmanager
 def _base(plan: Recipe) -> Iterator[Any]:
     """The model that training started from; for random weights, the pretrained one they compete with.
@@ -374,9 +467,11 @@ def _check_base(field: str, source: str, run: Path, merge: tuple[Merged, ...]) -
         raise UserError(f"{field}: {source} was trained on merged adapters; let model.merge begin with {needed}")
 
 
-def load_tracker() -> Any:
-    """The embedded segmenter that scores."""
-    return load_model(ModelConfig(family="tracker", path="pocket"))
+def load_tracker(path: str = "pocket") -> Any:
+    """The segmenter that scores: the embedded one, one like it in a folder, or a SAM 2 in a folder or on the hub."""
+    config = Path(path) / "config.json"
+    ours = path == "pocket" or (config.exists() and "widths" in files.read_json(config))
+    return load_model(ModelConfig(family="tracker" if ours else "sam2", path=path))
 
 
 def _need_training(folder: Path) -> None:

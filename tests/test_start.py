@@ -19,7 +19,6 @@ from posttrain.files import UserError
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, Merged, ModelConfig
 from posttrain.models.wan import Wan, initialise, load
-from posttrain.run import fingerprint
 
 ADAPTER = {"rank": 2, "alpha": 4}
 RECIPE: dict[str, Any] = {
@@ -40,7 +39,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     for name, adapter in (("first", AdapterConfig(**ADAPTER)), ("whole", None)):
         wan = load(ModelConfig(path=str(path / "wan"), adapter=adapter))
-        start = fingerprint(wan.module)
+        start = stages.fingerprint(wan.module)
         torch.manual_seed(9)
         with torch.no_grad():
             for key, parameter in wan.module.named_parameters():

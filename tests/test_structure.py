@@ -40,6 +40,10 @@ MAY_IMPORT = {
         *("posttrain.flow", "posttrain.data", "posttrain.models.base"),
         *("posttrain.metrics", "posttrain.benchmarks", "posttrain.sample"),
     ],
+    "posttrain.score": [
+        *(*CONTRACT, "posttrain.data", "posttrain.metrics", "posttrain.benchmarks"),
+        *("posttrain.models.base", "posttrain.sample", "posttrain.evaluate"),
+    ],
     "posttrain.report": [*CONTRACT, "posttrain.data", "posttrain.evaluate"],
     "posttrain.export": [*CONTRACT, "posttrain.models"],
     "posttrain.doctor": [*CONTRACT, "posttrain.pocket"],
@@ -48,6 +52,7 @@ MAY_IMPORT = {
     "posttrain.stages": [
         *(*CONTRACT, *ROOMS, "posttrain.recipe", "posttrain.sample", "posttrain.evaluate"),
         *("posttrain.gallery", "posttrain.report", "posttrain.export", "posttrain.doctor", "posttrain.bench"),
+        *("posttrain.benchmarks", "posttrain.score"),
     ],
     "posttrain.cli": ["posttrain", "sim"],
     "posttrain.__main__": ["posttrain.cli"],

@@ -1,5 +1,8 @@
 """Read a dataset folder: `<folder>/<split>/metadata.jsonl`, and beside it a video and an .npz per clip.
 
+Its clips are taken as they are, and all agree. Only where a recipe says what `frames`, `fps` and `size` it wants are
+clips retimed and cropped, and then a folder of any videos (videos.py) serves too, without annotations.
+
 Shape letters: B batch, C channels, F frames, H W pixels.
 """
 
@@ -9,14 +12,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
 
 from posttrain import files
+from posttrain.data import videos
 from posttrain.files import UserError
 from posttrain.progress import track
 from posttrain.types import Batch, Strict
@@ -25,12 +30,31 @@ SHAPE = ("fps", "frames", "size")  # what all clips of a training or a test have
 
 
 class DataConfig(Strict):
-    """Which clips. `make` names the recipes of `sim make` that film them where they are missing."""
+    """Which clips. `make` names the recipes of `sim make` that film them where they are missing.
+
+    With frames, fps and size (height, width), clips are retimed and cropped to them, and those of any videos are read.
+    """
 
     clips: str | list[str]
     split: str = "train"
     limit: int | None = Field(None, ge=1)  # the first clips of each folder
     make: str | list[str] | None = None
+    frames: PositiveInt | None = None
+    fps: PositiveFloat | None = None
+    size: tuple[PositiveInt, PositiveInt] | None = None
+    uncaptioned: Literal["leave_out", "empty"] = "leave_out"  # what becomes of a video without a caption
+
+    @model_validator(mode="after")
+    def _together(self) -> "DataConfig":
+        if None in (self.frames, self.fps, self.size) and (self.frames, self.fps, self.size) != (None, None, None):
+            raise PydanticCustomError("part", "frames, fps and size say together what clips shall be; give all three")
+        return self
+
+    @property
+    def wanted(self) -> videos.Wanted | None:
+        if self.frames is None or self.fps is None or self.size is None:
+            return None
+        return videos.Wanted(self.frames, self.fps, self.size)
 
     @property
     def folders(self) -> list[str]:
@@ -39,23 +63,37 @@ class DataConfig(Strict):
 
 @dataclass(frozen=True)
 class Split:
-    """The clips of one split, `folder` being the split's own. Clips agree in fps, frames and size."""
+    """The clips of one split, `folder` being the split's own. Clips agree in fps, frames and size.
+
+    `views` say how each clip is retimed and cropped, None where it is taken as it is; `told` what is done to each file.
+    """
 
     folder: Path
     rows: list[dict[str, Any]]
+    views: Sequence[videos.View | None]
+    annotated: bool = True
+    wanted: videos.Wanted | None = None
+    told: Sequence[dict[str, Any]] = ()
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        """fps, frames and size of its clips."""
+        if self.wanted is None:
+            return {key: self.rows[0][key] for key in SHAPE}
+        return {"fps": self.wanted.fps, "frames": self.wanted.frames, "size": list(self.wanted.size)}
 
     @property
     def fps(self) -> float:
-        return float(self.rows[0]["fps"])
+        return float(self.kind["fps"])
 
     @property
     def frames(self) -> int:
-        return int(self.rows[0]["frames"])
+        return int(self.kind["frames"])
 
     @property
     def size(self) -> tuple[int, int]:
         """Height, width."""
-        height, width = self.rows[0]["size"]
+        height, width = self.kind["size"]
         return int(height), int(width)
 
     def video(self, index: int) -> Path:
@@ -65,8 +103,43 @@ class Split:
         return self.folder / self.rows[index]["annotations"]
 
 
+def open_splits(config: DataConfig) -> list[Split]:
+    """The clips of each folder that a recipe names, as it wants them.
+
+    Raises:
+        UserError: as open_split and videos.choose do.
+    """
+    wanted = config.wanted
+    if wanted is None:
+        return [open_split(folder, config.split) for folder in config.folders]
+    splits = []
+    for folder in config.folders:
+        if not _annotated(Path(folder) / config.split / "metadata.jsonl"):
+            listed = videos.entries(folder, config.split)
+            if listed:
+                rows, views, told = videos.choose(listed, wanted, config.uncaptioned, config.limit)
+                splits.append(Split(listed[0].folder, rows, views, False, wanted, told))
+                continue
+        splits.append(_retimed(open_split(folder, config.split), wanted))
+    return splits
+
+
+def _annotated(metadata: Path) -> bool:
+    return metadata.is_file() and any("annotations" in row for row in files.read_jsonl(metadata))
+
+
+def _retimed(split: Split, wanted: videos.Wanted) -> Split:
+    """A dataset folder's clips, seen as `wanted`; they are all of one kind, so all are or none is long enough."""
+    places, box, notes = videos.plan(np.arange(split.frames) / split.fps, split.size, wanted)
+    if places is None:
+        raise UserError(f"{split.folder / 'metadata.jsonl'}: its clips cannot be used ({notes[0]}); ask for less")
+    view = videos.View(tuple(places.tolist()), False, box, wanted.size) if notes else None
+    told = [{"file": row["file_name"], "used": True, "notes": notes} for row in split.rows] if notes else []
+    return Split(split.folder, split.rows, [view] * len(split.rows), True, wanted, told)
+
+
 def open_split(folder: Path | str, split: str) -> Split:
-    """The clips of `<folder>/<split>`.
+    """The clips of `<folder>/<split>`, a dataset folder.
 
     Raises:
         UserError: no such split, a file of it is missing or outside the folder, or clips differ in fps, frames or size.
@@ -74,33 +147,39 @@ def open_split(folder: Path | str, split: str) -> Split:
     path = Path(folder) / split
     metadata = path / "metadata.jsonl"
     if not metadata.is_file():
-        raise UserError(f"{metadata}: does not exist; film the clips with `python -m sim make RECIPE`")
+        remedy = "film the clips with `python -m sim make RECIPE`"
+        if videos.entries(folder, split):
+            remedy = f"{folder} holds videos: train on them with data.frames, data.fps and data.size"
+        raise UserError(f"{metadata}: does not exist; {remedy}")
     rows = files.read_jsonl(metadata)
     if not rows:
         raise UserError(f"{metadata}: has no clips; film them with `python -m sim make RECIPE`")
     for line, row in enumerate(rows, 1):
         if missing := [k for k in (*SHAPE, "file_name", "annotations", "sha256", "caption", "target") if k not in row]:
-            raise UserError(f"{metadata}:{line}: {missing[0]}: is missing; make the dataset again")
+            remedy = "make the dataset again"
+            if "annotations" not in row:
+                remedy = "such clips are trained on with data.frames, data.fps and data.size, and cannot be tested with"
+            raise UserError(f"{metadata}:{line}: {missing[0]}: is missing; {remedy}")
         for name in (row["file_name"], row["annotations"]):
             if not files.inside(path, name).is_file():
                 raise UserError(f"{metadata}:{line}: {name}: does not exist; make the dataset again")
         _agree(f"{metadata}:{line}: {row['file_name']}", row, rows[0], rows[0]["file_name"])
-    return Split(path, rows)
+    return Split(path, rows, [None] * len(rows))
 
 
-def _agree(where: str, row: dict[str, Any], other: dict[str, Any], name: str) -> None:
+def _agree(where: str, kind: dict[str, Any], other: dict[str, Any], name: str) -> None:
     for key in SHAPE:
-        if row[key] != other[key]:
+        if kind[key] != other[key]:
             raise UserError(
-                f"{where}: {key} is {row[key]}, but {other[key]} in {name}; "
-                "clips are not retimed or scaled: use clips of one kind"
+                f"{where}: {key} is {kind[key]}, but {other[key]} in {name}; clips are not retimed or scaled unless "
+                "data.frames, data.fps and data.size ask for it: use clips of one kind"
             )
 
 
 def check_same_kind(splits: Sequence[Split]) -> None:
     """Refuse splits that differ in fps, frames or size, for instance those of training and of testing."""
     for split in splits[1:]:
-        _agree(f"{split.folder / 'metadata.jsonl'}", split.rows[0], splits[0].rows[0], str(splits[0].folder))
+        _agree(f"{split.folder / 'metadata.jsonl'}", split.kind, splits[0].kind, str(splits[0].folder))
 
 
 def read_video(path: Path | str) -> np.ndarray:
@@ -152,17 +231,17 @@ class Clips:
     """
 
     def __init__(self, config: DataConfig, preload: bool = True) -> None:
-        self.splits = [open_split(folder, config.split) for folder in config.folders]
+        self.splits = open_splits(config)
         check_same_kind(self.splits)
         self._entries = [(split, index) for split in self.splits for index in range(len(split.rows))[: config.limit]]
         several = len(self.splits) > 1
         self.ids = [
-            (f"{split.folder.parent.name}/" if several else "") + Path(split.rows[index]["file_name"]).stem
+            (f"{split.folder.parent.name}/" if several else "") + _id(split, split.rows[index]["file_name"])
             for split, index in self._entries
         ]
         if len(set(self.ids)) < len(self.ids):
             raise UserError(f"data.clips: {', '.join(config.folders)}: clips share a name; rename one of the folders")
-        self._decoded: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._decoded: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
         if preload:
             self.preload()
 
@@ -173,9 +252,15 @@ class Clips:
             self._decoded = dict(enumerate(videos))
 
     @property
+    def annotated(self) -> bool:
+        """Whether it is known what is where in the clips."""
+        return all(split.annotated for split in self.splits)
+
+    @property
     def key(self) -> str:
         """Changes with the clips' pictures, annotations or order."""
-        sums = [[self.row(i)["sha256"], self.row(i).get("annotations_sha256")] for i in range(len(self))]
+        rows = [self.row(i) for i in range(len(self))]
+        sums = [[row["sha256"], row.get("annotations_sha256"), *self.seen(i)] for i, row in enumerate(rows)]
         return files.sha256_bytes(json.dumps(sums).encode())
 
     def __len__(self) -> int:
@@ -191,12 +276,21 @@ class Clips:
         split, number = self._entries[index]
         return split.video(number)
 
-    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels uint8 (F, H, W, 3) and instances uint8 (F, H, W) of one clip."""
+    def seen(self, index: int) -> list[str]:
+        """What, beside the file, its clip depends on: how it is retimed and cropped; nothing where it is not."""
+        split, number = self._entries[index]
+        view = split.views[number]
+        return [] if view is None else [view.key]
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Pixels uint8 (F, H, W, 3) and instances uint8 (F, H, W) of one clip; None for these if it has none."""
         if index in self._decoded:
             return self._decoded[index]
         split, number = self._entries[index]
-        row, path = split.rows[number], split.video(number)
+        row, path, view = split.rows[number], split.video(number), split.views[number]
+        if not split.annotated:
+            assert view is not None
+            return videos.read(path, view), None
         content = _read(path)
         video = _decode(path, content)
         if video.shape[:3] != (row["frames"], *row["size"]):
@@ -214,17 +308,30 @@ class Clips:
             raise UserError(
                 f"{annotations}: instances are {instances.shape}, the video {video.shape[:3]}; make it again"
             )
+        if view is not None:
+            video = np.stack([videos.scale(video[frame], view) for frame in view.frames])
+            instances = np.stack([videos.scale_ids(instances[frame], view) for frame in view.frames])
         return video, instances
 
     def load(self, indices: Sequence[int]) -> Batch:
-        """The clips at `indices`, in pixels; instances and the scored object's instance id beside them."""
-        videos, instances = zip(*(self.read(index) for index in indices), strict=True)
+        """The clips at `indices`, in pixels; where all have them, instances and the scored object's id beside them."""
+        pixels, instances = zip(*(self.read(index) for index in indices), strict=True)
         return Batch(
             ids=tuple(self.ids[index] for index in indices),
-            video_BCFHW=torch.stack([to_float(video) for video in videos]),
-            instances_BFHW=torch.from_numpy(np.stack(instances)),
-            target_B=torch.tensor([self.row(index)["target"] + 1 for index in indices]),
+            video_BCFHW=torch.stack([to_float(video) for video in pixels]),
+            instances_BFHW=torch.from_numpy(np.stack(instances)) if self.annotated else None,
+            target_B=targets([self.row(index) for index in indices]),
         )
+
+
+def targets(rows: Sequence[dict[str, Any]]) -> torch.Tensor | None:
+    """The instance id of each clip's scored object, int64 (B,); None unless all have one."""
+    return torch.tensor([row["target"] + 1 for row in rows]) if all("target" in row for row in rows) else None
+
+
+def _id(split: Split, name: str) -> str:
+    """A clip's name in messages and files; that of any videos keeps what tells a.mp4 from a.mov."""
+    return Path(name).stem if split.annotated else name
 
 
 def to_float(video_FHWC: np.ndarray) -> torch.Tensor:

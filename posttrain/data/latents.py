@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from posttrain import files
-from posttrain.data.clips import Clips, to_float
+from posttrain.data.clips import Clips, targets, to_float
 from posttrain.files import UserError
 from posttrain.models.base import VideoModel
 from posttrain.progress import track
@@ -40,8 +40,8 @@ class Latents:
             sums = list(pool.map(lambda i: files.sha256(clips.video(i)), range(len(clips))))
         rows = [clips.row(index) for index in range(len(clips))]
         base = model.cache_key()
-        self.keys = [_hash(base, sum_, row["caption"]) for sum_, row in zip(sums, rows, strict=True)]
-        self._targets = [row["target"] + 1 for row in rows]
+        self.keys = [_hash(base, sums[i], row["caption"], *clips.seen(i)) for i, row in enumerate(rows)]
+        self._rows = rows
         self._files = [Path(folder) / key[:2] / f"{key}.safetensors" for key in self.keys]
         state = PartialState()
         if state.is_main_process:
@@ -85,7 +85,7 @@ class Latents:
             ids=tuple(self.ids[index] for index in indices),
             z0_BCFHW=torch.stack([entry["z0"] for entry in entries]),
             text_BLD=text_BLD,
-            target_B=torch.tensor([self._targets[index] for index in indices]),
+            target_B=targets([self._rows[index] for index in indices]),
             condition={
                 name.removeprefix(CONDITION): torch.stack([entry[name] for entry in entries])
                 for name in entries[0]

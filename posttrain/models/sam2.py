@@ -10,8 +10,10 @@ model's score is frozen at +10); frame 0's output is the prompt itself; masks le
 picture size; memories are kept in bf16.
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,47 +49,76 @@ class Sam2Tracker(nn.Module):
             mask0_BHW: bool, the object in frame 0.
             teacher_BFHW: bool, true masks to remember in place of the network's own (training only).
         """
-        batch, _, frames, height, width = video_BCFHW.shape
+        frames = video_BCFHW.shape[2]
+        return torch.cat(list(self.follow(video_BCFHW.unbind(2), frames, mask0_BHW, teacher_BFHW=teacher_BFHW)), 1)
+
+    def follow(
+        self,
+        pictures: Iterable[Tensor],
+        frames: int,
+        mask0_BHW: Tensor | None = None,
+        points_P2: Tensor | None = None,
+        labels_P: Tensor | None = None,
+        teacher_BFHW: Tensor | None = None,
+    ) -> Iterator[Tensor]:
+        """The same picture by picture: logits (B, 1, H, W) for each of `frames` pictures (B, C, H, W) in [-1, 1].
+
+        What is no longer looked at is forgotten, so that a long video needs no more memory than a short one. In place
+        of the mask there may be clicks on frame 0 (one clip at a time); frame 0's mask then comes of them too.
+
+        Args:
+            points_P2: x (right) and y (down) in pixels of the picture, 0 the middle of the first pixel.
+            labels_P: 1 on the object, 0 beside it.
+        """
         size = (self.sam.config.image_size, self.sam.config.image_size)
-        mean, std = (video_BCFHW.new_tensor(v).view(-1, 1, 1) for v in (MEAN, STD))
-        session = Sam2VideoInferenceSession(
-            video_height=height, video_width=width, inference_device=video_BCFHW.device, dtype=video_BCFHW.dtype
-        )
-        session.processed_frames = dict.fromkeys(range(frames))  # it only counts them: the features are given
-        session.obj_id_to_idx(0)
-        logits = []
-        for t in range(frames):
-            picture = F.interpolate((video_BCFHW[:, :, t] + 1) / 2, size, mode="bilinear", antialias=True)
-            seen = self.sam.get_image_features((picture - mean) / std, return_dict=True)
+        memory = max(self.sam.config.num_maskmem, self.sam.config.max_object_pointers_in_encoder)
+        session: Sam2VideoInferenceSession | None = None
+        for t, picture in enumerate(pictures):
+            batch, _, height, width = picture.shape
+            if session is None:
+                session = Sam2VideoInferenceSession(
+                    video_height=height, video_width=width, inference_device=picture.device, dtype=picture.dtype
+                )
+                session.processed_frames = dict.fromkeys(range(frames))  # it only counts them: the features are given
+                session.obj_id_to_idx(0)
+            mean, std = (picture.new_tensor(v).view(-1, 1, 1) for v in (MEAN, STD))
+            enlarged = F.interpolate((picture + 1) / 2, size, mode="bilinear", antialias=True)
+            seen = self.sam.get_image_features((enlarged - mean) / std, return_dict=True)
             features = {"vision_feats": seen.fpn_hidden_states, "vision_pos_embeds": seen.fpn_position_encoding}
             session.cache.cache_vision_features(t, features)
             given = t == 0
+            mask, clicks = None, None
+            if given and mask0_BHW is not None:
+                mask = F.interpolate(mask0_BHW[:, None].to(picture), size)
+            elif given and points_P2 is not None and labels_P is not None:
+                scaled = points_P2.to(picture) * picture.new_tensor([size[1] / width, size[0] / height])
+                clicks = {"point_coords": scaled[None, None], "point_labels": labels_P.to(picture.device)[None, None]}
             out = self.sam._run_single_frame_inference(
                 inference_session=session,
                 obj_idx=0,
                 frame_idx=t,
                 batch_size=1,  # features already hold the batch
                 is_init_cond_frame=given,
-                point_inputs=None,
-                mask_inputs=F.interpolate(mask0_BHW[:, None].to(video_BCFHW), size) if given else None,
+                point_inputs=clicks,
+                mask_inputs=mask,
                 reverse=False,
             )
-            if given:
+            if mask is not None:
                 out["object_pointer"] = out["object_pointer"].diagonal().T[:, None]
-            remembered = out["high_res_masks"]
+            remembered = out.pop("high_res_masks")
             if teacher_BFHW is not None and not given:
-                remembered = F.interpolate(20 * teacher_BFHW[:, t, None].to(video_BCFHW) - 10, size)
+                remembered = F.interpolate(20 * teacher_BFHW[:, t, None].to(picture) - 10, size)
             session.store_output(0, t, output_value=out, is_conditioning_frame=given)
-            memory, position = self.sam._encode_new_memory(
+            features_t, position = self.sam._encode_new_memory(
                 current_vision_feats=seen.fpn_hidden_states[-1],
                 pred_masks_high_res=remembered,
                 object_score_logits=out["object_score_logits"].reshape(batch, 1, 1),
                 is_mask_from_pts=given,
             )
-            kind = "cond_frame_outputs" if given else "non_cond_frame_outputs"
-            session.output_dict_per_obj[0][kind][t] |= {"maskmem_features": memory, "maskmem_pos_enc": position}
-            logits.append(F.interpolate(out["pred_masks"].float(), (height, width), mode="bilinear"))
-        return torch.cat(logits, 1)
+            kept = session.output_dict_per_obj[0]["cond_frame_outputs" if given else "non_cond_frame_outputs"]
+            kept[t] |= {"maskmem_features": features_t, "maskmem_pos_enc": position}
+            kept.pop(t - memory, None)
+            yield F.interpolate(out["pred_masks"].float(), (height, width), mode="bilinear")
 
 
 def new(config: Sam2VideoConfig, seed: int = 0) -> Sam2Tracker:
@@ -115,6 +146,17 @@ class Model:
     def __call__(self, video_BCFHW: Tensor, mask0_BHW: Tensor) -> Tensor:
         return self.module(video_BCFHW, mask0_BHW)
 
+    @torch.no_grad()
+    def clicks(
+        self, pictures: Iterable[np.ndarray], frames: int, points_P2: np.ndarray, labels_P: np.ndarray
+    ) -> Iterator[np.ndarray]:
+        """Masks, bool (H, W), of what is clicked on in the first of `frames` pictures, uint8 (H, W, 3)."""
+        device = next(self.module.parameters()).device
+        shown = (torch.tensor(p, device=device).permute(2, 0, 1)[None].float() / 127.5 - 1 for p in pictures)
+        points, labels = torch.from_numpy(points_P2), torch.from_numpy(labels_P)
+        for logits in self._tracker.follow(shown, frames, points_P2=points, labels_P=labels):
+            yield (logits[0, 0] > 0).cpu().numpy()
+
     def save(self, path: Path) -> None:
         """Write the transformers folder (config.json, model.safetensors) `path`."""
         with replacing(path) as temporary:
@@ -122,14 +164,24 @@ class Model:
 
 
 def load(config: ModelConfig, device: str = "cpu") -> Model:
-    """The SAM 2 in folder `config.path` ("pocket": the embedded one); `init: random` keeps its architecture alone.
+    """The SAM 2 in `config.path`: a transformers folder, or a hub id as facebook/sam2.1-hiera-large.
+
+    "pocket" is the embedded one; `init: random` keeps its architecture alone.
 
     Raises:
-        UserError: the folder is no Sam2VideoModel.
+        UserError: it is no Sam2VideoModel, or not a whole one.
     """
-    path = folder("sam2") if config.path == "pocket" else Path(config.path)
-    if not (path / "config.json").exists():
-        raise UserError(f"{path / 'config.json'}: does not exist; model.path must be a Sam2VideoModel's folder")
-    if config.init == "random":
-        return Model(new(Sam2VideoConfig.from_pretrained(path), config.seed).to(device))
-    return Model(Sam2Tracker(Sam2VideoModel.from_pretrained(path)).to(device))
+    local = Path(config.path).exists() or config.path.startswith((".", "/", "~")) or config.path.count("/") != 1
+    path = str(folder("sam2")) if config.path == "pocket" else config.path
+    if local and not (Path(path) / "config.json").exists():
+        raise UserError(f"{Path(path) / 'config.json'}: does not exist; name a Sam2VideoModel's folder or a hub id")
+    try:
+        if config.init == "random":
+            return Model(new(Sam2VideoConfig.from_pretrained(path), config.seed).to(device))
+        sam, info = Sam2VideoModel.from_pretrained(path, output_loading_info=True)
+    except Exception as error:  # transformers, huggingface_hub and safetensors each raise their own kinds
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: cannot be loaded as a Sam2VideoModel ({reason})") from error
+    if info["missing_keys"]:  # transformers would leave these random and only warn
+        raise UserError(f"{path}: lacks {sorted(info['missing_keys'])[0]}; it is no whole Sam2VideoModel")
+    return Model(Sam2Tracker(sam).to(device))

@@ -1,0 +1,416 @@
+"""Scoring anybody's videos against PisaBench as published, and against a dataset folder: numbers known beforehand."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+import yaml
+from falling import FPS, SIDE, SIZE, Oracle, RedTracker, film, rows_of, write_dataset
+from PIL import Image
+from test_stages import command
+from tiny import wan_folder
+from transformers import Sam2VideoConfig
+
+from posttrain import files, score
+from posttrain.benchmarks.pisabench import open_benchmark
+from posttrain.data.videos import centred
+from posttrain.evaluate import summary
+from posttrain.files import UserError
+from posttrain.models import sam2
+from posttrain.pocket import folder as pocket
+
+UNIT = math.sqrt(2) * SIZE
+COLUMN = 12
+
+
+class ClickTracker(RedTracker):
+    """Finds the red pixels, also of what is clicked on; notes the clicks and how many pictures it was shown."""
+
+    def __init__(self, give_up_after: int | None = None) -> None:
+        super().__init__(give_up_after)
+        self.clicked: list[tuple[int, int, Any, Any]] = []
+
+    def clicks(
+        self, pictures: Iterable[np.ndarray], frames: int, points_P2: np.ndarray, labels_P: np.ndarray
+    ) -> Iterator[np.ndarray]:
+        masks = [picture[..., 0].astype(int) - picture[..., 1] > 60 for picture in pictures]
+        self.clicked.append((len(masks), frames, points_P2.tolist(), labels_P.tolist()))
+        yield from masks
+
+
+def write_video(path: Path, pictures: np.ndarray, fps: float = FPS) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264rgb", rate=round(fps), options={"qp": "0"})
+        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "rgb24"
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def square(rows: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+    return film(list(rows), COLUMN, 220)
+
+
+def write_pictures(scene: Path, pictures: np.ndarray, prefix: str = "") -> None:
+    scene.mkdir(parents=True)
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(scene / f"{prefix}{i:05d}.jpg", quality=95, subsampling=0)
+
+
+def write_real(folder: Path, rows: list[list[int]]) -> Path:
+    """PisaBench real: a square falls above one that lies still, which is clicked on first."""
+    for i, path in enumerate(rows):
+        write_pictures(folder / f"{i:04d}", square(path)[0])
+        points = [
+            {"positive": [[3, SIZE - 2]], "negative": []},
+            {"positive": [[COLUMN + 2, path[0] + 4], [COLUMN + 3, path[0] + 2]], "negative": [[1, 1]]},
+        ]
+        info = {"points": points, "prompt": f"A red square {i} falls."}
+        (folder / f"{i:04d}" / "clip_info.json").write_text(json.dumps(info))
+    return folder
+
+
+def write_sim(folder: Path, clips: int = 2, frames: int = 9) -> Path:
+    """PisaBench simulated: masks of two objects, of which the last one drops."""
+    for split in ("seen", "unseen"):
+        for i in range(clips):
+            scene = folder / split / f"{i:02d}"
+            pictures, instances = square(rows_of(2 + i, frames))
+            write_pictures(scene, pictures, "rgba_")
+            other = np.zeros_like(instances)
+            other[:, -3:, :3] = 1
+            np.savez_compressed(scene / "mask.npz", mask=np.stack([other, instances], 1))
+            (scene / "clip_info.json").write_text(json.dumps({"prompt": f"Square {i} falls."}))
+    return folder
+
+
+LINE = list(range(20))  # one pixel for each frame at 120 per second
+AT_16 = [0, 8, 15]  # frames of it that are 1/16 s apart, rounded; the published code takes 0, 7, 15
+
+
+def open_real(folder: Path, tracker: Any, cache: Path) -> Any:
+    return open_benchmark(folder, tracker.clicks, "tracker", cache)
+
+
+def test_real_clips_are_compared_at_the_right_moments_in_both_conventions(tmp_path) -> None:
+    real = write_real(tmp_path / "real", [LINE])
+    write_video(tmp_path / "good" / "0000.mp4", square(AT_16)[0])
+    write_video(tmp_path / "late" / "0000.mp4", square([0, 6, 13])[0])
+    tracker = ClickTracker()
+    benchmark = open_real(real, tracker, tmp_path / "cache")
+    assert [(truth.id, truth.caption, truth.fps) for truth in benchmark["real"]] == [
+        ("0000", "A red square 0 falls.", 120)
+    ]
+    folders = {name: tmp_path / name for name in ("good", "late")}
+    rows = {record["model"]: record for record in score.score(tmp_path / "out", benchmark, folders, tracker)}
+    good, late = rows["good"]["clips"][0], rows["late"]["clips"][0]
+    assert good["l2"] == good["chamfer"] == good["vanished"] == 0
+    assert good["iou"] == 1
+    assert good["released"]["l2"] == pytest.approx((0 + 1 + 0) / 3 / 2 / UNIT)  # mean over x and y
+    assert late["l2"] == pytest.approx((0 + 2 + 2) / 3 / UNIT)
+    assert late["released"]["l2"] == pytest.approx((0 + 1 + 2) / 3 / 2 / UNIT)
+    assert good["true_path"] == good["paths"][0]
+    assert summary(rows["late"])["released"]["l2"]["mean"] == late["released"]["l2"]
+    # the highest of the clicked objects, its own clicks alone, no more pictures than are needed
+    assert tracker.clicked == [(20, 20, [[14, 4], [15, 2], [1, 1]], [1, 1, 0])]
+
+
+def test_masks_from_clicks_are_kept_until_a_longer_video_needs_more(tmp_path) -> None:
+    real = write_real(tmp_path / "real", [[0] * 40 + [5] * 20])
+    tracker = ClickTracker()
+    truth = open_real(real, tracker, tmp_path / "cache")["real"][0]
+    first = truth.masks(10)
+    assert first.shape == (10, SIZE, SIZE)
+    assert first.sum() == 10 * SIDE**2
+    np.testing.assert_array_equal(open_real(real, tracker, tmp_path / "cache")["real"][0].masks(7), first[:7])
+    assert [shown for shown, *_ in tracker.clicked] == [10]
+    longer = open_real(real, tracker, tmp_path / "cache")["real"][0].masks(99)
+    assert [tuple(some[:2]) for some in tracker.clicked] == [(10, 60), (60, 60)]  # SAM 2 is told the whole length
+    np.testing.assert_array_equal(longer[:10], first)
+    assert longer[50, 5 + SIDE - 1, COLUMN]
+    other = open_benchmark(real, tracker.clicks, "another tracker", tmp_path / "cache")["real"][0]
+    assert other.key != truth.key
+    other.masks(1)
+    assert len(tracker.clicked) == 3
+
+
+def test_masks_beside_real_pictures_are_used(tmp_path) -> None:
+    real = write_real(tmp_path / "real", [LINE])
+    masks = np.zeros((20, 2, SIZE, SIZE), bool)
+    masks[:, 1, 3:7, 5:9] = True
+    np.savez_compressed(real / "0000" / "mask.npz", mask=masks)
+    truth = open_benchmark(real)["real"][0]
+    np.testing.assert_array_equal(truth.masks(4), masks[:4, 1])
+
+
+def test_simulated_clips_have_splits_and_their_last_object_drops(tmp_path) -> None:
+    benchmark = open_benchmark(write_sim(tmp_path / "sim"))
+    assert {split: [truth.id for truth in truths] for split, truths in benchmark.items()} == {
+        "seen": ["00", "01"],
+        "unseen": ["00", "01"],
+    }
+    for name in ("seen/00", "seen/01", "unseen/01"):
+        pictures = square(rows_of(2 + int(name[-1]), 9))[0]
+        write_video(tmp_path / "mine" / f"{name}-s0.mp4", pictures)
+        write_video(tmp_path / "mine" / f"{name}-s1.mp4", np.repeat(pictures[:1], 9, 0))
+    records = score.score(tmp_path / "out", benchmark, {"mine": tmp_path / "mine"}, RedTracker())
+    assert [(record["split"], record["total"], record["seeds"]) for record in records] == [
+        ("unseen", 1, 2),
+        ("seen", 2, 2),
+    ]
+    clip = records[1]["clips"][1]
+    frozen = np.abs(rows_of(3, 9) - 3).mean() / UNIT
+    assert clip["id"] == "01"
+    assert clip["l2"] == pytest.approx((0 + frozen) / 2)
+    assert clip["time_error"] is None  # the drop height is not published
+    assert open_benchmark(tmp_path / "sim" / "unseen").keys() == {"unseen"}
+    assert open_benchmark(tmp_path).keys() == {"sim/seen", "sim/unseen"}
+
+
+def test_our_own_clips_serve_too(tmp_path) -> None:
+    write_dataset(tmp_path / "drops", clips=2, frames=17)
+    for split in ("test_seen", "test_unseen"):
+        for i in range(2):
+            pictures = film(rows_of(2 + 2 * i + (split == "test_unseen"), 17), 4 + 5 * i, 200 + 10 * i)[0]
+            write_video(tmp_path / "perfect" / split / f"{i:05d}-s0.mp4", pictures)
+    records = score.score(
+        tmp_path / "out", open_benchmark(tmp_path / "drops"), {"p": tmp_path / "perfect"}, RedTracker()
+    )
+    assert [(record["split"], record["fps"], record["frames"]) for record in records] == [
+        ("unseen", 16, 17),
+        ("seen", 16, 17),
+    ]
+    for record in records:
+        for clip in record["clips"]:
+            assert clip["l2"] == 0
+            assert clip["time_error"] <= 0.5 / FPS
+
+
+def test_padding_is_cut_off_and_size_does_not_matter(tmp_path) -> None:
+    benchmark = open_benchmark(write_sim(tmp_path / "sim", 1) / "seen")
+    late = square([2, *rows_of(2, 8)])[0]
+    wide = np.zeros((9, SIZE, 56, 3), np.uint8)
+    wide[:, :, 12:44] = late
+    tall = np.zeros((9, 48, SIZE, 3), np.uint8)
+    tall[:, 8:40] = late
+    double = wide.repeat(2, 1).repeat(2, 2)
+    for name, pictures in (("same", late), ("wide", wide), ("tall", tall), ("double", double)):
+        write_video(tmp_path / name / "00.mp4", pictures)
+    names = ("same", "wide", "tall", "double")
+    records = score.score(tmp_path / "out", benchmark, {name: tmp_path / name for name in names}, RedTracker())
+    clips = {record["model"]: record["clips"][0] for record in records}
+    assert clips["same"]["l2"] > 0.005
+    for name in names:
+        assert clips[name] == clips["same"], name
+    assert score.scored_size((1024, 1024)) == (256, 256)
+    assert score.scored_size((64, 64)) == (64, 64)
+    assert score.scored_size((480, 832)) == (256, 440)
+
+
+def test_a_wrong_rate_in_the_files_can_be_mended(tmp_path) -> None:
+    benchmark = open_benchmark(write_sim(tmp_path / "sim", 1) / "seen")
+    write_video(tmp_path / "a" / "00.mp4", square(rows_of(2, 9))[0], fps=10)
+    wrong = score.score(tmp_path / "one", benchmark, {"a": tmp_path / "a"}, RedTracker())[0]
+    right = score.score(tmp_path / "two", benchmark, {"a": tmp_path / "a"}, RedTracker(), fps=16)[0]
+    assert (wrong["fps"], right["fps"]) == (10, 16)
+    assert wrong["clips"][0]["l2"] > 0
+    assert right["clips"][0]["l2"] == 0
+
+
+def test_a_killed_scoring_continues_and_nothing_is_scored_twice(tmp_path, capsys) -> None:
+    benchmark = open_benchmark(write_sim(tmp_path / "sim", 3) / "seen")
+    for i in range(3):
+        write_video(tmp_path / "a" / f"{i:02d}.mp4", square([2 + i] * 9)[0])
+    folders = {"a": tmp_path / "a"}
+    whole = score.score(tmp_path / "whole", benchmark, folders, RedTracker())
+    with pytest.raises(KeyboardInterrupt):
+        score.score(tmp_path / "cut", benchmark, folders, RedTracker(give_up_after=2))
+    rest = RedTracker()
+    again = score.score(tmp_path / "cut", benchmark, folders, rest)
+    assert rest.calls == 1
+    assert again[0] | {"seconds": 0} == whole[0] | {"seconds": 0}
+    reused = RedTracker()
+    score.score(tmp_path / "cut", benchmark, folders, reused)
+    assert reused.calls == 0
+    assert "a on seen clips: reused from" in capsys.readouterr().err
+    write_video(tmp_path / "a" / "01.mp4", square(rows_of(3, 9))[0])
+    changed = score.score(tmp_path / "cut", benchmark, folders, reused)
+    assert reused.calls == 3
+    assert changed[0]["clips"][1]["l2"] == 0
+
+
+def test_scores_of_another_tracker_do_not_mix(tmp_path) -> None:
+    benchmark = open_benchmark(write_sim(tmp_path / "sim", 1) / "seen")
+    write_video(tmp_path / "a" / "00.mp4", square([2] * 9)[0])
+    score.score(tmp_path / "out", benchmark, {"a": tmp_path / "a"}, RedTracker())
+    other = RedTracker()
+    torch.nn.init.constant_(other.module.weight, 5.0)
+    with pytest.raises(UserError, match=r"protocol\.json: its scores are of another tracker; choose another --out"):
+        score.score(tmp_path / "out", benchmark, {"a": tmp_path / "a"}, other)
+
+
+def test_what_has_no_video_is_said(tmp_path, capsys) -> None:
+    benchmark = open_benchmark(write_sim(tmp_path / "sim"))
+    write_video(tmp_path / "a" / "seen" / "01.mp4", square([2] * 9)[0])
+    score.score(tmp_path / "out", benchmark, {"a": tmp_path / "a"}, RedTracker())
+    assert "a on seen clips: 1 of 2 have a video in" in capsys.readouterr().err
+    write_video(tmp_path / "b" / "01.mp4", square([2] * 9)[0])
+    with pytest.raises(UserError, match=r"b: has no video of any clip; name them by the clips, as in seen/00\.mp4"):
+        score.score(tmp_path / "out", benchmark, {"b": tmp_path / "b"}, RedTracker())
+
+
+def test_what_is_wrong_with_a_benchmark_is_named(tmp_path) -> None:
+    real = write_real(tmp_path / "real", [LINE[:2]])
+    info = real / "0000" / "clip_info.json"
+    with pytest.raises(
+        UserError, match=r"0000: its masks come from clicks through SAM 2; name one, as in --tracker face"
+    ):
+        open_benchmark(real)
+    good = json.loads(info.read_text())
+    for points in ([], [{"positive": []}], [{"positive": [[40, 1]]}], [{"positive": [[1, "a"]]}], "x", [[1, 2]]):
+        info.write_text(json.dumps(good | {"points": points}))
+        with pytest.raises(UserError, match=r"clip_info\.json: points"):
+            open_benchmark(real)
+    info.write_text("{}")
+    with pytest.raises(UserError, match=r"clip_info\.json: prompt: is missing"):
+        open_benchmark(real)
+    info.write_text(json.dumps(good))
+    (real / "0000" / "00001.jpg").write_bytes(b"x")
+    tracker = ClickTracker()
+    with pytest.raises(UserError, match=r"00001\.jpg: is torn or no picture"):
+        open_real(real, tracker, tmp_path / "cache")["real"][0].masks(9)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty: holds no clips to compare with"):
+        open_benchmark(tmp_path / "empty")
+
+
+def test_pickles_in_masks_are_refused(tmp_path) -> None:
+    sim = write_sim(tmp_path / "sim", 1)
+    np.savez(sim / "seen" / "00" / "mask.npz", mask=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(UserError, match=r"mask\.npz: is torn or holds no array mask"):
+        open_benchmark(sim)["seen"][0].masks(1)
+
+
+def test_the_command_scores_real_clips_through_sam2(tmp_path) -> None:
+    """From clicks and videos to tables and report, with a random Sam2VideoModel of the embedded architecture."""
+    write_real(tmp_path / "bench" / "real", [LINE[:8]])
+    for name in ("kling", "sora"):
+        write_video(tmp_path / name / "0000.mp4", square([0, 7])[0])
+    settings = Sam2VideoConfig.from_pretrained(pocket("sam2"))
+    settings.multimask_output_in_sam = True
+    sam2.Model(sam2.new(settings)).save(tmp_path / "sam2")
+    arguments = ("eval", "bench/real", "--clips", "kling", "s=sora", "--tracker", "sam2")
+    code, out, said = command(tmp_path, *arguments)
+    assert code == 0, said
+    assert out.count("kling") == out.count(" real ") / 2 == 2
+    assert "as the published code counts" in out
+    report = files.read_json(tmp_path / "runs" / "eval-real" / "report.json")
+    assert {(row["model"], row["split"]) for row in report["rows"]} == {("kling", "real"), ("s", "real")}
+    assert report["rows"][0]["l2"]["n"] == 1
+    assert 0 <= report["rows"][0]["released"]["iou"]["mean"] <= 1
+    assert (tmp_path / "runs" / "eval-real" / "report.html").stat().st_size > 10_000
+    assert len(list((tmp_path / "runs" / "cache" / "masks").glob("*.npz"))) == 1
+    code, _, said = command(tmp_path, *arguments)
+    assert code == 0
+    assert "kling on real clips: reused from" in said
+
+
+def test_a_model_continues_the_pictures_of_the_benchmark(tmp_path) -> None:
+    benchmark = open_benchmark(write_sim(tmp_path / "sim"))
+    films = {
+        f"Square {i} falls.": np.stack([score.padded(picture, (32, 48)) for picture in square(rows_of(2 + i, 9))[0]])
+        for i in (0, 1)
+    }
+    model, asked = Oracle(films), []
+
+    @contextmanager
+    def ready() -> Iterator[Any]:
+        asked.append(1)
+        yield model
+
+    kind = {"frames": 9, "fps": 16, "size": [32, 48]}
+    (tmp_path / "out" / "seen").mkdir(parents=True)
+    score.imagine(ready, benchmark, tmp_path / "out", kind, 2, 3, 2, 1.0)
+    names = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.mp4"))
+    assert names == [f"{split}/{i:02d}-s{seed}.mp4" for split in ("seen", "unseen") for i in (0, 1) for seed in (0, 1)]
+    (tmp_path / "out" / names[2]).unlink()
+    score.imagine(ready, benchmark, tmp_path / "out", kind, 2, 3, 2, 1.0)
+    score.imagine(ready, benchmark, tmp_path / "out", kind, 2, 3, 2, 1.0)
+    assert len(asked) == 2
+    records = score.score(tmp_path / "run", benchmark, {"oracle": tmp_path / "out"}, RedTracker())
+    for record in records:
+        assert all(clip["l2"] < 0.01 for clip in record["clips"])  # colours are stored at half resolution
+        assert all(clip["iou"] > 0.6 for clip in record["clips"])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80), (80, 48), (33, 57)])
+def test_what_is_padded_is_what_scoring_cuts_off(size) -> None:
+    picture = np.full((32, 32, 3), 255, np.uint8)
+    top, left, height, width = centred(size, (32, 32))
+    out = score.padded(picture, size)
+    assert out.shape == (*size, 3)
+    assert height == width == min(size)
+    assert out[top : top + height, left : left + width].min() == 255
+    assert (out > 0).sum() == 3 * min(size) ** 2
+
+
+def test_the_command_lets_a_run_make_the_videos(tmp_path) -> None:
+    wan_folder(tmp_path / "wan")
+    write_dataset(tmp_path / "drops", ["train"], clips=1, frames=5)
+    write_sim(tmp_path / "sim", 1)
+    recipe = {
+        "run": "try",
+        "model": {"path": "wan", "adapter": {"rank": 2}},
+        "data": {"clips": "drops"},
+        "method": {"name": "psft"},
+        "train": {"steps": 1, "batch": 1, "lr": 0.01},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    code, _, said = command(tmp_path, "eval", "sim", "--run", "recipe.yaml")
+    assert (code, said) == (1, "runs/try/adapter: is missing or incomplete; finish `posttrain train` first\n")
+    assert command(tmp_path, "train", "recipe.yaml")[0] == 0
+    code, _, said = command(tmp_path, "eval", "sim", "--run", "try")
+    assert code == 0, said
+    rows = files.read_json(tmp_path / "runs" / "eval-sim" / "report.json")
+    assert {(row["model"], row["split"]) for row in rows["rows"]} == {
+        (model, split) for model in ("base", "psft") for split in ("seen", "unseen")
+    }
+    assert {row["against"] for row in rows["differences"]} == {"base"}
+    assert len(list((tmp_path / "runs" / "eval-sim" / "videos").rglob("00-s0.mp4"))) == 4
+
+
+def test_the_command_refuses_in_one_line(tmp_path) -> None:
+    write_dataset(tmp_path / "drops", clips=1, frames=17)
+    write_video(tmp_path / "v" / "x.mp4", square([2] * 9)[0])
+    for arguments, expected in (
+        (("drops", "--clips", "nowhere"), "nowhere: does not exist; --clips names folders of videos\n"),
+        (
+            ("drops", "--clips", "v", "a/v"),
+            "a/v: does not exist; --clips names folders of videos",
+        ),
+        (
+            ("drops", "--clips", "v", "v"),
+            "--clips: each row of the table needs a name of its own; give one, as in kling",
+        ),
+        (("drops", "a=1", "--clips", "v"), "a=1: with --clips there is no recipe whose values could change\n"),
+        (
+            ("nodrops", "--clips", "v"),
+            "nodrops: holds no clips to compare with; name PisaBench's real or sim, or a data",
+        ),
+        (
+            ("drops", "--clips", "v", "--tracker", "no"),
+            "no/config.json: does not exist; name a Sam2VideoModel's folder",
+        ),
+        (("drops", "--clips", "v"), "v: has no video of any clip; name them by the clips, as in test_seen/00000.mp4\n"),
+    ):
+        code, _, said = command(tmp_path, "eval", *arguments)
+        assert code == 1
+        assert said.splitlines()[-1].startswith(expected.rstrip("\n")), said
