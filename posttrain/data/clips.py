@@ -239,7 +239,7 @@ class Clips:
             (f"{split.folder.parent.name}/" if several else "") + _id(split, split.rows[index]["file_name"])
             for split, index in self._entries
         ]
-        if len(set(self.ids)) < len(self.ids):
+        if self.annotated and len(set(self.ids)) < len(self.ids):  # a list of any videos may name one twice
             raise UserError(f"data.clips: {', '.join(config.folders)}: clips share a name; rename one of the folders")
         self._decoded: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
         if preload:
