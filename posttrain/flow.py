@@ -110,7 +110,9 @@ def sample(
         t_BF = frame_times(t_B, frames, clean)
         w = guidance(float(t_B[0])) if callable(guidance) else guidance
         v_BCFHW = model.velocity(given(z_BCFHW), t_BF, text_BLD, condition)
-        if w > 1 and negative_text is not None:
+        if w > 1:
+            if negative_text is None:
+                raise ValueError(f"guidance {w} needs negative_text")
             v_negative = model.velocity(given(z_BCFHW), t_BF, negative_text, condition)
             v_BCFHW = v_negative + w * (v_BCFHW - v_negative)
         z_BCFHW = scheduler.step(v_BCFHW, timestep, z_BCFHW, return_dict=False)[0]

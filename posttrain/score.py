@@ -105,6 +105,7 @@ def imagine(
     batch: int,
     steps: int,
     guidance: float,
+    guidance_low: float | None = None,
 ) -> None:
     """Let a model continue the first picture of each clip, as far as `folder` has no video of it.
 
@@ -128,7 +129,9 @@ def imagine(
             pictures = np.stack([padded(truth.picture(), size) for truth, _, _ in part])
             captions = [truth.caption for truth, _, _ in part]
             noise = [pisa.clip_seed(seed, truth.id) for truth, seed, _ in part]
-            made = sample.sample_clips(ready, pictures, captions, noise, frames, steps, guidance, NEGATIVE)
+            made = sample.sample_clips(
+                ready, pictures, captions, noise, frames, steps, guidance, NEGATIVE, guidance_low
+            )
             for (_, _, path), video in zip(part, made, strict=True):
                 sample.write_video(path, video, fps)
                 advance("")

@@ -363,19 +363,20 @@ def _imagine(target: str, truths: Any, out: Path) -> list[tuple[str, Path]]:
     _need_training(folder)
     kind = open_splits(plan.data)[0].kind
     asked = plan.eval or EvalConfig(clips="", seeds=1)
-    settings = {"kind": kind, "sampler": asked.sampler.model_dump(), "model": plan.model.model_dump(mode="json")}
+    start = files.read_json(folder / TRAINED)["model"]  # also what model.start and model.merge put into it
+    model = plan.model.model_dump(mode="json")
+    settings = {"kind": kind, "sampler": asked.sampler.model_dump(), "model": model, "start": start}
     weights = {path.name: files.sha256(path) for path in sorted((folder / ADAPTER).rglob("*.safetensors"))}
     models: dict[str, tuple[Any, Any]] = {
         "base": (lambda: _base(plan), {}),
         plan.method.name: (lambda: _tuned(plan, folder), weights),
     }
     rows = []
-    for name, (model, trained) in models.items():
+    for name, (ready, trained) in models.items():
         digest = files.sha256_bytes(json.dumps([settings, trained], sort_keys=True).encode())
         rows.append((name, out / f"{name}-{digest[:8]}"))
         if _main_process():
-            sampler = asked.sampler
-            imagine(model, truths, rows[-1][1], kind, asked.seeds, asked.batch, sampler.steps, sampler.guidance)
+            imagine(ready, truths, rows[-1][1], kind, asked.seeds, asked.batch, **asked.sampler.model_dump())
     _wait()
     return rows
 

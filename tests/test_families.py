@@ -75,7 +75,10 @@ def ours(wan: Wan, noise: torch.Tensor) -> torch.Tensor:
         text, negative = wan.encode_text([CAPTION]), wan.encode_text([UNWANTED])
         clean, condition = wan.encode(first) if wan.clean else None, wan.condition(first, 9)
         low = 1.5 if wan.boundary else 3.0
-        guidance = lambda t: 3.0 if t >= wan.boundary else low  # noqa: E731
+
+        def guidance(t: float) -> float:
+            return 3.0 if t >= wan.boundary else low
+
         return sample(wan, wan.scheduler(), noise, text, clean, STEPS, guidance, negative, condition)
 
 
@@ -221,8 +224,9 @@ def test_the_key_follows_the_conditions(folders: dict[str, Path]) -> None:
     assert keys["wan2.1-t2v", "image"] == keys["wan2.2-t2v-a14b", "image"]
     assert keys["wan2.1-t2v", "image"] != keys["wan2.2-i2v-a14b", "image"] != keys["wan2.1-i2v", "image"]
     wan = model(folders["wan2.1-i2v"], "wan2.1-i2v")
+    assert wan.image_encoder is not None
     with torch.no_grad():
-        next(wan.image_encoder.parameters()).add_(1)  # type: ignore[union-attr]
+        next(wan.image_encoder.parameters()).add_(1)
     assert wan.cache_key() != keys["wan2.1-i2v", "image"]
     wan = model(folders["wan2.1-i2v"], "wan2.1-i2v")
     wan.image_processor.do_center_crop = False

@@ -159,7 +159,12 @@ def test_guidance_may_depend_on_the_time() -> None:
     assert set(weights) == {1.0, 3.0}
     moved = sum((a - b) * (1 + w) for a, b, w in zip(sigmas, sigmas[1:], weights, strict=False))
     model = Linear(torch.tensor([0.0, 0.0, 1.0]))
-    w = lambda t: 3.0 if t >= 0.5 else 1.0  # noqa: E731
+
+    def w(t: float) -> float:
+        return 3.0 if t >= 0.5 else 1.0
+
+    with pytest.raises(ValueError, match="needs negative_text"):
+        sample(model, FlowMatchEulerDiscreteScheduler(), noise, yes, None, 4, w)
     z0 = sample(model, FlowMatchEulerDiscreteScheduler(), noise, yes, None, 4, w, negative_text=no)
     torch.testing.assert_close(z0, noise.double() - float(moved), atol=1e-5, rtol=0)
 

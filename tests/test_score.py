@@ -295,7 +295,7 @@ def test_what_is_wrong_with_a_benchmark_is_named(tmp_path) -> None:
 def test_pickles_in_masks_are_refused(tmp_path) -> None:
     sim = write_sim(tmp_path / "sim", 1)
     np.savez(sim / "seen" / "00" / "mask.npz", mask=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(UserError, match=r"mask\.npz: is torn or holds no array mask"):
+    with pytest.raises(UserError, match=r"mask\.npz: is missing or torn"):
         open_benchmark(sim)["seen"][0].masks(1)
 
 

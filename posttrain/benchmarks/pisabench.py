@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from posttrain import files
-from posttrain.data.clips import Clips, DataConfig
+from posttrain.data.clips import Clips, DataConfig, read_annotations
 from posttrain.files import UserError
 
 REAL_FPS, SIM_FPS = 120.0, 16.0  # said in the paper and nowhere in the files
@@ -171,13 +171,11 @@ def _inside(pair: Any, size: tuple[int, int]) -> bool:
 
 
 def _stored(archive: Path, target: int, n: int) -> np.ndarray:
-    try:
-        with np.load(archive, allow_pickle=False) as arrays:
-            masks = arrays["mask"]
-        masks = masks[:, None] if masks.ndim == 3 else masks
-        return masks[:n, target] > 0
-    except Exception as error:  # zipfile, zlib, numpy and the system each have their own
-        raise UserError(f"{archive}: is torn or holds no array mask (frames, objects, H, W); make it again") from error
+    masks = read_annotations(archive, ["mask"])["mask"]
+    masks = masks[:, None] if masks.ndim == 3 else masks
+    if masks.ndim != 4 or not masks.shape[1]:
+        raise UserError(f"{archive}: mask is {masks.shape}, not (frames, objects, H, W); make it again")
+    return masks[:n, target] > 0
 
 
 def _clicked(pictures: list[Path], clicked: dict[str, Any], clicks: Clicks, kept: Path, n: int) -> np.ndarray:
