@@ -32,6 +32,7 @@ from pydantic import Field
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from posttrain import files
 from posttrain.files import UserError
@@ -160,6 +161,8 @@ class Run:
         self._names = [name for name, p in self._plain.named_parameters() if p.requires_grad]
         self._ema = EMAModel(self._parameters, decay=train.ema) if train.ema else None
 
+        # torch's flash attention for CPUs takes a pocket step from 0.40 to 0.59 s in bf16 (in fp32 both take 0.7 s)
+        self._slow_attention = self.accelerator.device.type == "cpu" and train.precision == "bf16"
         self.random = Random(train.seed, 0, [])
         self.steps = 0
         self._stop: int | None = None
@@ -190,6 +193,8 @@ class Run:
                     batch = self.data.load(sample_order(self.train.seed, len(self.data), places))
                     self._context.enter_context(self.accelerator.accumulate(self.module))
                     self._context.enter_context(self.accelerator.autocast())
+                    if self._slow_attention:
+                        self._context.enter_context(sdpa_kernel(SDPBackend.MATH))
                     yield batch.to(self.accelerator.device)
 
     def step(self, loss: Tensor, **metrics: float | Tensor) -> None:

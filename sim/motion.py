@@ -19,13 +19,16 @@ from sim.scene import Body, Scene, Trajectory
 
 AIR = ("hover", "drift", "spin", "orbit")
 KINDS = (*AIR, "slide", "roll")
+# where a heading goes, by quarters: what the first picture cannot show and a model could only guess, the caption says
+UPRIGHT = ("to the right", "up", "to the left", "down")
+LEVEL = ("to the right", "away", "to the left", "towards us")
 
 
 class Config(drop.Config):
     """Lengths in metres, speeds in metres or radians per second."""
 
     bob: Range = (0.0, 0.04)  # amplitude while hovering
-    drift: Range = (0.05, 0.35)
+    drift: Range = (0.05, 0.45)
     spin: Range = (0.5, 3.0)
     radius: Range = (0.05, 0.2)
     period: Range = (2.0, 5.0)  # seconds per circle
@@ -98,26 +101,27 @@ def _move(
     if kind == "hover":
         way_T3[:, 2] = rng.uniform(*config.bob) * np.sin(2 * np.pi * times_T / rng.uniform(*config.period))
     elif kind == "drift":
-        heading = rng.uniform(0, 2 * np.pi)
-        way_T3 += rng.uniform(*config.drift) * times_T[:, None] * np.array([np.cos(heading), 0.0, np.sin(heading)])
-        quarter = round(heading / (np.pi / 2)) % 4
-        words = "drifts " + ("to the right", "up", "to the left", "down")[quarter]
+        heading, speed = rng.uniform(0, 2 * np.pi), rng.uniform(*config.drift)
+        way_T3 += speed * times_T[:, None] * np.array([np.cos(heading), 0.0, np.sin(heading)])
+        pace = "slowly" if speed < np.mean(config.drift) else "fast"
+        words = f"drifts {pace} {_toward(heading, UPRIGHT)}"
     elif kind == "spin":
         axis, words = axis * (0.3, 0.3, 1.0), "spins in place"
         angle_T = rng.choice([-1, 1]) * rng.uniform(*config.spin) * times_T
     elif kind == "orbit":
-        words, start = "circles in the air", rng.uniform(0, 2 * np.pi)
-        phase_T = start + rng.choice([-1, 1]) * 2 * np.pi * times_T / rng.uniform(*config.period)
+        start, sense = rng.uniform(0, 2 * np.pi), rng.choice([-1, 1])
+        phase_T = start + sense * 2 * np.pi * times_T / rng.uniform(*config.period)
         circle_T2 = rng.uniform(*config.radius) * np.stack([np.cos(phase_T), np.sin(phase_T)], axis=1)
-        plane = np.array([0, rng.integers(1, 3)])  # level, or that of the picture
-        way_T3[:, plane] = circle_T2 - circle_T2[0]
+        upright = bool(rng.integers(2))  # in the plane of the picture, or level
+        way_T3[:, [0, 2 if upright else 1]] = circle_T2 - circle_T2[0]
+        words = f"circles in the air starting {_toward(start + sense * np.pi / 2, UPRIGHT if upright else LEVEL)}"
     else:  # slide, roll: slow down evenly from the first speed to a stop
         speed, length, heading = rng.uniform(*config.push), rng.uniform(*config.slide), rng.uniform(0, 2 * np.pi)
         since_T = np.minimum(times_T, 2 * length / speed)
         gone_T = speed * since_T - speed**2 / (4 * length) * since_T**2
         ahead = np.array([np.cos(heading), np.sin(heading), 0.0])
         way_T3 += gone_T[:, None] * ahead
-        words = f"{kind}s to the {'left' if ahead[0] < 0 else 'right'}"
+        words = f"{kind}s {_toward(heading, LEVEL)}"
         angle_T = np.zeros_like(times_T)
         if kind == "roll":
             axis, angle_T = np.cross([0.0, 0.0, 1.0], ahead), gone_T / np.abs(drop.outline(body)).max(0).mean()
@@ -128,6 +132,10 @@ def _move(
         hull_V3 = assets.hull(body.asset) * body.size
         positions_T3[:, 2] = -np.einsum("tj,vj->tv", turns.as_matrix()[:, 2], hull_V3).min(1)
     return positions_T3, np.roll(turns.as_quat(), 1, axis=-1), words
+
+
+def _toward(heading: float, quarters: tuple[str, ...]) -> str:
+    return quarters[round(heading / (np.pi / 2)) % 4]
 
 
 def _apart(scene: Scene, trajectory: Trajectory) -> bool:

@@ -223,7 +223,7 @@ class Wan:
     @cached_property
     def _key(self) -> str:
         digest = hashlib.sha256(PREPROCESSING.encode())
-        digest.update(json.dumps([_shape(self.vae.config), self.tokenizer.get_vocab()], sort_keys=True).encode())
+        digest.update(json.dumps([_shape(self.vae.config), *self._reading()], sort_keys=True).encode())
         if self.concatenates:
             digest.update(json.dumps(["channels", self.given]).encode())
         if self.image_processor is not None:
@@ -233,6 +233,13 @@ class Wan:
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
+
+    def _reading(self) -> list[dict[str, Any]]:
+        """How captions are read: tokenizer and text encoder, without what a call or a place changes."""
+        words = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        encoder = {} if self.text_encoder is None else self.text_encoder.config.to_dict()
+        passing = ("truncation", "padding", "_name_or_path", "transformers_version", "dtype", "torch_dtype")
+        return [{name: value for name, value in part.items() if name not in passing} for part in (words, encoder)]
 
     def cache_key(self) -> str:
         return self._key
