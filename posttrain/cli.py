@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from posttrain import recipe
 from posttrain.files import UserError
 
 COMMANDS = {
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tool.add_argument("recipe", nargs="?", metavar="RECIPE", help="also what its training takes")
             tool.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in train.batch=4")
     _add_sample(commands)
-    options = parser.parse_args(arguments)
+    options = recipe.arguments(parser, arguments)
     try:
         if options.command in TOOLS:
             return _doctor(options.recipe, options.overrides) if options.command == "doctor" else _bench()
@@ -137,7 +138,7 @@ def _doctor(path: str | None, overrides: Sequence[str]) -> int:
 
     if path is None:
         return doctor()
-    from posttrain import recipe, stages
+    from posttrain import stages
     from posttrain.data.clips import open_split
     from posttrain.dry import needs
     from sim.cli import Recipe as Film

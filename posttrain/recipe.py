@@ -3,6 +3,7 @@
 A name is a file: `method: {name: psft, ...}` is `methods/psft.py`, and the other keys are the fields of its `Config`.
 """
 
+import argparse
 import importlib
 import pkgutil
 from collections.abc import Sequence
@@ -109,6 +110,19 @@ def load(path: Path | str, overrides: Sequence[str], schema: type[Schema]) -> Sc
 def dump(model: BaseModel) -> str:
     """The resolved recipe as YAML that `load` reads back to an equal model."""
     return yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100)
+
+
+def arguments(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line on which overrides may also follow options, as in "make x.yaml --workers 2 seed=1".
+
+    argparse alone takes `overrides` only up to the first option. Anything else that is too much ends the program.
+    """
+    options, more = parser.parse_known_args(words)
+    if wrong := [word for word in more if word.startswith("-") or not hasattr(options, "overrides")]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if more:
+        options.overrides += more
+    return options
 
 
 def _suggest(name: str, names: Sequence[str]) -> str:

@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     showing.add_argument("--split")
     showing.add_argument("--count", type=int, default=8, help="clips of each split")
     showing.add_argument("-o", "--output", default="sheet.png")
-    options = parser.parse_args(arguments)
+    options = recipe.arguments(parser, arguments)
     try:
         if options.command == "make":
             make(options.recipe, options.overrides, options.workers)

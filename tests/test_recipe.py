@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field
 
+import sim.cli
+from posttrain import cli
 from posttrain.files import UserError
 from posttrain.recipe import In, Part, dump, load, resolve
 from posttrain.types import Strict
@@ -152,3 +154,25 @@ def test_the_command_line_says_a_mistake_in_one_line(tmp_path):
     assert done.stderr == "train.stpes=3: train.stpes: unknown key, did you mean 'steps'?\n"
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "said"),
+    [
+        (cli.main, ["export", "psft.yaml", "--check", "rum=x"], "rum=x: rum: unknown key, did you mean 'run'?"),
+        (cli.main, ["export", "psft.yaml", "run=x", "--check", "rum=x"], "rum=x: rum: unknown key, did you mean 'run'?"),
+        (sim.cli.main, ["make", "drop.yaml", "--workers", "2", "sed=1"], "sed=1: sed: unknown key, did you mean 'seed'?"),
+    ],
+)
+def test_overrides_may_follow_options(monkeypatch, capsys, main, words, said):
+    monkeypatch.chdir(Path(__file__).parent.parent / "recipes" / "pocket")
+    assert main(words) == 1
+    assert capsys.readouterr().err == f"{said}\n"
+
+
+@pytest.mark.parametrize("words", [["export", "x.yaml", "--chekc"], ["bench", "lr=3"]])
+def test_what_no_command_takes_is_refused(capsys, words):
+    with pytest.raises(SystemExit) as raised:
+        cli.main(words)
+    assert raised.value.code == 2
+    assert f"unrecognized arguments: {words[-1]}" in capsys.readouterr().err
