@@ -14,7 +14,6 @@ folder that runs share.
 
 import hashlib
 import inspect
-import json
 import shutil
 import sys
 import time
@@ -116,20 +115,20 @@ def blank(
     facts: dict[str, Any] = {
         "row": row if row in REFERENCES else "sampled",
         "clips": [clips.row(i) for i in range(len(clips))],
-        "tracker": fingerprint(tracker.module),
+        "tracker": weights_fingerprint(tracker.module),
         "source": [source(module) for module in (metric, masks, pisa, sample, type(tracker), type(tracker.module))],
     }
     if row not in ("truth", "frozen"):
         facts["model"] = [model.cache_key(), source(type(model))]
     if row not in REFERENCES:
         facts |= {
-            "weights": [fingerprint(module, base=row == "base") for module in model.weights()],
+            "weights": [weights_fingerprint(module, base=row == "base") for module in model.weights()],
             "given": [model.clean, model.boundary],
             "scheduler": [type(model.scheduler()).__name__, dict(model.scheduler().config)],
             "sampler": [config.sampler.model_dump(), config.seeds],
             "sampling": source(flow),
         }
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    key = files.sha256_json(facts)
     settings = config.model_dump(mode="json", include={"clips", "limit", "seeds", "sampler"})
     return {
         "model": row,
@@ -258,7 +257,7 @@ def validation(
     return validate
 
 
-def fingerprint(module: nn.Module, base: bool = False) -> str:
+def weights_fingerprint(module: nn.Module, base: bool = False) -> str:
     """Hash of a module's weights; with `base` an adapter on it does not count, as if it had never been attached."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():

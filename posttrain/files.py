@@ -143,6 +143,11 @@ def sha256_bytes(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def sha256_json(value: Any) -> str:
+    """Of what JSON can hold; the order of a mapping's keys does not count."""
+    return sha256_bytes(json.dumps(value, sort_keys=True).encode())
+
+
 def inside(root: Path | str, name: str) -> Path:
     """The path of `name` below `root`.
 

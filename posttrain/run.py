@@ -142,7 +142,7 @@ class Run:
         if train.block_checkpointing:
             checkpointed: Any = module  # diffusers' name for it
             checkpointed.enable_gradient_checkpointing()
-        self._start = fingerprint(module)
+        self._start = start_fingerprint(module)
         parameters = [p for p in module.parameters() if p.requires_grad]
         if not parameters:
             raise UserError(
@@ -427,7 +427,7 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dic
     return meta, load_tensors(contents["weights.safetensors"]), state
 
 
-def fingerprint(module: nn.Module) -> str:
+def start_fingerprint(module: nn.Module) -> str:
     """Hash of the weights, and of which are trained: what a run starts from."""
     digest = hashlib.sha256()
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):

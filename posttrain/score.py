@@ -13,7 +13,6 @@ Departure from the published evaluation: in generated videos the object is follo
 the authors click again. Files are those of evaluate.py, which see: evaluation/, samples/, resumable, reused by key.
 """
 
-import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from posttrain import files, sample
 from posttrain.benchmarks import pisa
 from posttrain.benchmarks.pisabench import NEGATIVE, Truth
 from posttrain.data import videos
-from posttrain.evaluate import Tracker, fingerprint, read_records, tell
+from posttrain.evaluate import Tracker, read_records, tell, weights_fingerprint
 from posttrain.files import UserError
 from posttrain.metrics import masks as masks_module
 from posttrain.metrics import pisa as metric
@@ -58,7 +57,7 @@ def score(
         UserError: a folder has no video of any clip, a video is torn, or `out` holds scores of another kind.
     """
     out = Path(out)
-    protocol = {"tracker": fingerprint(tracker.module), "splits": sorted(benchmark)}
+    protocol = {"tracker": weights_fingerprint(tracker.module), "splits": sorted(benchmark)}
     _claim(out, protocol)
     for row, folder in folders.items():
         scored = False
@@ -178,7 +177,7 @@ def _blank(
         "model": row,
         "split": name.removeprefix("test_"),
         "folder": name,
-        "key": files.sha256_bytes(json.dumps(facts, sort_keys=True).encode()),
+        "key": files.sha256_json(facts),
         "videos": str(folder),
         "fps": None,
         "given_fps": fps,

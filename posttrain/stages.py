@@ -11,7 +11,6 @@ Stages meet in files. Each looks at what is there, says what it reuses, does the
     runs/<run>/merged/       the adapter folded into its base, where `export:` lists it
 """
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,7 @@ from posttrain.evaluate import EvalConfig
 from posttrain.files import UserError
 from posttrain.models.base import Merged, ModelConfig
 from posttrain.recipe import In, Part
-from posttrain.run import Run, TrainConfig, fingerprint
+from posttrain.run import Run, TrainConfig, start_fingerprint
 from posttrain.types import Strict
 
 RUNS = Path("runs")
@@ -327,7 +326,7 @@ def score(
         UserError: the benchmark, a folder or a run is not what it should be; the line says how.
     """
     from posttrain.benchmarks.pisabench import open_benchmark
-    from posttrain.evaluate import fingerprint, print_table
+    from posttrain.evaluate import print_table, weights_fingerprint
     from posttrain.report import report
     from posttrain.score import score
 
@@ -338,7 +337,7 @@ def score(
             raise UserError(f"{path}: does not exist; --clips names folders of videos")
     follower = load_tracker(tracker)
     masks = CACHE / "masks"
-    truths = open_benchmark(benchmark, getattr(follower, "clicks", None), fingerprint(follower.module), masks)
+    truths = open_benchmark(benchmark, getattr(follower, "clicks", None), weights_fingerprint(follower.module), masks)
     if tracker == "pocket" and any(min(truth.size) > 64 for split in truths.values() for truth in split):
         print("the embedded tracker was made for 64 x 64 pixels; name a SAM 2 with --tracker", file=sys.stderr)
     folder = Path(out) if out else RUNS / f"eval-{Path(benchmark).resolve().name}"
@@ -373,7 +372,7 @@ def _imagine(target: str, truths: Any, out: Path) -> list[tuple[str, Path]]:
     }
     rows = []
     for name, (ready, trained) in models.items():
-        digest = files.sha256_bytes(json.dumps([settings, trained], sort_keys=True).encode())
+        digest = files.sha256_json([settings, trained])
         rows.append((name, out / f"{name}-{digest[:8]}"))
         if _main_process():
             imagine(ready, truths, rows[-1][1], kind, asked.seeds, asked.batch, **asked.sampler.model_dump())
@@ -397,7 +396,7 @@ def _base(plan: Recipe) -> Iterator[Any]:
 def _tuned(plan: Recipe, folder: Path) -> Iterator[Any]:
     """The model as its saved weights make it, so that what is measured is what is handed out."""
     model = load_model(plan.model)
-    if files.read_json(folder / TRAINED)["model"] != fingerprint(model.module):
+    if files.read_json(folder / TRAINED)["model"] != start_fingerprint(model.module):
         name = f"model.path {plan.model.path}"
         raise UserError(f"{folder / ADAPTER}: was trained on other weights than {name} has now; train again as run=...")
     model.restore(folder / ADAPTER)

@@ -18,7 +18,16 @@ from rich.console import Console
 from posttrain import evaluate as room
 from posttrain.benchmarks import pisa
 from posttrain.data.clips import Clips, DataConfig, read_video
-from posttrain.evaluate import EvalConfig, difference, evaluate, fingerprint, interval, print_table, summary, validation
+from posttrain.evaluate import (
+    EvalConfig,
+    difference,
+    evaluate,
+    interval,
+    print_table,
+    summary,
+    validation,
+    weights_fingerprint,
+)
 from posttrain.files import UserError
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan import load
@@ -201,16 +210,16 @@ def test_other_clips_make_other_rows(tmp_path: Path, data: Path, config: EvalCon
 def test_an_adapter_does_not_change_the_fingerprint_of_the_base() -> None:
     bare = load(ModelConfig(path="pocket", init="random")).transformer
     adapted = load(ModelConfig(path="pocket", init="random", adapter=AdapterConfig(rank=2, alpha=8))).transformer
-    assert fingerprint(adapted, base=True) == fingerprint(bare, base=True)
-    before = fingerprint(adapted)
-    assert before != fingerprint(
+    assert weights_fingerprint(adapted, base=True) == weights_fingerprint(bare, base=True)
+    before = weights_fingerprint(adapted)
+    assert before != weights_fingerprint(
         load(ModelConfig(path="pocket", init="random", adapter=AdapterConfig(rank=2))).transformer
     )
     trained = [p for p in adapted.parameters() if p.requires_grad]
     with torch.no_grad():
         trained[-1].add_(1.0)
-    assert fingerprint(adapted) != before
-    assert fingerprint(adapted, base=True) == fingerprint(bare, base=True)
+    assert weights_fingerprint(adapted) != before
+    assert weights_fingerprint(adapted, base=True) == weights_fingerprint(bare, base=True)
 
 
 def test_interval_is_the_95_percent_interval_of_the_mean() -> None:

@@ -1,5 +1,6 @@
 """Files are whole or absent, and what the system refuses is said in one line."""
 
+import hashlib
 import multiprocessing
 import os
 import resource
@@ -177,3 +178,9 @@ def test_a_name_may_not_leave_its_folder(tmp_path, name):
 
 def test_a_name_inside_is_taken(tmp_path):
     assert files.inside(tmp_path, "b/../a.json") == (tmp_path / "a.json").resolve()
+
+
+def test_a_value_is_hashed_as_its_json() -> None:
+    """What is cached is found by these hashes, so they must stay as they are."""
+    text = b'{"a": null, "b": [1, 0.5, "\\u00e4"]}'
+    assert files.sha256_json({"b": (1, 0.5, "ä"), "a": None}) == hashlib.sha256(text).hexdigest()

@@ -17,7 +17,7 @@ from posttrain.files import UserError
 from posttrain.gallery import animation, contact_sheet, fit, natural_size, open_picture
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan import load
-from posttrain.run import fingerprint
+from posttrain.run import start_fingerprint
 
 
 def test_the_middle_of_a_picture_is_kept(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("home")
     wan_folder(path / "wan")
     wan = load(ModelConfig(path=str(path / "wan"), adapter=AdapterConfig(rank=2, alpha=4)))
-    start = fingerprint(wan.module)
+    start = start_fingerprint(wan.module)
     torch.manual_seed(9)
     with torch.no_grad():
         for name, parameter in wan.module.named_parameters():
@@ -162,7 +162,7 @@ def test_a_run_of_whole_weights_has_no_scale(home: Path) -> None:
     files.write_text(
         run / "recipe.yaml", yaml.safe_dump(yaml.safe_load(text) | {"run": "whole", "model": {"path": "wan"}})
     )
-    files.write_json(run / "trained.json", {"model": fingerprint(wan.module)})
+    files.write_json(run / "trained.json", {"model": start_fingerprint(wan.module)})
     code, _, said = sampled(home, "whole", *SMALL, "--scale", "0.5")
     assert code == 1
     assert said.splitlines()[-1].endswith("whole has no adapter, all weights were trained; leave it out")

@@ -157,17 +157,18 @@ def test_the_command_line_says_a_mistake_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("main", "words", "said"),
+    ("main", "words", "meant"),
     [
-        (cli.main, ["export", "psft.yaml", "--check", "rum=x"], "rum=x: rum: unknown key, did you mean 'run'?"),
-        (cli.main, ["export", "psft.yaml", "run=x", "--check", "rum=x"], "rum=x: rum: unknown key, did you mean 'run'?"),
-        (sim.cli.main, ["make", "drop.yaml", "--workers", "2", "sed=1"], "sed=1: sed: unknown key, did you mean 'seed'?"),
+        (cli.main, ["export", "psft.yaml", "--check", "rum=x"], "run"),
+        (cli.main, ["export", "psft.yaml", "run=x", "--check", "rum=x"], "run"),
+        (sim.cli.main, ["make", "drop.yaml", "--workers", "2", "sed=1"], "seed"),
     ],
 )
-def test_overrides_may_follow_options(monkeypatch, capsys, main, words, said):
+def test_overrides_may_follow_options(monkeypatch, capsys, main, words, meant):
     monkeypatch.chdir(Path(__file__).parent.parent / "recipes" / "pocket")
     assert main(words) == 1
-    assert capsys.readouterr().err == f"{said}\n"
+    key = words[-1].partition("=")[0]
+    assert capsys.readouterr().err == f"{words[-1]}: {key}: unknown key, did you mean {meant!r}?\n"
 
 
 @pytest.mark.parametrize("words", [["export", "x.yaml", "--chekc"], ["bench", "lr=3"]])

@@ -15,8 +15,6 @@ are needed, and are kept. Where a mask.npz lies beside real pictures (the author
 Shape letters: F frames, H W pixels, P clicks.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -109,7 +107,7 @@ def _ours(folder: Path, split: str) -> list[Truth]:
 
     def truth(index: int) -> Truth:
         row = clips.row(index)
-        key = _digest([row["sha256"], row.get("annotations_sha256"), row["target"]])
+        key = files.sha256_json([row["sha256"], row.get("annotations_sha256"), row["target"]])
         facts = {name: row.get(name) for name in ("fps", "drop_height", "gravity")}
         size = clips.splits[0].size
         return Truth(clips.ids[index], row["caption"], size, partial(picture, index), partial(masks, index), key, facts)
@@ -134,7 +132,7 @@ def _published(scene: Path, clicks: Clicks | None, follower: str, cache: Path | 
     target = _dropped(path, info["points"], (height, width)) if real else -1
     row = {"fps": REAL_FPS if real else SIM_FPS, "drop_height": None, "gravity": None}
     if archive.exists():
-        key = _digest([files.sha256(archive), target])
+        key = files.sha256_json([files.sha256(archive), target])
         masks = partial(_stored, archive, target)
         return Truth(scene.name, info["prompt"], (height, width), partial(_picture, pictures[0]), masks, key, row)
     if not real:
@@ -145,7 +143,7 @@ def _published(scene: Path, clicks: Clicks | None, follower: str, cache: Path | 
         )
     # the pictures' names and sizes stand for their bytes, of which there are some 40 GB in all
     sizes = [[picture.name, picture.stat().st_size] for picture in pictures]
-    key = _digest([info["points"][target], sizes, files.sha256(pictures[0]), follower])
+    key = files.sha256_json([info["points"][target], sizes, files.sha256(pictures[0]), follower])
     kept = cache / f"{key[:32]}.npz"
     masks = partial(_clicked, pictures, info["points"][target], clicks, kept)
     return Truth(scene.name, info["prompt"], (height, width), partial(_picture, pictures[0]), masks, key, row)
@@ -201,7 +199,3 @@ def _picture(path: Path) -> np.ndarray:
             return np.asarray(picture.convert("RGB"))
     except OSError as error:
         raise UserError(f"{path}: is torn or no picture; unpack PisaBench again") from error
-
-
-def _digest(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

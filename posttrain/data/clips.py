@@ -7,7 +7,6 @@ Shape letters: B batch, C channels, F frames, H W pixels.
 """
 
 import io
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -261,7 +260,7 @@ class Clips:
         """Changes with the clips' pictures, annotations or order."""
         rows = [self.row(i) for i in range(len(self))]
         sums = [[row["sha256"], row.get("annotations_sha256"), *self.seen(i)] for i, row in enumerate(rows)]
-        return files.sha256_bytes(json.dumps(sums).encode())
+        return files.sha256_json(sums)
 
     def __len__(self) -> int:
         return len(self._entries)

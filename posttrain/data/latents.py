@@ -4,8 +4,6 @@ So an entry of another VAE, text encoder, clip or caption is never found, entrie
 encoding that was cut off continues.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,7 +38,7 @@ class Latents:
             sums = list(pool.map(lambda i: files.sha256(clips.video(i)), range(len(clips))))
         rows = [clips.row(index) for index in range(len(clips))]
         base = model.cache_key()
-        self.keys = [_hash(base, sums[i], row["caption"], *clips.seen(i)) for i, row in enumerate(rows)]
+        self.keys = [files.sha256_json([base, sums[i], row["caption"], *clips.seen(i)]) for i, row in enumerate(rows)]
         self._rows = rows
         self._files = [Path(folder) / key[:2] / f"{key}.safetensors" for key in self.keys]
         state = PartialState()
@@ -70,7 +68,7 @@ class Latents:
     @property
     def key(self) -> str:
         """One hash of everything that the latents depend on."""
-        return _hash(*self.keys)
+        return files.sha256_json(self.keys)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -98,10 +96,6 @@ class Latents:
             return load_file(self._files[index])
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self._files[index]}: is damaged; delete it and start again") from error
-
-
-def _hash(*parts: str) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _trim(text_LD: Tensor) -> Tensor:
