@@ -1,7 +1,10 @@
 """The Wan adapter: equal to the stock parts, and clear about folders that are not whole."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -359,3 +362,18 @@ def test_the_embedded_folder_loads_in_the_stock_pipeline() -> None:
     assert pipe.config.expand_timesteps
     pipe.scheduler.set_timesteps(4)
     torch.testing.assert_close(pipe.scheduler.sigmas, torch.tensor([1, 0.9, 0.75, 0.5, 0]), atol=1e-3, rtol=0)
+
+
+def test_loading_and_saving_say_nothing(tmp_path: Path) -> None:
+    """In a process of its own: libraries warn at their first import."""
+    lines = [
+        "from pathlib import Path",
+        "from posttrain.models.base import AdapterConfig, ModelConfig",
+        "from posttrain.stages import load_model",
+        "load_model(ModelConfig(path='pocket', adapter=AdapterConfig(rank=2))).save(Path('adapter'))",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+    assert (tmp_path / "adapter").is_dir()

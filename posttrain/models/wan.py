@@ -24,7 +24,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from diffusers.pipelines.wan.pipeline_wan_i2v import prompt_clean
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
