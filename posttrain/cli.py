@@ -145,7 +145,9 @@ def _doctor(path: str | None, overrides: Sequence[str]) -> int:
 
     plan = recipe.load(path, overrides, stages.Recipe)
     folder, makers = plan.data.folders[0], [plan.data.make] if isinstance(plan.data.make, str) else plan.data.make
-    if makers and not (Path(folder) / plan.data.split / "metadata.jsonl").is_file():  # not filmed yet
+    if plan.data.wanted is not None:  # clips are retimed and cropped to it
+        clip = (plan.data.wanted.frames, *plan.data.wanted.size)
+    elif makers and not (Path(folder) / plan.data.split / "metadata.jsonl").is_file():  # not filmed yet
         world = recipe.load(makers[0], (), Film).world.config
         clip = (world.frames, world.height, world.width)
     else:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from falling import write_dataset
 from tiny import FAMILIES, wan_folder
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -17,6 +18,7 @@ from posttrain.models.published import PUBLISHED
 from posttrain.models.wan import load
 from posttrain.run import TrainConfig
 
+POCKET = Path(__file__).parent.parent / "recipes" / "pocket"
 RANK = 32
 COUNTS = {  # parameters of a transformer (an expert), tokens of a clip
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (1_418_996_800, 32_760),
@@ -98,12 +100,29 @@ def test_a_folder_is_counted_as_it_loads(tmp_path: Path, family: str) -> None:
     assert (found.parameters, found.trained) == (sizes[False], sizes[True])
 
 
-def test_the_doctor_says_what_a_recipe_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = Path(__file__).parent.parent / "recipes" / "pocket" / "psft.yaml"
-    made = [f"data.make={recipe.parent / 'drop.yaml'}", "data.clips=nowhere"]
-    assert cli.main(["doctor", str(recipe), *made]) in (0, 1)
+@pytest.mark.parametrize(
+    ("overrides", "clips"),
+    [
+        (["data.clips=nowhere", f"data.make={POCKET / 'drop.yaml'}"], "33 x 64 x 64 (144 tokens each)"),
+        (["data.clips=drops", "data.make=null"], "5 x 32 x 32 (8 tokens each)"),
+        (  # any videos
+            ["data.clips=videos", "data.make=null", "data.frames=9", "data.fps=8", "data.size=[32,48]"],
+            "9 x 32 x 48 (18 tokens each)",
+        ),
+    ],
+)
+def test_the_doctor_says_what_a_recipe_takes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    clips: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "drops", ["train"], clips=1, frames=5)
+    assert cli.main(["doctor", str(POCKET / "psft.yaml"), *overrides]) in (0, 1)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if " recipe " in line]
-    assert "trained; 16 clips at once of 33 x 64 x 64 (144 tokens each)" in line
+    assert f"trained; 16 clips at once of {clips}" in line
     assert "GiB (weights 0.0" in line
 
 
