@@ -99,6 +99,7 @@ class Run:
         data: anything with `ids`, `key`, `len` and `load(indices) -> Batch`.
         validate: called with the step number and averaged weights in place every `validate_every` steps; what it
             returns joins that step's row of the log.
+        depends: what else the trained weights depend on, by name; values that JSON can hold.
 
     Attributes:
         module: the module to call in the loss; the caller puts it back where its model looks for it.
@@ -117,6 +118,7 @@ class Run:
         train: TrainConfig,
         validate: Callable[[int], dict[str, float]] | None = None,
         validate_every: int = 0,
+        depends: dict[str, Any] | None = None,
     ) -> None:
         # these take seconds to import
         from accelerate import Accelerator
@@ -131,7 +133,7 @@ class Run:
             gradient_accumulation_steps=train.accumulate,
         )
         self.folder, self.data, self.train = Path(folder), data, train
-        self._validate, self._validate_every = validate, validate_every
+        self._validate, self._validate_every, self._depends = validate, validate_every, depends or {}
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         if train.batch % (train.accumulate * ranks):
             raise UserError(f"train.batch: {train.batch} does not divide into {train.accumulate} x {ranks} parts")
@@ -334,7 +336,7 @@ class Run:
         """What the trained weights depend on here; a checkpoint is continued only if it is the same."""
         train = self.train.model_dump(mode="json", exclude={"checkpoint_every"})
         settings = {f"train.{name}": value for name, value in train.items()}
-        return {**settings, "data": self.data.key, "model": self._start}
+        return {**settings, "data": self.data.key, "model": self._start, **self._depends}
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:

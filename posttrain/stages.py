@@ -153,7 +153,9 @@ def train(plan: Recipe, folder: Path) -> None:
 
         # also where it is not used, so that what evaluation will lack is said before training
         validate = validation(folder, plan.eval, model, load_tracker())
-    run = Run(folder, model.module, data, plan.train, validate, plan.eval.every if plan.eval else 0)
+    every = plan.eval.every if plan.eval else 0
+    depends = method.depends(plan.method.config) if hasattr(method, "depends") else {}
+    run = Run(folder, model.module, data, plan.train, validate, every, depends)
     if _trained(folder, run.meaning):
         print(f"training: {folder / ADAPTER} is complete", file=sys.stderr)
         return

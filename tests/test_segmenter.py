@@ -1,13 +1,20 @@
 """posttrain/methods/segmenter.py: windows of clips, the loss, and training either segmenter."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
+from diffusers import AutoencoderKLWan
+from falling import write_dataset
+from tiny import TINY_VAE
 from torch import Tensor
 from transformers import Sam2VideoConfig
 
+from posttrain import cli
 from posttrain.files import read_jsonl
 from posttrain.methods import segmenter
 from posttrain.models import sam2, tracker
@@ -163,3 +170,31 @@ def test_sam2_takes_a_step(tmp_path: Path) -> None:
     assert any("memory_attention" in name for name in moved)
     assert any("vision_encoder" in name for name in moved)
     assert not any("pred_obj_score_head" in name for name in moved)
+
+
+def test_a_run_is_not_continued_with_another_autoencoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "drops", ["train"], clips=2, frames=5)
+    vae = AutoencoderKLWan.from_config(TINY_VAE)
+    vae.save_pretrained("wan/vae")
+    recipe: dict[str, Any] = {
+        "run": "try",
+        "model": {"family": "tracker", "path": "pocket", "init": "random"},
+        "data": {"clips": "drops"},
+        "method": {"name": "segmenter", "lengths": [2], "decoded": {"path": "wan", "share": 1.0}},
+        "train": {"steps": 1, "batch": 1, "lr": 0.01},
+    }
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for _ in range(2):
+        assert cli.main(["train", "recipe.yaml"]) == 0
+    assert "training: runs/try/adapter is complete" in capsys.readouterr().err
+    with torch.no_grad():
+        next(vae.parameters()).add_(1)
+    vae.save_pretrained("wan/vae")
+    assert cli.main(["train", "recipe.yaml"]) == 1
+    assert "step-000001: was made with another method.decoded; choose" in capsys.readouterr().err
+    shutil.rmtree("runs/try/checkpoints")
+    assert cli.main(["train", "recipe.yaml"]) == 1
+    assert "runs/try/adapter: came of another method.decoded; choose" in capsys.readouterr().err

@@ -14,12 +14,13 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from posttrain.metrics import masks
 from posttrain.models import sam2, tracker, vae
 from posttrain.models.base import ModelConfig
-from posttrain.run import Run
+from posttrain.run import Run, start_fingerprint
 from posttrain.types import Batch, Random, Strict
 
 DATA = "clips"
@@ -140,9 +141,18 @@ def segmenter_loss(
     return config.bce * bce + dice, {"bce": bce.item(), "dice": dice.item(), "iou": float(overlap)}
 
 
+def depends(config: Config) -> dict[str, str]:
+    """What the trained weights depend on beside clips and settings: the autoencoder's weights."""
+    return {} if config.decoded is None else {"method.decoded": start_fingerprint(autoencoder(config.decoded))}
+
+
+def autoencoder(config: DecodedConfig) -> AutoencoderKLWan:
+    return vae.load(ModelConfig(family="vae", path=config.path)).vae.eval()
+
+
 def decoder(config: DecodedConfig, device: torch.device) -> Decode:
     """Clips through the autoencoder, kept as bytes. Whole, and one by one: a picture does not depend on its batch."""
-    loaded = vae.load(ModelConfig(family="vae", path=config.path), str(device)).vae.eval()
+    loaded = autoencoder(config).to(device)
     kept: dict[str, Tensor] = {}
 
     def decode(name: str, video_CFHW: Tensor) -> Tensor:
