@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command in TOOLS:
             return _doctor(options.recipe, options.overrides) if options.command == "doctor" else _bench()
         from posttrain import stages  # takes a second, for torch
+        from posttrain.experiment import open_run
 
         if options.command == "sample":
             wishes = {name: getattr(options, name) for name in WISHES if getattr(options, name) is not None}
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise UserError(f"{options.overrides[0]}: with --clips there is no recipe whose values could change")
             stages.score(options.target, options.clips, options.run, options.tracker, options.fps, options.out)
             return 0
-        plan, folder = stages.open_run(options.target, options.overrides)
+        plan, folder = open_run(options.target, options.overrides)
         if options.command == "run":
             stages.run(plan, folder)
         elif options.command == "train":
@@ -138,12 +139,12 @@ def _doctor(path: str | None, overrides: Sequence[str]) -> int:
 
     if path is None:
         return doctor()
-    from posttrain import stages
     from posttrain.data.clips import open_split
     from posttrain.dry import needs
+    from posttrain.experiment import Recipe
     from sim.cli import Recipe as Film
 
-    plan = recipe.load(path, overrides, stages.Recipe)
+    plan = recipe.load(path, overrides, Recipe)
     folder, makers = plan.data.folders[0], [plan.data.make] if isinstance(plan.data.make, str) else plan.data.make
     if plan.data.wanted is not None:  # clips are retimed and cropped to it
         clip = (plan.data.wanted.frames, *plan.data.wanted.size)

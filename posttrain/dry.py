@@ -7,7 +7,6 @@ flash form does, captions with all of their 512 tokens.
 
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
-from posttrain.files import UserError, read_json
+from posttrain.files import UserError
 from posttrain.methods import psft
 from posttrain.models import lora
 from posttrain.models.base import ModelConfig
-from posttrain.models.published import PUBLISHED
-from posttrain.models.wan import DTYPES, TEXT_TOKENS, Wan, find
+from posttrain.models.folders import read_configs
+from posttrain.models.wan import DTYPES, TEXT_TOKENS, Wan
 from posttrain.run import TrainConfig
 from posttrain.types import Batch, Random
 
@@ -151,18 +150,6 @@ def dry_step(
     )
 
 
-def read_configs(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The configs of transformer and VAE of `model.path`; those of the published models without the hub.
-
-    Raises:
-        UserError: it is neither a folder nor one of these, and is not to be had from the hub.
-    """
-    if path in PUBLISHED and not Path(path).is_dir():
-        return PUBLISHED[path]["transformer"], PUBLISHED[path]["vae"]
-    transformer, vae = (read_json(find(path) / part / "config.json") for part in ("transformer", "vae"))
-    return transformer, vae
-
-
 def needs(config: ModelConfig, train: TrainConfig, clip: tuple[int, int, int]) -> tuple[str, float]:
     """In a line what training on clips of (frames, height, width) takes in one process, and its GiB on the device.
 
@@ -174,7 +161,7 @@ def needs(config: ModelConfig, train: TrainConfig, clip: tuple[int, int, int]) -
     batch = -(-train.batch // train.accumulate)
     step = dry_step(
         config,
-        *read_configs(config.path),
+        *read_configs(config.path, config.revision),
         *clip,
         batch=batch,
         precision=train.precision,

@@ -4,10 +4,8 @@ Stages meet in files. Each looks at what is there, says what it reuses, does the
 
     data/...                 the clips (made by `sim`)
     runs/cache/              latents and rows of evaluation that runs share, by content
-    runs/<run>/recipe.yaml   the resolved recipe, overrides in it
     runs/<run>/clips.jsonl   which files are retimed, cropped or left out, and why (where any is)
-    runs/<run>/adapter/      the trained weights (also where they are a whole model)
-    runs/<run>/trained.json  says that they are complete, and what they depend on
+    runs/<run>/...           recipe and trained weights (see experiment.py)
     runs/<run>/merged/       the adapter folded into its base, where `export:` lists it
 """
 
@@ -17,85 +15,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 
 from posttrain import files, recipe
 from posttrain.data import videos
-from posttrain.data.clips import Clips, DataConfig, check_same_kind, open_split, open_splits
+from posttrain.data.clips import Clips, check_same_kind, open_split, open_splits
 from posttrain.evaluate import EvalConfig
+from posttrain.experiment import ADAPTER, RUNS, TRAINED, Recipe, is_trained, need_training, open_run, resolved
 from posttrain.files import UserError
 from posttrain.models.base import Merged, ModelConfig
-from posttrain.recipe import In, Part
-from posttrain.run import Run, TrainConfig, start_fingerprint
-from posttrain.types import Strict
+from posttrain.run import Run, start_fingerprint
 
-RUNS = Path("runs")
 CACHE = RUNS / "cache"
-ADAPTER, TRAINED, CLIPS = "adapter", "trained.json", "clips.jsonl"
+CLIPS = "clips.jsonl"
 POCKET: dict[str, Any] = {"size": (64, 64), "frames": 33, "fps": 16, "steps": 12, "guidance": 1.0}  # see gallery.Wish
-# may change without changing the trained weights
-FREE = ("run", "data.make", "train.checkpoint_every", "eval", "export")
-
-
-class Recipe(Strict):
-    """A whole experiment. `run` names its folder in runs/."""
-
-    run: str
-    model: ModelConfig
-    data: DataConfig
-    method: Annotated[Part, In("methods")]
-    train: TrainConfig
-    eval: EvalConfig | None = None
-    export: tuple[Literal["diffusers", "comfyui", "merged"], ...] = ()
-
-
-def open_run(target: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
-    """The recipe and folder of a run, which is given as a recipe file, as the run's folder or as its name in runs/.
-
-    Raises:
-        UserError: there is no such thing, the recipe is wrong, or the folder holds a run of another recipe.
-    """
-    for folder in (Path(target), RUNS / target):
-        if folder.is_dir():
-            path = folder / "recipe.yaml"
-            if not path.exists():
-                raise UserError(f"{path}: does not exist; {folder} is no run: give a recipe or a folder below {RUNS}")
-            plan = recipe.load(path, overrides, Recipe)
-            claim(plan, folder, str(path))
-            return plan, folder
-    plan = recipe.load(target, overrides, Recipe)
-    folder = RUNS / plan.run
-    claim(plan, folder, target)
-    return plan, folder
-
-
-def claim(plan: Recipe, folder: Path, name: str) -> None:
-    """Refuse a folder in which another recipe was run; note this one in it.
-
-    One that was refused before it trained, for a wrong model.path or the like, left nothing and may be mended.
-    """
-    path = folder / "recipe.yaml"
-    if path.exists() and ((folder / ADAPTER).exists() or any(folder.glob("checkpoints/step-*"))):
-        new, old = _flat(plan.model_dump(mode="json")), _flat(recipe.load(path, (), Recipe).model_dump(mode="json"))
-        differing = [
-            f"{key} ({old.get(key)}, now {new.get(key)})"
-            for key in sorted(new.keys() | old.keys())
-            if new.get(key) != old.get(key) and not key.startswith(FREE)
-        ]
-        if differing:
-            what = ", ".join(differing)
-            raise UserError(f"{path}: differs from {name} in {what}; choose another run=... or delete {folder}")
-    text = recipe.dump(plan)
-    if not path.exists() or path.read_text() != text:
-        files.write_text(path, text)
-
-
-def _flat(value: Any, place: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {place: value}
-    return {k: v for name, part in value.items() for k, v in _flat(part, f"{place}.{name}" if place else name).items()}
 
 
 def run(plan: Recipe, folder: Path) -> None:
@@ -156,7 +91,7 @@ def train(plan: Recipe, folder: Path) -> None:
     every = plan.eval.every if plan.eval else 0
     depends = method.depends(plan.method.config) if hasattr(method, "depends") else {}
     run = Run(folder, model.module, data, plan.train, validate, every, depends)
-    if _trained(folder, run.meaning):
+    if is_trained(folder, run.meaning):
         print(f"training: {folder / ADAPTER} is complete", file=sys.stderr)
         return
     if data is clips:
@@ -183,21 +118,6 @@ def tell(clips: Clips, folder: Path) -> None:
         print(f"clips: all is listed in {folder / CLIPS}", file=sys.stderr)
 
 
-def _trained(folder: Path, meaning: dict[str, Any] | None = None) -> bool:
-    """Whether training is complete. `meaning`: what it would depend on now.
-
-    Raises:
-        UserError: it was complete with something else.
-    """
-    if not (folder / TRAINED).exists() or not (folder / ADAPTER).exists():
-        return False
-    kept = files.read_json(folder / TRAINED)
-    if meaning is not None and (other := [key for key, value in meaning.items() if kept.get(key) != value]):
-        what = ", ".join(other)
-        raise UserError(f"{folder / ADAPTER}: came of another {what}; choose another run=... or delete {folder}")
-    return True
-
-
 def evaluate(plan: Recipe, folder: Path) -> None:
     """Measure the references, the base and the trained model, and print the table.
 
@@ -208,7 +128,7 @@ def evaluate(plan: Recipe, folder: Path) -> None:
 
     if plan.eval is None:
         raise UserError(f"{folder / 'recipe.yaml'}: eval: is missing; say what to measure, as in eval.clips=data/drops")
-    _need_training(folder)
+    need_training(folder)
     if _main_process():
         models: dict[str, Callable[[], AbstractContextManager[Any]]] = {
             "base": lambda: _base(plan),
@@ -235,7 +155,7 @@ def export(plan: Recipe, folder: Path, checked: bool = False) -> None:
     """
     from posttrain.export import check, export
 
-    _need_training(folder)
+    need_training(folder)
     if _main_process():
         family, config = recipe.resolve("models", plan.model.family), resolved(plan.model)
         written = export(folder, plan.export, config, lambda adapter, path: family.save_merged(config, adapter, path))
@@ -265,7 +185,7 @@ def sample(target: str, image: Path, wishes: dict[str, Any], scale: float = 1.0,
     models: dict[str, Callable[[], AbstractContextManager[Any]]]
     if run or any((place / "recipe.yaml").is_file() for place in (Path(target), RUNS / target)):
         plan, folder = open_run(target)
-        _need_training(folder)
+        need_training(folder)
         path, name = plan.model.path, plan.method.name if scale == 1 else f"{plan.method.name} x{scale:g}"
 
         @contextmanager
@@ -361,7 +281,7 @@ def _imagine(target: str, truths: Any, out: Path) -> list[tuple[str, Path]]:
     from posttrain.score import imagine
 
     plan, folder = open_run(target)
-    _need_training(folder)
+    need_training(folder)
     kind = open_splits(plan.data)[0].kind
     asked = plan.eval or EvalConfig(clips="", seeds=1)
     start = files.read_json(folder / TRAINED)["model"]  # also what model.start and model.merge put into it
@@ -418,67 +338,11 @@ def load_model(config: ModelConfig) -> Any:
     return model
 
 
-def resolved(config: ModelConfig) -> ModelConfig:
-    """`config` with the files and folders that its start and merge mean; resolved again it stays the same.
-
-    Raises:
-        UserError: there is no such thing, or it is a run whose own base is not this one's.
-    """
-    merge: tuple[Merged, ...] = ()
-    for number, adapter in enumerate(config.merge):
-        path = _weights(f"model.merge.{number}.path", adapter.path, merge)
-        if path.is_dir():
-            raise UserError(f"model.merge.{number}.path: {path} is a whole transformer; name it in model.start")
-        merge += (adapter.model_copy(update={"path": str(path)}),)
-    start = config.start and str(_weights("model.start", config.start, merge))
-    return config.model_copy(update={"start": start, "merge": merge})
-
-
-def _weights(field: str, source: str, merge: tuple[Merged, ...]) -> Path:
-    """The adapter file or transformer folder that `source` means, which may only need what is in `merge`."""
-    from posttrain.models import lora
-
-    for place in (Path(source), RUNS / source):
-        if (place / "recipe.yaml").is_file():
-            _need_training(place)
-            place = place / ADAPTER
-        for found in (place / "transformer", place, place / lora.FILE):
-            if (found / "config.json").is_file():
-                return found
-            if found.is_file():
-                _check_base(field, source, found.parent.parent, merge)
-                return found
-    raise UserError(f"{field}: {source} is no run, adapter file or transformer folder; name one that exists")
-
-
-def _check_base(field: str, source: str, run: Path, merge: tuple[Merged, ...]) -> None:
-    """Refuse the adapter of a run that was trained on more than its model.path and `merge`."""
-    if not (run / TRAINED).is_file():
-        return
-    try:
-        base = resolved(recipe.load(run / "recipe.yaml", (), Recipe).model)
-    except UserError as error:
-        raise UserError(f"{field}: {source}: what it was trained on is gone: {error}") from error
-    if base.start and Path(base.start).is_dir():
-        raise UserError(
-            f"{field}: {source} was trained on {base.start}; "
-            f"`posttrain export {run} export=[merged]`, and start from the folder that it writes"
-        )
-    if base.merge != merge[: len(base.merge)]:
-        needed = [item.model_dump() for item in base.merge]
-        raise UserError(f"{field}: {source} was trained on merged adapters; let model.merge begin with {needed}")
-
-
 def load_tracker(path: str = "pocket") -> Any:
     """The segmenter that scores: the embedded one, one like it in a folder, or a SAM 2 in a folder or on the hub."""
     config = Path(path) / "config.json"
     ours = path == "pocket" or (config.exists() and "widths" in files.read_json(config))
     return load_model(ModelConfig(family="tracker" if ours else "sam2", path=path))
-
-
-def _need_training(folder: Path) -> None:
-    if not _trained(folder):
-        raise UserError(f"{folder / ADAPTER}: is missing or incomplete; finish `posttrain train` first")
 
 
 def _process() -> Any:

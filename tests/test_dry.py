@@ -11,9 +11,10 @@ from tiny import FAMILIES, wan_folder
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from posttrain import cli
-from posttrain.dry import Meter, Step, dry_step, needs, read_configs
+from posttrain.dry import Meter, Step, dry_step, needs
 from posttrain.files import UserError
 from posttrain.models.base import AdapterConfig, ModelConfig
+from posttrain.models.folders import read_configs
 from posttrain.models.published import PUBLISHED
 from posttrain.models.wan import load
 from posttrain.run import TrainConfig

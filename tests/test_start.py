@@ -15,6 +15,7 @@ from torch import Tensor
 
 from posttrain import cli, files, stages
 from posttrain.evaluate import weights_fingerprint
+from posttrain.experiment import open_run, resolved
 from posttrain.files import UserError
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, Merged, ModelConfig
@@ -75,7 +76,7 @@ def velocity(wan: Wan) -> Tensor:
 def rows(home: Path, run: str) -> tuple[Wan, Wan]:
     """The models of the rows `base` and `psft`, as evaluation has them."""
     with contextlib.chdir(home):
-        plan, folder = stages.open_run(run)
+        plan, folder = open_run(run)
         with stages._base(plan) as base, stages._tuned(plan, folder) as tuned:
             return base, tuned
 
@@ -141,9 +142,9 @@ def test_whole_weights_are_a_start_with_and_without_an_adapter(home: Path) -> No
 @pytest.mark.parametrize("source", ["first", "runs/first", "runs/first/adapter", FIRST])
 def test_a_source_may_be_named_in_several_ways(home: Path, source: str) -> None:
     with contextlib.chdir(home):
-        config = stages.resolved(ModelConfig(path="wan", start=source, adapter=AdapterConfig(**ADAPTER)))
+        config = resolved(ModelConfig(path="wan", start=source, adapter=AdapterConfig(**ADAPTER)))
         assert config.start == FIRST
-        assert stages.resolved(config) == config
+        assert resolved(config) == config
 
 
 def test_another_start_in_the_same_folder_is_refused(home: Path) -> None:
@@ -192,4 +193,4 @@ def test_what_is_no_start_is_one_line(home: Path) -> None:
         assert code == 1
         assert said.startswith(expected), said
     with contextlib.chdir(home), pytest.raises(UserError, match="did you mean 'scale'"):
-        stages.open_run("recipe.yaml", ["run=wrong2", "model.merge=[{path: first, scal: 2}]"])
+        open_run("recipe.yaml", ["run=wrong2", "model.merge=[{path: first, scal: 2}]"])

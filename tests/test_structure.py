@@ -49,8 +49,9 @@ MAY_IMPORT = {
     "posttrain.doctor": [*CONTRACT, "posttrain.pocket"],
     "posttrain.dry": [*CONTRACT, *ROOMS, "posttrain.methods"],
     "posttrain.bench": [*CONTRACT, *ROOMS, "posttrain.methods", "posttrain.sample"],
+    "posttrain.experiment": [*CONTRACT, *ROOMS, "posttrain.recipe", "posttrain.evaluate"],
     "posttrain.stages": [
-        *(*CONTRACT, *ROOMS, "posttrain.recipe", "posttrain.sample", "posttrain.evaluate"),
+        *(*CONTRACT, *ROOMS, "posttrain.recipe", "posttrain.experiment", "posttrain.sample", "posttrain.evaluate"),
         *("posttrain.gallery", "posttrain.report", "posttrain.export", "posttrain.doctor", "posttrain.bench"),
         *("posttrain.benchmarks", "posttrain.score"),
     ],
@@ -123,11 +124,11 @@ def test_modules_say_what_they_are() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_loads(recipe: str) -> None:
-    import posttrain.stages
+    import posttrain.experiment
     import sim.cli
 
     values = yaml.safe_load((ROOT / recipe).read_text())
-    load(ROOT / recipe, [], sim.cli.Recipe if "world" in values else posttrain.stages.Recipe)
+    load(ROOT / recipe, [], sim.cli.Recipe if "world" in values else posttrain.experiment.Recipe)
     made_by = values.get("data", {}).get("make") or []
     for other in [made_by] if isinstance(made_by, str) else made_by:
         assert other in RECIPES, f"{recipe}: data.make names {other}, which is not there"

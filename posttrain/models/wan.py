@@ -25,7 +25,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
@@ -33,16 +33,12 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionModel, UMT
 from posttrain.files import UserError, read_json, replacing
 from posttrain.models import lora
 from posttrain.models.base import ModelConfig
-from posttrain.pocket import folder
+from posttrain.models.folders import check_files, find, load_part
 
 TEXT_TOKENS = 512
 PREPROCESSING = "1"  # raise it when encode, encode_text or condition change, so that cached latents are made again
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EXPERTS = {"high": "transformer", "low": "transformer_2"}
-# What is fetched of a hub repository: the parts a folder may have, and in them configs, vocabularies and safe weights.
-PARTS = ["transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler"]
-PARTS += ["image_encoder", "image_processor"]
-WANTED = ["model_index.json", *(f"{part}/*.{kind}" for part in PARTS for kind in ("json", "safetensors", "model"))]
 
 
 class Wan:
@@ -255,7 +251,7 @@ class Wan:
     def restore(self, path: Path) -> None:
         """Read back what `save` wrote. Raises UserError when it is absent or of another shape."""
         if (path / "transformer").is_dir():
-            trained = _part(WanTransformer3DModel, path, "transformer", torch_dtype=self.dtype)
+            trained = load_part(WanTransformer3DModel, path, "transformer", torch_dtype=self.dtype)
             if _shape(trained.config) != _shape(self.config):
                 raise UserError(f"{path / 'transformer'}: was trained from another model; name that one in model.path")
             lora.unwrap(self.transformer).load_state_dict(trained.state_dict())
@@ -321,78 +317,6 @@ def initialise(config: dict[str, Any], seed: int) -> WanTransformer3DModel:
     return transformer
 
 
-def find(path: str, revision: str | None = None) -> Path:
-    """The diffusers folder that `path` names: "pocket", a folder, or a hub id, which is fetched unless it is there.
-
-    Raises:
-        UserError: there is none.
-    """
-    if path == "pocket" or Path(path).is_dir():
-        if revision is not None:
-            raise UserError(f"model.revision: {revision} is for hub ids, and {path} is a folder; leave it out")
-        return folder("wan") if path == "pocket" else Path(path)
-    if len(Path(path).parts) != 2 or path.startswith((".", "/", "~")):
-        raise UserError(f"model.path: {path} does not exist; give 'pocket', a diffusers folder or a hub id")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=WANTED))
-    except Exception as error:  # the hub, the network and the disk each raise their own kinds
-        at = f" at revision {revision}" if revision else ""
-        raise UserError(
-            f"model.path: {path}{at} is no folder and cannot be got from the hub ({_reason(error)}); check its name, "
-            "model.revision, the network and the login (hf auth login), or give a folder"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _check_files(place: Path) -> None:
-    """Refuse a part whose weights are missing, torn, or lack a shard; their headers alone are read."""
-    indexes = place.glob("*.safetensors.index.json")
-    shards = {str(name) for index in indexes for name in read_json(index).get("weight_map", {}).values()}
-    names = sorted(shards or {path.name for path in place.glob("*.safetensors")})
-    if not names:
-        raise UserError(f"{place}: has no .safetensors file; get this part of the model in that format")
-    for name in names:
-        if Path(name).name != name:
-            raise UserError(f"{place}: its index names {name!r}, which is no file of this folder; get the model again")
-        try:
-            with safe_open(place / name, framework="pt"):
-                pass
-        except FileNotFoundError as error:
-            raise UserError(f"{place / name}: does not exist; get this file of the model again") from error
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{place / name}: is torn ({_reason(error)}); get this file of the model again") from error
-
-
-def _part(kind: Any, root: Path, name: str, **options: Any) -> Any:
-    """One component of the folder `root`; whatever is wrong with it becomes a UserError that names it.
-
-    `kind` is the class whose `from_pretrained` reads it, or a function that does.
-    """
-    place = root / name
-    if not place.is_dir():
-        raise UserError(f"{place}: does not exist; model.path must name a whole diffusers folder")
-    weighty = isinstance(kind, type) and issubclass(kind, nn.Module)
-    if weighty:
-        _check_files(place)
-        options |= {"use_safetensors": True, "output_loading_info": True}
-    read = kind.from_pretrained if hasattr(kind, "from_pretrained") else kind
-    try:
-        part = read(str(root), subfolder=name, local_files_only=True, **options)
-    except Exception as error:  # diffusers, transformers and safetensors each raise their own kinds
-        raise UserError(f"{place}: cannot be loaded ({_reason(error)}); get this part of the model again") from error
-    if weighty:
-        part, info = part
-        if info["missing_keys"]:  # diffusers would leave these random and only warn
-            lacking = sorted(info["missing_keys"])[0]
-            raise UserError(f"{place}: lacks {lacking}; get this part of the model again")
-    return part
-
-
 def _place(config: ModelConfig) -> tuple[Path, str]:
     """The folder below which the transformer that is trained lies, and the name of its folder there."""
     start = Path(config.start) if config.start else None
@@ -408,11 +332,11 @@ def bare(config: ModelConfig, dtype: torch.dtype | None = None) -> WanTransforme
         UserError: it cannot be loaded, or `start` or `merge` do not fit it.
     """
     root = find(config.path, config.revision)
-    shape = _part(WanTransformer3DModel.load_config, root, EXPERTS[config.expert or "high"])
+    shape = load_part(WanTransformer3DModel.load_config, root, EXPERTS[config.expert or "high"])
     if config.init == "random":
         return initialise(shape, config.seed)
     place, name = _place(config)
-    transformer = _part(WanTransformer3DModel, place, name, torch_dtype=dtype or DTYPES[config.dtype])
+    transformer = load_part(WanTransformer3DModel, place, name, torch_dtype=dtype or DTYPES[config.dtype])
     if any(transformer.config.get(key) != value for key, value in _shape(shape).items()):
         raise UserError(f"model.start: {config.start} was trained from another model; name that one in model.path")
     for adapter in config.merge:
@@ -464,20 +388,20 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
     expert = config.expert or "high"
     name, other_name = (EXPERTS[key] for key in (expert, "low" if expert == "high" else "high"))
 
-    vae = _part(AutoencoderKLWan, root, "vae", torch_dtype=torch.float32)
-    text_encoder = _part(UMT5EncoderModel, root, "text_encoder", dtype=dtype)
-    tokenizer = _part(AutoTokenizer, root, "tokenizer")
-    schedule = _part(diffusers.UniPCMultistepScheduler.load_config, root, "scheduler")
+    vae = load_part(AutoencoderKLWan, root, "vae", torch_dtype=torch.float32)
+    text_encoder = load_part(UMT5EncoderModel, root, "text_encoder", dtype=dtype)
+    tokenizer = load_part(AutoTokenizer, root, "tokenizer")
+    schedule = load_part(diffusers.UniPCMultistepScheduler.load_config, root, "scheduler")
     scheduler = getattr(diffusers, schedule["_class_name"]).from_config(schedule)
-    shape = _part(WanTransformer3DModel.load_config, root, name)
+    shape = load_part(WanTransformer3DModel.load_config, root, name)
     image_encoder = image_processor = None
     if shape.get("image_dim") is not None:
-        image_encoder = _part(CLIPVisionModel, root, "image_encoder", dtype=torch.float32)
-        image_processor = _part(AutoImageProcessor, root, "image_processor")
+        image_encoder = load_part(CLIPVisionModel, root, "image_encoder", dtype=torch.float32)
+        image_processor = load_part(AutoImageProcessor, root, "image_processor")
     _check_parts(root / name / "config.json", shape, vae, text_encoder, image_encoder)
     if two:
-        other_shape = _part(WanTransformer3DModel.load_config, root, other_name)
-        _check_files(root / other_name)
+        other_shape = load_part(WanTransformer3DModel.load_config, root, other_name)
+        check_files(root / other_name)
         _check_parts(root / other_name / "config.json", other_shape, vae, text_encoder, image_encoder)
         if other_shape.get("in_channels") != shape.get("in_channels"):
             raise UserError(f"{root / other_name / 'config.json'}: in_channels is not {name}'s; get the model again")
@@ -485,7 +409,7 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
             raise UserError(f"model.other_adapter: {Path(config.other_adapter) / lora.FILE} does not exist")
 
     def read_other() -> WanTransformer3DModel:
-        other = _part(WanTransformer3DModel, root, other_name, torch_dtype=dtype)
+        other = load_part(WanTransformer3DModel, root, other_name, torch_dtype=dtype)
         if config.other_adapter is not None:
             lora.load(other, config.other_adapter)
         fold_padding(other)

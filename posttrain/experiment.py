@@ -1,0 +1,155 @@
+"""An experiment: its recipe, its folder in runs/, and what `model.start` and `model.merge` in it mean.
+
+    runs/<run>/recipe.yaml   the resolved recipe, overrides in it
+    runs/<run>/adapter/      the trained weights (also where they are a whole model)
+    runs/<run>/trained.json  says that they are complete, and what they depend on
+
+A folder belongs to one recipe; a run may start from what others left in theirs.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from posttrain import files, recipe
+from posttrain.data.clips import DataConfig
+from posttrain.evaluate import EvalConfig
+from posttrain.files import UserError
+from posttrain.models import lora
+from posttrain.models.base import Merged, ModelConfig
+from posttrain.recipe import In, Part
+from posttrain.run import TrainConfig
+from posttrain.types import Strict
+
+RUNS = Path("runs")
+ADAPTER, TRAINED = "adapter", "trained.json"
+# may change without changing the trained weights
+FREE = ("run", "data.make", "train.checkpoint_every", "eval", "export")
+
+
+class Recipe(Strict):
+    """A whole experiment. `run` names its folder in runs/."""
+
+    run: str
+    model: ModelConfig
+    data: DataConfig
+    method: Annotated[Part, In("methods")]
+    train: TrainConfig
+    eval: EvalConfig | None = None
+    export: tuple[Literal["diffusers", "comfyui", "merged"], ...] = ()
+
+
+def open_run(target: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
+    """The recipe and folder of a run, which is given as a recipe file, as the run's folder or as its name in runs/.
+
+    Raises:
+        UserError: there is no such thing, the recipe is wrong, or the folder holds a run of another recipe.
+    """
+    for folder in (Path(target), RUNS / target):
+        if folder.is_dir():
+            path = folder / "recipe.yaml"
+            if not path.exists():
+                raise UserError(f"{path}: does not exist; {folder} is no run: give a recipe or a folder below {RUNS}")
+            plan = recipe.load(path, overrides, Recipe)
+            claim(plan, folder, str(path))
+            return plan, folder
+    plan = recipe.load(target, overrides, Recipe)
+    folder = RUNS / plan.run
+    claim(plan, folder, target)
+    return plan, folder
+
+
+def claim(plan: Recipe, folder: Path, name: str) -> None:
+    """Refuse a folder in which another recipe was run; note this one in it.
+
+    One that was refused before it trained, for a wrong model.path or the like, left nothing and may be mended.
+    """
+    path = folder / "recipe.yaml"
+    if path.exists() and ((folder / ADAPTER).exists() or any(folder.glob("checkpoints/step-*"))):
+        new, old = _flat(plan.model_dump(mode="json")), _flat(recipe.load(path, (), Recipe).model_dump(mode="json"))
+        differing = [
+            f"{key} ({old.get(key)}, now {new.get(key)})"
+            for key in sorted(new.keys() | old.keys())
+            if new.get(key) != old.get(key) and not key.startswith(FREE)
+        ]
+        if differing:
+            what = ", ".join(differing)
+            raise UserError(f"{path}: differs from {name} in {what}; choose another run=... or delete {folder}")
+    text = recipe.dump(plan)
+    if not path.exists() or path.read_text() != text:
+        files.write_text(path, text)
+
+
+def _flat(value: Any, place: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {place: value}
+    return {k: v for name, part in value.items() for k, v in _flat(part, f"{place}.{name}" if place else name).items()}
+
+
+def is_trained(folder: Path, meaning: dict[str, Any] | None = None) -> bool:
+    """Whether training is complete. `meaning`: what it would depend on now.
+
+    Raises:
+        UserError: it was complete with something else.
+    """
+    if not (folder / TRAINED).exists() or not (folder / ADAPTER).exists():
+        return False
+    kept = files.read_json(folder / TRAINED)
+    if meaning is not None and (other := [key for key, value in meaning.items() if kept.get(key) != value]):
+        what = ", ".join(other)
+        raise UserError(f"{folder / ADAPTER}: came of another {what}; choose another run=... or delete {folder}")
+    return True
+
+
+def need_training(folder: Path) -> None:
+    if not is_trained(folder):
+        raise UserError(f"{folder / ADAPTER}: is missing or incomplete; finish `posttrain train` first")
+
+
+def resolved(config: ModelConfig) -> ModelConfig:
+    """`config` with the files and folders that its start and merge mean; resolved again it stays the same.
+
+    Raises:
+        UserError: there is no such thing, or it is a run whose own base is not this one's.
+    """
+    merge: tuple[Merged, ...] = ()
+    for number, adapter in enumerate(config.merge):
+        path = _weights(f"model.merge.{number}.path", adapter.path, merge)
+        if path.is_dir():
+            raise UserError(f"model.merge.{number}.path: {path} is a whole transformer; name it in model.start")
+        merge += (adapter.model_copy(update={"path": str(path)}),)
+    start = config.start and str(_weights("model.start", config.start, merge))
+    return config.model_copy(update={"start": start, "merge": merge})
+
+
+def _weights(field: str, source: str, merge: tuple[Merged, ...]) -> Path:
+    """The adapter file or transformer folder that `source` means, which may only need what is in `merge`."""
+    for place in (Path(source), RUNS / source):
+        if (place / "recipe.yaml").is_file():
+            need_training(place)
+            place = place / ADAPTER
+        for found in (place / "transformer", place, place / lora.FILE):
+            if (found / "config.json").is_file():
+                return found
+            if found.is_file():
+                _check_base(field, source, found.parent.parent, merge)
+                return found
+    raise UserError(f"{field}: {source} is no run, adapter file or transformer folder; name one that exists")
+
+
+def _check_base(field: str, source: str, run: Path, merge: tuple[Merged, ...]) -> None:
+    """Refuse the adapter of a run that was trained on more than its model.path and `merge`."""
+    if not (run / TRAINED).is_file():
+        return
+    try:
+        base = resolved(recipe.load(run / "recipe.yaml", (), Recipe).model)
+    except UserError as error:
+        raise UserError(f"{field}: {source}: what it was trained on is gone: {error}") from error
+    if base.start and Path(base.start).is_dir():
+        raise UserError(
+            f"{field}: {source} was trained on {base.start}; "
+            f"`posttrain export {run} export=[merged]`, and start from the folder that it writes"
+        )
+    if base.merge != merge[: len(base.merge)]:
+        needed = [item.model_dump() for item in base.merge]
+        raise UserError(f"{field}: {source} was trained on merged adapters; let model.merge begin with {needed}")

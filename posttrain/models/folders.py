@@ -1,0 +1,100 @@
+"""Diffusers folders: where `model.path` leads, and reading a part, with whatever is wrong with it said in one line."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from posttrain.files import UserError, read_json
+from posttrain.models.published import PUBLISHED
+from posttrain.pocket import folder
+
+# What is fetched of a hub repository: the parts a folder may have, and in them configs, vocabularies and safe weights.
+PARTS = ["transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler"]
+PARTS += ["image_encoder", "image_processor"]
+WANTED = ["model_index.json", *(f"{part}/*.{kind}" for part in PARTS for kind in ("json", "safetensors", "model"))]
+
+
+def find(path: str, revision: str | None = None) -> Path:
+    """The diffusers folder that `path` names: "pocket", a folder, or a hub id, which is fetched unless it is there.
+
+    Raises:
+        UserError: there is none.
+    """
+    if path == "pocket" or Path(path).is_dir():
+        if revision is not None:
+            raise UserError(f"model.revision: {revision} is for hub ids, and {path} is a folder; leave it out")
+        return folder("wan") if path == "pocket" else Path(path)
+    if len(Path(path).parts) != 2 or path.startswith((".", "/", "~")):
+        raise UserError(f"model.path: {path} does not exist; give 'pocket', a diffusers folder or a hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=WANTED))
+    except Exception as error:  # the hub, the network and the disk each raise their own kinds
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(
+            f"model.path: {path}{at} is no folder and cannot be got from the hub ({_reason(error)}); check its name, "
+            "model.revision, the network and the login (hf auth login), or give a folder"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def check_files(place: Path) -> None:
+    """Refuse a part whose weights are missing, torn, or lack a shard; their headers alone are read."""
+    indexes = place.glob("*.safetensors.index.json")
+    shards = {str(name) for index in indexes for name in read_json(index).get("weight_map", {}).values()}
+    names = sorted(shards or {path.name for path in place.glob("*.safetensors")})
+    if not names:
+        raise UserError(f"{place}: has no .safetensors file; get this part of the model in that format")
+    for name in names:
+        if Path(name).name != name:
+            raise UserError(f"{place}: its index names {name!r}, which is no file of this folder; get the model again")
+        try:
+            with safe_open(place / name, framework="pt"):
+                pass
+        except FileNotFoundError as error:
+            raise UserError(f"{place / name}: does not exist; get this file of the model again") from error
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{place / name}: is torn ({_reason(error)}); get this file of the model again") from error
+
+
+def load_part(kind: Any, root: Path, name: str, **options: Any) -> Any:
+    """One component of the folder `root`; whatever is wrong with it becomes a UserError that names it.
+
+    `kind` is the class whose `from_pretrained` reads it, or a function that does.
+    """
+    place = root / name
+    if not place.is_dir():
+        raise UserError(f"{place}: does not exist; model.path must name a whole diffusers folder")
+    weighty = isinstance(kind, type) and issubclass(kind, nn.Module)
+    if weighty:
+        check_files(place)
+        options |= {"use_safetensors": True, "output_loading_info": True}
+    read = kind.from_pretrained if hasattr(kind, "from_pretrained") else kind
+    try:
+        loaded = read(str(root), subfolder=name, local_files_only=True, **options)
+    except Exception as error:  # diffusers, transformers and safetensors each raise their own kinds
+        raise UserError(f"{place}: cannot be loaded ({_reason(error)}); get this part of the model again") from error
+    if weighty:
+        loaded, info = loaded
+        if info["missing_keys"]:  # diffusers would leave these random and only warn
+            lacking = sorted(info["missing_keys"])[0]
+            raise UserError(f"{place}: lacks {lacking}; get this part of the model again")
+    return loaded
+
+
+def read_configs(path: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configs of transformer and VAE of `model.path`; those of the published models without the hub.
+
+    Raises:
+        UserError: it is neither a folder nor one of these, and is not to be had from the hub.
+    """
+    if path in PUBLISHED and not Path(path).is_dir():
+        return PUBLISHED[path]["transformer"], PUBLISHED[path]["vae"]
+    transformer, vae = (read_json(find(path, revision) / name / "config.json") for name in ("transformer", "vae"))
+    return transformer, vae
