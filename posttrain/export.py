@@ -21,6 +21,7 @@ from torch import nn
 from posttrain.files import UserError, read_json, read_jsonl, write_text
 from posttrain.models import lora
 from posttrain.models.base import ModelConfig, VideoModel
+from posttrain.models.folders import concatenates
 
 ADAPTER, MERGED = "adapter", "merged"  # below the run folder
 EXPERTS = {"high": ("high_noise", "transformer"), "low": ("low_noise", "transformer_2"), None: ("", "transformer")}
@@ -40,7 +41,8 @@ def export(
         merge: called with the adapter's file and the folder to write, for "merged".
 
     Raises:
-        UserError: the run has no trained weights, they are damaged, or a format needs an adapter and there is none.
+        UserError: the run has no trained weights, they are damaged, a format needs an adapter and there is none, or
+            the model's configs are gone.
     """
     run = Path(run)
     adapter, transformer = run / ADAPTER / lora.FILE, run / ADAPTER / "transformer"
@@ -165,7 +167,7 @@ def _card(text: str, rows: list[dict[str, Any]], written: Sequence[Path], config
         f"# {recipe['run']}",
         f"{what} for {base}{origin}, trained with `{method}` on simulated clips so that things move as physics has it.",
         "## Use",
-        f"```python\n{_usage(config, weights, _clip(recipe))}\n```",
+        _usage(config, weights, recipe),
         *(["Beside it:", "\n".join(others)] if others else []),
         *(["## Results", _table(rows)] if rows else []),
         "## Recipe",
@@ -175,11 +177,12 @@ def _card(text: str, rows: list[dict[str, Any]], written: Sequence[Path], config
 
 
 def _clip(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The first row of the training clips' metadata, or nothing where they are gone."""
-    clips = recipe["data"]["clips"]
-    folder = Path(clips if isinstance(clips, str) else clips[0])
-    metadata = folder / recipe["data"].get("split", "train") / "metadata.jsonl"
-    return read_jsonl(metadata)[0] if metadata.is_file() else {}
+    """caption, frames, size and fps of the first training clip, as far as they are known."""
+    data = recipe["data"]
+    folder = Path(data["clips"] if isinstance(data["clips"], str) else data["clips"][0])
+    metadata = folder / data.get("split", "train") / "metadata.jsonl"
+    row = read_jsonl(metadata)[0] if metadata.is_file() else {}
+    return row | {key: data[key] for key in ("frames", "size", "fps") if data.get(key)}
 
 
 def _purpose(path: Path) -> str:
@@ -188,40 +191,60 @@ def _purpose(path: Path) -> str:
     return "the whole transformer with the adapter folded in, for `WanTransformer3DModel.from_pretrained`"
 
 
-def _usage(config: ModelConfig, weights: Path, clip: dict[str, Any]) -> str:
-    adapter, start = weights.is_file(), config.start
+def _usage(config: ModelConfig, weights: Path, recipe: dict[str, Any]) -> str:
+    """How diffusers makes a clip, in Markdown; the sampler is that of the evaluation."""
+    adapter, start, image = weights.is_file(), config.start, config.conditioning == "image"
+    channels = concatenates(config.path, config.revision)
+    if channels and not image:
+        return (
+            "diffusers gives an image-to-video model no clip without a picture; `posttrain sample` does, from the run."
+        )
+    pipeline, name = "WanImageToVideoPipeline" if image else "WanPipeline", EXPERTS[config.expert][1]
     transformer = "adapter/transformer" if not adapter else start if start and Path(start).is_dir() else None
-    lines = [f"from diffusers import WanImageToVideoPipeline{', WanTransformer3DModel' if transformer else ''}"]
-    lines += ["from diffusers.utils import encode_video, load_image  # writing a video needs PyAV (pip install av)"]
+    options = ["base", *([f"revision={config.revision!r}"] if config.revision else [])]
+    options += [f"{name}=transformer"] if transformer else []
+    options += ["expand_timesteps=True"] if image and not channels else []  # the picture is a clean latent
+    lines = [f"from diffusers import {pipeline}{', WanTransformer3DModel' if transformer else ''}"]
+    lines += [
+        f"from diffusers.utils import encode_video{', load_image' if image else ''}  # needs PyAV (pip install av)"
+    ]
     if config.path == "pocket":
         lines += ["from posttrain.pocket import folder", "", 'base = folder("wan")']
     else:
         lines += ["", f"base = {config.path!r}"]
     if transformer:
-        lines += [
-            f"transformer = WanTransformer3DModel.from_pretrained({transformer!r})",
-            "pipe = WanImageToVideoPipeline.from_pretrained(base, transformer=transformer, expand_timesteps=True)",
-        ]
-    else:
-        lines += ["pipe = WanImageToVideoPipeline.from_pretrained(base, expand_timesteps=True)"]
+        lines += [f"transformer = WanTransformer3DModel.from_pretrained({transformer!r})"]
+    lines += [f"pipe = {pipeline}.from_pretrained({', '.join(options)})"]
+    own, other = ("", ", load_into_transformer_2=True")[:: -1 if config.expert == "low" else 1]
     if adapter and config.merge:  # the run's adapter is a change to a base that has them
         names = [f"merged_{number}" for number in range(len(config.merge))]
-        for name, item in zip(names, config.merge, strict=True):
-            lines += [f"pipe.load_lora_weights({item.path!r}, adapter_name={name!r})"]
+        for key, item in zip(names, config.merge, strict=True):
+            lines += [f"pipe.load_lora_weights({item.path!r}, adapter_name={key!r}{own})"]
         lines += [
-            'pipe.load_lora_weights("adapter", adapter_name="trained")',
-            f"pipe.set_adapters({[*names, 'trained']!r}, {[*(item.scale for item in config.merge), 1.0]!r})",
+            f'pipe.load_lora_weights("adapter", adapter_name="trained"{own})',
+            f"pipe.{name}.set_adapters({[*names, 'trained']!r}, {[*(item.scale for item in config.merge), 1.0]!r})",
         ]
     elif adapter:
-        lines += ['pipe.load_lora_weights("adapter")']
-    size = f", num_frames={clip['frames']}" if "frames" in clip else ""
+        lines += [f'pipe.load_lora_weights("adapter"{own})']
+    if config.other_adapter:  # of the expert that was not trained
+        lines += [f"pipe.load_lora_weights({config.other_adapter!r}{other})"]
+    clip, sampler = _clip(recipe), {"steps": 12, "guidance": 1.0} | ((recipe.get("eval") or {}).get("sampler") or {})
+    wishes = [f"prompt={clip.get('caption', 'a ball falls.')!r}"]
+    if image:
+        lines += ['image = load_image("first_picture.png")']
+        wishes = ["image=image", *wishes, "height=image.height", "width=image.width"]
+    elif "size" in clip:
+        wishes += [f"height={clip['size'][0]}", f"width={clip['size'][1]}"]
+    wishes += [f"num_frames={clip['frames']}"] if "frames" in clip else []
+    wishes += [f"num_inference_steps={sampler['steps']}", f"guidance_scale={sampler['guidance']}"]
+    wishes += [f"guidance_scale_2={sampler['guidance_low']}"] if sampler.get("guidance_low") else []
     lines += [
-        'image = load_image("first_picture.png")',
-        f"clip = pipe(image=image, prompt={clip.get('caption', 'a ball falls.')!r}, height=image.height,",
-        f"            width=image.width{size}, num_inference_steps=12, guidance_scale=1.0)",
+        "clip = pipe(",
+        *(f"    {wish}," for wish in wishes),
+        ")",
         f'encode_video(clip.frames[0], fps={clip.get("fps", 16)}, output_path="clip.mp4")',
     ]
-    return "\n".join(lines)
+    return "```python\n{}\n```".format("\n".join(lines))
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -6,6 +6,7 @@ import runpy
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -220,6 +221,68 @@ def test_the_snippet_of_a_run_on_merged_adapters_gives_what_was_trained(
     assert (probe(ours) - ours_v).abs().max() > 1e-2
 
 
+SNIPPETS: list[tuple[str, dict[str, Any]]] = [
+    ("wan2.1-t2v", {}),
+    ("wan2.1-t2v", {"conditioning": "text"}),
+    ("wan2.1-i2v", {}),
+    ("wan2.2-ti2v", {}),
+    ("wan2.2-t2v-a14b", {"expert": "low", "conditioning": "text"}),
+    ("wan2.2-i2v-a14b", {"expert": "high"}),
+    ("wan2.2-i2v-a14b", {"expert": "low", "other_adapter": "high", "merge": [{"path": "high", "scale": 0.5}]}),
+    ("wan2.2-i2v-a14b", {"expert": "low", "adapter": None}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), SNIPPETS)
+def test_the_snippet_makes_our_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, Any]
+) -> None:
+    """Of every family, as the card has it but for the seed: pipeline, picture, expert and sampler are right."""
+    monkeypatch.chdir(tmp_path)
+    wan_folder(Path("wan"), family)
+    if "merge" in changes:
+        trained({"path": "wan", "expert": "high", "adapter": {"rank": 2, "alpha": 6}}).save(Path("high"))
+        changes = changes | {"merge": [{"path": f"high/{lora.FILE}", "scale": 0.5}]}
+    model = {"path": "wan", "adapter": {"rank": 2, "alpha": 6}, **changes}
+    ours = trained(model)
+    ours.save(Path("adapter"))
+    sampler = {"steps": 6, "guidance": 3.0} | ({"guidance_low": 1.5} if "expert" in changes else {})
+    data = {"clips": "none", "frames": 5, "fps": 8, "size": [32, 32]}
+    recipe = {"run": "r", "model": model, "data": data, "method": {"name": "psft"}, "eval": {"sampler": sampler}}
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (snippet,) = re.findall(r"```python\n(.*?)```", export(Path())[-1].read_text(), re.DOTALL)
+    seeded = snippet.replace("steps=6,", "steps=6, generator=torch.Generator().manual_seed(3),")
+    Path("snippet.py").write_text("import torch\n" + seeded)
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(picture).save("first_picture.png")
+    theirs = runpy.run_path("snippet.py")["clip"].frames[0]
+    low = sampler.get("guidance_low")
+    clip = sample_clips(ours, picture[None], ["a ball falls."], [3], 5, 6, 3.0, guidance_low=low)[0]
+    assert np.abs(clip / 255 - theirs).max() < 0.5 / 255 + 1e-3
+    plain = sample_clips(load(ModelConfig(path="wan", **{k: v for k, v in changes.items() if k == "conditioning"})),
+                         picture[None], ["a ball falls."], [3], 5, 6, 3.0, guidance_low=low)[0]  # fmt: skip
+    assert np.abs(plain / 255 - theirs).max() > 0.01
+
+
+def trained(model: dict[str, Any]) -> Wan:
+    wan = load(ModelConfig(**model))
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for name, parameter in wan.module.named_parameters():
+            if ".lora_B." in name or (parameter.requires_grad and name == "proj_out.bias"):
+                parameter.normal_(std=0.3)
+    return wan
+
+
+def test_an_image_to_video_model_without_pictures_has_no_stock_pipeline(run: Path) -> None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["model"] |= {"path": "Wan-AI/Wan2.2-I2V-A14B-Diffusers", "conditioning": "text"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    text = export(run)[-1].read_text()
+    assert "`posttrain sample` does" in text
+    assert "```python" not in text
+
+
 @torch.no_grad()
 def probe(wan: Wan) -> torch.Tensor:
     z = torch.randn(1, 8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -262,11 +325,11 @@ def test_the_card(run: Path) -> None:
 
 def test_a_hub_base_is_named_in_the_card(run: Path) -> None:
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    recipe["model"]["path"] = "Some-One/Wan-Model"
+    recipe["model"]["path"] = "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     text = export(run)[1].read_text()
-    assert yaml.safe_load(text.split("---")[1])["base_model"] == "Some-One/Wan-Model"
-    assert "base = 'Some-One/Wan-Model'" in text
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
+    assert "base = 'Wan-AI/Wan2.1-I2V-14B-480P-Diffusers'\npipe = WanImageToVideoPipeline.from_pretrained(base)\n" in text
 
 
 def test_unfinished_and_damaged_runs_are_refused(run: Path) -> None:

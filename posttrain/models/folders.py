@@ -98,3 +98,13 @@ def read_configs(path: str, revision: str | None = None) -> tuple[dict[str, Any]
         return PUBLISHED[path]["transformer"], PUBLISHED[path]["vae"]
     transformer, vae = (read_json(find(path, revision) / name / "config.json") for name in ("transformer", "vae"))
     return transformer, vae
+
+
+def concatenates(path: str, revision: str | None = None) -> bool:
+    """Whether `model.path` takes the first picture as further channels, as the image-to-video models do.
+
+    Raises:
+        UserError: as read_configs.
+    """
+    transformer, vae = read_configs(path, revision)
+    return bool(transformer.get("in_channels", 16) != vae.get("z_dim", 16))
