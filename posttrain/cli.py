@@ -108,11 +108,12 @@ WISHES = ("prompt", "negative", "seeds", "frames", "fps", "steps", "guidance")  
 
 
 def _add_sample(commands: Any) -> None:
-    text = "continue a picture into clips; with a run, base and tuned side by side"
+    text = "continue a picture, or words alone, into clips; with a run, base and tuned side by side"
     usual = "What is left out is as in the run; for a model alone 81 frames, 50 steps, guidance 5 (pocket: 33, 12, 1)."
     command = commands.add_parser("sample", help=text, description=f"{text}. {usual}")
     command.add_argument("target", metavar="RUN|MODEL", help='a run, "pocket", a diffusers folder or a hub id')
-    command.add_argument("--image", type=Path, required=True, help="the first frame; its middle is cut to the size")
+    image = "the first frame, of which the middle is cut to the size; leave it out where the text alone counts"
+    command.add_argument("--image", type=Path, help=image)
     command.add_argument("--prompt", required=True)
     command.add_argument("--negative", help="what should not be seen; counts where the guidance is above 1")
     command.add_argument(

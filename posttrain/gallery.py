@@ -1,5 +1,6 @@
 """A picture and a prompt in; clips, a contact sheet and a GIF out: what people look at."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from posttrain.models.base import VideoModel
 from posttrain.progress import track
 from posttrain.sample import Pixels, sample_clips, write_video
 
-AREA = 480 * 832  # pixels, the size at which most Wan models were trained
+SIZE = (480, 832)  # height, width at which most Wan models were trained
+AREA = SIZE[0] * SIZE[1]
 CELL = 32  # what the sides of every Wan model's clips are multiples of
 LINE = 14  # pixels of a line of text
 
@@ -60,6 +62,16 @@ def fit(picture: Image.Image, size: tuple[int, int]) -> tuple[Pixels, str]:
     done += [f"resized to {width} x {height}"] if (across, down) != (width, height) else []
     fitted = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
     return np.array(fitted), ", ".join(done)
+
+
+def blank(size: tuple[int, int]) -> tuple[Pixels, str]:
+    """As `fit`, of no picture: models that are conditioned on text alone take the size from it and nothing else."""
+    return np.zeros((*size, 3), np.uint8), f"{size[1]} x {size[0]}"
+
+
+def slug(prompt: str) -> str:
+    """The first words of a prompt as a file's name: "A red ball falls." becomes "a-red-ball-falls"."""
+    return "-".join(re.findall(r"\w+", prompt.lower()))[:40].strip("-") or "clip"
 
 
 def film(

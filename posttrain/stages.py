@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -166,26 +166,36 @@ def export(plan: Recipe, folder: Path, checked: bool = False) -> None:
                     print("check:", line)
 
 
-def sample(target: str, image: Path, wishes: dict[str, Any], scale: float = 1.0, output: Path | None = None) -> None:
-    """Let a run (the base and what it became, side by side) or a model continue a picture.
+def sample(
+    target: str, image: Path | None, wishes: dict[str, Any], scale: float = 1.0, output: Path | None = None
+) -> None:
+    """Let a run (the base and what it became, side by side) or a model continue a picture, or follow a text alone.
 
     Args:
         target: a run, as in `open_run`, or what `model.path` may be.
+        image: the picture. A run takes one exactly if it was trained so (`model.conditioning`); a model alone that is
+            made for pictures needs one, and any other may have one.
         wishes: fields of `gallery.Wish`; those that are missing are as the run was trained and measured.
         scale: how much a run's adapter counts.
         output: the folder; None: samples/asked in the run's folder, or runs/samples/<model>.
 
     Raises:
-        UserError: there is no such thing, the picture cannot be read, or the wishes do not fit the model.
+        UserError: there is no such thing, the picture cannot be read, is missing or is not wanted, or the wishes do not
+            fit the model.
     """
-    from posttrain.gallery import Wish, film, fit, natural_size, open_picture
+    from posttrain.gallery import SIZE, Wish, blank, film, fit, natural_size, open_picture, slug
     from posttrain.models import lora
+    from posttrain.models.folders import concatenates
 
-    picture, run = open_picture(image), Path(target).suffix == ".yaml"
+    picture, run = image and open_picture(image), Path(target).suffix == ".yaml"
     models: dict[str, Callable[[], AbstractContextManager[Any]]]
     if run or any((place / "recipe.yaml").is_file() for place in (Path(target), RUNS / target)):
         plan, folder = open_run(target)
         need_training(folder)
+        if plan.model.conditioning == "text" and image is not None:
+            raise UserError(f"--image: {target} was trained on text alone (model.conditioning); leave it out")
+        if plan.model.conditioning == "image" and image is None:
+            raise UserError(f"--image: is missing; {target} was trained to continue a first picture, name one")
         path, name = plan.model.path, plan.method.name if scale == 1 else f"{plan.method.name} x{scale:g}"
 
         @contextmanager
@@ -203,15 +213,24 @@ def sample(target: str, image: Path, wishes: dict[str, Any], scale: float = 1.0,
     else:
         if scale != 1:
             raise UserError(f"--scale: {target} is no run and has no adapter; leave it out or name a run")
+        if image is None and concatenates(target):
+            raise UserError(f"--image: is missing; {target} is made to continue a first picture, name one")
         path, name, usual = target, Path(target).name, {}
-        models = {name: lambda: nullcontext(load_model(ModelConfig(path=target)))}
+        conditioning: Literal["image", "text"] = "text" if image is None else "image"
+        models = {name: lambda: nullcontext(load_model(ModelConfig(path=target, conditioning=conditioning)))}
         output = output or RUNS / "samples" / name
-    published = {"size": natural_size(picture), "frames": 81, "fps": 16, "steps": 50, "guidance": 5.0}
+    published = {
+        "size": natural_size(picture) if picture else SIZE,
+        "frames": 81,
+        "fps": 16,
+        "steps": 50,
+        "guidance": 5.0,
+    }
     wish = Wish(**{**(POCKET if path == "pocket" else published), **usual, **wishes})
     if _main_process():
-        pixels, done = fit(picture, wish.size)
-        print(f"{image}: {done}; {wish.frames} frames, {wish.steps} steps, guidance {wish.guidance:g}")
-        print("samples:", *film(models, pixels, wish, output / image.stem))
+        pixels, done = fit(picture, wish.size) if picture else blank(wish.size)
+        print(f"{image or 'text'}: {done}; {wish.frames} frames, {wish.steps} steps, guidance {wish.guidance:g}")
+        print("samples:", *film(models, pixels, wish, output / (image.stem if image else slug(wish.prompt))))
 
 
 def _usual(plan: Recipe) -> dict[str, Any]:

@@ -325,11 +325,11 @@ def test_the_card(run: Path) -> None:
 
 def test_a_hub_base_is_named_in_the_card(run: Path) -> None:
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    recipe["model"]["path"] = "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
+    recipe["model"]["path"] = path = "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     text = export(run)[1].read_text()
-    assert yaml.safe_load(text.split("---")[1])["base_model"] == "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
-    assert "base = 'Wan-AI/Wan2.1-I2V-14B-480P-Diffusers'\npipe = WanImageToVideoPipeline.from_pretrained(base)\n" in text
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == path
+    assert f"base = '{path}'\npipe = WanImageToVideoPipeline.from_pretrained(base)\n" in text
 
 
 def test_unfinished_and_damaged_runs_are_refused(run: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shutil
 from pathlib import Path
 
 import av
@@ -91,9 +92,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def sampled(home: Path, target: str, *more: str) -> tuple[int, str, str]:
-    """Exit code, output and errors of `posttrain sample TARGET --image first.png --prompt ... MORE`."""
-    arguments = ["sample", target, "--image", "first.png", "--prompt", "a duck falls.", *more]
+def sampled(home: Path, target: str, *more: str, image: str | None = "first.png") -> tuple[int, str, str]:
+    """Exit code, output and errors of `posttrain sample TARGET --image IMAGE --prompt ... MORE`."""
+    arguments = ["sample", target, *(["--image", image] if image else []), "--prompt", "a duck falls.", *more]
     with contextlib.chdir(home), contextlib.redirect_stdout(io.StringIO()) as out:
         with contextlib.redirect_stderr(io.StringIO()) as err:
             code = cli.main(arguments)
@@ -132,6 +133,33 @@ def test_a_model_alone_is_the_base_of_its_run_and_scale_0_too(home: Path) -> Non
     base, none, alone = (frames(home / "compared" / f"first-s0-{name}.mp4") for name in ("base", "psft-x0", "wan"))
     for same in (none, alone):  # a rounded grey level here and there, which the video's coding spreads
         assert np.abs(base - same).mean() < 0.5
+
+
+def test_what_is_conditioned_on_text_takes_no_picture(home: Path) -> None:
+    """Neither a run that was trained so nor its base, which then stands for itself too."""
+    shutil.copytree(home / "runs" / "try", home / "runs" / "words")
+    path = home / "runs" / "words" / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(recipe | {"run": "words", "model": recipe["model"] | {"conditioning": "text"}}))
+    code, out, said = sampled(home, "words", *SMALL, "--output", "told", image=None)
+    assert code == 0, said
+    assert out.startswith("text: 32 x 32; 5 frames, 2 steps, guidance 1\n")
+    code, _, said = sampled(home, "wan", *SMALL, "--steps", "2", "--guidance", "1", "--output", "told", image=None)
+    assert code == 0, said
+    base, tuned, alone = (frames(home / "told" / f"a-duck-falls-s0-{name}.mp4") for name in ("base", "psft", "wan"))
+    assert np.abs(base - alone).mean() < 0.5
+    assert np.abs(base - tuned).mean() > 1
+    code, _, said = sampled(home, "words", *SMALL)
+    assert (code, said) == (1, "--image: words was trained on text alone (model.conditioning); leave it out\n")
+
+
+@pytest.mark.parametrize("target", ["try", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"])
+def test_what_continues_a_picture_needs_one(home: Path, target: str) -> None:
+    code, _, said = sampled(home, target, *SMALL, image=None)
+    assert code == 1
+    assert said.startswith(f"--image: is missing; {target} ")
+    assert said.endswith(" to continue a first picture, name one\n")
+    assert said.count("\n") == 1
 
 
 def test_what_cannot_be_sampled_is_one_line(home: Path) -> None:
