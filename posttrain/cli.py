@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command in TOOLS:
             return _doctor(options.recipe, options.overrides) if options.command == "doctor" else _bench()
         from posttrain import stages  # takes a second, for torch
-        from posttrain.experiment import open_run
+        from posttrain.experiment import members, open_run
 
         if options.command == "sample":
             wishes = {name: getattr(options, name) for name in WISHES if getattr(options, name) is not None}
@@ -60,19 +60,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise UserError(f"{options.overrides[0]}: with --clips there is no recipe whose values could change")
             stages.score(options.target, options.clips, options.run, options.tracker, options.fps, options.out)
             return 0
-        plan, folder = open_run(options.target, options.overrides)
-        if options.command == "run":
-            stages.run(plan, folder)
-        elif options.command == "train":
-            stages.make(plan)
-            stages.check_data(plan)
-            stages.train(plan, folder)
-        elif options.command == "eval":
-            stages.evaluate(plan, folder)
-        elif options.command == "report":
-            stages.report(plan, folder)
-        else:
-            stages.export(plan, folder, options.check)
+        whole = open_run(options.target, options.overrides)
+        for plan, folder in members(*whole):
+            if options.command == "run":
+                stages.run(plan, folder)
+            elif options.command == "train":
+                stages.make(plan)
+                stages.check_data(plan)
+                stages.train(plan, folder)
+            elif options.command == "eval":
+                stages.evaluate(plan, folder)
+            elif options.command == "report":
+                stages.report(plan, folder)
+            else:
+                stages.export(plan, folder, options.check)
+        if whole[0].sweep and (options.command == "report" or (options.command == "run" and whole[0].eval)):
+            stages.report(*whole)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1

@@ -293,11 +293,13 @@ def read_records(run: Path | str) -> list[dict[str, Any]]:
     if any(record.get("settings") != records[0].get("settings") for record in records):
         raise UserError(f"{folder}: an evaluation with other settings was cut off; run `posttrain eval` to its end")
 
-    def place(record: dict[str, Any]) -> tuple[bool, str, int, str]:
-        row = record["model"]
-        return record["split"] != "unseen", record["split"], FIXED.index(row) if row in FIXED else len(FIXED), row
+    return sorted(records, key=position)
 
-    return sorted(records, key=place)
+
+def position(record: dict[str, Any]) -> tuple[bool, str, int]:
+    """Where a record stands among others: by split, unseen first, references and base before the rest."""
+    row = record["model"]
+    return record["split"] != "unseen", record["split"], FIXED.index(row) if row in FIXED else len(FIXED)
 
 
 def interval(values: Sequence[float | None]) -> dict[str, float | int | None]:

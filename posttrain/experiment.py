@@ -7,9 +7,12 @@
 A folder belongs to one recipe; a run may start from what others left in theirs.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from posttrain import files, recipe
 from posttrain.data.clips import DataConfig
@@ -25,10 +28,14 @@ RUNS = Path("runs")
 ADAPTER, TRAINED = "adapter", "trained.json"
 # may change without changing the trained weights
 FREE = ("run", "data.make", "train.checkpoint_every", "eval", "export")
+Values = Annotated[tuple[int | float | str, ...], Field(min_length=1)]
 
 
 class Recipe(Strict):
-    """A whole experiment. `run` names its folder in runs/."""
+    """A whole experiment. `run` names its folder in runs/.
+
+    `sweep: {data.limit: [30, 100]}` makes it a run for each value, runs/<run>/<value>, and one report of them all.
+    """
 
     run: str
     model: ModelConfig
@@ -37,6 +44,7 @@ class Recipe(Strict):
     train: TrainConfig
     eval: EvalConfig | None = None
     export: tuple[Literal["diffusers", "comfyui", "merged"], ...] = ()
+    sweep: Annotated[dict[str, Values], Field(min_length=1, max_length=1)] | None = None
 
 
 def open_run(target: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
@@ -78,6 +86,23 @@ def claim(plan: Recipe, folder: Path, name: str) -> None:
     text = recipe.dump(plan)
     if not path.exists() or path.read_text() != text:
         files.write_text(path, text)
+
+
+def members(plan: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
+    """The runs of an experiment: the one, or with `sweep` one for each value, in a folder below that is named by it.
+
+    Raises:
+        UserError: a value makes no recipe, or its folder holds a run of another one.
+    """
+    if plan.sweep is None:
+        return [(plan, folder)]
+    ((key, values),) = plan.sweep.items()
+    path, found = folder / "recipe.yaml", {}
+    for value in values:
+        name = str(value).replace("/", "-")
+        found[name] = recipe.load(path, [f"{key}={json.dumps(value)}", f"run={plan.run}/{name}", "sweep=null"], Recipe)
+        claim(found[name], folder / name, str(path))
+    return [(member, folder / name) for name, member in found.items()]
 
 
 def _flat(value: Any, place: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files as resources
@@ -25,7 +25,7 @@ import yaml
 
 from posttrain import files
 from posttrain.data.clips import read_video
-from posttrain.evaluate import FIXED, REFERENCES, difference, read_records, summary
+from posttrain.evaluate import FIXED, REFERENCES, difference, position, read_records, summary
 
 PLAYERS = {"unseen": 8}  # cards per split, 4 for others: the first clips, not chosen ones
 BUDGET = 4_000_000  # bytes of video in the page
@@ -49,20 +49,35 @@ TITLES = {
 Point = tuple[float, float]
 
 
-def report(run: Path | str) -> tuple[Path, Path]:
+def report(run: Path | str, runs: Mapping[str, Path] | None = None) -> tuple[Path, Path]:
     """Write report.json and report.html of the run folder `run`; returns their paths.
+
+    Args:
+        runs: the folders of a sweep by its values, where `run` holds one.
 
     Raises:
         UserError: the run has no finished evaluation, or a sample that the page shows is missing.
     """
     run = Path(run)
-    records = read_records(run)
+    records = gather(runs) if runs else read_records(run)
     recipe = yaml.safe_load((run / "recipe.yaml").read_text()) if (run / "recipe.yaml").exists() else {}
-    log = files.read_jsonl(run / "log.jsonl") if (run / "log.jsonl").exists() else []
-    facts = summarise(run.name, records, recipe, log)
+    logs = [files.read_jsonl(path) for place in (runs or {"": run}).values() if (path := place / "log.jsonl").exists()]
+    facts = summarise(run.name, records, recipe, [row for log in logs for row in log])
     files.write_json(run / "report.json", facts)
-    files.write_text(run / "report.html", page(run, records, facts, log))
+    files.write_text(run / "report.html", page(run, records, facts, [] if runs or not logs else logs[0]))
     return run / "report.json", run / "report.html"
+
+
+def gather(runs: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """The records of a sweep's runs, named by its values; references and base, where all share them, once."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for value, run in runs.items():
+        for record in read_records(run):
+            name, split = record["model"], record["split"]
+            shared = name in FIXED and found.get((name, split), record)["key"] == record["key"]
+            label = name if shared else f"{name} {value}"
+            found[label, split] = record | {"model": label, "samples": str(run / "samples" / name)}
+    return sorted(found.values(), key=position)
 
 
 def summarise(
@@ -119,7 +134,7 @@ def page(run: Path, records: Sequence[dict[str, Any]], facts: dict[str, Any], lo
     tuned = [name for name in dict.fromkeys(record["model"] for record in records) if name not in FIXED]
     styles = {"truth": "truth", "base": "base"} | {name: f"c{i % 5}" for i, name in enumerate(tuned)}
     cards, data = players(run, records, styles)
-    body = [headline(facts, tuned), table(facts, styles), cards, curves(log), details(facts)]
+    body = [headline(facts, tuned), table(facts, styles), sweep(facts), cards, curves(log), details(facts)]
     root = resources("posttrain")
     return string.Template((root / "report.html").read_text()).substitute(
         title=html.escape(facts["run"]),
@@ -144,6 +159,8 @@ def lead(facts: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
             f"{recipe['method']['name']} on {start}{recipe['model']['path']}: {how} trained{took}, "
             f"{train['steps']} steps of {train['batch']} clips, seed {train['seed']}."
         )
+    for key, values in (recipe.get("sweep") or {}).items():
+        sentences.append(f"A run for each {key}: {', '.join(map(str, values))}.")
     counts = {record["split"]: len(record["clips"]) for record in records}
     sampled = next((record for record in reversed(records) if record["model"] not in REFERENCES), records[-1])
     steps = f", {sampled['sampler']['steps']} sampling steps" if "sampler" in sampled else ""
@@ -315,7 +332,7 @@ def film(run: Path, shown: Sequence[dict[str, Any]], name: str) -> np.ndarray:
     """
     panels = []
     for record in shown:
-        path = run / "samples" / record["model"] / record["folder"] / f"{name}-s0.mp4"
+        path = Path(record.get("samples", run / "samples" / record["model"])) / record["folder"] / f"{name}-s0.mp4"
         if not path.exists():
             raise files.UserError(f"{path}: does not exist; delete {run / 'evaluation'} and evaluate again")
         panels.append(read_video(path))
@@ -377,6 +394,34 @@ def curve(points: Sequence[Point]) -> str:
     span = (0.0, float(steps[-1]))
     x_ticks = [(x, f"{x:g}") for x in nice_ticks(*span)]
     return chart(lines, span, (bottom, top), x_ticks, [(y, f"{y:g}".replace("-", "−")) for y in ticks])
+
+
+def sweep(facts: dict[str, Any]) -> str:
+    """L2 and IoU over the values of a sweep, evenly spaced: their means and intervals, and the mean of the base."""
+    if not facts["recipe"].get("sweep"):
+        return ""
+    (key,), split = facts["recipe"]["sweep"], facts["rows"][0]["split"]
+    prefix = f"{facts['recipe']['method']['name']} "
+    rows = [row for row in facts["rows"] if row["split"] == split]
+    base = next((row for row in rows if row["model"] == "base"), None)
+    swept = [row for row in rows if row["model"].startswith(prefix)]
+    last, figures = float(max(len(swept) - 1, 1)), ""
+    for metric, title, hint, _ in (COLUMNS[0], COLUMNS[2]):
+        lines: list[tuple[str, list[Point | None]]] = []
+        for style, bound in (("c0 faint", "low"), ("c0 faint", "high"), ("c0", "mean")):
+            values = [row[metric][bound] for row in swept]
+            lines.append((style, [None if value is None else (float(i), value) for i, value in enumerate(values)]))
+        if base is not None and (mean := base[metric]["mean"]) is not None:
+            lines.append(("base", [(0.0, mean), (last, mean)]))
+        top = max((point[1] for _, points in lines for point in points if point), default=0.0) or 1.0
+        x_ticks = [(float(i), html.escape(row["model"].removeprefix(prefix))) for i, row in enumerate(swept)]
+        plot = chart(lines, (0.0, last), (0.0, top), x_ticks, [(y, f"{y:g}") for y in nice_ticks(0.0, top)])
+        figures += f"<figure><figcaption>{title}, {split} clips ({hint})</figcaption>{plot}</figure>"
+    note = "A run for each value. Faint: 95% intervals. Level line: the base."
+    return (
+        f'<section id="sweep"><h2>Over {html.escape(key)}</h2><p class="note">{note}</p>'
+        f'<div class="curves">{figures}</div></section>'
+    )
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:

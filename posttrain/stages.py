@@ -23,7 +23,7 @@ from posttrain import files, recipe
 from posttrain.data import videos
 from posttrain.data.clips import Clips, check_same_kind, open_split, open_splits
 from posttrain.evaluate import EvalConfig
-from posttrain.experiment import ADAPTER, RUNS, TRAINED, Recipe, is_trained, need_training, open_run, resolved
+from posttrain.experiment import ADAPTER, RUNS, TRAINED, Recipe, is_trained, members, need_training, open_run, resolved
 from posttrain.files import UserError
 from posttrain.models.base import Merged, ModelConfig
 from posttrain.run import Run, start_fingerprint
@@ -140,11 +140,15 @@ def evaluate(plan: Recipe, folder: Path) -> None:
 
 
 def report(plan: Recipe, folder: Path) -> None:
-    """Write report.json and report.html from what was measured."""
-    from posttrain.report import report
+    """Write report.json and report.html from what was measured; of a sweep, those of all its runs together."""
+    from posttrain.evaluate import print_table
+    from posttrain.report import gather, report
 
     if _main_process():
-        print("report:", report(folder)[1])
+        runs = {place.name: place for _, place in members(plan, folder)} if plan.sweep else {}
+        if runs:
+            print_table(gather(runs))
+        print("report:", report(folder, runs)[1])
 
 
 def export(plan: Recipe, folder: Path, checked: bool = False) -> None:

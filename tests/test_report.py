@@ -235,3 +235,33 @@ def test_a_run_without_training_has_a_report(run: Path, tmp_path: Path) -> None:
     assert 'id="curves"' not in text
     assert text.count("<video") == 6
     assert room.duration(3723) == "1 h 2 min"
+
+
+def test_a_sweeps_rows_are_named_by_its_values(run: Path, tmp_path: Path) -> None:
+    """What is the same in all its runs is a row once; what differs, also a base, is one for each."""
+    runs = {value: Path(shutil.copytree(run, tmp_path / value)) for value in ("30", "100", "7")}
+    for value, name, changes in (("100", "psft", {}), ("7", "base", {"key": "of another model"})):
+        path = runs[value] / "evaluation" / f"{name}-test_unseen.json"
+        record = json.loads(path.read_text()) | changes
+        for clip in record["clips"]:
+            clip["l2"] += 1
+        path.write_text(json.dumps(record))
+    records = [record for record in room.gather(runs) if record["split"] == "unseen"]
+    shared = ["truth", "truth_vae", "frozen", "base"]
+    assert [record["model"] for record in records] == [*shared, "psft 30", "psft 100", "base 7", "psft 7"]
+    found = {record["model"]: np.mean([clip["l2"] for clip in record["clips"]]) for record in records}
+    assert found["psft 100"] == pytest.approx(found["psft 30"] + 1)
+    assert found["psft 7"] == found["psft 30"]
+    assert found["base 7"] == pytest.approx(found["base"] + 1)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text()) | {"sweep": {"data.limit": [30, 100, 7]}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (as_json, as_html) = report(tmp_path, runs)
+    assert json.loads(as_json.read_text())["times"]["train"] == pytest.approx(3 * trained(run), abs=0.2)
+    (figures,) = re.findall(r'<section id="sweep"><h2>Over data.limit</h2>(.*?)</section>', as_html.read_text())
+    assert re.findall(r'<span class="x[^>]*>(\d+)</span>', figures) == ["30", "100", "7"] * 2
+    assert figures.count('class="base"') == 2
+
+
+def trained(run: Path) -> float:
+    """Seconds, by the log."""
+    return sum(json.loads(line)["seconds"] for line in (run / "log.jsonl").read_text().splitlines())

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -235,3 +236,34 @@ def test_killed_and_started_again_the_adapter_is_the_same_to_the_bit(home, finis
     assert kills >= 2
     expected = {k: v for k, v in contents(finished / "adapter").items() if k != "README.md"}
     assert contents(home / "runs" / "killed" / "adapter") == expected
+
+
+def test_a_sweep_is_a_run_for_each_value_and_one_report(home):
+    base = ("recipe.yaml", "run=sizes", "train.steps=2", "eval.every=0", "eval.splits=[test_unseen]", "export=[]")
+    code, out, said = command(home, "run", *base, "sweep={data.limit: [3, 1]}")
+    assert code == 0, said
+    folder = home / "runs" / "sizes"
+    for value in (3, 1):
+        plan = yaml.safe_load((folder / str(value) / "recipe.yaml").read_text())
+        assert (plan["run"], plan["data"]["limit"], plan["sweep"]) == (f"sizes/{value}", value, None)
+    report = files.read_json(folder / "report.json")
+    assert [row["model"] for row in report["rows"]] == ["truth", "truth_vae", "frozen", "base", "psft 3", "psft 1"]
+    assert [row["model"] for row in report["differences"]] == ["psft 3", "psft 1"]
+    alone = [files.read_json(folder / str(value) / "report.json")["rows"][-1] for value in (3, 1)]
+    assert [row["l2"] for row in report["rows"][-2:]] == [row["l2"] for row in alone]
+    assert contents(folder / "3" / "adapter") != contents(folder / "1" / "adapter")
+    page = (folder / "report.html").read_text()
+    (figures,) = re.findall(r'<section id="sweep"><h2>Over data.limit</h2>(.*?)</section>', page)
+    assert re.findall(r'<span class="x[^>]*>(\d+)</span>', figures) == ["3", "1"] * 2
+    assert "report: runs/sizes/report.html" in out.splitlines()[-1]
+
+    weights = contents(folder / "3" / "adapter")
+    code, _, said = command(home, "run", *base, "sweep={data.limit: [3]}")  # one that is there
+    assert code == 0
+    assert "training: runs/sizes/3/adapter is complete" in said
+    assert contents(folder / "3" / "adapter") == weights
+    said = refused(home, "train", *base, "train.lr=0.02", "sweep={data.limit: [3]}")
+    assert said.startswith("runs/sizes/3/recipe.yaml: differs from runs/sizes/recipe.yaml in train.lr (0.01, now 0.02)")
+    said = refused(home, "run", *base, "sweep={data.limt: [3]}")
+    assert said == "data.limt=3: data.limt: unknown key, did you mean 'limit'?\n"
+    assert "sweep: dictionary should have at most 1 item" in refused(home, "run", *base, "sweep={a: [1], b: [2]}")
