@@ -233,7 +233,8 @@ class Wan:
     def _reading(self) -> list[dict[str, Any]]:
         """How captions are read: tokenizer and text encoder, without what a call or a place changes."""
         words = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        encoder = {} if self.text_encoder is None else self.text_encoder.config.to_dict()
+        config: Any = None if self.text_encoder is None else self.text_encoder.config
+        encoder = config.to_dict() if config else {}
         passing = ("truncation", "padding", "_name_or_path", "transformers_version", "dtype", "torch_dtype")
         return [{name: value for name, value in part.items() if name not in passing} for part in (words, encoder)]
 
