@@ -16,13 +16,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
-
-from posttrain import files, recipe
+from posttrain import distributed, files, recipe
 from posttrain.data import videos
 from posttrain.data.clips import Clips, DataConfig, check_same_kind, open_split, open_splits
 from posttrain.evaluate import EvalConfig
@@ -30,6 +27,7 @@ from posttrain.files import UserError
 from posttrain.models.base import Merged, ModelConfig
 from posttrain.recipe import In, Part
 from posttrain.run import Run, TrainConfig, fingerprint
+from posttrain.trackers import check_trackers
 from posttrain.types import Strict
 
 RUNS = Path("runs")
@@ -37,7 +35,7 @@ CACHE = RUNS / "cache"
 ADAPTER, TRAINED, CLIPS = "adapter", "trained.json", "clips.jsonl"
 POCKET: dict[str, Any] = {"size": (64, 64), "frames": 33, "fps": 16, "steps": 12, "guidance": 1.0}  # see gallery.Wish
 # may change without changing the trained weights
-FREE = ("run", "data.make", "train.checkpoint_every", "eval", "export")
+FREE = ("run", "data.make", "train.checkpoint_every", "train.trackers", "eval", "export")
 
 
 class Recipe(Strict):
@@ -135,6 +133,7 @@ def check_data(plan: Recipe) -> None:
 
 def train(plan: Recipe, folder: Path) -> None:
     """Train and save the weights, unless that is done."""
+    check_trackers(plan.train.trackers)
     model, method = load_model(plan.model), plan.method.module
     clips = Clips(plan.data, preload=False)
     tell(clips, folder)
@@ -480,21 +479,13 @@ def _need_training(folder: Path) -> None:
         raise UserError(f"{folder / ADAPTER}: is missing or incomplete; finish `posttrain train` first")
 
 
-def _process() -> Any:
-    """This process among those of the run; without a GPU each has to be told, or it thinks that it is alone."""
-    from accelerate import PartialState
-
-    # the others wait while the first films or measures, for longer than the usual ten minutes
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
-
-
 def _device() -> Any:
-    return _process().device
+    return distributed.process().device
 
 
 def _main_process() -> bool:
-    return _process().is_main_process
+    return distributed.process().is_main_process
 
 
 def _wait() -> None:
-    _process().wait_for_everyone()
+    distributed.process().wait_for_everyone()
