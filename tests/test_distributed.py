@@ -113,7 +113,7 @@ def test_accelerate_launches_two_that_train_as_one(home):
     assert_same_training(home, "ddp")
 
 
-def test_zero_2_killed_and_continued_trains_as_one_process(home):
+def test_zero_2_killed_and_continued_trains_as_one_process_which_can_take_over(home):
     log = home / "runs" / "zero2" / "log.jsonl"
     first = launch(home, "zero2", "zero2")
     while first.poll() is None and (not log.exists() or log.read_text().count("\n") < 5):
@@ -137,9 +137,7 @@ def test_zero_2_killed_and_continued_trains_as_one_process(home):
             atol = 1e-3 * float(tensor.abs().max())
             torch.testing.assert_close(zero["optimizer"]["state"][i][name], tensor, rtol=0, atol=atol)
 
-
-def test_one_process_continues_what_two_began_with_zero_2(home):
-    """Runs after the one above, from its last checkpoint but one."""
+    # and one process goes on from the last but one
     checkpoints = home / "runs" / "zero2" / "checkpoints"
     for path in (home / "runs" / "zero2" / "trained.json", checkpoints / "step-000030" / "meta.json"):
         path.unlink()
