@@ -19,6 +19,7 @@ bench: setup # time every stage of the pocket model on this machine
 
 test: setup # all tests
 	@./setup.sh chromium
+	@./setup.sh extras
 	@$(python) -m pytest
 
 lint: setup # style and types

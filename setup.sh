@@ -2,6 +2,7 @@
 # From an empty machine to a working .venv in this checkout. `make setup` runs it; run again, it does only what is missing.
 #   ./setup.sh            Python packages at the tested versions, and OpenGL without a display
 #   ./setup.sh chromium   the browser in which `make test` opens report.html
+#   ./setup.sh extras     DeepSpeed, TensorBoard and W&B, which only some recipes and `make test` use
 # PYTHON=python3.12 ./setup.sh chooses the interpreter. One environment serves users and tests alike: what is tested is
 # what runs, and the developers' tools are small beside torch.
 set -eu
@@ -92,6 +93,13 @@ install_gl() {
   if opens_gl; then touch .venv/.gl; else say "OpenGL without a display does not work; renderer: {name: tiny} needs none"; fi
 }
 
+install_extras() {
+  if [ "$(cat .venv/.extras 2>/dev/null)" = "$(cat $state)" ]; then return; fi
+  say "installing DeepSpeed, TensorBoard and W&B"
+  $python -m pip install -q -e '.[deepspeed,tensorboard,wandb]' -c constraints.txt
+  cp $state .venv/.extras
+}
+
 install_chromium() {
   command -v chromium >/dev/null || system_packages 'a browser for the report test' chromium chromium chromium || return 0
 }
@@ -99,5 +107,6 @@ install_chromium() {
 case "${1:-}" in
   '') install_packages; install_gl ;;
   chromium) install_chromium ;;
+  extras) install_extras ;;
   *) say "unknown part: $1"; exit 2 ;;
 esac

@@ -235,8 +235,8 @@ def generate(
 
 def validation(
     run: Path | str, config: EvalConfig, model: VideoModel, tracker: Tracker, clips: int = 8
-) -> Callable[[int], dict[str, float]]:
-    """A function of the step for `Run(validate=...)` that gives val_l2, val_iou and val_vanished.
+) -> Callable[[int], tuple[dict[str, float], dict[str, Path]]]:
+    """A function of the step for `Run(validate=...)` that gives val_l2, val_iou and val_vanished, and the videos.
 
     It samples the first clips of the last split once and saves them under samples/validation/. Nothing is chosen by
     these numbers, so that the clips may be those of the test.
@@ -245,14 +245,15 @@ def validation(
     folder, indices = Path(run) / "samples" / "validation", range(len(some))
     truths = [some.row(i) for i in indices]
 
-    def validate(step: int) -> dict[str, float]:
+    def validate(step: int) -> tuple[dict[str, float], dict[str, Path]]:
         batch = some.load(indices).to(model.device)
         videos = generate("validation", model, batch, truths, 0, config.sampler)
-        for name, video in zip(batch.ids, videos, strict=True):
-            sample.write_video(folder / f"step-{step:06d}" / f"{name}.mp4", video, truths[0]["fps"])
+        paths = {f"validation/{name}": folder / f"step-{step:06d}" / f"{name}.mp4" for name in batch.ids}
+        for path, video in zip(paths.values(), videos, strict=True):
+            sample.write_video(path, video, truths[0]["fps"])
         scores = pisa.score_videos(videos, batch, truths, tracker, truths[0]["fps"])
         means = {key: pisa.mean([score[key] for score in scores]) for key in ("l2", "iou", "vanished")}
-        return {f"val_{key}": value for key, value in means.items() if value is not None}
+        return {f"val_{key}": value for key, value in means.items() if value is not None}, paths
 
     return validate
 

@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -34,9 +34,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from posttrain import files
+from posttrain import distributed, files
 from posttrain.files import UserError
 from posttrain.progress import progress
+from posttrain.trackers import TrackerName, check_trackers, log_videos, tracking
 from posttrain.types import Batch, Random, Strict
 
 KEPT = 2  # checkpoints
@@ -60,6 +61,7 @@ class TrainConfig(Strict):
     ema: float = Field(0.0, ge=0, lt=1)  # decay of the weights' average, at step s at most (1 + s) / (10 + s); 0: none
     checkpoint_every: int = Field(100, ge=1)
     block_checkpointing: bool = False  # recompute each block in the backward pass, for memory
+    trackers: tuple[TrackerName, ...] = ()  # what also shows the log and the validation videos
 
 
 class Data(Protocol):
@@ -97,8 +99,8 @@ class Run:
     Args:
         module: what is trained; only parameters that require gradients are stepped, averaged and stored.
         data: anything with `ids`, `key`, `len` and `load(indices) -> Batch`.
-        validate: called with the step number and averaged weights in place every `validate_every` steps; what it
-            returns joins that step's row of the log.
+        validate: called with the step number and averaged weights in place every `validate_every` steps; the numbers
+            that it returns join that step's row of the log, and the video files, by name, go to the trackers.
         depends: what else the trained weights depend on, by name; values that JSON can hold.
 
     Attributes:
@@ -116,30 +118,39 @@ class Run:
         module: nn.Module,
         data: Data,
         train: TrainConfig,
-        validate: Callable[[int], dict[str, float]] | None = None,
+        validate: Callable[[int], tuple[dict[str, float], Mapping[str, Path]]] | None = None,
         validate_every: int = 0,
         depends: dict[str, Any] | None = None,
     ) -> None:
         # these take seconds to import
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
+        from accelerate.utils import GradientAccumulationPlugin
         from diffusers.optimization import get_scheduler
         from diffusers.training_utils import EMAModel
 
-        AcceleratorState._reset_state()  # it would refuse another precision later in the same process
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),  # else every process of several on CPUs thinks that it is alone
-            mixed_precision="no" if train.precision == "fp32" else train.precision,
-            gradient_accumulation_steps=train.accumulate,
-        )
-        self.folder, self.data, self.train = Path(folder), data, train
-        self._validate, self._validate_every, self._depends = validate, validate_every, depends or {}
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        check_trackers(train.trackers)
+        state = distributed.process()
+        ranks, self._rank = state.num_processes, state.process_index
         if train.batch % (train.accumulate * ranks):
             raise UserError(f"train.batch: {train.batch} does not divide into {train.accumulate} x {ranks} parts")
         if not len(data):
             raise UserError("data: has no clips")
-        self._share, self._rank = train.batch // (train.accumulate * ranks), rank
+        self.folder, self.data, self.train = Path(folder), data, train
+        self._validate, self._validate_every, self._depends = validate, validate_every, depends or {}
+        self._share = train.batch // (train.accumulate * ranks)
+
+        AcceleratorState._reset_state()  # it would refuse another precision later in the same process
+        bf16, zero = train.precision == "bf16", distributed.zero()
+        self.accelerator = Accelerator(
+            cpu=state.device.type == "cpu" and not zero,
+            mixed_precision="bf16" if bf16 and not zero else "no",
+            # as a number it would give way to the launcher's
+            gradient_accumulation_plugin=GradientAccumulationPlugin(train.accumulate, sync_with_dataloader=False),
+            deepspeed_plugin=distributed.zero_plugin(self._share, train.accumulate, train.clip, bf16) if zero else None,
+            log_with=list(train.trackers) or None,
+            project_dir=self.folder / "tensorboard",
+        )
 
         if train.block_checkpointing:
             checkpointed: Any = module  # diffusers' name for it
@@ -159,6 +170,7 @@ class Run:
         self._scheduler = get_scheduler(
             schedule, optimizer, num_warmup_steps=train.warmup, num_training_steps=train.steps
         )
+        self._plain = module  # as it is inside what `prepare` wraps around it
         self.module, self._optimizer = self.accelerator.prepare(module, optimizer)
         self._names = [name for name, p in self._plain.named_parameters() if p.requires_grad]
         self._ema = EMAModel(self._parameters, decay=train.ema) if train.ema else None
@@ -180,8 +192,12 @@ class Run:
     def batches(self) -> Iterator[Batch]:
         """Micro-batches of the steps still to do; call `step` once for each."""
         self._cut_log()
+        if self.steps == self.train.steps:
+            return
         bar = progress("training", self.train.steps, self.steps)
-        with self._signals(), bar if self.accelerator.is_main_process else nullcontext(_silent) as self._advance:
+        tracked = tracking(self.accelerator, self.folder, self.steps, self.meaning)
+        shown = bar if self.accelerator.is_main_process else nullcontext(_silent)
+        with self._signals(), tracked, shown as self._advance:
             while self.steps < self.train.steps:
                 self._started = time.monotonic()
                 for part in range(self.train.accumulate):
@@ -229,7 +245,9 @@ class Run:
         last = self.steps == self.train.steps
         if self._validate and self._validate_every and (last or self.steps % self._validate_every == 0):
             with self.weights():
-                row |= self._validate(self.steps)
+                scores, videos = self._validate(self.steps)
+            row |= scores
+            log_videos(self.accelerator, videos, self.steps)
         self._log({"step": self.steps, **row})
         self._advance(f"loss {row['loss']:.4g}")
         stop = self._asked_to_stop()
@@ -261,10 +279,6 @@ class Run:
             self._ema.restore(self._parameters)
 
     # ------------------------------------------------------------------ what a step needs
-
-    @property
-    def _plain(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.module)
 
     @property
     def _parameters(self) -> list[nn.Parameter]:
@@ -330,15 +344,17 @@ class Run:
         path = self.folder / "log.jsonl"
         with files.explain(path), open(path, "a") as stream:
             stream.write(json.dumps(row) + "\n")
+            self.accelerator.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=row["step"])
 
     @property
     def meaning(self) -> dict[str, Any]:
         """What the trained weights depend on here; a checkpoint is continued only if it is the same."""
-        train = self.train.model_dump(mode="json", exclude={"checkpoint_every"})
+        train = self.train.model_dump(mode="json", exclude={"checkpoint_every", "trackers"})
         settings = {f"train.{name}": value for name, value in train.items()}
         return {**settings, "data": self.data.key, "model": self._start, **self._depends}
 
     def _save(self) -> None:
+        optimizer = distributed.optimizer_state(self._optimizer, self._parameters)
         if self.accelerator.is_main_process:
             log = self.folder / "log.jsonl"
             with files.explain(log), open(log, "rb+") as stream:
@@ -346,7 +362,7 @@ class Run:
             state = io.BytesIO()  # written by Python, whose errors say what the disk said
             torch.save(
                 {
-                    "optimizer": self._optimizer.state_dict(),
+                    "optimizer": optimizer,
                     "scheduler": self._scheduler.state_dict(),
                     "ema": self._ema.state_dict() if self._ema else None,
                 },
@@ -387,7 +403,7 @@ class Run:
                 )
             for name, parameter in zip(self._names, self._parameters, strict=True):
                 parameter.data.copy_(weights[name])
-            self._optimizer.load_state_dict(state["optimizer"])
+            distributed.load_optimizer_state(self._optimizer, self._parameters, state["optimizer"])
             self._scheduler.load_state_dict(state["scheduler"])
             if self._ema:
                 self._ema.load_state_dict(state["ema"])

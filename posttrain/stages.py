@@ -13,13 +13,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from posttrain import files, recipe
+from posttrain import distributed, files, recipe
 from posttrain.data import videos
 from posttrain.data.clips import Clips, check_same_kind, open_split, open_splits
 from posttrain.evaluate import EvalConfig
@@ -27,6 +24,7 @@ from posttrain.experiment import ADAPTER, RUNS, TRAINED, Recipe, is_trained, mem
 from posttrain.files import UserError
 from posttrain.models.base import Merged, ModelConfig
 from posttrain.run import Run, start_fingerprint
+from posttrain.trackers import check_trackers
 
 CACHE = RUNS / "cache"
 CLIPS = "clips.jsonl"
@@ -69,6 +67,7 @@ def check_data(plan: Recipe) -> None:
 
 def train(plan: Recipe, folder: Path) -> None:
     """Train and save the weights, unless that is done."""
+    check_trackers(plan.train.trackers)
     model, method = load_model(plan.model), plan.method.module
     clips = Clips(plan.data, preload=False)
     tell(clips, folder)
@@ -368,21 +367,13 @@ def load_tracker(path: str = "pocket") -> Any:
     return load_model(ModelConfig(family="tracker" if ours else "sam2", path=path))
 
 
-def _process() -> Any:
-    """This process among those of the run; without a GPU each has to be told, or it thinks that it is alone."""
-    from accelerate import PartialState
-
-    # the others wait while the first films or measures, for longer than the usual ten minutes
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
-
-
 def _device() -> Any:
-    return _process().device
+    return distributed.process().device
 
 
 def _main_process() -> bool:
-    return _process().is_main_process
+    return distributed.process().is_main_process
 
 
 def _wait() -> None:
-    _process().wait_for_everyone()
+    distributed.process().wait_for_everyone()

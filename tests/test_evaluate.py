@@ -264,10 +264,11 @@ def test_table_shows_the_headline(tmp_path: Path, config: EvalConfig) -> None:
 
 def test_validation_samples_the_model_as_it_is(tmp_path: Path, config: EvalConfig) -> None:
     validate = validation(tmp_path, config, LATE, RedTracker(), clips=2)
-    first = validate(200)
+    first, videos = validate(200)
     assert set(first) == {"val_l2", "val_iou", "val_vanished"}
-    assert 0 < first["val_l2"] < validation(tmp_path, config, HOVER, RedTracker(), clips=2)(0)["val_l2"]
-    assert (tmp_path / "samples" / "validation" / "step-000200" / "00001.mp4").exists()
+    assert 0 < first["val_l2"] < validation(tmp_path, config, HOVER, RedTracker(), clips=2)(0)[0]["val_l2"]
+    assert videos["validation/00001"] == tmp_path / "samples" / "validation" / "step-000200" / "00001.mp4"
+    assert all(path.exists() for path in videos.values())
 
 
 def test_nothing_to_measure_is_said(tmp_path: Path, config: EvalConfig) -> None:

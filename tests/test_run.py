@@ -144,10 +144,10 @@ def test_bf16_computes_in_bf16_and_keeps_float_weights(tmp_path):
 def test_validation_joins_the_log_and_sees_the_average(tmp_path):
     seen = []
 
-    def validate(step: int) -> dict[str, float]:
+    def validate(step: int) -> tuple[dict[str, float], dict[str, Path]]:
         seen.append((step, run.module[3].weight.detach().clone()))
         torch.manual_seed(1)  # must not disturb the training
-        return {"score": float(step)}
+        return {"score": float(step)}, {}
 
     run = Run(tmp_path / "a", network(), Points(), config(), validate, validate_every=3)
     after = train(run)

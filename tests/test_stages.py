@@ -17,6 +17,7 @@ import pytest
 import yaml
 from falling import write_dataset
 from forked import launch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import wan_folder
 
 from posttrain import cli, files
@@ -120,6 +121,18 @@ def test_the_table_shows_one_evaluation(home, finished):
     assert command(home, "report", "fewer")[0] == 0
     rows = files.read_json(home / "runs" / "fewer" / "report.json")["rows"]
     assert {row["split"] for row in rows} == {"seen"}
+
+
+def test_a_tracker_shows_the_log_and_the_videos_and_changes_nothing(home, finished):
+    arguments = ("train", "recipe.yaml", "run=shown", "train.trackers=[tensorboard]")
+    assert command(home, *arguments)[0] == 0
+    shown = home / "runs" / "shown"
+    assert contents(shown / "adapter") == {k: v for k, v in contents(finished / "adapter").items() if k != "README.md"}
+    events = EventAccumulator(str(shown / "tensorboard" / "posttrain")).Reload()
+    expected = {row["step"]: row["val_l2"] for row in files.read_jsonl(shown / "log.jsonl") if "val_l2" in row}
+    assert {event.step: event.value for event in events.Scalars("val_l2")} == pytest.approx(expected)
+    assert [event.step for event in events.Images("validation/00002")] == [6, 12]
+    assert command(home, *arguments[:-1])[0] == 0  # and without it, the run is the same one
 
 
 def test_another_recipe_in_the_same_folder_is_refused(home, finished):

@@ -30,7 +30,9 @@ MAY_IMPORT = {
     "posttrain.rewards": [*CONTRACT, "posttrain.flow"],
     "posttrain.data": [*CONTRACT, "posttrain.flow", "posttrain.models.base"],
     "posttrain.metrics": [*CONTRACT, "posttrain.flow"],
-    "posttrain.run": [*CONTRACT, "posttrain.flow"],
+    "posttrain.distributed": CONTRACT,
+    "posttrain.trackers": CONTRACT,
+    "posttrain.run": [*CONTRACT, "posttrain.flow", "posttrain.distributed", "posttrain.trackers"],
     "posttrain.methods": [*CONTRACT, *ROOMS],
     "posttrain.benchmarks": [*CONTRACT, "posttrain.metrics", "posttrain.data"],
     "posttrain.sample": [*CONTRACT, "posttrain.flow", "posttrain.data", "posttrain.models.base"],
@@ -53,7 +55,7 @@ MAY_IMPORT = {
     "posttrain.stages": [
         *(*CONTRACT, *ROOMS, "posttrain.recipe", "posttrain.experiment", "posttrain.sample", "posttrain.evaluate"),
         *("posttrain.gallery", "posttrain.report", "posttrain.export", "posttrain.doctor", "posttrain.bench"),
-        *("posttrain.benchmarks", "posttrain.score"),
+        *("posttrain.benchmarks", "posttrain.score", "posttrain.distributed", "posttrain.trackers"),
     ],
     "posttrain.cli": ["posttrain", "sim"],
     "posttrain.__main__": ["posttrain.cli"],
@@ -74,7 +76,11 @@ MODULES = {
     for package in ("posttrain", "sim")
     for path in sorted((ROOT / package).rglob("*.py"))
 }
-RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "recipes").rglob("*.yaml")
+    if path.parent.name != "launch"  # these are accelerate's, see test_distributed.py
+)
 
 
 def repository() -> list[Path]:

@@ -1,0 +1,69 @@
+"""What one process of several trains, and one alone: `torchrun tests/ranks.py OUT WAN`, for test_distributed.py."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from posttrain.methods import psft
+from posttrain.models.base import ModelConfig
+from posttrain.models.wan import load
+from posttrain.run import Run, TrainConfig
+from posttrain.types import Batch
+
+
+class Noise:
+    """Seven latent clips of noise, and a text."""
+
+    ids, key = tuple("abcdefg"), "noise"
+
+    def __init__(self, text_LD: Tensor) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.z0_BCFHW, self.text_LD = torch.randn(7, 8, 3, 4, 4, generator=generator), text_LD
+
+    def __len__(self) -> int:
+        return 7
+
+    def load(self, indices: Sequence[int]) -> Batch:
+        text_BLD = self.text_LD.expand(len(indices), -1, -1)
+        return Batch(tuple(self.ids[i] for i in indices), self.z0_BCFHW[list(indices)], text_BLD)
+
+
+def gradients(folder: Path, wan_folder: Path) -> dict[str, Tensor]:
+    """Those of the first step of PSFT on all weights of a small Wan, in two micro-batches, as AdamW gets them."""
+    wan = load(ModelConfig(path=str(wan_folder)))
+    config = TrainConfig(steps=1, batch=4, accumulate=2, lr=1e-3, clip=1e9)
+    run = Run(folder, wan.module, Noise(wan.encode_text(["a ball falls."])[0]), config)
+    names, wan.module, seen = [name for name, _ in wan.module.named_parameters()], run.module, {}
+
+    def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        seen.update(zip(names, [p.grad.clone() for p in optimizer.param_groups[0]["params"]], strict=True))
+
+    hook = register_optimizer_step_pre_hook(look)
+    psft.train(run, wan, psft.Config())
+    hook.remove()
+    return seen
+
+
+def curve(folder: Path) -> None:
+    """Ten steps of a small network in float64; the curve is in the log."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Linear(16, 4)).double()
+    config = TrainConfig(steps=10, batch=8, accumulate=2, lr=1e-2, clip=0.5, schedule="cosine", warmup=2, ema=0.9)
+    run = Run(folder, net, Noise(torch.zeros(1, 1)), config)
+    for batch in run.batches():
+        x = batch.z0_BCFHW.double()
+        noise = run.random.normal(*x.shape[1:])
+        run.step((run.module(x + noise) - x).square().mean())
+
+
+if __name__ == "__main__":
+    out, wan = map(Path, sys.argv[1:])
+    found = gradients(out / "gradients", wan)
+    if torch.distributed.get_rank() == 0:
+        torch.save(found, out / "gradients.pt")
+    curve(out / "curve")
+    torch.distributed.destroy_process_group()

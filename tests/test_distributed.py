@@ -1,0 +1,182 @@
+"""Two real processes: the numbers of one, DeepSpeed's ZeRO-2 among them, and none that runs alone unasked."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ranks
+import torch
+import yaml
+from falling import write_dataset
+from safetensors.torch import load_file
+from tiny import wan_folder
+
+from posttrain import cli, distributed
+from posttrain.files import UserError, read_jsonl
+from posttrain.models import lora
+
+ROOT = Path(__file__).parent.parent
+RECIPE: dict[str, Any] = {
+    "run": "alone",
+    "model": {"path": "wan", "adapter": {"rank": 2, "alpha": 4}},
+    "data": {"clips": "drops"},
+    "method": {"name": "psft"},
+    "train": {"steps": 30, "batch": 4, "accumulate": 2, "lr": 0.01, "clip": 0.1, "schedule": "cosine", "ema": 0.9},
+    "export": ["diffusers"],
+}
+RECIPE["train"]["checkpoint_every"] = 2
+TOLERANCE = 3e-5  # of an adapter's elements, which grow up to 0.15; 4e-6 was measured
+ACCELERATE = ["accelerate.commands.launch", "--num_processes", "2"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, clips, a recipe, and the run that one process makes of it."""
+    path = tmp_path_factory.mktemp("home")
+    wan_folder(path / "wan")
+    write_dataset(path / "drops", ["train"], clips=3, frames=5)
+    (path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    with contextlib.chdir(path):
+        assert cli.main(["run", "recipe.yaml"]) == 0
+    return path
+
+
+def start(folder: Path, *command: str) -> subprocess.Popen[str]:
+    """`python -m COMMAND` in `folder`, with one thread per process."""
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", *command],
+        cwd=folder,
+        env=os.environ | quiet,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Its exit code, and all that it said."""
+    said, _ = process.communicate(timeout=600)
+    return process.returncode, said
+
+
+def launch(home: Path, how: str, run: str) -> subprocess.Popen[str]:
+    config = ["--config_file", str(ROOT / "recipes" / "launch" / f"{how}.yaml")]
+    return start(home, *ACCELERATE, *config, "-m", "posttrain", "run", "recipe.yaml", f"run={run}")
+
+
+def adapter(home: Path, run: str) -> dict[str, torch.Tensor]:
+    return load_file(home / "runs" / run / "adapter" / lora.FILE)
+
+
+def assert_same_training(home: Path, run: str) -> None:
+    """The loss of each step, and the adapter, are those of the process alone."""
+    for a, b in zip(*(read_jsonl(home / "runs" / name / "log.jsonl") for name in ("alone", run)), strict=True):
+        for key in ("loss", "grad_norm", "lr"):
+            assert a[key] == pytest.approx(b[key], rel=1e-5), (key, a["step"])
+    alone, other = adapter(home, "alone"), adapter(home, run)
+    assert alone.keys() == other.keys()
+    for name, tensor in alone.items():
+        torch.testing.assert_close(other[name], tensor, rtol=0, atol=TOLERANCE, msg=name)
+    assert max(tensor.abs().max() for name, tensor in alone.items() if "lora_B" in name) > 1000 * TOLERANCE
+
+
+def test_two_processes_have_the_gradients_and_the_curve_of_one(tmp_path, home):
+    torchrun = start(
+        home, "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        str(ROOT / "tests" / "ranks.py"), str(tmp_path), "wan",
+    )  # fmt: skip
+    alone = ranks.gradients(tmp_path / "alone", home / "wan")
+    ranks.curve(tmp_path / "alone-curve")
+    code, said = finish(torchrun)
+    assert code == 0, said
+    together = torch.load(tmp_path / "gradients.pt")
+    assert together.keys() == alone.keys()
+    assert sum(gradient.abs().max() > 1e-3 for gradient in alone.values()) > 10
+    for name, gradient in alone.items():
+        torch.testing.assert_close(together[name], gradient, rtol=0, atol=1e-5, msg=name)
+    one, two = (read_jsonl(tmp_path / name / "log.jsonl") for name in ("alone-curve", "curve"))
+    assert len(one) == 10
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=0, abs=1e-9)
+
+
+def test_accelerate_launches_two_that_train_as_one(home):
+    code, said = finish(launch(home, "ddp", "ddp"))
+    assert code == 0, said
+    assert_same_training(home, "ddp")
+
+
+def test_zero_2_killed_and_continued_trains_as_one_process_which_can_take_over(home):
+    log = home / "runs" / "zero2" / "log.jsonl"
+    first = launch(home, "zero2", "zero2")
+    while first.poll() is None and (not log.exists() or log.read_text().count("\n") < 5):
+        time.sleep(0.01)
+    for process in (*psutil.Process(first.pid).children(recursive=True), first):
+        process.kill()
+    code, said = finish(first)
+    assert code == -signal.SIGKILL, said
+    assert len(read_jsonl(log)) < 30
+    code, said = finish(launch(home, "zero2", "zero2"))
+    assert code == 0, said
+    assert "runs/zero2: continues from step" in said
+    assert_same_training(home, "zero2")
+    # what a checkpoint holds does not tell how many processes wrote it
+    alone, zero = (
+        torch.load(home / "runs" / run / "checkpoints" / "step-000030" / "state.pt") for run in ("alone", "zero2")
+    )
+    assert alone["optimizer"]["param_groups"] == zero["optimizer"]["param_groups"]
+    for i, moments in alone["optimizer"]["state"].items():
+        for name, tensor in moments.items():
+            atol = 1e-3 * float(tensor.abs().max())
+            torch.testing.assert_close(zero["optimizer"]["state"][i][name], tensor, rtol=0, atol=atol)
+
+    # and one process goes on from the last but one
+    checkpoints = home / "runs" / "zero2" / "checkpoints"
+    for path in (home / "runs" / "zero2" / "trained.json", checkpoints / "step-000030" / "meta.json"):
+        path.unlink()
+    with contextlib.chdir(home):
+        assert cli.main(["train", "recipe.yaml", "run=zero2"]) == 0
+    assert (checkpoints / "damaged-step-000030").exists()
+    assert_same_training(home, "zero2")
+
+
+def test_two_that_would_be_one_are_refused(home):
+    command = ("--cpu", "-m", "posttrain", "train", "recipe.yaml", "run=cpu")
+    code, said = finish(start(home, *ACCELERATE, *command))
+    assert code != 0
+    assert "several processes were asked for and 1 started; use --config_file recipes/launch/ddp.yaml" in said
+    assert not (home / "runs" / "cpu" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("WORLD_SIZE", "2", "2 processes were asked for and 1 started; use --config_file"),
+        ("ACCELERATE_USE_FSDP", "true", "accelerate launch: FSDP is not supported; use --config_file"),
+    ],
+)
+def test_what_a_launcher_asks_in_vain_is_said(monkeypatch, name, value, line):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=line):
+        distributed.process()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("ZERO_STAGE", "3", "zero_stage is 3; set 2, see recipes/launch/zero2.yaml"),
+        ("OFFLOAD_OPTIMIZER_DEVICE", "cpu", "offload_optimizer_device is cpu, which is not supported; leave it out"),
+        ("CONFIG_FILE", "mine.json", "config_file is mine.json, which is not supported"),
+    ],
+)
+def test_more_than_zero_2_is_refused(monkeypatch, name, value, line):
+    monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{name}", value)
+    with pytest.raises(UserError, match=line):
+        distributed.zero_plugin(1, 1, 1.0, False)
