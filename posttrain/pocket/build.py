@@ -25,7 +25,7 @@ VAE = {
     "base_dim": 16,
     "decoder_base_dim": 16,
     "z_dim": 24,
-    "dim_mult": [1, 2, 2],
+    "dim_mult": [1, 4, 4],
     "num_res_blocks": 1,
     "temperal_downsample": [True, True],
     "latents_mean": [0.0] * 24,
