@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan
 from tiny import wan_folder
 
 from posttrain.files import UserError
-from posttrain.methods.vae import Config, crop, fly, vae_loss, window
+from posttrain.methods.vae import Config, crop, fly, vae_loss
 from posttrain.models import vae
 from posttrain.models.base import ModelConfig
 from posttrain.types import Batch, Random
@@ -98,30 +98,6 @@ def test_pictures_and_budget() -> None:
     assert video.shape == (3, 3, 1, 16, 16)
     video, _ = crop(clips(), Config(lengths=(5,), weights=(1.0,), frames=10), Random(0, 0, range(3)), still=False)
     assert video.shape == (2, 3, 5, 16, 16)
-
-
-def test_windows_hold_a_body_and_lie_in_the_picture() -> None:
-    where, seen = torch.zeros(16, 24, dtype=torch.bool), torch.zeros(16, 24, dtype=torch.bool)
-    where[2, 3] = where[15, 23] = True
-    for draws in torch.rand(200, 2, generator=torch.Generator().manual_seed(0)).tolist():
-        rows, columns = window(where, 8, draws)
-        assert where[rows, columns].any()
-        assert where[rows, columns].shape == (8, 8)
-        seen[rows, columns] = True
-    assert seen[2, 3]
-    assert seen[15, 23]
-    assert window(where, 64, [0.5, 0.5]) == (slice(0, 64), slice(0, 64))  # the whole picture
-    assert window(torch.zeros(4, 4), 4, [0.9, 0.9]) == (slice(0, 4), slice(0, 4))  # nothing to look at
-
-
-def test_crops_are_cut_out_around_bodies() -> None:
-    batch = clips(size=16)
-    assert batch.instances_BFHW is not None
-    batch.instances_BFHW[:] = 0
-    batch.instances_BFHW[:, :, 13:, 13:] = 1  # a random square of 8 would hold it in one case of four
-    video, weight = crop(batch, Config(window=8, flying=0), Random(0, 0, range(3)), still=False)
-    assert video.shape[-2:] == weight.shape[-2:] == (8, 8)
-    assert (weight > 1).flatten(1).any(1).all()
 
 
 def test_it_starts_nearly_without_noise_and_learns(tmp_path: Path) -> None:

@@ -33,7 +33,6 @@ class Config(Strict):
     lengths: tuple[int, ...] = (1, 5, 9, 17, 33)
     weights: tuple[float, ...] = (0.1, 0.25, 0.25, 0.25, 0.15)
     frames: int = 40
-    window: int = 64  # side in pixels of the square that is cut out, around a body; at most the picture's
     max_stride: int = 6
     flying: int = 2  # other clips whose bodies fly through each
     max_speed: float = 10.0  # of flying bodies, pixels per frame
@@ -51,7 +50,7 @@ def crop(batch: Batch, config: Config, random: Random, still: bool) -> tuple[Ten
     assert batch.video_BCFHW is not None
     assert batch.instances_BFHW is not None
     which, speed = random.shared(2).tolist()
-    draws, flights = random.uniform(6), random.uniform(max(config.flying, 1), 4)
+    draws, flights = random.uniform(4), random.uniform(max(config.flying, 1), 4)
     cumulative = torch.tensor(config.weights).cumsum(0)
     length = 1 if still else config.lengths[int((which * cumulative[-1] >= cumulative).sum())]
     stride, last = 1 + int(speed * config.max_stride), batch.video_BCFHW.shape[2] - 1
@@ -64,8 +63,6 @@ def crop(batch: Batch, config: Config, random: Random, still: bool) -> tuple[Ten
             j = (i + 1 + n) % len(draws)
             other, bodies = batch.video_BCFHW[j][:, frames], batch.instances_BFHW[j][frames] > 0
             video, objects = fly(video, objects, other, bodies, config.max_speed, flights[i, n])
-        rows, columns = window(objects.any(0), config.window, draws[i, 4:].tolist())
-        video, objects = video[..., rows, columns], objects[..., rows, columns]
         # where an object was or will be counts as well: else its ghost stays there, cheaply
         near = torch.stack([objects[max(t - 4, 0) : t + 5].any(0) for t in range(length)])
         weight = 1 + (config.object_weight - 1) * near.to(video.dtype)[None]
@@ -74,22 +71,6 @@ def crop(batch: Batch, config: Config, random: Random, still: bool) -> tuple[Ten
         videos.append(video.flip(flips).transpose(*axes))
         weights.append(weight.flip(flips).transpose(*axes))
     return torch.stack(videos), torch.stack(weights)
-
-
-def window(where_HW: Tensor, side: int, draws: list[float]) -> tuple[slice, slice]:
-    """Rows and columns of a square of that side in which one of the marked pixels lies, or any square if there is none.
-
-    Args:
-        draws: two numbers in [0, 1): which pixel, and where in the square it lies.
-    """
-    places = where_HW.nonzero() if where_HW.any() else torch.ones_like(where_HW).nonzero()
-    pixel, inside = places[int(draws[0] * len(places))].tolist(), int(draws[1] * side * side)
-    starts = [
-        min(max(at - shift, 0), max(size - side, 0))
-        for at, shift, size in zip(pixel, divmod(inside, side), where_HW.shape, strict=True)
-    ]
-    rows, columns = (slice(start, start + side) for start in starts)
-    return rows, columns
 
 
 def fly(
