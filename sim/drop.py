@@ -45,6 +45,7 @@ class Config(BaseModel):
     hidden: float = 0.5  # share of the target's box that may lie behind another's box
     texture: float = 1.0  # contrast of procedural patterns; at 64 pixels a fine full one is aliasing and nothing else
     contrast: float = 0.0  # least sRGB distance of the target's colour from those of wall or sky, and floor
+    shapes: tuple[str, ...] = ()  # kinds of objects, as in "ball"; all of them where none is named
     density: Range = (200.0, 800.0)  # kg / m^3
     friction: Range = (0.5, 0.9)
     restitution: Range = (0.2, 0.6)

@@ -37,7 +37,7 @@ def drops() -> list[tuple[Scene, Trajectory]]:
 
 @cache
 def motions() -> list[tuple[Scene, Trajectory]]:
-    return [film(motion, motion.Config(**POCKET), i) for i in range(12)]
+    return [film(motion, motion.Config(**POCKET), i) for i in range(2 * len(motion.KINDS))]
 
 
 def test_at_time_0_nothing_interpenetrates():
@@ -130,7 +130,7 @@ def test_captions_name_what_falls():
 
 def test_motions_are_balanced_and_told():
     assert Counter(motion.label(scene) for scene, _ in motions()) == dict.fromkeys(motion.KINDS, 2)
-    verbs = ("hovers", "drifts", "spins", "circles", "slides", "rolls")
+    verbs = ("hovers", "drifts", "spins", "circles", "swings", "darts", "slides", "rolls")
     words = dict(zip(motion.KINDS, verbs, strict=True))
     for scene, trajectory in motions():
         assert words[motion.label(scene)] in scene.caption
@@ -144,8 +144,9 @@ def test_nothing_falls_in_the_motion_corpus():
             height = trajectory.positions_TN3[:, i, 2]
             assert drop.paths(scene, trajectory, i)[..., 2].min() > -2e-3
             if motion.label(scene) in motion.AIR or i != scene.target:
-                acceleration = np.diff(height, 2) * scene.fps**2
-                assert np.abs(acceleration).max() < 3.0
+                velocity = np.diff(height) * scene.fps
+                acceleration = np.diff(velocity) * scene.fps
+                assert acceleration[velocity[1:] < 0].min(initial=0) > -3.0  # what sinks does not hurry
 
 
 def test_motions_start_where_the_scene_says_and_move_smoothly():
