@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "doctor":
             tool.add_argument("recipe", nargs="?", metavar="RECIPE", help="also what its training takes")
             tool.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in train.batch=4")
+    _add_compare(commands)
     _add_sample(commands)
     options = recipe.arguments(parser, arguments)
     try:
@@ -47,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from posttrain import stages  # takes a second, for torch
         from posttrain.experiment import members, open_run
 
+        if options.command == "compare":
+            stages.compare(options.targets)
+            return 0
         if options.command == "sample":
             wishes = {name: getattr(options, name) for name in WISHES if getattr(options, name) is not None}
             if (options.height is None) != (options.width is None):
@@ -105,6 +109,12 @@ def _scoring(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--fps", type=float, help="of the videos, where their files say it wrongly")
     group.add_argument("--out", metavar="FOLDER", help="where scores and report go (runs/eval-<benchmark>)")
+
+
+def _add_compare(commands: Any) -> None:
+    text = "one table of several measured runs, and by how much the others differ from the first, clip by clip"
+    command = commands.add_parser("compare", help=text, description=text)
+    command.add_argument("targets", nargs="+", metavar="RUN", help="runs that were measured on the same clips")
 
 
 WISHES = ("prompt", "negative", "seeds", "frames", "fps", "steps", "guidance")  # options of `sample`, see gallery.Wish

@@ -1,4 +1,4 @@
-"""The report of a run: report.json for programs, report.html for people, both from the files in the run folder.
+"""The report of a run: report.json for programs, report.html for people, report.gif to show, from the run's files.
 
 report.html is one file that needs no network: table with intervals, players, trajectories, learning curves, recipe.
 """
@@ -26,7 +26,10 @@ import yaml
 from posttrain import files
 from posttrain.data.clips import read_video
 from posttrain.evaluate import FIXED, REFERENCES, difference, position, read_records, summary
+from posttrain.gallery import animation
 
+SHOWN = 4  # clips in report.gif
+UNSHOWN = ("truth_vae", "frozen")  # these are told by their numbers
 PLAYERS = {"unseen": 8}  # cards per split, 4 for others: the first clips, not chosen ones
 BUDGET = 4_000_000  # bytes of video in the page
 PACKAGES = ("posttrain", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "scipy", "av")
@@ -50,7 +53,7 @@ Point = tuple[float, float]
 
 
 def report(run: Path | str, runs: Mapping[str, Path] | None = None) -> tuple[Path, Path]:
-    """Write report.json and report.html of the run folder `run`; returns their paths.
+    """Write report.json, report.html and report.gif of the run folder `run`; returns the paths of the first two.
 
     Args:
         runs: the folders of a sweep by its values, where `run` holds one.
@@ -65,6 +68,12 @@ def report(run: Path | str, runs: Mapping[str, Path] | None = None) -> tuple[Pat
     facts = summarise(run.name, records, recipe, [row for log in logs for row in log])
     files.write_json(run / "report.json", facts)
     files.write_text(run / "report.html", page(run, records, facts, [] if runs or not logs else logs[0]))
+    chosen = comparable(records)[:SHOWN]
+    if chosen:
+        shown = chosen[0][0]
+        rows = [panels(run, shown, clips[0]["id"]) for _, clips in chosen]
+        alike = [row for row in rows if row[0].shape == rows[0][0].shape]
+        animation(run / "report.gif", alike, shown[0]["fps"], [record["model"] for record in shown])
     return run / "report.json", run / "report.html"
 
 
@@ -254,22 +263,30 @@ def forest(value: dict[str, Any], longest: float, style: str) -> str:
     return f'<span class="forest {style}">{line}<b style="left:{middle:.1f}%"></b></span>'
 
 
-def players(run: Path, records: Sequence[dict[str, Any]], styles: dict[str, str]) -> tuple[str, list[dict[str, Any]]]:
-    """Cards of side-by-side clips over their trajectories, and the data that drive them."""
-    chosen: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = []  # per card: records and their clips
+def comparable(
+    records: Sequence[dict[str, Any]],
+) -> list[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+    """The first clips of each split that truth, base and trained models all have: for each the records, the clips."""
+    chosen = []
     for split in dict.fromkeys(record["split"] for record in records):
-        shown = [record for record in records if record["split"] == split and record["model"] in styles]
+        shown = [record for record in records if record["split"] == split and record["model"] not in UNSHOWN]
         shown = [record for record in shown if all(record[key] == shown[0][key] for key in ("fps", "size"))]
         named = [{clip["id"]: clip for clip in record["clips"]} for record in shown]
         common = [name for name in named[0] if all(name in clips for clips in named)]
         chosen += [(shown, [clips[name] for clips in named]) for name in common[: PLAYERS.get(split, 4)]]
-    films = [film(run, shown, clips[0]["id"]) for shown, clips in chosen]
+    return chosen
+
+
+def players(run: Path, records: Sequence[dict[str, Any]], styles: dict[str, str]) -> tuple[str, list[dict[str, Any]]]:
+    """Cards of side-by-side clips over their trajectories, and the data that drive them."""
+    chosen = comparable(records)
+    films = [film(panels(run, shown, clips[0]["id"])) for shown, clips in chosen]
     for crf in range(16, 52, 5):
         videos = [encode(frames, shown[0]["fps"], crf) for frames, (shown, _) in zip(films, chosen, strict=True)]
         if sum(map(len, videos)) <= BUDGET:
             break
     cards: dict[str, str] = {}
-    data, panels = [], max((len(shown) for shown, _ in chosen), default=1)
+    data, widest = [], max((len(shown) for shown, _ in chosen), default=1)
     for (shown, clips), video in zip(chosen, videos, strict=True):
         first = shown[0]
         cards[first["split"]] = cards.get(first["split"], "") + card(shown, clips, video, styles)
@@ -286,7 +303,7 @@ def players(run: Path, records: Sequence[dict[str, Any]], styles: dict[str, str]
     )
     groups = "".join(f'<h3>{heading(split)}</h3><div class="cards">{group}</div>' for split, group in cards.items())
     return (
-        f'<section id="players" style="--panels:{panels}"><h2>Side by side</h2><p class="note">{note}</p>'
+        f'<section id="players" style="--panels:{widest}"><h2>Side by side</h2><p class="note">{note}</p>'
         f'<div class="transport"><button id="play">Play</button><span class="speeds">{speeds}</span>'
         f'<label><input type="checkbox" id="trace" checked> paths</label></div>{groups}</section>',
         data,
@@ -325,20 +342,25 @@ def card(shown: Sequence[dict[str, Any]], clips: Sequence[dict[str, Any]], video
     )
 
 
-def film(run: Path, shown: Sequence[dict[str, Any]], name: str) -> np.ndarray:
-    """The panels of one clip side by side, uint8 (F, H', n W', 3).
-
-    Small pictures are doubled, so that 4:2:0 keeps their colours; large ones are thinned out.
-    """
-    panels = []
+def panels(run: Path, shown: Sequence[dict[str, Any]], name: str) -> list[np.ndarray]:
+    """One clip as each record's model shows it first, uint8 (F, H, W, 3)."""
+    found = []
     for record in shown:
         path = Path(record.get("samples", run / "samples" / record["model"])) / record["folder"] / f"{name}-s0.mp4"
         if not path.exists():
             raise files.UserError(f"{path}: does not exist; delete {run / 'evaluation'} and evaluate again")
-        panels.append(read_video(path))
-    shortest = min(map(len, panels))
-    frames = np.concatenate([panel[:shortest] for panel in panels], axis=2)
-    height = panels[0].shape[1]
+        found.append(read_video(path))
+    shortest = min(map(len, found))
+    return [panel[:shortest] for panel in found]
+
+
+def film(panels_FHWC: Sequence[np.ndarray]) -> np.ndarray:
+    """Panels side by side, uint8 (F, H', n W', 3).
+
+    Small pictures are doubled, so that 4:2:0 keeps their colours; large ones are thinned out.
+    """
+    frames = np.concatenate(panels_FHWC, axis=2)
+    height = frames.shape[1]
     if height <= 128:
         return frames.repeat(2, 1).repeat(2, 2)
     return frames[:, :: math.ceil(height / 256), :: math.ceil(height / 256)]

@@ -150,6 +150,31 @@ def report(plan: Recipe, folder: Path) -> None:
         print("report:", report(folder, runs)[1])
 
 
+def compare(targets: Sequence[str]) -> None:
+    """Print the rows of several runs in one table, and what the later ones differ by from the first, clip by clip.
+
+    Raises:
+        UserError: a run was not measured, is named twice, or was measured on other clips or by another tracker.
+    """
+    from posttrain.evaluate import print_differences, print_table, read_records
+    from posttrain.report import gather
+
+    runs: dict[str, Path] = {}
+    first: dict[str, str] | None = None
+    for plan, folder in map(open_run, targets):
+        if plan.run in runs:
+            raise UserError(f"{folder}: is named twice; name each run once")
+        runs[plan.run] = folder
+        # what the tracker finds in the true clips is the same exactly if clips, splits and tracker are
+        truth = {record["split"]: record["key"] for record in read_records(folder) if record["model"] == "truth"}
+        first = truth if first is None else first
+        if truth != first:
+            raise UserError(f"{folder}: was measured on other clips than {targets[0]}, or by another tracker")
+    records = gather(runs)
+    print_table(records)
+    print_differences(records)
+
+
 def export(plan: Recipe, folder: Path, checked: bool = False) -> None:
     """Write the weights as others load them, with a model card; `checked` loads them so and compares.
 

@@ -113,8 +113,6 @@ def make(film: Film, split: str, index: int) -> tuple[Scene, Trajectory, Clip]:
     rng = np.random.default_rng([film.seed, zlib.crc32(split.encode()), index])
     unseen = split.endswith("unseen")
     objects, backgrounds = (assets.split(ids)[unseen] for ids in (assets.object_ids(), assets.background_ids()))
-    shapes = film.config.shapes
-    objects = [name for name in objects if not shapes or name.split("/")[0] in shapes]
     scene, trajectory = module.make(rng, film.config, objects, backgrounds, index)
     return scene, trajectory, renderer.render(scene, trajectory, supersample=film.supersample)
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic_core import PydanticCustomError
 from scipy.spatial.transform import Rotation
 
 from posttrain.files import UserError
@@ -45,7 +46,7 @@ class Config(BaseModel):
     hidden: float = 0.5  # share of the target's box that may lie behind another's box
     texture: float = 1.0  # contrast of procedural patterns; at 64 pixels a fine full one is aliasing and nothing else
     contrast: float = 0.0  # least sRGB distance of the target's colour from those of wall or sky, and floor
-    shapes: tuple[str, ...] = ()  # kinds of objects, as in "ball"; all of them where none is named
+    shapes: tuple[str, ...] = ()  # kinds of objects, as "ball"; none named: all
     density: Range = (200.0, 800.0)  # kg / m^3
     friction: Range = (0.5, 0.9)
     restitution: Range = (0.2, 0.6)
@@ -54,6 +55,14 @@ class Config(BaseModel):
     sun: Range = (60.0, 85.0)  # degrees above the horizon
     gravity: float = 9.81
 
+    @field_validator("shapes")
+    @classmethod
+    def _known(cls, shapes: tuple[str, ...]) -> tuple[str, ...]:
+        kinds = {name.partition("/")[0] for name in assets.object_ids()}
+        if unknown := [shape for shape in shapes if shape not in kinds]:
+            raise PydanticCustomError("shapes", f"no object is a {unknown[0]}; choose from {', '.join(sorted(kinds))}")
+        return shapes
+
 
 def make(
     rng: np.random.Generator, config: Config, objects: list[str], backgrounds: list[str], seed: int
@@ -61,7 +70,7 @@ def make(
     """A scene and its motion. Numbers and drop heights are drawn once, the rest again until all of it fits.
 
     Raises:
-        UserError: the ranges leave no room for such a scene.
+        UserError: the ranges leave no room for such a scene, or the split has none of `shapes`.
     """
     heights = rng.uniform(*config.drop, size=rng.integers(*config.dropped, endpoint=True))
     piles = rng.integers(*config.pile, size=len(heights), endpoint=True)
@@ -89,6 +98,10 @@ def stage(
     piles: np.ndarray,
 ) -> Scene | None:
     """The world at time 0, the camera at its first place; None if something overlaps or does not come to rest."""
+    if config.shapes:
+        objects = [name for name in objects if name.partition("/")[0] in config.shapes]
+        if not objects:
+            raise UserError(f"world.shapes: none of the split's objects is a {' or '.join(config.shapes)}; name others")
     width, depth = config.region
     viewpoint = (0.0, -config.camera_gap, float(rng.uniform(*config.camera_height)))
     scene = Scene(

@@ -15,11 +15,13 @@ import pytest
 import torch
 import yaml
 from falling import FPS, SIZE, Oracle, RedTracker, film, rows_of, write_dataset
+from PIL import Image, ImageSequence
 from playwright.sync_api import Page, sync_playwright
 
 from posttrain import report as room
 from posttrain.evaluate import EvalConfig, evaluate
 from posttrain.files import UserError
+from posttrain.gallery import LINE
 from posttrain.report import encode, nice_ticks, path_d, report
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -100,6 +102,22 @@ def wait(page: Page, condition: str) -> None:
             return
         page.wait_for_timeout(50)
     pytest.fail(f"never true: {condition}")
+
+
+def test_a_gif_shows_truth_base_and_tuned_of_the_first_clips(run: Path) -> None:
+    with Image.open(run / "report.gif") as gif:
+        sizes, moments, milliseconds = [], [], 0
+        for frame in ImageSequence.Iterator(gif):
+            sizes.append(frame.size)
+            milliseconds += frame.info["duration"]
+            moments.append(np.asarray(frame.convert("RGB")).astype(int))
+    assert milliseconds == 60 * FRAMES  # equal pictures are one, shown for longer
+    first = np.stack(moments)[:, LINE : LINE + 128]  # the first clip: truth, base, psft
+    red = (first[..., 0] - first[..., 1]).clip(0).reshape(-1, 128, 3, 128).sum(3)
+    truth, base, psft = (red.argmax(1) // 4).T  # the topmost of the reddest rows
+    assert truth[-1] > truth[0] + 10  # what is true falls
+    assert np.ptp(base) <= 1
+    assert abs(psft[-1] - truth[-1]) <= 1
 
 
 def test_json_holds_rows_differences_and_circumstances(run: Path) -> None:

@@ -5,6 +5,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from posttrain.files import UserError
 from sim import assets, drop, motion
@@ -38,6 +39,19 @@ def drops() -> list[tuple[Scene, Trajectory]]:
 @cache
 def motions() -> list[tuple[Scene, Trajectory]]:
     return [film(motion, motion.Config(**POCKET), i) for i in range(2 * len(motion.KINDS))]
+
+
+def test_shapes_choose_among_objects():
+    config = drop.Config(**POCKET, shapes=("egg", "cone"))
+    for module in (drop, motion):
+        for i in range(4):
+            scene, _ = film(module, motion.Config(**config.model_dump()) if module is motion else config, i)
+            assert {body.asset.partition("/")[0] for body in scene.bodies} <= {"egg", "cone"}
+    with pytest.raises(ValidationError, match="no object is a eg; choose from ball, barrel"):
+        drop.Config(shapes=("egg", "eg"))
+    alone = drop.Config(**POCKET, shapes=("ball",))  # there is one, and it is for training
+    with pytest.raises(UserError, match=r"world\.shapes: none of the split's objects is a ball"):
+        drop.make(np.random.default_rng(0), alone, assets.split(assets.object_ids())[1], BACKGROUNDS, 0)
 
 
 def test_at_time_0_nothing_interpenetrates():

@@ -46,7 +46,7 @@ MAY_IMPORT = {
         *(*CONTRACT, "posttrain.data", "posttrain.metrics", "posttrain.benchmarks"),
         *("posttrain.models.base", "posttrain.sample", "posttrain.evaluate"),
     ],
-    "posttrain.report": [*CONTRACT, "posttrain.data", "posttrain.evaluate"],
+    "posttrain.report": [*CONTRACT, "posttrain.data", "posttrain.evaluate", "posttrain.gallery"],
     "posttrain.export": [*CONTRACT, "posttrain.models"],
     "posttrain.doctor": [*CONTRACT, "posttrain.pocket"],
     "posttrain.dry": [*CONTRACT, *ROOMS, "posttrain.methods"],
