@@ -45,6 +45,7 @@ class Config(BaseModel):
     target_pixels: Range = (0.0, 1e9)  # of the target in frame 0: root of its box's area
     hidden: float = 0.5  # share of the target's box that may lie behind another's box
     texture: float = 1.0  # contrast of procedural patterns; at 64 pixels a fine full one is aliasing and nothing else
+    studio: bool = False  # before a backdrop of the floor's colour, without wall or horizon
     contrast: float = 0.0  # least sRGB distance of the target's colour from those of wall or sky, and floor
     shapes: tuple[str, ...] = ()  # kinds of objects, as "ball"; none named: all
     density: Range = (200.0, 800.0)  # kg / m^3
@@ -104,11 +105,12 @@ def stage(
             raise UserError(f"world.shapes: none of the split's objects is a {' or '.join(config.shapes)}; name others")
     width, depth = config.region
     viewpoint = (0.0, -config.camera_gap, float(rng.uniform(*config.camera_height)))
+    light, background = _light(rng, config), _background(rng, config, backgrounds)
     scene = Scene(
         bodies=(),
         camera=Camera(viewpoint, width=config.width, height=config.height),
-        light=_light(rng, config),
-        background=_background(rng, config, backgrounds),
+        light=light,
+        background=_seamless(background, light) if config.studio else background,
         floor_friction=float(rng.uniform(*config.floor_friction)),
         floor_restitution=float(rng.uniform(*config.floor_restitution)),
         gravity=(0.0, 0.0, -config.gravity),
@@ -293,6 +295,13 @@ def _background(rng: np.random.Generator, config: Config, backgrounds: list[str]
     full = assets.background(str(rng.choice(backgrounds)))
     wall = full.wall and _faded(full.wall, config.texture)
     return replace(full, floor=_faded(full.floor, config.texture), wall=wall)
+
+
+def _seamless(background: Background, light: Light) -> Background:
+    """The floor alone, going over into a sky as bright as the floor looks in that light."""
+    radiance = np.array(background.floor.color) * (np.array(light.ambient) + np.array(light.color) * light.direction[2])
+    r, g, b = radiance.tolist()
+    return replace(background, wall=None, sky_horizon=(r, g, b), sky_zenith=(r, g, b))
 
 
 def _faded(material: Material, contrast: float) -> Material:

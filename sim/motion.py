@@ -1,7 +1,6 @@
 """The pretraining corpus: the scenes of sim/drop.py, in which nothing falls.
 
-What would be dropped hovers, drifts, spins, circles, swings or darts in the air instead, or slides or rolls on the
-floor; piles rest. Some of it is as fast as what falls: a model learns to move things before it learns how they fall.
+What would be dropped hovers, drifts, spins or circles in the air instead, or slides or rolls on the floor; piles rest.
 Paths are kinematic. The target's kind is that of `seed` in KINDS, so that a split holds as many of each.
 
 Shape letters: T frames, N bodies, V hull vertices.
@@ -18,7 +17,7 @@ from sim.drop import Range
 from sim.physics import bullet
 from sim.scene import Body, Scene, Trajectory
 
-AIR = ("hover", "drift", "spin", "orbit", "swing", "dart")
+AIR = ("hover", "drift", "spin", "orbit")
 KINDS = (*AIR, "slide", "roll")
 # where a heading goes, by quarters: what the first picture cannot show and a model could only guess, the caption says
 UPRIGHT = ("to the right", "up", "to the left", "down")
@@ -33,9 +32,6 @@ class Config(drop.Config):
     spin: Range = (0.5, 3.0)
     radius: Range = (0.05, 0.2)
     period: Range = (2.0, 5.0)  # seconds per circle
-    swing: Range = (0.75, 3.0)  # seconds to and fro
-    dart: Range = (0.5, 4.0)  # a fall of 1 m ends with 4.4
-    reach: Range = (0.15, 0.5)  # how far what swings or darts gets
     push: Range = (0.3, 1.2)  # first speed of what slides or rolls
     slide: Range = (0.15, 0.8)  # the way it takes to stop
 
@@ -119,16 +115,6 @@ def _move(
         upright = bool(rng.integers(2))  # in the plane of the picture, or level
         way_T3[:, [0, 2 if upright else 1]] = circle_T2 - circle_T2[0]
         words = f"circles in the air starting {_toward(start + sense * np.pi / 2, UPRIGHT if upright else LEVEL)}"
-    elif kind == "swing":  # level, so that it is no fall
-        heading, reach = rng.uniform(0, 2 * np.pi), rng.uniform(*config.reach)
-        gone_T = reach * np.sin(2 * np.pi * times_T / rng.uniform(*config.swing))
-        way_T3 += gone_T[:, None] * np.array([np.cos(heading), np.sin(heading), 0.0])
-        words = f"swings to and fro starting {_toward(heading, LEVEL)}"
-    elif kind == "dart":  # evenly to a sudden stop
-        heading, speed, reach = rng.uniform(0, 2 * np.pi), rng.uniform(*config.dart), rng.uniform(*config.reach)
-        gone_T = np.minimum(speed * times_T, reach)
-        way_T3 += gone_T[:, None] * np.array([np.cos(heading), 0.0, np.sin(heading)])
-        words = f"darts {_toward(heading, UPRIGHT)}"
     else:  # slide, roll: slow down evenly from the first speed to a stop
         speed, length, heading = rng.uniform(*config.push), rng.uniform(*config.slide), rng.uniform(0, 2 * np.pi)
         since_T = np.minimum(times_T, 2 * length / speed)

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from posttrain.files import UserError
 from sim import assets, drop, motion
 from sim.physics import analytic, bullet
+from sim.render import gl
 from sim.scene import Scene, Trajectory
 
 POCKET = {
@@ -52,6 +53,13 @@ def test_shapes_choose_among_objects():
     alone = drop.Config(**POCKET, shapes=("ball",))  # there is one, and it is for training
     with pytest.raises(UserError, match=r"world\.shapes: none of the split's objects is a ball"):
         drop.make(np.random.default_rng(0), alone, assets.split(assets.object_ids())[1], BACKGROUNDS, 0)
+
+
+def test_a_studio_has_no_horizon():
+    for i in range(4):
+        scene, trajectory = film(drop, drop.Config(**POCKET, studio=True, texture=0.0), i)
+        left = gl.render(scene, trajectory).rgb[0, :, 0].astype(int)  # from sky to floor
+        assert np.ptp(left, axis=0).max() <= 1
 
 
 def test_at_time_0_nothing_interpenetrates():
@@ -144,7 +152,7 @@ def test_captions_name_what_falls():
 
 def test_motions_are_balanced_and_told():
     assert Counter(motion.label(scene) for scene, _ in motions()) == dict.fromkeys(motion.KINDS, 2)
-    verbs = ("hovers", "drifts", "spins", "circles", "swings", "darts", "slides", "rolls")
+    verbs = ("hovers", "drifts", "spins", "circles", "slides", "rolls")
     words = dict(zip(motion.KINDS, verbs, strict=True))
     for scene, trajectory in motions():
         assert words[motion.label(scene)] in scene.caption
@@ -158,9 +166,8 @@ def test_nothing_falls_in_the_motion_corpus():
             height = trajectory.positions_TN3[:, i, 2]
             assert drop.paths(scene, trajectory, i)[..., 2].min() > -2e-3
             if motion.label(scene) in motion.AIR or i != scene.target:
-                velocity = np.diff(height) * scene.fps
-                acceleration = np.diff(velocity) * scene.fps
-                assert acceleration[velocity[1:] < 0].min(initial=0) > -3.0  # what sinks does not hurry
+                acceleration = np.diff(height, 2) * scene.fps**2
+                assert np.abs(acceleration).max() < 3.0
 
 
 def test_motions_start_where_the_scene_says_and_move_smoothly():
