@@ -62,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "eval" and (options.clips or options.run):
             if options.overrides:
                 raise UserError(f"{options.overrides[0]}: with --clips there is no recipe whose values could change")
-            stages.score(options.target, options.clips, options.run, options.tracker, options.fps, options.out)
+            asked = {name: getattr(options, name) for name in ASKED if getattr(options, name) is not None}
+            if asked and not options.run:
+                raise UserError(f"--{next(iter(asked))}: is for the videos that --run makes; leave it out")
+            stages.score(options.target, options.clips, options.run, options.tracker, options.fps, options.out, asked)
             return 0
         whole = open_run(options.target, options.overrides)
         for plan, folder in members(*whole):
@@ -100,6 +103,9 @@ def _scoring(command: argparse.ArgumentParser) -> None:
     group.add_argument("--clips", nargs="+", default=[], metavar="FOLDER", help=clips)
     runs = "let a run's base and tuned model make the videos first, from the benchmark's pictures and prompts"
     group.add_argument("--run", nargs="+", default=[], metavar="RUN", help=runs)
+    group.add_argument("--steps", type=positive, help="of the sampler, for --run (as in the run's recipe)")
+    group.add_argument("--guidance", type=float, help="for --run; 1 leaves guidance and negative prompts out")
+    group.add_argument("--seeds", type=positive, metavar="N", help="how many videos of each clip --run makes")
     group.add_argument(
         "--tracker",
         default="pocket",
@@ -117,12 +123,13 @@ def _add_compare(commands: Any) -> None:
     command.add_argument("targets", nargs="+", metavar="RUN", help="runs that were measured on the same clips")
 
 
-WISHES = ("prompt", "negative", "seeds", "frames", "fps", "steps", "guidance")  # options of `sample`, see gallery.Wish
+ASKED = ("steps", "guidance", "seeds")  # options of `eval --run`
+WISHES = ("prompt", "negative", "seeds", "frames", "fps", "steps", "guidance", "guidance_low")  # see gallery.Wish
 
 
 def _add_sample(commands: Any) -> None:
     text = "continue a picture, or words alone, into clips; with a run, base and tuned side by side"
-    usual = "What is left out is as in the run; for a model alone 81 frames, 50 steps, guidance 5 (pocket: 33, 12, 1)."
+    usual = "What is left out is as in the run; for a model alone as its authors use it (models/published.py)."
     command = commands.add_parser("sample", help=text, description=f"{text}. {usual}")
     command.add_argument("target", metavar="RUN|MODEL", help='a run, "pocket", a diffusers folder or a hub id')
     image = "the first frame, of which the middle is cut to the size; leave it out where the text alone counts"
@@ -138,6 +145,7 @@ def _add_sample(commands: Any) -> None:
     command.add_argument("--fps", type=positive, help="of the files: how fast they play")
     command.add_argument("--steps", type=positive, help="of the sampler")
     command.add_argument("--guidance", type=float, help="1 leaves guidance out")
+    command.add_argument("--guidance-low", type=float, help="of the second of two experts, where it differs")
     command.add_argument("--scale", type=float, default=1.0, help="how much the run's adapter counts (default 1)")
     command.add_argument("--output", type=Path, help="folder (default: samples/asked in the run's)")
 

@@ -22,6 +22,7 @@ from posttrain.files import UserError, read_json, read_jsonl, write_text
 from posttrain.models import lora
 from posttrain.models.base import ModelConfig, VideoModel
 from posttrain.models.folders import concatenates
+from posttrain.models.published import made_for, sampler
 
 ADAPTER, MERGED = "adapter", "merged"  # below the run folder
 EXPERTS = {"high": ("high_noise", "transformer"), "low": ("low_noise", "transformer_2"), None: ("", "transformer")}
@@ -228,7 +229,7 @@ def _usage(config: ModelConfig, weights: Path, recipe: dict[str, Any]) -> str:
         lines += [f'pipe.load_lora_weights("adapter"{own})']
     if config.other_adapter:  # of the expert that was not trained
         lines += [f"pipe.load_lora_weights({config.other_adapter!r}{other})"]
-    clip, sampler = _clip(recipe), {"steps": 12, "guidance": 1.0} | ((recipe.get("eval") or {}).get("sampler") or {})
+    clip, how = _clip(recipe), sampler(config.path, (recipe.get("eval") or {}).get("sampler") or {})
     wishes = [f"prompt={clip.get('caption', 'a ball falls.')!r}"]
     if image:
         lines += ['image = load_image("first_picture.png")']
@@ -236,13 +237,13 @@ def _usage(config: ModelConfig, weights: Path, recipe: dict[str, Any]) -> str:
     elif "size" in clip:
         wishes += [f"height={clip['size'][0]}", f"width={clip['size'][1]}"]
     wishes += [f"num_frames={clip['frames']}"] if "frames" in clip else []
-    wishes += [f"num_inference_steps={sampler['steps']}", f"guidance_scale={sampler['guidance']}"]
-    wishes += [f"guidance_scale_2={sampler['guidance_low']}"] if sampler.get("guidance_low") else []
+    wishes += [f"num_inference_steps={how['steps']}", f"guidance_scale={how['guidance']}"]
+    wishes += [f"guidance_scale_2={how['guidance_low']}"] if how["guidance_low"] else []
     lines += [
         "clip = pipe(",
         *(f"    {wish}," for wish in wishes),
         ")",
-        f'encode_video(clip.frames[0], fps={clip.get("fps", 16)}, output_path="clip.mp4")',
+        f'encode_video(clip.frames[0], fps={clip.get("fps") or made_for(config.path)["fps"]}, output_path="clip.mp4")',
     ]
     return "```python\n{}\n```".format("\n".join(lines))
 

@@ -14,8 +14,6 @@ from posttrain.models.base import VideoModel
 from posttrain.progress import track
 from posttrain.sample import Pixels, sample_clips, write_video
 
-SIZE = (480, 832)  # height, width at which most Wan models were trained
-AREA = SIZE[0] * SIZE[1]
 CELL = 32  # what the sides of every Wan model's clips are multiples of
 LINE = 14  # pixels of a line of text
 
@@ -30,6 +28,7 @@ class Wish:
     fps: float
     steps: int
     guidance: float
+    guidance_low: float | None = None  # of the expert for little noise; None: the same
     seeds: Sequence[int] = (0,)
     negative: str = ""
 
@@ -45,9 +44,9 @@ def open_picture(path: Path | str) -> Image.Image:
         raise UserError(f"{path}: cannot be read as a picture; give a PNG, JPEG or WebP file") from error
 
 
-def natural_size(picture: Image.Image) -> tuple[int, int]:
-    """(height, width) of about the picture's shape, no larger than AREA, in multiples of CELL."""
-    shrink = min(1.0, (AREA / (picture.width * picture.height)) ** 0.5)
+def natural_size(picture: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of about the picture's shape and no more pixels than `size` has, in multiples of CELL."""
+    shrink = min(1.0, (size[0] * size[1] / (picture.width * picture.height)) ** 0.5)
     height, width = (max(CELL, int(side * shrink) // CELL * CELL) for side in (picture.height, picture.width))
     return height, width
 
@@ -105,6 +104,7 @@ def film(
                     wish.steps,
                     wish.guidance,
                     wish.negative,
+                    wish.guidance_low,
                 )[0]
                 written.append(stem.with_name(f"{stem.name}-s{seed}-{label.replace(' ', '-')}.mp4"))
                 write_video(written[-1], clip, wish.fps)

@@ -11,7 +11,7 @@ Stages meet in files. Each looks at what is there, says what it reuses, does the
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -23,12 +23,12 @@ from posttrain.evaluate import EvalConfig
 from posttrain.experiment import ADAPTER, RUNS, TRAINED, Recipe, is_trained, members, need_training, open_run, resolved
 from posttrain.files import UserError
 from posttrain.models.base import Merged, ModelConfig
+from posttrain.models.published import made_for, sampler
 from posttrain.run import Run, start_fingerprint
 from posttrain.trackers import check_trackers
 
 CACHE = RUNS / "cache"
 CLIPS = "clips.jsonl"
-POCKET: dict[str, Any] = {"size": (64, 64), "frames": 33, "fps": 16, "steps": 12, "guidance": 1.0}  # see gallery.Wish
 
 
 def run(plan: Recipe, folder: Path) -> None:
@@ -211,7 +211,7 @@ def sample(
         UserError: there is no such thing, the picture cannot be read, is missing or is not wanted, or the wishes do not
             fit the model.
     """
-    from posttrain.gallery import SIZE, Wish, blank, film, fit, natural_size, open_picture, slug
+    from posttrain.gallery import Wish, blank, film, fit, natural_size, open_picture, slug
     from posttrain.models import lora
     from posttrain.models.folders import concatenates
 
@@ -247,14 +247,10 @@ def sample(
         conditioning: Literal["image", "text"] = "text" if image is None else "image"
         models = {name: lambda: nullcontext(load_model(ModelConfig(path=target, conditioning=conditioning)))}
         output = output or RUNS / "samples" / name
-    published = {
-        "size": natural_size(picture) if picture else SIZE,
-        "frames": 81,
-        "fps": 16,
-        "steps": 50,
-        "guidance": 5.0,
-    }
-    wish = Wish(**{**(POCKET if path == "pocket" else published), **usual, **wishes})
+    asked = {**made_for(path), **usual, **wishes, **sampler(path, usual, wishes)}
+    if picture and path != "pocket" and "size" not in {**usual, **wishes}:
+        asked["size"] = natural_size(picture, asked["size"])
+    wish = Wish(**asked)
     if _main_process():
         pixels, done = fit(picture, wish.size) if picture else blank(wish.size)
         print(f"{image or 'text'}: {done}; {wish.frames} frames, {wish.steps} steps, guidance {wish.guidance:g}")
@@ -265,7 +261,7 @@ def _usual(plan: Recipe) -> dict[str, Any]:
     """What a run's clips and evaluation have, as fields of `gallery.Wish`."""
     usual: dict[str, Any] = {}
     if plan.eval:
-        usual |= {"steps": plan.eval.sampler.steps, "guidance": plan.eval.sampler.guidance}
+        usual |= plan.eval.sampler.model_dump()
     try:
         clips = Clips(plan.data, preload=False).splits[0]
     except UserError:  # the clips need not be there any more
@@ -280,6 +276,7 @@ def score(
     tracker: str = "pocket",
     fps: float | None = None,
     out: str | None = None,
+    asked: Mapping[str, Any] | None = None,
 ) -> None:
     """Score videos against a benchmark, a row of the table each; print the tables and write the report.
 
@@ -290,6 +287,8 @@ def score(
         tracker: what follows the object, see `load_tracker`.
         fps: of the videos in `clips`, where their files say it wrongly.
         out: the folder for scores and report; None: runs/eval-<benchmark>.
+        asked: steps, guidance and seeds for the videos of `runs`; what is left out is as in the run's recipe, and where
+            that has no `eval`, as usual for the model, with one seed.
 
     Raises:
         UserError: the benchmark, a folder or a run is not what it should be; the line says how.
@@ -311,7 +310,7 @@ def score(
         print("the embedded tracker was made for 64 x 64 pixels; name a SAM 2 with --tracker", file=sys.stderr)
     folder = Path(out) if out else RUNS / f"eval-{Path(benchmark).resolve().name}"
     for target in runs:
-        rows += _imagine(target, truths, folder / "videos")
+        rows += _imagine(target, truths, folder / "videos", asked or {})
     if len(dict(rows)) < len(rows) or any(not name or "/" in name for name, _ in rows):
         raise UserError("--clips: each row of the table needs a name of its own; give one, as in kling=videos/k")
     if _main_process():
@@ -323,17 +322,19 @@ def score(
     _wait()
 
 
-def _imagine(target: str, truths: Any, out: Path) -> list[tuple[str, Path]]:
+def _imagine(target: str, truths: Any, out: Path, asked: Mapping[str, Any]) -> list[tuple[str, Path]]:
     """Rows for a run: the folders with the videos of its base and of its tuned model, made where they are missing."""
     from posttrain.score import imagine
 
     plan, folder = open_run(target)
     need_training(folder)
     kind = open_splits(plan.data)[0].kind
-    asked = plan.eval or EvalConfig(clips="", seeds=1)
+    measured = plan.eval or EvalConfig(clips="", seeds=1, batch=1)
+    how = sampler(plan.model.path, measured.sampler.model_dump() if plan.eval else {}, asked)
+    seeds = asked.get("seeds", measured.seeds)
     start = files.read_json(folder / TRAINED)["model"]  # also what model.start and model.merge put into it
     model = plan.model.model_dump(mode="json")
-    settings = {"kind": kind, "sampler": asked.sampler.model_dump(), "model": model, "start": start}
+    settings = {"kind": kind, "sampler": how, "model": model, "start": start}
     weights = {path.name: files.sha256(path) for path in sorted((folder / ADAPTER).rglob("*.safetensors"))}
     models: dict[str, tuple[Any, Any]] = {
         "base": (lambda: _base(plan), {}),
@@ -344,7 +345,7 @@ def _imagine(target: str, truths: Any, out: Path) -> list[tuple[str, Path]]:
         digest = files.sha256_json([settings, trained])
         rows.append((name, out / f"{name}-{digest[:8]}"))
         if _main_process():
-            imagine(ready, truths, rows[-1][1], kind, asked.seeds, asked.batch, **asked.sampler.model_dump())
+            imagine(ready, truths, rows[-1][1], kind, seeds, measured.batch, **how)
     _wait()
     return rows
 

@@ -264,6 +264,23 @@ def test_the_snippet_makes_our_clip(
     assert np.abs(plain / 255 - theirs).max() > 0.01
 
 
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [("Wan-AI/Wan2.2-TI2V-5B-Diffusers", (50, 5.0, 24)), ("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", (40, 5.0, 16))],
+)
+def test_the_card_of_a_run_that_was_not_measured_has_the_models_own_sampler(
+    run: Path, path: str, expected: tuple[int, float, int]
+) -> None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["model"]["path"] = path
+    recipe["data"] = {"clips": "none"}
+    recipe.pop("eval", None)
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    text = export(run)[-1].read_text()
+    for line in ("num_inference_steps={}", "guidance_scale={}", "fps={}"):
+        assert line.format(expected[("num", "gui", "fps").index(line[:3])]) in text
+
+
 def trained(model: dict[str, Any]) -> Wan:
     wan = load(ModelConfig(**model))
     torch.manual_seed(9)

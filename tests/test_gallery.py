@@ -13,10 +13,13 @@ import yaml
 from PIL import Image
 from tiny import wan_folder
 
-from posttrain import cli, files
+from posttrain import cli, files, stages
+from posttrain.evaluate import EvalConfig
+from posttrain.experiment import open_run
 from posttrain.files import UserError
 from posttrain.gallery import animation, contact_sheet, fit, natural_size, open_picture
 from posttrain.models.base import AdapterConfig, ModelConfig
+from posttrain.models.published import made_for, sampler
 from posttrain.models.wan import load
 from posttrain.run import start_fingerprint
 
@@ -41,7 +44,7 @@ def test_the_middle_of_a_picture_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("size", "expected"), [((1920, 1080), (448, 832)), ((100, 50), (32, 96)), ((9, 9), (32, 32))])
 def test_the_size_that_a_picture_asks_for(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    assert natural_size(Image.new("RGB", size)) == expected
+    assert natural_size(Image.new("RGB", size), (480, 832)) == expected
 
 
 def test_sheet_and_gif_show_the_frames(tmp_path: Path) -> None:
@@ -83,7 +86,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {"clips": "drops"},
         "method": {"name": "psft"},
         "train": {"steps": 1, "batch": 1, "lr": 0.01},
-        "eval": {"clips": "drops", "sampler": {"steps": 2}},
+        "eval": {"clips": "drops", "sampler": {"steps": 2, "guidance": 1.0}},
     }
     files.write_text(run / "recipe.yaml", yaml.safe_dump(recipe))
     files.write_json(run / "trained.json", {"model": start})
@@ -104,6 +107,40 @@ def sampled(home: Path, target: str, *more: str, image: str | None = "first.png"
 def frames(path: Path) -> np.ndarray:
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(int)
+
+
+def test_what_is_left_out_is_as_the_models_authors_have_it() -> None:
+    assert made_for("pocket") == {
+        "frames": 33, "size": (64, 64), "fps": 16, "steps": 12, "guidance": 1.0, "guidance_low": None
+    }  # fmt: skip
+    for path in ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "/models/Wan2.2-TI2V-5B-Diffusers"):
+        assert [made_for(path)[key] for key in ("frames", "size", "fps", "steps")] == [121, (704, 1280), 24, 50]
+    assert made_for("mine") == made_for("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    two = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+    assert sampler(two) == {"steps": 40, "guidance": 4.0, "guidance_low": 3.0}
+    assert sampler(two, {"steps": 9}) == {"steps": 9, "guidance": 4.0, "guidance_low": 3.0}
+    assert sampler(two, {"guidance": 6.0}) == {"steps": 40, "guidance": 6.0, "guidance_low": None}
+    low = {"steps": 9, "guidance": 5.0, "guidance_low": 2.0, "size": (1, 1)}
+    assert sampler("mine", low) == {"steps": 9, "guidance": 5.0, "guidance_low": 2.0}
+    assert sampler("mine", low, {"guidance": 1.0})["guidance_low"] is None
+
+
+def test_the_second_expert_has_its_own_guidance(tmp_path: Path) -> None:
+    wan_folder(tmp_path / "two", "wan2.2-t2v-a14b")
+    Image.new("RGB", (32, 32), (90, 120, 30)).save(tmp_path / "first.png")
+    shown = []
+    for low in ("9", "1"):
+        arguments = ("--steps", "6", "--guidance", "9", "--guidance-low", low, "--output", low)
+        code, _, said = sampled(tmp_path, "two", *SMALL, *arguments)
+        assert code == 0, said
+        shown.append(frames(tmp_path / low / "first-s0-two.mp4"))
+    assert np.abs(shown[0] - shown[1]).mean() > 0.1  # it answers at the end alone
+
+
+def test_a_run_is_sampled_as_it_was_measured(home: Path) -> None:
+    plan, _ = open_run(str(home / "runs" / "try"))
+    measured = plan.model_copy(update={"eval": EvalConfig(clips="x", sampler={"steps": 3, "guidance_low": 2.0})})
+    assert stages._usual(measured) == {"steps": 3, "guidance": 1.0, "guidance_low": 2.0}
 
 
 SMALL = ("--height", "32", "--width", "32", "--frames", "5")

@@ -18,7 +18,7 @@ from test_stages import command
 from tiny import wan_folder
 from transformers import Sam2VideoConfig
 
-from posttrain import files, score
+from posttrain import files, flow, sample, score
 from posttrain.benchmarks.pisabench import open_benchmark
 from posttrain.data.videos import centred
 from posttrain.evaluate import summary
@@ -362,7 +362,7 @@ def test_what_is_padded_is_what_scoring_cuts_off(size) -> None:
     assert (out > 0).sum() == 3 * min(size) ** 2
 
 
-def test_the_command_lets_a_run_make_the_videos(tmp_path) -> None:
+def test_the_command_lets_a_run_make_the_videos(tmp_path, monkeypatch) -> None:
     wan_folder(tmp_path / "wan")
     write_dataset(tmp_path / "drops", ["train"], clips=1, frames=5)
     write_sim(tmp_path / "sim", 1)
@@ -377,7 +377,23 @@ def test_the_command_lets_a_run_make_the_videos(tmp_path) -> None:
     code, _, said = command(tmp_path, "eval", "sim", "--run", "recipe.yaml")
     assert (code, said) == (1, "runs/try/adapter: is missing or incomplete; finish `posttrain train` first\n")
     assert command(tmp_path, "train", "recipe.yaml")[0] == 0
-    code, _, said = command(tmp_path, "eval", "sim", "--run", "try")
+    asked: list[tuple[int, float]] = []
+    solve = flow.sample
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        asked.append((arguments[5], arguments[6](1.0)))
+        return solve(*arguments, **named)
+
+    monkeypatch.setattr(sample, "sample", noted)
+    code, _, said = command(tmp_path, "eval", "sim", "--run", "try", "--out", "usual", "--tracker", "pocket")
+    assert code == 0, said
+    assert set(asked) == {(50, 5.0)}  # there is no `eval` in the recipe
+    asked.clear()
+    options = ("--steps", "2", "--guidance", "3", "--seeds", "2", "--out", "asked")
+    assert command(tmp_path, "eval", "sim", "--run", "try", *options)[0] == 0
+    assert set(asked) == {(2, 3.0)}
+    assert len(list((tmp_path / "asked" / "videos").rglob("00-s1.mp4"))) == 4
+    code, _, said = command(tmp_path, "eval", "sim", "--run", "try", "--steps", "2", "--guidance", "1")
     assert code == 0, said
     rows = files.read_json(tmp_path / "runs" / "eval-sim" / "report.json")
     assert {(row["model"], row["split"]) for row in rows["rows"]} == {
@@ -400,6 +416,7 @@ def test_the_command_refuses_in_one_line(tmp_path) -> None:
             ("drops", "--clips", "v", "v"),
             "--clips: each row of the table needs a name of its own; give one, as in kling",
         ),
+        (("drops", "--clips", "v", "--steps", "2"), "--steps: is for the videos that --run makes; leave it out\n"),
         (("drops", "a=1", "--clips", "v"), "a=1: with --clips there is no recipe whose values could change\n"),
         (
             ("nodrops", "--clips", "v"),

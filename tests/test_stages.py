@@ -20,7 +20,9 @@ from forked import launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import wan_folder
 
-from posttrain import cli, files
+from posttrain import cli, files, recipe
+from posttrain.experiment import Recipe
+from posttrain.files import UserError
 
 RECIPE: dict[str, Any] = {
     "run": "try",
@@ -28,7 +30,7 @@ RECIPE: dict[str, Any] = {
     "data": {"clips": "drops"},
     "method": {"name": "psft", "shift": 2.0},
     "train": {"steps": 12, "batch": 2, "lr": 0.01, "schedule": "cosine", "ema": 0.9, "checkpoint_every": 2},
-    "eval": {"clips": "drops", "seeds": 1, "every": 6, "sampler": {"steps": 2}},
+    "eval": {"clips": "drops", "seeds": 1, "every": 6, "sampler": {"steps": 2, "guidance": 1.0}},
     "export": ["diffusers"],
 }
 
@@ -80,6 +82,24 @@ def test_a_run_leaves_what_the_recipe_lists(finished):
     measured = {(row["model"], row["split"]) for row in files.read_json(finished / "report.json")["rows"]}
     models = ("truth", "truth_vae", "frozen", "base", "psft")
     assert measured == {(model, split) for model in models for split in ("seen", "unseen")}
+
+
+def test_what_a_recipe_leaves_out_of_the_sampler_is_as_usual_for_the_model(home):
+    paths = {"pocket": (12, 1.0, None), "mine": (50, 5.0, None), "Wan-AI/Wan2.2-T2V-A14B-Diffusers": (40, 4.0, 3.0)}
+    for path, (steps, guidance, low) in paths.items():
+        words = [f"model.path={path}", "eval={clips: drops}"]
+        plan = recipe.load(home / "recipe.yaml", words, Recipe)
+        assert plan.eval is not None
+        assert plan.eval.sampler.model_dump() == {"steps": steps, "guidance": guidance, "guidance_low": low}
+        plan = recipe.load(home / "recipe.yaml", [*words, "eval.sampler={steps: 3}"], Recipe)
+        assert plan.eval is not None
+        assert (plan.eval.sampler.steps, plan.eval.sampler.guidance) == (3, guidance)
+        files.write_text(home / "again.yaml", recipe.dump(plan))
+        assert recipe.load(home / "again.yaml", (), Recipe) == plan
+    with pytest.raises(UserError, match=r"eval\.sampler\.stps: unknown key, did you mean 'steps'"):
+        recipe.load(home / "recipe.yaml", ["eval.sampler.stps=3"], Recipe)
+    with pytest.raises(UserError, match=r"eval\.sampler: should be a mapping"):
+        recipe.load(home / "recipe.yaml", ["eval.sampler=3"], Recipe)
 
 
 def test_again_it_says_what_it_reuses_and_changes_no_weight(home, finished):
