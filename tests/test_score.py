@@ -3,7 +3,8 @@
 import json
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,9 @@ def test_what_has_no_video_is_said(tmp_path, capsys) -> None:
     benchmark = open_benchmark(write_sim(tmp_path / "sim"))
     write_video(tmp_path / "a" / "seen" / "01.mp4", square([2] * 9)[0])
     score.score(tmp_path / "out", benchmark, {"a": tmp_path / "a"}, RedTracker())
-    assert "a on seen clips: 1 of 2 have a video in" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "a on seen clips: 1 of 2 have a video in" in said
+    assert f"a on unseen clips: left out, {tmp_path / 'a'} has no video of them\n" in said
     write_video(tmp_path / "b" / "01.mp4", square([2] * 9)[0])
     with pytest.raises(UserError, match=r"b: has no video of any clip; name them by the clips, as in seen/00\.mp4"):
         score.score(tmp_path / "out", benchmark, {"b": tmp_path / "b"}, RedTracker())
@@ -349,6 +352,18 @@ def test_a_model_continues_the_pictures_of_the_benchmark(tmp_path) -> None:
     for record in records:
         assert all(clip["l2"] < 0.01 for clip in record["clips"])  # colours are stored at half resolution
         assert all(clip["iou"] > 0.6 for clip in record["clips"])
+
+
+def test_models_are_told_of_real_clips_what_the_paper_tells_them(tmp_path) -> None:
+    real = open_real(write_real(tmp_path / "real", [LINE]), ClickTracker(), tmp_path / "cache")
+    sim = open_benchmark(write_sim(tmp_path / "sim", 1) / "seen")
+    told = {"real": "A red square 0 falls. A video that conforms to the laws of physics.", "seen": "Square 0 falls."}
+    kind = {"frames": 9, "fps": 16, "size": [SIZE, SIZE]}
+    for benchmark in (real, sim):
+        (split,) = benchmark
+        model = Oracle({told[split]: square(rows_of(2, 9))[0]})  # it knows no other words
+        score.imagine(partial(nullcontext, model), benchmark, tmp_path / "out", kind, 1, 3, 2, 1.0)
+        assert (tmp_path / "out" / split).is_dir()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 80), (80, 48), (33, 57)])
