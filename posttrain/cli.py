@@ -65,8 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             asked = {name: getattr(options, name) for name in ASKED if getattr(options, name) is not None}
             if asked and not options.run:
                 raise UserError(f"--{next(iter(asked))}: is for the videos that --run makes; leave it out")
-            stages.score(options.target, options.clips, options.run, options.tracker, options.fps, options.out, asked)
+            tracker = options.tracker or "pocket"
+            stages.score(options.target, options.clips, options.run, tracker, options.fps, options.out, asked)
             return 0
+        if options.command == "eval" and (ignored := [name for name in SCORING if getattr(options, name) is not None]):
+            raise UserError(
+                f"--{ignored[0]}: is for --clips and --run; a run's own measurement is its recipe's, eval.*"
+            )
         whole = open_run(options.target, options.overrides)
         for plan, folder in members(*whole):
             if options.command == "run":
@@ -108,7 +113,6 @@ def _scoring(command: argparse.ArgumentParser) -> None:
     group.add_argument("--seeds", type=positive, metavar="N", help="how many videos of each clip --run makes")
     group.add_argument(
         "--tracker",
-        default="pocket",
         metavar="FOLDER|HUB",
         help="what follows the object: a SAM 2 in transformers' layout, as facebook/sam2.1-hiera-large, which the real "
         "set needs; by default the embedded tracker, made for 64 x 64 pixels",
@@ -124,6 +128,7 @@ def _add_compare(commands: Any) -> None:
 
 
 ASKED = ("steps", "guidance", "seeds")  # options of `eval --run`
+SCORING = ("tracker", "fps", "out", *ASKED)  # and of `eval --clips`
 WISHES = ("prompt", "negative", "seeds", "frames", "fps", "steps", "guidance", "guidance_low")  # see gallery.Wish
 
 

@@ -62,6 +62,7 @@ class EvalConfig(Strict):
     limit: int | None = Field(None, ge=1)  # the first clips of each split
     batch: int = Field(10, ge=1)  # clips sampled at once
     sampler: SamplerConfig = SamplerConfig()
+    tracker: str = "pocket"  # what follows the object: "pocket", or a SAM 2 in a folder or on the hub
 
 
 class Tracker(Protocol):
@@ -104,6 +105,7 @@ def evaluate(
                     shared = None if cache is None or row not in FIXED else Path(cache) / record["key"][:16]
                     records[split, row] = complete(run, record, config, model, clips, tracker, shared)
             pending = []
+        del model  # before the next one is loaded
     return [records[split, row] for split in splits for row in (*REFERENCES, *models)]
 
 
@@ -129,7 +131,7 @@ def blank(
             "sampling": source(flow),
         }
     key = files.sha256_json(facts)
-    settings = config.model_dump(mode="json", include={"clips", "limit", "seeds", "sampler"})
+    settings = config.model_dump(mode="json", include={"clips", "limit", "seeds", "sampler", "tracker"})
     return {
         "model": row,
         "settings": settings,

@@ -109,6 +109,7 @@ def film(
                 written.append(stem.with_name(f"{stem.name}-s{seed}-{label.replace(' ', '-')}.mp4"))
                 write_video(written[-1], clip, wish.fps)
                 clips[seed][label] = clip
+        del model  # before the next one is loaded
     named = {f"seed {seed}, {label}": clip for seed, row in clips.items() for label, clip in row.items()}
     written += [stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.gif")]
     contact_sheet(written[-2], named)

@@ -3,7 +3,10 @@
 import contextlib
 import io
 import shutil
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -17,7 +20,7 @@ from posttrain import cli, files, stages
 from posttrain.evaluate import EvalConfig
 from posttrain.experiment import open_run
 from posttrain.files import UserError
-from posttrain.gallery import animation, contact_sheet, fit, natural_size, open_picture
+from posttrain.gallery import Wish, animation, contact_sheet, film, fit, natural_size, open_picture
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.published import made_for, sampler
 from posttrain.models.wan import load
@@ -141,6 +144,23 @@ def test_a_run_is_sampled_as_it_was_measured(home: Path) -> None:
     plan, _ = open_run(str(home / "runs" / "try"))
     measured = plan.model_copy(update={"eval": EvalConfig(clips="x", sampler={"steps": 3, "guidance_low": 2.0})})
     assert stages._usual(measured) == {"steps": 3, "guidance": 1.0, "guidance_low": 2.0}
+
+
+@pytest.mark.parametrize("adapter", [None, AdapterConfig(rank=2)])
+def test_a_model_is_gone_before_the_next_is_loaded(home: Path, tmp_path: Path, adapter: AdapterConfig | None) -> None:
+    """Two of them may be more than the device holds."""
+    loaded: list[weakref.ref[Any]] = []
+
+    @contextlib.contextmanager
+    def ready() -> Iterator[Any]:
+        assert all(part() is None for part in loaded)
+        model = load(ModelConfig(path=str(home / "wan"), adapter=adapter))
+        loaded.extend(weakref.ref(part) for part in (model, model.transformer, model.vae, model.text_encoder))
+        yield model
+
+    wish = Wish("a duck falls.", (32, 32), 5, 16, 1, 1.0)
+    film({name: ready for name in "abc"}, np.zeros((32, 32, 3), np.uint8), wish, tmp_path / "clip")
+    assert len(loaded) == 12
 
 
 SMALL = ("--height", "32", "--width", "32", "--frames", "5")
