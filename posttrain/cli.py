@@ -147,7 +147,7 @@ def _add_sample(commands: Any) -> None:
     for side in ("height", "width"):
         command.add_argument(f"--{side}", type=positive, help="pixels")
     command.add_argument("--frames", type=positive, help="4k + 1 for Wan")
-    command.add_argument("--fps", type=positive, help="of the files: how fast they play")
+    command.add_argument("--fps", type=rate, help="of the files: how fast they play")
     command.add_argument("--steps", type=positive, help="of the sampler")
     command.add_argument("--guidance", type=float, help="1 leaves guidance out")
     command.add_argument("--guidance-low", type=float, help="of the second of two experts, where it differs")
@@ -157,6 +157,12 @@ def _add_sample(commands: Any) -> None:
 
 def positive(text: str) -> int:
     if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def rate(text: str) -> float:
+    if not 0 < (number := float(text)) < float("inf"):
         raise ValueError
     return number
 

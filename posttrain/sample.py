@@ -1,6 +1,7 @@
 """From first pictures and captions to video clips, and clips to files that browsers play."""
 
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -76,10 +77,14 @@ def to_uint8(video_BCFHW: torch.Tensor) -> Pixels:
 def write_video(path: Path | str, frames: Pixels, fps: float) -> None:
     """Write uint8 (F, H, W, 3) as H.264 in yuv420p, which every browser plays; near-lossless, for looking at.
 
+    `fps` may be broken, as 12.5 or 23.976.
+
     H and W must be even.
     """
     with replacing(path) as temporary, av.open(str(temporary), "w", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=round(fps), options={"crf": "10", "preset": "medium"})
+        stream = container.add_stream(
+            "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "10", "preset": "medium"}
+        )
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:
