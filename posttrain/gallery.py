@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from posttrain.files import UserError, replacing
 from posttrain.models.base import VideoModel
 from posttrain.progress import track
-from posttrain.sample import Pixels, sample_clips, write_video
+from posttrain.sample import Pixels, encode_texts, sample_clips, write_video
 
 CELL = 32  # what the sides of every Wan model's clips are multiples of
 LINE = 14  # pixels of a line of text
@@ -94,6 +94,7 @@ def film(
                 model.latent_shape(wish.frames, *wish.size)
             except UserError as error:
                 raise UserError(f"--frames, --height, --width: {str(error).partition(': ')[2]}") from error
+            texts = encode_texts(model, [wish.prompt, wish.negative])
             for seed in track(clips, label, len(clips)):
                 clip = sample_clips(
                     model,
@@ -105,6 +106,7 @@ def film(
                     wish.guidance,
                     wish.negative,
                     wish.guidance_low,
+                    texts,
                 )[0]
                 written.append(stem.with_name(f"{stem.name}-s{seed}-{label.replace(' ', '-')}.mp4"))
                 write_video(written[-1], clip, wish.fps)

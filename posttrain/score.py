@@ -127,13 +127,15 @@ def imagine(
     if not wanted:
         return
     with model() as ready, progress(f"videos for {folder.name}", len(wanted)) as advance:
+        unwanted = [NEGATIVE] if max(guidance, guidance_low or 1) > 1 else []
+        texts = sample.encode_texts(ready, [*(truth.caption + truth.context for truth, _, _ in wanted), *unwanted])
         for first in range(0, len(wanted), batch):
             part = wanted[first : first + batch]
             pictures = np.stack([padded(truth.picture(), size) for truth, _, _ in part])
             captions = [truth.caption + truth.context for truth, _, _ in part]
             noise = [pisa.clip_seed(seed, truth.id) for truth, seed, _ in part]
             made = sample.sample_clips(
-                ready, pictures, captions, noise, frames, steps, guidance, NEGATIVE, guidance_low
+                ready, pictures, captions, noise, frames, steps, guidance, NEGATIVE, guidance_low, texts
             )
             for (_, _, path), video in zip(part, made, strict=True):
                 sample.write_video(path, video, fps)

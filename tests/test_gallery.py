@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import shutil
 import weakref
 from collections.abc import Iterator
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from falling import RedTracker, write_dataset
 from PIL import Image
 from tiny import wan_folder
 
 from posttrain import cli, files, stages
+from posttrain.benchmarks.pisabench import open_benchmark
 from posttrain.data.videos import inspect
-from posttrain.evaluate import EvalConfig
+from posttrain.evaluate import EvalConfig, evaluate, validation
 from posttrain.experiment import open_run
 from posttrain.files import UserError
 from posttrain.gallery import Wish, animation, contact_sheet, film, fit, natural_size, open_picture
@@ -27,6 +30,7 @@ from posttrain.models.published import made_for, sampler
 from posttrain.models.wan import load
 from posttrain.run import start_fingerprint
 from posttrain.sample import write_video
+from posttrain.score import imagine
 
 
 def test_the_middle_of_a_picture_is_kept(tmp_path: Path) -> None:
@@ -155,6 +159,53 @@ def test_a_run_is_sampled_as_it_was_measured(home: Path) -> None:
     plan, _ = open_run(str(home / "runs" / "try"))
     measured = plan.model_copy(update={"eval": EvalConfig(clips="x", sampler={"steps": 3, "guidance_low": 2.0})})
     assert stages._usual(measured) == {"steps": 3, "guidance": 1.0, "guidance_low": 2.0}
+
+
+@pytest.mark.parametrize(("path", "device", "dtype"), [("wan", "cpu", "fp32"), ("wan", "cuda", "bf16"),
+                                                       ("pocket", "cuda", "fp32")])  # fmt: skip
+def test_a_model_alone_is_bf16_on_a_gpu(
+    home: Path, monkeypatch: pytest.MonkeyPatch, path: str, device: str, dtype: str
+) -> None:
+    def refuse(config: ModelConfig) -> None:
+        raise UserError(config.dtype)
+
+    monkeypatch.setattr(stages, "load_model", refuse)
+    monkeypatch.setattr(stages, "_device", lambda: torch.device(device))
+    assert sampled(home, path, *SMALL)[2].splitlines()[-1] == dtype
+
+
+def test_all_texts_are_encoded_before_anything_is_sampled(home: Path, tmp_path: Path) -> None:
+    """So that the text encoder and the transformer are not on the device together."""
+    write_dataset(tmp_path / "drops", ["test_seen", "test_unseen"], clips=3, frames=5)
+    calls: list[str] = []
+
+    @contextlib.contextmanager
+    def ready() -> Iterator[Any]:
+        model = load(ModelConfig(path=str(home / "wan")))
+        assert model.text_encoder is not None
+        model.text_encoder.register_forward_hook(lambda *_: calls.append("text"))
+        model.transformer.register_forward_hook(lambda *_: calls.append("velocity"))
+        yield model
+
+    def order() -> list[str]:
+        found = [name for name, _ in itertools.groupby(calls)]
+        calls.clear()
+        return found
+
+    wish = Wish("a duck falls.", (32, 32), 5, 16, 2, 2.0, seeds=(0, 1))
+    film({"a": ready}, np.zeros((32, 32, 3), np.uint8), wish, tmp_path / "clip")
+    assert order() == ["text", "velocity"]
+    kind = {"frames": 5, "fps": 16, "size": [32, 32]}
+    imagine(ready, open_benchmark(tmp_path / "drops"), tmp_path / "out", kind, 2, 2, 2, 2.0)
+    assert order() == ["text", "velocity"]
+    config = EvalConfig(clips=str(tmp_path / "drops"), seeds=2, batch=2, every=1, sampler={"steps": 2, "guidance": 2})
+    evaluate(tmp_path / "run", config, {"base": ready}, RedTracker())
+    assert order() == ["text", "velocity"]
+    with ready() as model:
+        validate = validation(tmp_path / "run", config, model, RedTracker())
+        assert order() == ["text"]
+        validate(1)
+        assert order() == ["velocity"]
 
 
 @pytest.mark.parametrize("adapter", [None, AdapterConfig(rank=2)])
