@@ -215,9 +215,9 @@ def test_the_embedded_tracker_takes_no_large_clips(home, finished):
     code, _, said = command(home, "eval", "recipe.yaml", "eval.tracker=tracker")
     assert code == 0, said
     assert said.count("reused from") == 10  # the same weights, another name
-    assert command(home, "eval", "recipe.yaml")[0] == 0
     assert "nowhere/config.json: does not exist" in refused(home, "eval", "recipe.yaml", "eval.tracker=nowhere")
     assert "--tracker: is for --clips and --run" in refused(home, "eval", "try", "--tracker", "tracker")
+    assert command(home, "eval", "recipe.yaml")[0] == 0  # and the folder keeps the last word
 
 
 def test_clips_that_do_not_fit_the_model_are_refused(home):
