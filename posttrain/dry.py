@@ -120,7 +120,7 @@ def dry_step(
         body.to_empty(device="cpu")
         for tensor in (*body.parameters(), *body.buffers()):
             meter.see(tensor)
-        model = Wan(body, eyes, None, None, None, conditioning=config.conditioning)
+        model = Wan(body, eyes.config, {}, None, None, conditioning=config.conditioning)
         shape, condition = model.latent_shape(frames, height, width), {}
         if model.concatenates:
             channels = body.config.in_channels - shape[0]
