@@ -193,9 +193,7 @@ def test_without_cropping_another_shape_is_left_out(tmp_path) -> None:
     config = DataConfig(clips=str(tmp_path), **WANTED, crop="none", uncaptioned="empty")
     clips = Clips(config, preload=False)
     assert clips.ids == ["a.mp4"]
-    assert clips.splits[0].told[1]["notes"] == [
-        "another shape: 32 x 34 pixels (height x width), and data.crop is none"
-    ]
+    assert clips.splits[0].told[1]["notes"] == ["another shape: 32 x 34 pixels (height x width), and data.crop is none"]
     with pytest.raises(ValueError, match="crop is for clips of another size"):
         DataConfig(clips="x", crop="left")
 

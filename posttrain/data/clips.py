@@ -50,7 +50,9 @@ class DataConfig(Strict):
         if None in (self.frames, self.fps, self.size) and (self.frames, self.fps, self.size) != (None, None, None):
             raise PydanticCustomError("part", "frames, fps and size say together what clips shall be; give all three")
         if self.crop != "center" and self.size is None:
-            raise PydanticCustomError("part", "crop is for clips of another size; give frames, fps and size, or leave it out")
+            raise PydanticCustomError(
+                "part", "crop is for clips of another size; give frames, fps and size, or leave it out"
+            )
         return self
 
     @property

@@ -484,9 +484,7 @@ def _vae_config(root: str, **options: Any) -> Any:
         return AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(root, **options)).config
 
 
-def _check_parts(
-    place: Path, shape: Mapping[str, Any], vae: Any, text_encoder: Any, image_encoder: Any = None
-) -> None:
+def _check_parts(place: Path, shape: Mapping[str, Any], vae: Any, text_encoder: Any, image_encoder: Any = None) -> None:
     """Refuse a transformer that does not fit the other parts, or that no code here feeds; all are given by configs."""
     z, time = vae.z_dim, vae.scale_factor_temporal
     fits = {
