@@ -39,12 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "doctor":
             tool.add_argument("recipe", nargs="?", metavar="RECIPE", help="also what its training takes")
             tool.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in train.batch=4")
+            among = "among how many processes train.batch is divided (default: the GPUs here, or 1)"
+            tool.add_argument("--processes", type=positive, metavar="N", help=among)
     _add_compare(commands)
     _add_sample(commands)
     options = recipe.arguments(parser, arguments)
     try:
-        if options.command in TOOLS:
-            return _doctor(options.recipe, options.overrides) if options.command == "doctor" else _bench()
+        if options.command == "doctor":
+            return _doctor(options.recipe, options.overrides, options.processes)
+        if options.command == "bench":
+            return _bench()
         from posttrain import stages  # takes a second, for torch
         from posttrain.experiment import members, open_run
 
@@ -167,11 +171,13 @@ def rate(text: str) -> float:
     return number
 
 
-def _doctor(path: str | None, overrides: Sequence[str]) -> int:
+def _doctor(path: str | None, overrides: Sequence[str], processes: int | None) -> int:
     from posttrain.doctor import check_recipe, doctor
 
     if path is None:
         return doctor()
+    import torch
+
     from posttrain.data.clips import open_split
     from posttrain.dry import needs
     from posttrain.experiment import Recipe
@@ -187,8 +193,8 @@ def _doctor(path: str | None, overrides: Sequence[str]) -> int:
     else:
         split = open_split(folder, plan.data.split)
         clip = (split.frames, *split.size)
-    line, memory = needs(plan.model, plan.train, clip)
-    return doctor(lambda: check_recipe(line, memory))
+    needed = needs(plan.model, plan.train, clip, processes or max(1, torch.cuda.device_count()))
+    return doctor(lambda: check_recipe(*needed))
 
 
 def _bench() -> int:

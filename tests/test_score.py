@@ -150,6 +150,9 @@ def test_masks_beside_real_pictures_are_used(tmp_path) -> None:
     np.savez_compressed(real / "0000" / "mask.npz", mask=masks)
     truth = open_benchmark(real)["real"][0]
     np.testing.assert_array_equal(truth.masks(4), masks[:4, 1])
+    np.savez_compressed(real / "0000" / "mask.npz", mask=masks[:, :1])  # the clicks are on two objects
+    with pytest.raises(UserError, match=r"mask.npz: mask is \(.*, 1, .*\), not \(frames, 2 or more objects, H, W\)"):
+        open_benchmark(real)["real"][0].masks(4)
 
 
 def test_simulated_clips_have_splits_and_their_last_object_drops(tmp_path) -> None:

@@ -137,7 +137,7 @@ def _published(scene: Path, clicks: Clicks | None, follower: str, cache: Path | 
     row = {"fps": REAL_FPS if real else SIM_FPS, "drop_height": None, "gravity": None}
     if archive.exists():
         key = files.sha256_json([files.sha256(archive), target])
-        masks = partial(_stored, archive, target)
+        masks = partial(_stored, archive, target, len(info["points"]) if real else 1)
         return Truth(scene.name, info["prompt"], (height, width), first, masks, key, row, context)
     if not real:
         raise UserError(f"{archive}: does not exist; unpack PisaBench again")
@@ -172,11 +172,12 @@ def _inside(pair: Any, size: tuple[int, int]) -> bool:
     return bool(numbers) and 0 <= pair[0] < size[1] and 0 <= pair[1] < size[0]
 
 
-def _stored(archive: Path, target: int, n: int) -> np.ndarray:
+def _stored(archive: Path, target: int, objects: int, n: int) -> np.ndarray:
     masks = read_annotations(archive, ["mask"])["mask"]
     masks = masks[:, None] if masks.ndim == 3 else masks
-    if masks.ndim != 4 or not masks.shape[1]:
-        raise UserError(f"{archive}: mask is {masks.shape}, not (frames, objects, H, W); make it again")
+    if masks.ndim != 4 or masks.shape[1] < objects:
+        shape = f"(frames, {objects} or more objects, H, W)"
+        raise UserError(f"{archive}: mask is {masks.shape}, not {shape}; make it again")
     return masks[:n, target] > 0
 
 
