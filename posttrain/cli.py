@@ -39,12 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "doctor":
             tool.add_argument("recipe", nargs="?", metavar="RECIPE", help="also what its training takes")
             tool.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in train.batch=4")
+            among = "among how many processes train.batch is divided (default: the GPUs here, or 1)"
+            tool.add_argument("--processes", type=positive, metavar="N", help=among)
     _add_compare(commands)
     _add_sample(commands)
     options = recipe.arguments(parser, arguments)
     try:
-        if options.command in TOOLS:
-            return _doctor(options.recipe, options.overrides) if options.command == "doctor" else _bench()
+        if options.command == "doctor":
+            return _doctor(options.recipe, options.overrides, options.processes)
+        if options.command == "bench":
+            return _bench()
         from posttrain import stages  # takes a second, for torch
         from posttrain.experiment import members, open_run
 
@@ -62,8 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "eval" and (options.clips or options.run):
             if options.overrides:
                 raise UserError(f"{options.overrides[0]}: with --clips there is no recipe whose values could change")
-            stages.score(options.target, options.clips, options.run, options.tracker, options.fps, options.out)
+            asked = {name: getattr(options, name) for name in ASKED if getattr(options, name) is not None}
+            if asked and not options.run:
+                raise UserError(f"--{next(iter(asked))}: is for the videos that --run makes; leave it out")
+            tracker = options.tracker or "pocket"
+            stages.score(options.target, options.clips, options.run, tracker, options.fps, options.out, asked)
             return 0
+        if options.command == "eval" and (ignored := [name for name in SCORING if getattr(options, name) is not None]):
+            raise UserError(
+                f"--{ignored[0]}: is for --clips and --run; a run's own measurement is its recipe's, eval.*"
+            )
         whole = open_run(options.target, options.overrides)
         for plan, folder in members(*whole):
             if options.command == "run":
@@ -100,9 +112,11 @@ def _scoring(command: argparse.ArgumentParser) -> None:
     group.add_argument("--clips", nargs="+", default=[], metavar="FOLDER", help=clips)
     runs = "let a run's base and tuned model make the videos first, from the benchmark's pictures and prompts"
     group.add_argument("--run", nargs="+", default=[], metavar="RUN", help=runs)
+    group.add_argument("--steps", type=positive, help="of the sampler, for --run (as in the run's recipe)")
+    group.add_argument("--guidance", type=float, help="for --run; 1 leaves guidance and negative prompts out")
+    group.add_argument("--seeds", type=positive, metavar="N", help="how many videos of each clip --run makes")
     group.add_argument(
         "--tracker",
-        default="pocket",
         metavar="FOLDER|HUB",
         help="what follows the object: a SAM 2 in transformers' layout, as facebook/sam2.1-hiera-large, which the real "
         "set needs; by default the embedded tracker, made for 64 x 64 pixels",
@@ -117,12 +131,14 @@ def _add_compare(commands: Any) -> None:
     command.add_argument("targets", nargs="+", metavar="RUN", help="runs that were measured on the same clips")
 
 
-WISHES = ("prompt", "negative", "seeds", "frames", "fps", "steps", "guidance")  # options of `sample`, see gallery.Wish
+ASKED = ("steps", "guidance", "seeds")  # options of `eval --run`
+SCORING = ("tracker", "fps", "out", *ASKED)  # and of `eval --clips`
+WISHES = ("prompt", "negative", "seeds", "frames", "fps", "steps", "guidance", "guidance_low")  # see gallery.Wish
 
 
 def _add_sample(commands: Any) -> None:
     text = "continue a picture, or words alone, into clips; with a run, base and tuned side by side"
-    usual = "What is left out is as in the run; for a model alone 81 frames, 50 steps, guidance 5 (pocket: 33, 12, 1)."
+    usual = "What is left out is as in the run; for a model alone as its authors use it (models/published.py)."
     command = commands.add_parser("sample", help=text, description=f"{text}. {usual}")
     command.add_argument("target", metavar="RUN|MODEL", help='a run, "pocket", a diffusers folder or a hub id')
     image = "the first frame, of which the middle is cut to the size; leave it out where the text alone counts"
@@ -135,9 +151,10 @@ def _add_sample(commands: Any) -> None:
     for side in ("height", "width"):
         command.add_argument(f"--{side}", type=positive, help="pixels")
     command.add_argument("--frames", type=positive, help="4k + 1 for Wan")
-    command.add_argument("--fps", type=positive, help="of the files: how fast they play")
+    command.add_argument("--fps", type=rate, help="of the files: how fast they play")
     command.add_argument("--steps", type=positive, help="of the sampler")
     command.add_argument("--guidance", type=float, help="1 leaves guidance out")
+    command.add_argument("--guidance-low", type=float, help="of the second of two experts, where it differs")
     command.add_argument("--scale", type=float, default=1.0, help="how much the run's adapter counts (default 1)")
     command.add_argument("--output", type=Path, help="folder (default: samples/asked in the run's)")
 
@@ -148,11 +165,19 @@ def positive(text: str) -> int:
     return number
 
 
-def _doctor(path: str | None, overrides: Sequence[str]) -> int:
+def rate(text: str) -> float:
+    if not 0 < (number := float(text)) < float("inf"):
+        raise ValueError
+    return number
+
+
+def _doctor(path: str | None, overrides: Sequence[str], processes: int | None) -> int:
     from posttrain.doctor import check_recipe, doctor
 
     if path is None:
         return doctor()
+    import torch
+
     from posttrain.data.clips import open_split
     from posttrain.dry import needs
     from posttrain.experiment import Recipe
@@ -168,8 +193,8 @@ def _doctor(path: str | None, overrides: Sequence[str]) -> int:
     else:
         split = open_split(folder, plan.data.split)
         clip = (split.frames, *split.size)
-    line, memory = needs(plan.model, plan.train, clip)
-    return doctor(lambda: check_recipe(line, memory))
+    needed = needs(plan.model, plan.train, clip, processes or max(1, torch.cuda.device_count()))
+    return doctor(lambda: check_recipe(*needed))
 
 
 def _bench() -> int:

@@ -15,6 +15,7 @@ CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"  # beside the packag
 POCKET = Path(__file__).parent / "pocket"
 CHECKSUMS = "SHA256SUMS"  # in the format of `sha256sum`
 DISK = 5.0  # GiB that a pocket run with its data may need
+CPU_STEP = 30.0  # TFLOP of a training step that CPUs still do, in some minutes
 DRIVER = 2.0  # GiB of a GPU that CUDA, its libraries and the allocator's gaps take
 
 
@@ -128,14 +129,18 @@ def check_cores() -> Iterator[Finding]:
     yield Finding("machine", "ok" if cores > 1 else "note", f"{cores} cores, {memory:.0f} GiB memory", remedy)
 
 
-def check_recipe(line: str, memory: float) -> Iterator[Finding]:
-    """What a recipe's training takes (`line`, and the GiB of it), against the GPU that is here."""
+def check_recipe(line: str, memory: float, teraflop: float) -> Iterator[Finding]:
+    """What a recipe's training takes in one process (`line`, GiB, TFLOP a step), against the GPU that is here."""
     import torch
 
-    have = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else None
-    tight = have is not None and memory + DRIVER > have
-    remedy = "raise train.accumulate, set train.block_checkpointing=true, or make smaller clips" if tight else ""
-    yield Finding("recipe", "bad" if tight else "ok", line, remedy)
+    state: Literal["ok", "bad"] = "ok"
+    remedy = ""
+    if not torch.cuda.is_available():
+        if teraflop > CPU_STEP:
+            state, remedy = "bad", f"no GPU here: take one with {memory + DRIVER:.0f} GiB or more"
+    elif memory + DRIVER > torch.cuda.get_device_properties(0).total_memory / 2**30:
+        state, remedy = "bad", "raise train.accumulate, set train.block_checkpointing=true, or make smaller clips"
+    yield Finding("recipe", state, line, remedy)
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (

@@ -120,7 +120,7 @@ def dry_step(
         body.to_empty(device="cpu")
         for tensor in (*body.parameters(), *body.buffers()):
             meter.see(tensor)
-        model = Wan(body, eyes, None, None, None, conditioning=config.conditioning)
+        model = Wan(body, eyes.config, {}, None, None, conditioning=config.conditioning)
         shape, condition = model.latent_shape(frames, height, width), {}
         if model.concatenates:
             channels = body.config.in_channels - shape[0]
@@ -150,15 +150,26 @@ def dry_step(
     )
 
 
-def needs(config: ModelConfig, train: TrainConfig, clip: tuple[int, int, int]) -> tuple[str, float]:
-    """In a line what training on clips of (frames, height, width) takes in one process, and its GiB on the device.
+def needs(
+    config: ModelConfig, train: TrainConfig, clip: tuple[int, int, int], processes: int = 1
+) -> tuple[str, float, float]:
+    """What training on clips of (frames, height, width) takes in each of so many processes.
+
+    Returns:
+        It in a line, its GiB on the device, and its TFLOP a step.
 
     Raises:
-        UserError: the model is not there, or the clips do not fit it.
+        UserError: the model is not there, the clips do not fit it, or the batch does not divide.
     """
     if config.family != "wan":
         raise UserError(f"model.family: what training takes is only known for wan, not for {config.family}")
-    batch = -(-train.batch // train.accumulate)
+    parts = train.accumulate * processes
+    if train.batch % parts:
+        raise UserError(
+            f"train.batch: {train.batch} does not divide into {train.accumulate} (train.accumulate) x {processes} "
+            "(processes) parts; lower train.accumulate, or name other --processes"
+        )
+    batch = train.batch // parts
     step = dry_step(
         config,
         *read_configs(config.path, config.revision),
@@ -168,10 +179,11 @@ def needs(config: ModelConfig, train: TrainConfig, clip: tuple[int, int, int]) -
         block_checkpointing=train.block_checkpointing,
         ema=bool(train.ema),
     )
-    what = " x ".join(map(str, clip))
+    what, each = " x ".join(map(str, clip)), "" if processes == 1 else f"in each of {processes} processes "
+    teraflop = step.teraflop * train.accumulate
     line = (
-        f"{step.parameters:,} parameters, {step.trained:,} trained; {batch} clips at once of {what} ({step.tokens:,} "
-        f"tokens each): {step.memory:.1f} GiB (weights {step.weights:.1f}, optimizer {step.optimizer:.1f}, "
-        f"activations {step.activations:.1f}) and {step.teraflop * train.accumulate:.3g} TFLOP a step"
+        f"{step.parameters:,} parameters, {step.trained:,} trained; {each}{batch} clips at once of {what} "
+        f"({step.tokens:,} tokens each): {step.memory:.1f} GiB (weights {step.weights:.1f}, "
+        f"optimizer {step.optimizer:.1f}, activations {step.activations:.1f}) and {teraflop:.3g} TFLOP a step"
     )
-    return line, step.memory
+    return line, step.memory, teraflop

@@ -17,7 +17,7 @@ import inspect
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -62,6 +62,7 @@ class EvalConfig(Strict):
     limit: int | None = Field(None, ge=1)  # the first clips of each split
     batch: int = Field(10, ge=1)  # clips sampled at once
     sampler: SamplerConfig = SamplerConfig()
+    tracker: str = "pocket"  # what follows the object: "pocket", or a SAM 2 in a folder or on the hub
 
 
 class Tracker(Protocol):
@@ -98,12 +99,14 @@ def evaluate(
     records, pending = {}, [*REFERENCES]
     for name, ready in models.items():
         with ready() as model:
+            texts = read_captions(model, splits.values(), config.sampler)
             for row in (*pending, name):
                 for split, clips in splits.items():
                     record = blank(row, split, config, model, clips, tracker)
                     shared = None if cache is None or row not in FIXED else Path(cache) / record["key"][:16]
-                    records[split, row] = complete(run, record, config, model, clips, tracker, shared)
+                    records[split, row] = complete(run, record, config, model, clips, tracker, texts, shared)
             pending = []
+        del model  # before the next one is loaded
     return [records[split, row] for split in splits for row in (*REFERENCES, *models)]
 
 
@@ -129,7 +132,7 @@ def blank(
             "sampling": source(flow),
         }
     key = files.sha256_json(facts)
-    settings = config.model_dump(mode="json", include={"clips", "limit", "seeds", "sampler"})
+    settings = config.model_dump(mode="json", include={"clips", "limit", "seeds", "sampler", "tracker"})
     return {
         "model": row,
         "settings": settings,
@@ -154,6 +157,7 @@ def complete(
     model: VideoModel,
     clips: Clips,
     tracker: Tracker,
+    texts: Mapping[str, Tensor],
     shared: Path | None,
 ) -> dict[str, Any]:
     """The record with all its clips: what the run or the shared folder has, and the rest measured now."""
@@ -182,7 +186,7 @@ def complete(
             batch, truths = clips.load(indices).to(model.device), [clips.row(i) for i in indices]
             scores = []
             for seed in range(record["seeds"]):
-                videos = generate(record["model"], model, batch, truths, seed, config.sampler)
+                videos = generate(record["model"], model, batch, truths, seed, config.sampler, texts)
                 for name, video in zip(batch.ids, videos, strict=True):
                     sample.write_video(samples / f"{name}-s{seed}.mp4", video, record["fps"])
                 scores.append(pisa.score_videos(videos, batch, truths, tracker, record["fps"]))
@@ -208,8 +212,21 @@ def source(of: Any) -> str:
     return files.sha256(Path(str(inspect.getsourcefile(of))))
 
 
+def read_captions(model: VideoModel, splits: Iterable[Clips], sampler: SamplerConfig) -> dict[str, Tensor]:
+    """The texts of all clips, encoded, as `generate` wants them."""
+    captions = [clips.row(i)["caption"] for clips in splits for i in range(len(clips))]
+    guided = max(sampler.guidance, sampler.guidance_low or 1) > 1
+    return sample.encode_texts(model, [*captions, ""] if guided else captions)
+
+
 def generate(
-    row: str, model: VideoModel, batch: Batch, truths: Sequence[dict[str, Any]], seed: int, sampler: SamplerConfig
+    row: str,
+    model: VideoModel,
+    batch: Batch,
+    truths: Sequence[dict[str, Any]],
+    seed: int,
+    sampler: SamplerConfig,
+    texts: Mapping[str, Tensor] | None = None,
 ) -> np.ndarray:
     """The videos that a row shows for a batch of clips: uint8 (B, F, H, W, 3)."""
     true_BCFHW = batch.video_BCFHW
@@ -230,6 +247,7 @@ def generate(
         sampler.steps,
         sampler.guidance,
         guidance_low=sampler.guidance_low,
+        texts=texts,
     )
 
 
@@ -244,10 +262,11 @@ def validation(
     some = Clips(DataConfig(clips=config.clips, split=config.splits[-1], limit=clips))
     folder, indices = Path(run) / "samples" / "validation", range(len(some))
     truths = [some.row(i) for i in indices]
+    texts = read_captions(model, [some], config.sampler) if config.every else {}  # while the transformer is not there
 
     def validate(step: int) -> tuple[dict[str, float], dict[str, Path]]:
         batch = some.load(indices).to(model.device)
-        videos = generate("validation", model, batch, truths, 0, config.sampler)
+        videos = generate("validation", model, batch, truths, 0, config.sampler, texts or None)
         paths = {f"validation/{name}": folder / f"step-{step:06d}" / f"{name}.mp4" for name in batch.ids}
         for path, video in zip(paths.values(), videos, strict=True):
             sample.write_video(path, video, truths[0]["fps"])

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from posttrain import files, recipe
 from posttrain.data.clips import DataConfig
@@ -20,6 +20,7 @@ from posttrain.evaluate import EvalConfig
 from posttrain.files import UserError
 from posttrain.models import lora
 from posttrain.models.base import Merged, ModelConfig
+from posttrain.models.published import sampler
 from posttrain.recipe import In, Part
 from posttrain.run import TrainConfig
 from posttrain.types import Strict
@@ -45,6 +46,16 @@ class Recipe(Strict):
     eval: EvalConfig | None = None
     export: tuple[Literal["diffusers", "comfyui", "merged"], ...] = ()
     sweep: Annotated[dict[str, Values], Field(min_length=1, max_length=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sampled_as_usual(cls, values: Any) -> Any:
+        """What `eval.sampler` leaves out is as usual for the model."""
+        match values:
+            case {"model": {"path": str(path)}, "eval": {**measured}}:
+                if isinstance(asked := measured.get("sampler", {}), dict):
+                    return values | {"eval": measured | {"sampler": asked | sampler(path, asked)}}
+        return values
 
 
 def open_run(target: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:

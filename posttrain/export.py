@@ -22,6 +22,7 @@ from posttrain.files import UserError, read_json, read_jsonl, write_text
 from posttrain.models import lora
 from posttrain.models.base import ModelConfig, VideoModel
 from posttrain.models.folders import concatenates
+from posttrain.models.published import made_for, sampler
 
 ADAPTER, MERGED = "adapter", "merged"  # below the run folder
 EXPERTS = {"high": ("high_noise", "transformer"), "low": ("low_noise", "transformer_2"), None: ("", "transformer")}
@@ -73,7 +74,9 @@ def export(
 
 @torch.no_grad()
 def check(files: Sequence[Path], model: VideoModel, stock: Callable[[], nn.Module]) -> Iterator[str]:
-    """Load each file as others do and compare the velocity with ours; yield a line about each.
+    """Load each file as others do and compare velocity and adapter with ours; yield a line about each.
+
+    On the device is one transformer at a time.
 
     Args:
         files: adapters (safetensors) and transformer folders, as `export` returns them.
@@ -83,6 +86,8 @@ def check(files: Sequence[Path], model: VideoModel, stock: Callable[[], nn.Modul
     Raises:
         UserError: a file's velocity is another. At most 1% of what the adapter changes may differ, beside the rounding
             of the arithmetic: 1e-5 of the largest velocity in float32, 2e-2 in coarser numbers (4 x 2^-8 and reserve).
+            As a small adapter hides in that, its share in the weights must be 1, too: within 1e-3, or where it is
+            folded into coarse weights, which rounds, within 0.25.
     """
     from diffusers import WanPipeline
 
@@ -93,6 +98,7 @@ def check(files: Sequence[Path], model: VideoModel, stock: Callable[[], nn.Modul
     text_BLD = model.encode_text(["a ball falls."])
     with torch.no_grad():
         condition = model.condition((2 * torch.rand((1, 3, 1, 64, 64), generator=random) - 1).to(device), 9)
+    model.unload()
 
     def velocity(transformer: nn.Module) -> torch.Tensor:
         model.transformer = transformer
@@ -106,6 +112,7 @@ def check(files: Sequence[Path], model: VideoModel, stock: Callable[[], nn.Modul
     if adapted:
         with lora.disabled(ours):
             effect = (expected - velocity(ours)).abs().max().item()
+    ours.to("cpu")
     for file in files:
         if file.is_file():
             transformer = stock()
@@ -114,13 +121,18 @@ def check(files: Sequence[Path], model: VideoModel, stock: Callable[[], nn.Modul
         else:
             dtype = next(ours.parameters()).dtype
             transformer = type(lora.unwrap(ours)).from_pretrained(file, torch_dtype=dtype)
-        error = (velocity(transformer.to(device)) - expected).abs().max().item()
+        error = (velocity(transformer) - expected).abs().max().item()
+        share = lora.share(ours, transformer) if adapted else 1.0
         coarse = _coarse(file) or any(p.dtype != torch.float32 for p in ours.parameters())
         allowed = 0.01 * effect * adapted + largest * (2e-2 if coarse else 1e-5)
-        changes = f", of which the adapter makes {effect:.2g}" if adapted else ""
+        changes = f", of which the adapter makes {effect:.2g}; {share:.1%} of it in the weights" if adapted else ""
         numbers = f"largest error {error:.1e} of a velocity up to {largest:.2g}{changes}"
         if not error <= allowed:
             raise UserError(f"{file}: {numbers}; more than {allowed:.1e} is wrong: delete it and export again")
+        if not abs(share - 1) <= (0.25 if coarse and file.is_dir() else 1e-3):
+            rounded = ", or hand out the adapter: coarse weights round it away" if coarse and file.is_dir() else ""
+            raise UserError(f"{file}: {numbers}, which should be 100%: delete it and export again{rounded}")
+        transformer.to("cpu")  # before the next one comes
         yield f"{file}: {numbers}"
 
 
@@ -150,7 +162,7 @@ def _card(text: str, rows: list[dict[str, Any]], written: Sequence[Path], config
     local = pocket or Path(model["path"]).exists()
     header = {
         "library_name": "diffusers",
-        "pipeline_tag": "image-to-video",
+        "pipeline_tag": "image-to-video" if config.conditioning == "image" else "text-to-video",
         "tags": ["video", "physics", method, *(["lora"] if weights.is_file() else [])],
         **({} if local else {"base_model": model["path"]}),
     }
@@ -161,11 +173,14 @@ def _card(text: str, rows: list[dict[str, Any]], written: Sequence[Path], config
     merged = [f"`{item['path']}` (times {item['scale']:g})" for item in model.get("merge") or ()]
     origin = f" with {' and '.join(merged)} merged into it" if merged else ""
     origin += f", continued from `{model['start']}`" if model.get("start") else ""
+    clips = "the clips that the recipe below names"
+    if _simulated(recipe["data"]):
+        clips = "simulated clips so that things move as physics has it"
     others = [f"- `{path.parent.name}/{path.name}`: {_purpose(path)}" for path in written[1:]]
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {recipe['run']}",
-        f"{what} for {base}{origin}, trained with `{method}` on simulated clips so that things move as physics has it.",
+        f"{what} for {base}{origin}, trained with `{method}` on {clips}.",
         "## Use",
         _usage(config, weights, recipe),
         *(["Beside it:", "\n".join(others)] if others else []),
@@ -176,12 +191,24 @@ def _card(text: str, rows: list[dict[str, Any]], written: Sequence[Path], config
     return "\n\n".join(parts) + "\n"
 
 
+def _first_rows(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The first row of metadata.jsonl of each folder of clips; empty where there is none."""
+    rows = []
+    for folder in [data["clips"]] if isinstance(data["clips"], str) else data["clips"]:
+        metadata = Path(folder) / data.get("split", "train") / "metadata.jsonl"
+        rows.append(next(iter(read_jsonl(metadata) if metadata.is_file() else []), {}))
+    return rows
+
+
+def _simulated(data: dict[str, Any]) -> bool:
+    """Whether all clips were filmed by `sim make`: the recipe says so, or they have its annotations."""
+    return bool(data.get("make")) or all("annotations" in row for row in _first_rows(data))
+
+
 def _clip(recipe: dict[str, Any]) -> dict[str, Any]:
     """caption, frames, size and fps of the first training clip, as far as they are known."""
     data = recipe["data"]
-    folder = Path(data["clips"] if isinstance(data["clips"], str) else data["clips"][0])
-    metadata = folder / data.get("split", "train") / "metadata.jsonl"
-    row = read_jsonl(metadata)[0] if metadata.is_file() else {}
+    row = _first_rows(data)[0]
     return row | {key: data[key] for key in ("frames", "size", "fps") if data.get(key)}
 
 
@@ -202,9 +229,12 @@ def _usage(config: ModelConfig, weights: Path, recipe: dict[str, Any]) -> str:
     pipeline, name = "WanImageToVideoPipeline" if image else "WanPipeline", EXPERTS[config.expert][1]
     transformer = "adapter/transformer" if not adapter else start if start and Path(start).is_dir() else None
     options = ["base", *([f"revision={config.revision!r}"] if config.revision else [])]
+    bf16 = config.dtype == "bf16"
+    options += ['torch_dtype={"vae": torch.float32, "default": torch.bfloat16}'] if bf16 else []
     options += [f"{name}=transformer"] if transformer else []
     options += ["expand_timesteps=True"] if image and not channels else []  # the picture is a clean latent
-    lines = [f"from diffusers import {pipeline}{', WanTransformer3DModel' if transformer else ''}"]
+    lines = ["import torch"] if bf16 else []
+    lines += [f"from diffusers import {pipeline}{', WanTransformer3DModel' if transformer else ''}"]
     lines += [
         f"from diffusers.utils import encode_video{', load_image' if image else ''}  # needs PyAV (pip install av)"
     ]
@@ -213,8 +243,10 @@ def _usage(config: ModelConfig, weights: Path, recipe: dict[str, Any]) -> str:
     else:
         lines += ["", f"base = {config.path!r}"]
     if transformer:
-        lines += [f"transformer = WanTransformer3DModel.from_pretrained({transformer!r})"]
-    lines += [f"pipe = {pipeline}.from_pretrained({', '.join(options)})"]
+        kind = ", torch_dtype=torch.bfloat16" if bf16 else ""
+        lines += [f"transformer = WanTransformer3DModel.from_pretrained({transformer!r}{kind})"]
+    place = "" if config.path == "pocket" else '.to("cuda")'
+    lines += [f"pipe = {pipeline}.from_pretrained({', '.join(options)}){place}"]
     own, other = ("", ", load_into_transformer_2=True")[:: -1 if config.expert == "low" else 1]
     if adapter and config.merge:  # the run's adapter is a change to a base that has them
         names = [f"merged_{number}" for number in range(len(config.merge))]
@@ -228,7 +260,7 @@ def _usage(config: ModelConfig, weights: Path, recipe: dict[str, Any]) -> str:
         lines += [f'pipe.load_lora_weights("adapter"{own})']
     if config.other_adapter:  # of the expert that was not trained
         lines += [f"pipe.load_lora_weights({config.other_adapter!r}{other})"]
-    clip, sampler = _clip(recipe), {"steps": 12, "guidance": 1.0} | ((recipe.get("eval") or {}).get("sampler") or {})
+    clip, how = _clip(recipe), sampler(config.path, (recipe.get("eval") or {}).get("sampler") or {})
     wishes = [f"prompt={clip.get('caption', 'a ball falls.')!r}"]
     if image:
         lines += ['image = load_image("first_picture.png")']
@@ -236,13 +268,13 @@ def _usage(config: ModelConfig, weights: Path, recipe: dict[str, Any]) -> str:
     elif "size" in clip:
         wishes += [f"height={clip['size'][0]}", f"width={clip['size'][1]}"]
     wishes += [f"num_frames={clip['frames']}"] if "frames" in clip else []
-    wishes += [f"num_inference_steps={sampler['steps']}", f"guidance_scale={sampler['guidance']}"]
-    wishes += [f"guidance_scale_2={sampler['guidance_low']}"] if sampler.get("guidance_low") else []
+    wishes += [f"num_inference_steps={how['steps']}", f"guidance_scale={how['guidance']}"]
+    wishes += [f"guidance_scale_2={how['guidance_low']}"] if how["guidance_low"] else []
     lines += [
         "clip = pipe(",
         *(f"    {wish}," for wish in wishes),
         ")",
-        f'encode_video(clip.frames[0], fps={clip.get("fps", 16)}, output_path="clip.mp4")',
+        f'encode_video(clip.frames[0], fps={clip.get("fps") or made_for(config.path)["fps"]}, output_path="clip.mp4")',
     ]
     return "```python\n{}\n```".format("\n".join(lines))
 

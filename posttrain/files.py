@@ -116,13 +116,15 @@ def read_json(path: Path | str) -> Any:
 
 
 def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file."""
+    """Rows of a JSON-lines file; blank lines are none."""
     rows = []
     try:
         lines = Path(path).read_text().splitlines()
     except FileNotFoundError as error:
         raise UserError(f"{path}: does not exist") from error
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:

@@ -12,10 +12,8 @@ from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from posttrain.files import UserError, replacing
 from posttrain.models.base import VideoModel
 from posttrain.progress import track
-from posttrain.sample import Pixels, sample_clips, write_video
+from posttrain.sample import Pixels, encode_texts, sample_clips, write_video
 
-SIZE = (480, 832)  # height, width at which most Wan models were trained
-AREA = SIZE[0] * SIZE[1]
 CELL = 32  # what the sides of every Wan model's clips are multiples of
 LINE = 14  # pixels of a line of text
 
@@ -30,6 +28,7 @@ class Wish:
     fps: float
     steps: int
     guidance: float
+    guidance_low: float | None = None  # of the expert for little noise; None: the same
     seeds: Sequence[int] = (0,)
     negative: str = ""
 
@@ -45,9 +44,9 @@ def open_picture(path: Path | str) -> Image.Image:
         raise UserError(f"{path}: cannot be read as a picture; give a PNG, JPEG or WebP file") from error
 
 
-def natural_size(picture: Image.Image) -> tuple[int, int]:
-    """(height, width) of about the picture's shape, no larger than AREA, in multiples of CELL."""
-    shrink = min(1.0, (AREA / (picture.width * picture.height)) ** 0.5)
+def natural_size(picture: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of about the picture's shape and no more pixels than `size` has, in multiples of CELL."""
+    shrink = min(1.0, (size[0] * size[1] / (picture.width * picture.height)) ** 0.5)
     height, width = (max(CELL, int(side * shrink) // CELL * CELL) for side in (picture.height, picture.width))
     return height, width
 
@@ -95,6 +94,7 @@ def film(
                 model.latent_shape(wish.frames, *wish.size)
             except UserError as error:
                 raise UserError(f"--frames, --height, --width: {str(error).partition(': ')[2]}") from error
+            texts = encode_texts(model, [wish.prompt, wish.negative])
             for seed in track(clips, label, len(clips)):
                 clip = sample_clips(
                     model,
@@ -105,10 +105,13 @@ def film(
                     wish.steps,
                     wish.guidance,
                     wish.negative,
+                    wish.guidance_low,
+                    texts,
                 )[0]
                 written.append(stem.with_name(f"{stem.name}-s{seed}-{label.replace(' ', '-')}.mp4"))
                 write_video(written[-1], clip, wish.fps)
                 clips[seed][label] = clip
+        del model  # before the next one is loaded
     named = {f"seed {seed}, {label}": clip for seed, row in clips.items() for label, clip in row.items()}
     written += [stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.gif")]
     contact_sheet(written[-2], named)

@@ -1,6 +1,7 @@
 """Score videos that any model made: `posttrain eval BENCHMARK --clips FOLDER ...`, a row of the table per folder.
 
-`--run RUN` makes such folders first, with a run's base and with what it became.
+`--run RUN` makes such folders first, with a run's base and with what it became. Both are told what the paper tells its
+models: of real clips also that the video conforms to the laws of physics, and the negative prompts.
 
 A folder holds a video for each clip of the benchmark that is to be scored, <clip>.mp4, or <clip>-s<seed>.mp4 for
 several samples of it; where the benchmark has several splits, in a folder per split (seen/00.mp4, unseen/00-s1.mp4).
@@ -60,11 +61,12 @@ def score(
     protocol = {"tracker": weights_fingerprint(tracker.module), "splits": sorted(benchmark)}
     _claim(out, protocol)
     for row, folder in folders.items():
-        scored = False
+        empty, scored = [], False
         for split, truths in benchmark.items():
             found = samples_of(folder, split, [truth.id for truth in truths], several=len(benchmark) > 1)
             chosen = [truth for truth in truths if truth.id in found]
             if not chosen:
+                empty.append(split)
                 continue
             record = _blank(row, split, folder, chosen, found, protocol, fps)
             if len(chosen) < len(truths):
@@ -72,6 +74,8 @@ def score(
                 tell(record, f"{len(chosen)} of {len(truths)} have a video in {folder} ({lacking} has none)")
             _complete(out, record, chosen, found, tracker, device)
             scored = True
+        for split in empty if scored else ():
+            tell({"model": row, "split": split.removeprefix("test_")}, f"left out, {folder} has no video of them")
         if not scored:
             split, truths = next(iter(benchmark.items()))
             example = f"{split}/{truths[0].id}" if len(benchmark) > 1 else truths[0].id
@@ -123,13 +127,15 @@ def imagine(
     if not wanted:
         return
     with model() as ready, progress(f"videos for {folder.name}", len(wanted)) as advance:
+        unwanted = [NEGATIVE] if max(guidance, guidance_low or 1) > 1 else []
+        texts = sample.encode_texts(ready, [*(truth.caption + truth.context for truth, _, _ in wanted), *unwanted])
         for first in range(0, len(wanted), batch):
             part = wanted[first : first + batch]
             pictures = np.stack([padded(truth.picture(), size) for truth, _, _ in part])
-            captions = [truth.caption for truth, _, _ in part]
+            captions = [truth.caption + truth.context for truth, _, _ in part]
             noise = [pisa.clip_seed(seed, truth.id) for truth, seed, _ in part]
             made = sample.sample_clips(
-                ready, pictures, captions, noise, frames, steps, guidance, NEGATIVE, guidance_low
+                ready, pictures, captions, noise, frames, steps, guidance, NEGATIVE, guidance_low, texts
             )
             for (_, _, path), video in zip(part, made, strict=True):
                 sample.write_video(path, video, fps)

@@ -11,24 +11,37 @@ Stages meet in files. Each looks at what is there, says what it reuses, does the
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from posttrain import distributed, files, recipe
 from posttrain.data import videos
-from posttrain.data.clips import Clips, check_same_kind, open_split, open_splits
+from posttrain.data.clips import Clips, Split, check_same_kind, open_split, open_splits
 from posttrain.evaluate import EvalConfig
 from posttrain.experiment import ADAPTER, RUNS, TRAINED, Recipe, is_trained, members, need_training, open_run, resolved
 from posttrain.files import UserError
 from posttrain.models.base import Merged, ModelConfig
+from posttrain.models.published import made_for, sampler
 from posttrain.run import Run, start_fingerprint
 from posttrain.trackers import check_trackers
 
 CACHE = RUNS / "cache"
 CLIPS = "clips.jsonl"
-POCKET: dict[str, Any] = {"size": (64, 64), "frames": 33, "fps": 16, "steps": 12, "guidance": 1.0}  # see gallery.Wish
+TRACKED = 64  # pixels that the sides of clips may have for the embedded tracker
+
+
+@contextmanager
+def memory(what: str, remedy: str) -> Iterator[None]:
+    """Turn a GPU that is full into one clear line; other errors stay what they are."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(" GPU ")[0]  # the rest is for who tunes the allocator
+        raise UserError(f"{what}: the GPU's memory is full ({reason}); {remedy}") from error
 
 
 def run(plan: Recipe, folder: Path) -> None:
@@ -61,12 +74,34 @@ def check_data(plan: Recipe) -> None:
     """Refuse clips for training and testing that do not go together, before hours are spent."""
     splits = open_splits(plan.data)
     if plan.eval:
-        splits += [open_split(plan.eval.clips, split) for split in plan.eval.splits]
+        splits += check_tracker(plan.eval)
     check_same_kind(splits)
 
 
+def check_tracker(measured: EvalConfig) -> list[Split]:
+    """The splits that are measured. Raises UserError where they are too large for the embedded tracker."""
+    splits = [open_split(measured.clips, split) for split in measured.splits]
+    for split in splits:
+        if measured.tracker == "pocket" and max(split.size) > TRACKED:
+            height, width = split.size
+            raise UserError(
+                f"eval.tracker: the embedded one was made for {TRACKED} x {TRACKED} pixels, and the clips in "
+                f"{split.folder} have {height} x {width}; name a SAM 2, as facebook/sam2.1-hiera-large"
+            )
+    return splits
+
+
+@memory(
+    "training",
+    "raise train.accumulate, set train.block_checkpointing=true, or take smaller or shorter clips (data.size and "
+    "data.frames, or what data.make films)",
+)
 def train(plan: Recipe, folder: Path) -> None:
-    """Train and save the weights, unless that is done."""
+    """Train and save the weights, unless that is done.
+
+    Raises:
+        UserError: the recipe, its clips, its model and the folder do not go together, or the GPU is too small.
+    """
     check_trackers(plan.train.trackers)
     model, method = load_model(plan.model), plan.method.module
     clips = Clips(plan.data, preload=False)
@@ -86,7 +121,7 @@ def train(plan: Recipe, folder: Path) -> None:
         from posttrain.evaluate import validation
 
         # also where it is not used, so that what evaluation will lack is said before training
-        validate = validation(folder, plan.eval, model, load_tracker())
+        validate = validation(folder, plan.eval, model, load_tracker(plan.eval.tracker))
     every = plan.eval.every if plan.eval else 0
     depends = method.depends(plan.method.config) if hasattr(method, "depends") else {}
     run = Run(folder, model.module, data, plan.train, validate, every, depends)
@@ -117,23 +152,25 @@ def tell(clips: Clips, folder: Path) -> None:
         print(f"clips: all is listed in {folder / CLIPS}", file=sys.stderr)
 
 
+@memory("evaluation", "lower eval.batch, or measure smaller or shorter clips (eval.clips)")
 def evaluate(plan: Recipe, folder: Path) -> None:
     """Measure the references, the base and the trained model, and print the table.
 
     Raises:
-        UserError: the recipe has no `eval`, or training is not complete.
+        UserError: the recipe has no `eval` or too small a tracker, or training is not complete.
     """
     from posttrain.evaluate import evaluate, print_table, read_records
 
     if plan.eval is None:
         raise UserError(f"{folder / 'recipe.yaml'}: eval: is missing; say what to measure, as in eval.clips=data/drops")
+    check_tracker(plan.eval)
     need_training(folder)
     if _main_process():
         models: dict[str, Callable[[], AbstractContextManager[Any]]] = {
             "base": lambda: _base(plan),
             plan.method.name: lambda: _tuned(plan, folder),
         }
-        evaluate(folder, plan.eval, models, load_tracker(), CACHE / "evaluation")
+        evaluate(folder, plan.eval, models, load_tracker(plan.eval.tracker), CACHE / "evaluation")
         print_table(read_records(folder))
     _wait()
 
@@ -194,6 +231,7 @@ def export(plan: Recipe, folder: Path, checked: bool = False) -> None:
                     print("check:", line)
 
 
+@memory("sampling", "ask for fewer pixels (--height, --width) or --frames")
 def sample(
     target: str, image: Path | None, wishes: dict[str, Any], scale: float = 1.0, output: Path | None = None
 ) -> None:
@@ -211,7 +249,7 @@ def sample(
         UserError: there is no such thing, the picture cannot be read, is missing or is not wanted, or the wishes do not
             fit the model.
     """
-    from posttrain.gallery import SIZE, Wish, blank, film, fit, natural_size, open_picture, slug
+    from posttrain.gallery import Wish, blank, film, fit, natural_size, open_picture, slug
     from posttrain.models import lora
     from posttrain.models.folders import concatenates
 
@@ -245,16 +283,14 @@ def sample(
             raise UserError(f"--image: is missing; {target} is made to continue a first picture, name one")
         path, name, usual = target, Path(target).name, {}
         conditioning: Literal["image", "text"] = "text" if image is None else "image"
-        models = {name: lambda: nullcontext(load_model(ModelConfig(path=target, conditioning=conditioning)))}
+        large = path != "pocket" and _device().type == "cuda"  # in half the memory, as the recipes have it
+        config = ModelConfig(path=path, conditioning=conditioning, dtype="bf16" if large else "fp32")
+        models = {name: lambda: nullcontext(load_model(config))}
         output = output or RUNS / "samples" / name
-    published = {
-        "size": natural_size(picture) if picture else SIZE,
-        "frames": 81,
-        "fps": 16,
-        "steps": 50,
-        "guidance": 5.0,
-    }
-    wish = Wish(**{**(POCKET if path == "pocket" else published), **usual, **wishes})
+    asked = {**made_for(path), **usual, **wishes, **sampler(path, usual, wishes)}
+    if picture and path != "pocket" and "size" not in {**usual, **wishes}:
+        asked["size"] = natural_size(picture, asked["size"])
+    wish = Wish(**asked)
     if _main_process():
         pixels, done = fit(picture, wish.size) if picture else blank(wish.size)
         print(f"{image or 'text'}: {done}; {wish.frames} frames, {wish.steps} steps, guidance {wish.guidance:g}")
@@ -265,7 +301,7 @@ def _usual(plan: Recipe) -> dict[str, Any]:
     """What a run's clips and evaluation have, as fields of `gallery.Wish`."""
     usual: dict[str, Any] = {}
     if plan.eval:
-        usual |= {"steps": plan.eval.sampler.steps, "guidance": plan.eval.sampler.guidance}
+        usual |= plan.eval.sampler.model_dump()
     try:
         clips = Clips(plan.data, preload=False).splits[0]
     except UserError:  # the clips need not be there any more
@@ -280,6 +316,7 @@ def score(
     tracker: str = "pocket",
     fps: float | None = None,
     out: str | None = None,
+    asked: Mapping[str, Any] | None = None,
 ) -> None:
     """Score videos against a benchmark, a row of the table each; print the tables and write the report.
 
@@ -290,6 +327,8 @@ def score(
         tracker: what follows the object, see `load_tracker`.
         fps: of the videos in `clips`, where their files say it wrongly.
         out: the folder for scores and report; None: runs/eval-<benchmark>.
+        asked: steps, guidance and seeds for the videos of `runs`; what is left out is as in the run's recipe, and where
+            that has no `eval`, as usual for the model, with one seed.
 
     Raises:
         UserError: the benchmark, a folder or a run is not what it should be; the line says how.
@@ -307,11 +346,14 @@ def score(
     follower = load_tracker(tracker)
     masks = CACHE / "masks"
     truths = open_benchmark(benchmark, getattr(follower, "clicks", None), weights_fingerprint(follower.module), masks)
-    if tracker == "pocket" and any(min(truth.size) > 64 for split in truths.values() for truth in split):
-        print("the embedded tracker was made for 64 x 64 pixels; name a SAM 2 with --tracker", file=sys.stderr)
+    if tracker == "pocket" and any(max(truth.size) > TRACKED for split in truths.values() for truth in split):
+        print(
+            f"the embedded tracker was made for {TRACKED} x {TRACKED} pixels; name a SAM 2 with --tracker",
+            file=sys.stderr,
+        )
     folder = Path(out) if out else RUNS / f"eval-{Path(benchmark).resolve().name}"
     for target in runs:
-        rows += _imagine(target, truths, folder / "videos")
+        rows += _imagine(target, truths, folder / "videos", asked or {})
     if len(dict(rows)) < len(rows) or any(not name or "/" in name for name, _ in rows):
         raise UserError("--clips: each row of the table needs a name of its own; give one, as in kling=videos/k")
     if _main_process():
@@ -323,17 +365,20 @@ def score(
     _wait()
 
 
-def _imagine(target: str, truths: Any, out: Path) -> list[tuple[str, Path]]:
+@memory("sampling", "lower eval.batch in the run's recipe; its videos have the size and frames of its clips")
+def _imagine(target: str, truths: Any, out: Path, asked: Mapping[str, Any]) -> list[tuple[str, Path]]:
     """Rows for a run: the folders with the videos of its base and of its tuned model, made where they are missing."""
     from posttrain.score import imagine
 
     plan, folder = open_run(target)
     need_training(folder)
     kind = open_splits(plan.data)[0].kind
-    asked = plan.eval or EvalConfig(clips="", seeds=1)
+    measured = plan.eval or EvalConfig(clips="", seeds=1, batch=1)
+    how = sampler(plan.model.path, measured.sampler.model_dump() if plan.eval else {}, asked)
+    seeds = asked.get("seeds", measured.seeds)
     start = files.read_json(folder / TRAINED)["model"]  # also what model.start and model.merge put into it
     model = plan.model.model_dump(mode="json")
-    settings = {"kind": kind, "sampler": asked.sampler.model_dump(), "model": model, "start": start}
+    settings = {"kind": kind, "sampler": how, "model": model, "start": start}
     weights = {path.name: files.sha256(path) for path in sorted((folder / ADAPTER).rglob("*.safetensors"))}
     models: dict[str, tuple[Any, Any]] = {
         "base": (lambda: _base(plan), {}),
@@ -344,7 +389,7 @@ def _imagine(target: str, truths: Any, out: Path) -> list[tuple[str, Path]]:
         digest = files.sha256_json([settings, trained])
         rows.append((name, out / f"{name}-{digest[:8]}"))
         if _main_process():
-            imagine(ready, truths, rows[-1][1], kind, asked.seeds, asked.batch, **asked.sampler.model_dump())
+            imagine(ready, truths, rows[-1][1], kind, seeds, measured.batch, **how)
     _wait()
     return rows
 

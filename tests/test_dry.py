@@ -11,6 +11,7 @@ from tiny import FAMILIES, wan_folder
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from posttrain import cli
+from posttrain.doctor import check_recipe
 from posttrain.dry import Meter, Step, dry_step, needs
 from posttrain.files import UserError
 from posttrain.models.base import AdapterConfig, ModelConfig
@@ -121,15 +122,36 @@ def test_the_doctor_says_what_a_recipe_takes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_dataset(tmp_path / "drops", ["train"], clips=1, frames=5)
-    assert cli.main(["doctor", str(POCKET / "psft.yaml"), *overrides]) in (0, 1)
+    assert cli.main(["doctor", str(POCKET / "psft.yaml"), "--processes", "1", *overrides]) in (0, 1)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if " recipe " in line]
     assert f"trained; 16 clips at once of {clips}" in line
     assert "GiB (weights 0.0" in line
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    train = TrainConfig(steps=1, batch=1, lr=1.0)
+    train = TrainConfig(steps=1, batch=12, lr=1.0, accumulate=2)
     with pytest.raises(UserError, match="32 frames of 256 x 256 do not fit the model"):
         needs(ModelConfig(path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"), train, (32, 256, 256))
     with pytest.raises(UserError, match="only known for wan"):
         needs(ModelConfig(family="tracker", path="pocket"), train, (33, 64, 64))
+    with pytest.raises(
+        UserError, match=r"train.batch: 12 does not divide into 2 \(train.accumulate\) x 4 \(processes\)"
+    ):
+        needs(ModelConfig(path="pocket"), train, (33, 64, 64), 4)
+
+
+def test_processes_share_the_batch(tmp_path: Path) -> None:
+    config = ModelConfig(path=str(wan_folder(tmp_path / "wan")), adapter=AdapterConfig(rank=2))
+    train = TrainConfig(steps=1, batch=8, lr=1.0, accumulate=2)
+    (line, memory, teraflop), alone = needs(config, train, (9, 32, 48), 4), needs(config, train, (9, 32, 48))
+    assert "trained; in each of 4 processes 1 clips at once of 9 x 32 x 48" in line
+    assert "trained; 4 clips at once of 9 x 32 x 48" in alone[0]
+    assert teraflop == pytest.approx(alone[2] / 4, rel=0.05)
+    assert memory < 0.8 * alone[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_a_gpu_a_large_recipe_is_not_called_ok() -> None:
+    (small,), (large,) = check_recipe("pocket", 0.4, 0.1), check_recipe("1.3B", 10.0, 760.0)
+    assert (small.state, small.remedy) == ("ok", "")
+    assert (large.state, large.remedy) == ("bad", "no GPU here: take one with 12 GiB or more")

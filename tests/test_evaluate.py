@@ -4,8 +4,9 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,30 @@ def test_rows_are_reused_only_when_nothing_changed(
     torch.nn.init.constant_(other.module.weight, 5.0)
     evaluate(tmp_path / "b", config, models(), other, tmp_path / "cache")
     assert other.calls == 2 * CLIPS * (3 + 2 * 2)
+
+
+def test_a_tracker_that_is_named_changes_no_key(tmp_path: Path, config: EvalConfig, data: Path) -> None:
+    """What follows the object counts by its weights and source alone."""
+    clips = Clips(DataConfig(clips=str(data), split="test_seen"))
+    named = config.model_copy(update={"tracker": "elsewhere"})
+    one, two = (room.blank("base", "test_seen", c, HOVER, clips, RedTracker()) for c in (config, named))
+    assert one["key"] == two["key"]
+    assert one["settings"] != two["settings"]  # rows of both are not shown together
+
+
+def test_a_model_is_gone_before_the_next_is_loaded(tmp_path: Path, config: EvalConfig) -> None:
+    """Two of them may be more than the device holds."""
+    loaded: list[weakref.ref[Any]] = []
+
+    @contextmanager
+    def ready() -> Iterator[Any]:
+        assert all(model() is None for model in loaded)
+        model = oracle(lambda start: [start] * FRAMES)
+        loaded.append(weakref.ref(model))
+        yield model
+
+    evaluate(tmp_path, config, {"base": ready, "psft": ready, "more": ready}, RedTracker())
+    assert len(loaded) == 3
 
 
 def test_other_clips_make_other_rows(tmp_path: Path, data: Path, config: EvalConfig) -> None:

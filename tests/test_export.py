@@ -128,7 +128,9 @@ def exported(run: Path, *formats: str) -> tuple[list[Path], ModelConfig]:
 def checked(files: list[Path], run: Path, config: ModelConfig) -> list[str]:
     ours = load(config)
     ours.restore(run / "adapter")
-    return list(check(files, ours, lambda: bare(config)))
+    lines = list(check(files, ours, lambda: bare(config)))
+    assert not ours._held  # text encoder and VAE are not beside the transformers
+    return lines
 
 
 def test_every_format_gives_the_velocity_that_was_trained(run: Path) -> None:
@@ -162,6 +164,27 @@ def test_every_format_gives_the_velocity_that_was_trained(run: Path) -> None:
     with pytest.raises(UserError, match=r"merged/transformer: largest error .* is wrong"):
         checked([merged], run, config)
     assert len(checked([lora_file], run, config)) == 1
+
+
+@pytest.mark.parametrize("strength", [1e-3, 1.0])
+def test_a_file_without_the_adapter_is_refused_in_coarse_numbers(run: Path, strength: float) -> None:
+    """Also where all that the adapter changes is less than bfloat16 rounds the velocity by."""
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["model"]["dtype"] = "bf16"
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    trained = load_file(run / "adapter" / lora.FILE)
+    with safe_open(run / "adapter" / lora.FILE, "pt") as tensors:
+        metadata = tensors.metadata()
+    weak = {name: w * strength if ".lora_B." in name else w for name, w in trained.items()}
+    save_file(weak, run / "adapter" / lora.FILE, metadata)
+    files, config = exported(run, "diffusers", "comfyui")
+    lines = checked(files, run, config)
+    assert ["; 100.0% of it in the weights" in line for line in lines] == [True, True]
+    for part in (0.0, 0.5):
+        scaled = {name: w * part if ".lora_B." in name else w for name, w in load_file(files[1]).items()}
+        save_file(scaled, run / "wrong.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=f"{part:.1%} of it in the weights" if strength < 1 else "is wrong|in the"):
+            checked([run / "wrong.safetensors"], run, config)
 
 
 def test_merged_weights_keep_the_dtype_of_the_base(run: Path) -> None:
@@ -212,7 +235,8 @@ def test_the_snippet_of_a_run_on_merged_adapters_gives_what_was_trained(
 
     monkeypatch.chdir(run)
     (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    Path("snippet.py").write_text(snippet.replace("num_inference_steps=12", "num_inference_steps=1"))
+    here = snippet.replace("num_inference_steps=12", "num_inference_steps=1").replace('.to("cuda")', "")
+    Path("snippet.py").write_text(here)
     Image.new("RGB", (32, 32), "red").save("first_picture.png")
     ours_v, pipe = probe(ours), runpy.run_path("snippet.py")["pipe"]
     ours.transformer = pipe.transformer
@@ -252,7 +276,8 @@ def test_the_snippet_makes_our_clip(
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
     (snippet,) = re.findall(r"```python\n(.*?)```", export(Path())[-1].read_text(), re.DOTALL)
     seeded = snippet.replace("steps=6,", "steps=6, generator=torch.Generator().manual_seed(3),")
-    Path("snippet.py").write_text("import torch\n" + seeded)
+    assert '.to("cuda")\n' in seeded
+    Path("snippet.py").write_text("import torch\n" + seeded.replace('.to("cuda")', ""))
     picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(picture).save("first_picture.png")
     theirs = runpy.run_path("snippet.py")["clip"].frames[0]
@@ -262,6 +287,23 @@ def test_the_snippet_makes_our_clip(
     plain = sample_clips(load(ModelConfig(path="wan", **{k: v for k, v in changes.items() if k == "conditioning"})),
                          picture[None], ["a ball falls."], [3], 5, 6, 3.0, guidance_low=low)[0]  # fmt: skip
     assert np.abs(plain / 255 - theirs).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [("Wan-AI/Wan2.2-TI2V-5B-Diffusers", (50, 5.0, 24)), ("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", (40, 5.0, 16))],
+)
+def test_the_card_of_a_run_that_was_not_measured_has_the_models_own_sampler(
+    run: Path, path: str, expected: tuple[int, float, int]
+) -> None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["model"]["path"] = path
+    recipe["data"] = {"clips": "none"}
+    recipe.pop("eval", None)
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    text = export(run)[-1].read_text()
+    for line in ("num_inference_steps={}", "guidance_scale={}", "fps={}"):
+        assert line.format(expected[("num", "gui", "fps").index(line[:3])]) in text
 
 
 def trained(model: dict[str, Any]) -> Wan:
@@ -329,7 +371,36 @@ def test_a_hub_base_is_named_in_the_card(run: Path) -> None:
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     text = export(run)[1].read_text()
     assert yaml.safe_load(text.split("---")[1])["base_model"] == path
-    assert f"base = '{path}'\npipe = WanImageToVideoPipeline.from_pretrained(base)\n" in text
+    assert f"base = '{path}'\n" in text
+    assert 'pipe = WanImageToVideoPipeline.from_pretrained(base).to("cuda")\n' in text
+
+
+def test_the_card_says_what_the_run_was(run: Path) -> None:
+    """Simulated clips or others, pictures or text alone, float32 on the CPU or bfloat16 on a GPU."""
+
+    def card(**changes: dict[str, Any]) -> str:
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+        for part, values in changes.items():
+            recipe[part] |= values
+        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        return export(run)[-1].read_text()
+
+    own = card()
+    assert "trained with `psft` on the clips that the recipe below names." in own
+    assert yaml.safe_load(own.split("---")[1])["pipeline_tag"] == "image-to-video"
+    metadata = run.parent / "clips" / "train" / "metadata.jsonl"
+    metadata.write_text(json.dumps(ROW | {"annotations": "0.npz"}) + "\n")
+    assert "on simulated clips so that" in card()
+    two = {"clips": [str(run.parent / "clips"), "mine"]}
+    assert "on simulated clips so that" not in card(data=two)
+    assert "on simulated clips so that" in card(data={"make": "drop.yaml"})
+    text = card(model={"conditioning": "text", "dtype": "bf16"})
+    assert yaml.safe_load(text.split("---")[1])["pipeline_tag"] == "text-to-video"
+    assert "import torch\nfrom diffusers import WanPipeline\n" in text
+    assert '(base, torch_dtype={"vae": torch.float32, "default": torch.bfloat16}).to("cuda")\n' in text
+    pocket = card(model={"path": "pocket", "conditioning": "image", "dtype": "fp32"})
+    assert "cuda" not in pocket
+    assert "bfloat16" not in pocket
 
 
 def test_unfinished_and_damaged_runs_are_refused(run: Path) -> None:

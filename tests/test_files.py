@@ -156,6 +156,8 @@ def test_rows_read_back(tmp_path):
     rows = [{"a": 1, "b": "x\ny"}, {"a": None}]
     files.write_jsonl(tmp_path / "a.jsonl", rows)
     assert files.read_jsonl(tmp_path / "a.jsonl") == rows
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n \n')
+    assert files.read_jsonl(tmp_path / "a.jsonl") == [{"a": 1}, {"a": 2}]
     with pytest.raises(ValueError, match="not JSON compliant"):
         files.write_json(tmp_path / "b.json", float("nan"))
     assert not (tmp_path / "b.json").exists()

@@ -2,23 +2,35 @@
 
 import contextlib
 import io
+import itertools
 import shutil
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 import torch
 import yaml
+from falling import RedTracker, write_dataset
 from PIL import Image
 from tiny import wan_folder
 
-from posttrain import cli, files
+from posttrain import cli, files, stages
+from posttrain.benchmarks.pisabench import open_benchmark
+from posttrain.data.videos import inspect
+from posttrain.evaluate import EvalConfig, evaluate, validation
+from posttrain.experiment import open_run
 from posttrain.files import UserError
-from posttrain.gallery import animation, contact_sheet, fit, natural_size, open_picture
+from posttrain.gallery import Wish, animation, contact_sheet, film, fit, natural_size, open_picture
 from posttrain.models.base import AdapterConfig, ModelConfig
+from posttrain.models.published import made_for, sampler
 from posttrain.models.wan import load
 from posttrain.run import start_fingerprint
+from posttrain.sample import write_video
+from posttrain.score import imagine
 
 
 def test_the_middle_of_a_picture_is_kept(tmp_path: Path) -> None:
@@ -41,7 +53,7 @@ def test_the_middle_of_a_picture_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("size", "expected"), [((1920, 1080), (448, 832)), ((100, 50), (32, 96)), ((9, 9), (32, 32))])
 def test_the_size_that_a_picture_asks_for(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    assert natural_size(Image.new("RGB", size)) == expected
+    assert natural_size(Image.new("RGB", size), (480, 832)) == expected
 
 
 def test_sheet_and_gif_show_the_frames(tmp_path: Path) -> None:
@@ -83,7 +95,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {"clips": "drops"},
         "method": {"name": "psft"},
         "train": {"steps": 1, "batch": 1, "lr": 0.01},
-        "eval": {"clips": "drops", "sampler": {"steps": 2}},
+        "eval": {"clips": "drops", "sampler": {"steps": 2, "guidance": 1.0}},
     }
     files.write_text(run / "recipe.yaml", yaml.safe_dump(recipe))
     files.write_json(run / "trained.json", {"model": start})
@@ -106,18 +118,125 @@ def frames(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(int)
 
 
+def test_what_is_left_out_is_as_the_models_authors_have_it() -> None:
+    assert made_for("pocket") == {
+        "frames": 33, "size": (64, 64), "fps": 16, "steps": 12, "guidance": 1.0, "guidance_low": None
+    }  # fmt: skip
+    for path in ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "/models/Wan2.2-TI2V-5B-Diffusers"):
+        assert [made_for(path)[key] for key in ("frames", "size", "fps", "steps")] == [121, (704, 1280), 24, 50]
+    assert made_for("mine") == made_for("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    two = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+    assert sampler(two) == {"steps": 40, "guidance": 4.0, "guidance_low": 3.0}
+    assert sampler(two, {"steps": 9}) == {"steps": 9, "guidance": 4.0, "guidance_low": 3.0}
+    assert sampler(two, {"guidance": 6.0}) == {"steps": 40, "guidance": 6.0, "guidance_low": None}
+    low = {"steps": 9, "guidance": 5.0, "guidance_low": 2.0, "size": (1, 1)}
+    assert sampler("mine", low) == {"steps": 9, "guidance": 5.0, "guidance_low": 2.0}
+    assert sampler("mine", low, {"guidance": 1.0})["guidance_low"] is None
+
+
+@pytest.mark.parametrize("fps", [16, 12.5, 24000 / 1001])
+def test_a_video_plays_as_fast_as_it_should(tmp_path: Path, fps: float) -> None:
+    clip = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
+    write_video(tmp_path / "clip.mp4", clip, fps)
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        assert float(container.streams.video[0].average_rate or 0) == pytest.approx(fps, rel=1e-6)
+    assert float(1 / np.median(np.diff(inspect(tmp_path / "clip.mp4").times))) == pytest.approx(fps, rel=1e-4)
+
+
+def test_the_second_expert_has_its_own_guidance(tmp_path: Path) -> None:
+    wan_folder(tmp_path / "two", "wan2.2-t2v-a14b")
+    Image.new("RGB", (32, 32), (90, 120, 30)).save(tmp_path / "first.png")
+    shown = []
+    for low in ("9", "1"):
+        arguments = ("--steps", "6", "--guidance", "9", "--guidance-low", low, "--output", low)
+        code, _, said = sampled(tmp_path, "two", *SMALL, *arguments)
+        assert code == 0, said
+        shown.append(frames(tmp_path / low / "first-s0-two.mp4"))
+    assert np.abs(shown[0] - shown[1]).mean() > 0.1  # it answers at the end alone
+
+
+def test_a_run_is_sampled_as_it_was_measured(home: Path) -> None:
+    plan, _ = open_run(str(home / "runs" / "try"))
+    measured = plan.model_copy(update={"eval": EvalConfig(clips="x", sampler={"steps": 3, "guidance_low": 2.0})})
+    assert stages._usual(measured) == {"steps": 3, "guidance": 1.0, "guidance_low": 2.0}
+
+
+@pytest.mark.parametrize(("path", "device", "dtype"), [("wan", "cpu", "fp32"), ("wan", "cuda", "bf16"),
+                                                       ("pocket", "cuda", "fp32")])  # fmt: skip
+def test_a_model_alone_is_bf16_on_a_gpu(
+    home: Path, monkeypatch: pytest.MonkeyPatch, path: str, device: str, dtype: str
+) -> None:
+    def refuse(config: ModelConfig) -> None:
+        raise UserError(config.dtype)
+
+    monkeypatch.setattr(stages, "load_model", refuse)
+    monkeypatch.setattr(stages, "_device", lambda: torch.device(device))
+    assert sampled(home, path, *SMALL)[2].splitlines()[-1] == dtype
+
+
+def test_all_texts_are_encoded_before_anything_is_sampled(home: Path, tmp_path: Path) -> None:
+    """So that the text encoder and the transformer are not on the device together."""
+    write_dataset(tmp_path / "drops", ["test_seen", "test_unseen"], clips=3, frames=5)
+    calls: list[str] = []
+
+    @contextlib.contextmanager
+    def ready() -> Iterator[Any]:
+        model = load(ModelConfig(path=str(home / "wan")))
+        assert model.text_encoder is not None
+        model.text_encoder.register_forward_hook(lambda *_: calls.append("text"))
+        model.transformer.register_forward_hook(lambda *_: calls.append("velocity"))
+        yield model
+
+    def order() -> list[str]:
+        found = [name for name, _ in itertools.groupby(calls)]
+        calls.clear()
+        return found
+
+    wish = Wish("a duck falls.", (32, 32), 5, 16, 2, 2.0, seeds=(0, 1))
+    film({"a": ready}, np.zeros((32, 32, 3), np.uint8), wish, tmp_path / "clip")
+    assert order() == ["text", "velocity"]
+    kind = {"frames": 5, "fps": 16, "size": [32, 32]}
+    imagine(ready, open_benchmark(tmp_path / "drops"), tmp_path / "out", kind, 2, 2, 2, 2.0)
+    assert order() == ["text", "velocity"]
+    config = EvalConfig(clips=str(tmp_path / "drops"), seeds=2, batch=2, every=1, sampler={"steps": 2, "guidance": 2})
+    evaluate(tmp_path / "run", config, {"base": ready}, RedTracker())
+    assert order() == ["text", "velocity"]
+    with ready() as model:
+        validate = validation(tmp_path / "run", config, model, RedTracker())
+        assert order() == ["text"]
+        validate(1)
+        assert order() == ["velocity"]
+
+
+@pytest.mark.parametrize("adapter", [None, AdapterConfig(rank=2)])
+def test_a_model_is_gone_before_the_next_is_loaded(home: Path, tmp_path: Path, adapter: AdapterConfig | None) -> None:
+    """Two of them may be more than the device holds."""
+    loaded: list[weakref.ref[Any]] = []
+
+    @contextlib.contextmanager
+    def ready() -> Iterator[Any]:
+        assert all(part() is None for part in loaded)
+        model = load(ModelConfig(path=str(home / "wan"), adapter=adapter))
+        loaded.extend(weakref.ref(part) for part in (model, model.transformer, model.vae, model.text_encoder))
+        yield model
+
+    wish = Wish("a duck falls.", (32, 32), 5, 16, 1, 1.0)
+    film({name: ready for name in "abc"}, np.zeros((32, 32, 3), np.uint8), wish, tmp_path / "clip")
+    assert len(loaded) == 12
+
+
 SMALL = ("--height", "32", "--width", "32", "--frames", "5")
 
 
 def test_base_and_tuned_stand_side_by_side(home: Path) -> None:
-    code, out, said = sampled(home, "try", *SMALL, "--seed", "3", "4", "--fps", "8", "--scale", "0.5")
+    code, out, said = sampled(home, "try", *SMALL, "--seed", "3", "4", "--fps", "7.5", "--scale", "0.5")
     assert code == 0, said
     assert "first.png: 60 x 40, its middle 40 x 40 kept, resized to 32 x 32; 5 frames, 2 steps, guidance 1\n" in out
     folder = home / "runs" / "try" / "samples" / "asked"
     clips = [f"first-s{seed}-{label}.mp4" for seed in (3, 4) for label in ("base", "psft-x0.5")]
     assert sorted(path.name for path in folder.iterdir()) == sorted([*clips, "first.gif", "first.png"])
     with av.open(str(folder / clips[0])) as container:
-        assert container.streams.video[0].average_rate == 8
+        assert container.streams.video[0].average_rate == 7.5
     assert Image.open(folder / "first.gif").size == (2 * 128, 2 * 128 + 14)
     assert Image.open(folder / "first.png").size == (5 * 128, 4 * (128 + 14))
     shown = {name: frames(folder / name) for name in clips}

@@ -1,7 +1,9 @@
 """Latents are encoded once, equal what the model gives, and are never those of something else."""
 
+import gc
 import json
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,20 @@ def test_a_second_time_nothing_is_encoded(model, drops, tmp_path, capsys):
     ]
     assert second.key == first.key
     assert torch.equal(first.load([0]).z0_BCFHW, second.load([0]).z0_BCFHW)
+
+
+def test_what_encodes_leaves_memory_once_the_cache_is_full(drops, tmp_path):
+    """Nothing of it is read before latents are asked for, nor kept after they were made or found."""
+    config = ModelConfig(path=str(wan_folder(tmp_path / "wan")))
+    for _ in range(2):
+        model = wan.load(config)
+        assert not model._held
+        parts = [weakref.ref(model.vae), weakref.ref(model.text_encoder)]
+        data = Latents(model, clips(drops), tmp_path / "cache")
+        gc.collect()
+        assert [part() for part in parts] == [None, None]
+    again = model.decode(data.load([0]).z0_BCFHW)  # read again when it is used again
+    assert torch.equal(again, wan.load(config).decode(data.load([0]).z0_BCFHW))
 
 
 def test_a_lost_entry_alone_is_made_again_and_equal(model, drops, tmp_path):

@@ -3,7 +3,8 @@
 import json
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from test_stages import command
 from tiny import wan_folder
 from transformers import Sam2VideoConfig
 
-from posttrain import files, score
+from posttrain import files, flow, sample, score
 from posttrain.benchmarks.pisabench import open_benchmark
 from posttrain.data.videos import centred
 from posttrain.evaluate import summary
@@ -149,6 +150,9 @@ def test_masks_beside_real_pictures_are_used(tmp_path) -> None:
     np.savez_compressed(real / "0000" / "mask.npz", mask=masks)
     truth = open_benchmark(real)["real"][0]
     np.testing.assert_array_equal(truth.masks(4), masks[:4, 1])
+    np.savez_compressed(real / "0000" / "mask.npz", mask=masks[:, :1])  # the clicks are on two objects
+    with pytest.raises(UserError, match=r"mask.npz: mask is \(.*, 1, .*\), not \(frames, 2 or more objects, H, W\)"):
+        open_benchmark(real)["real"][0].masks(4)
 
 
 def test_simulated_clips_have_splits_and_their_last_object_drops(tmp_path) -> None:
@@ -261,7 +265,9 @@ def test_what_has_no_video_is_said(tmp_path, capsys) -> None:
     benchmark = open_benchmark(write_sim(tmp_path / "sim"))
     write_video(tmp_path / "a" / "seen" / "01.mp4", square([2] * 9)[0])
     score.score(tmp_path / "out", benchmark, {"a": tmp_path / "a"}, RedTracker())
-    assert "a on seen clips: 1 of 2 have a video in" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "a on seen clips: 1 of 2 have a video in" in said
+    assert f"a on unseen clips: left out, {tmp_path / 'a'} has no video of them\n" in said
     write_video(tmp_path / "b" / "01.mp4", square([2] * 9)[0])
     with pytest.raises(UserError, match=r"b: has no video of any clip; name them by the clips, as in seen/00\.mp4"):
         score.score(tmp_path / "out", benchmark, {"b": tmp_path / "b"}, RedTracker())
@@ -351,6 +357,18 @@ def test_a_model_continues_the_pictures_of_the_benchmark(tmp_path) -> None:
         assert all(clip["iou"] > 0.6 for clip in record["clips"])
 
 
+def test_models_are_told_of_real_clips_what_the_paper_tells_them(tmp_path) -> None:
+    real = open_real(write_real(tmp_path / "real", [LINE]), ClickTracker(), tmp_path / "cache")
+    sim = open_benchmark(write_sim(tmp_path / "sim", 1) / "seen")
+    told = {"real": "A red square 0 falls. A video that conforms to the laws of physics.", "seen": "Square 0 falls."}
+    kind = {"frames": 9, "fps": 16, "size": [SIZE, SIZE]}
+    for benchmark in (real, sim):
+        (split,) = benchmark
+        model = Oracle({told[split]: square(rows_of(2, 9))[0]})  # it knows no other words
+        score.imagine(partial(nullcontext, model), benchmark, tmp_path / "out", kind, 1, 3, 2, 1.0)
+        assert (tmp_path / "out" / split).is_dir()
+
+
 @pytest.mark.parametrize("size", [(64, 64), (48, 80), (80, 48), (33, 57)])
 def test_what_is_padded_is_what_scoring_cuts_off(size) -> None:
     picture = np.full((32, 32, 3), 255, np.uint8)
@@ -362,7 +380,7 @@ def test_what_is_padded_is_what_scoring_cuts_off(size) -> None:
     assert (out > 0).sum() == 3 * min(size) ** 2
 
 
-def test_the_command_lets_a_run_make_the_videos(tmp_path) -> None:
+def test_the_command_lets_a_run_make_the_videos(tmp_path, monkeypatch) -> None:
     wan_folder(tmp_path / "wan")
     write_dataset(tmp_path / "drops", ["train"], clips=1, frames=5)
     write_sim(tmp_path / "sim", 1)
@@ -377,7 +395,23 @@ def test_the_command_lets_a_run_make_the_videos(tmp_path) -> None:
     code, _, said = command(tmp_path, "eval", "sim", "--run", "recipe.yaml")
     assert (code, said) == (1, "runs/try/adapter: is missing or incomplete; finish `posttrain train` first\n")
     assert command(tmp_path, "train", "recipe.yaml")[0] == 0
-    code, _, said = command(tmp_path, "eval", "sim", "--run", "try")
+    asked: list[tuple[int, float]] = []
+    solve = flow.sample
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        asked.append((arguments[5], arguments[6](1.0)))
+        return solve(*arguments, **named)
+
+    monkeypatch.setattr(sample, "sample", noted)
+    code, _, said = command(tmp_path, "eval", "sim", "--run", "try", "--out", "usual", "--tracker", "pocket")
+    assert code == 0, said
+    assert set(asked) == {(50, 5.0)}  # there is no `eval` in the recipe
+    asked.clear()
+    options = ("--steps", "2", "--guidance", "3", "--seeds", "2", "--out", "asked")
+    assert command(tmp_path, "eval", "sim", "--run", "try", *options)[0] == 0
+    assert set(asked) == {(2, 3.0)}
+    assert len(list((tmp_path / "asked" / "videos").rglob("00-s1.mp4"))) == 4
+    code, _, said = command(tmp_path, "eval", "sim", "--run", "try", "--steps", "2", "--guidance", "1")
     assert code == 0, said
     rows = files.read_json(tmp_path / "runs" / "eval-sim" / "report.json")
     assert {(row["model"], row["split"]) for row in rows["rows"]} == {
@@ -400,6 +434,7 @@ def test_the_command_refuses_in_one_line(tmp_path) -> None:
             ("drops", "--clips", "v", "v"),
             "--clips: each row of the table needs a name of its own; give one, as in kling",
         ),
+        (("drops", "--clips", "v", "--steps", "2"), "--steps: is for the videos that --run makes; leave it out\n"),
         (("drops", "a=1", "--clips", "v"), "a=1: with --clips there is no recipe whose values could change\n"),
         (
             ("nodrops", "--clips", "v"),

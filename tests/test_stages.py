@@ -14,13 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from diffusers import WanTransformer3DModel
 from falling import write_dataset
 from forked import launch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import wan_folder
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from posttrain import cli, files
+from posttrain import cli, files, recipe, stages
+from posttrain.experiment import Recipe, open_run
+from posttrain.files import UserError
+from posttrain.pocket import folder as pocket
 
 RECIPE: dict[str, Any] = {
     "run": "try",
@@ -28,7 +36,7 @@ RECIPE: dict[str, Any] = {
     "data": {"clips": "drops"},
     "method": {"name": "psft", "shift": 2.0},
     "train": {"steps": 12, "batch": 2, "lr": 0.01, "schedule": "cosine", "ema": 0.9, "checkpoint_every": 2},
-    "eval": {"clips": "drops", "seeds": 1, "every": 6, "sampler": {"steps": 2}},
+    "eval": {"clips": "drops", "seeds": 1, "every": 6, "sampler": {"steps": 2, "guidance": 1.0}},
     "export": ["diffusers"],
 }
 
@@ -80,6 +88,24 @@ def test_a_run_leaves_what_the_recipe_lists(finished):
     measured = {(row["model"], row["split"]) for row in files.read_json(finished / "report.json")["rows"]}
     models = ("truth", "truth_vae", "frozen", "base", "psft")
     assert measured == {(model, split) for model in models for split in ("seen", "unseen")}
+
+
+def test_what_a_recipe_leaves_out_of_the_sampler_is_as_usual_for_the_model(home):
+    paths = {"pocket": (12, 1.0, None), "mine": (50, 5.0, None), "Wan-AI/Wan2.2-T2V-A14B-Diffusers": (40, 4.0, 3.0)}
+    for path, (steps, guidance, low) in paths.items():
+        words = [f"model.path={path}", "eval={clips: drops}"]
+        plan = recipe.load(home / "recipe.yaml", words, Recipe)
+        assert plan.eval is not None
+        assert plan.eval.sampler.model_dump() == {"steps": steps, "guidance": guidance, "guidance_low": low}
+        plan = recipe.load(home / "recipe.yaml", [*words, "eval.sampler={steps: 3}"], Recipe)
+        assert plan.eval is not None
+        assert (plan.eval.sampler.steps, plan.eval.sampler.guidance) == (3, guidance)
+        files.write_text(home / "again.yaml", recipe.dump(plan))
+        assert recipe.load(home / "again.yaml", (), Recipe) == plan
+    with pytest.raises(UserError, match=r"eval\.sampler\.stps: unknown key, did you mean 'steps'"):
+        recipe.load(home / "recipe.yaml", ["eval.sampler.stps=3"], Recipe)
+    with pytest.raises(UserError, match=r"eval\.sampler: should be a mapping"):
+        recipe.load(home / "recipe.yaml", ["eval.sampler=3"], Recipe)
 
 
 def test_again_it_says_what_it_reuses_and_changes_no_weight(home, finished):
@@ -175,6 +201,25 @@ def test_test_clips_of_another_kind_are_refused_before_training(home):
     assert not (home / "runs" / "kinds" / "checkpoints").exists()
 
 
+def test_the_embedded_tracker_takes_no_large_clips(home, finished):
+    shutil.copytree(home / "drops", home / "large")
+    for path in (home / "large").glob("*/metadata.jsonl"):
+        files.write_jsonl(path, [row | {"size": [96, 96]} for row in files.read_jsonl(path)])
+    expected = (
+        "eval.tracker: the embedded one was made for 64 x 64 pixels, and the clips in large/test_seen have 96 x 96; "
+        "name a SAM 2, as facebook/sam2.1-hiera-large\n"
+    )
+    words = ("recipe.yaml", "run=large", "data.clips=large", "eval.clips=large")
+    assert refused(home, "run", *words) == refused(home, "eval", "try", "eval.clips=large") == expected
+    shutil.copytree(pocket("tracker"), home / "tracker")
+    code, _, said = command(home, "eval", "recipe.yaml", "eval.tracker=tracker")
+    assert code == 0, said
+    assert said.count("reused from") == 10  # the same weights, another name
+    assert "nowhere/config.json: does not exist" in refused(home, "eval", "recipe.yaml", "eval.tracker=nowhere")
+    assert "--tracker: is for --clips and --run" in refused(home, "eval", "try", "--tracker", "tracker")
+    assert command(home, "eval", "recipe.yaml")[0] == 0  # and the folder keeps the last word
+
+
 def test_clips_that_do_not_fit_the_model_are_refused(home):
     write_dataset(home / "six", ["train"], clips=1, frames=6)
     said = refused(home, "run", "recipe.yaml", "run=six", "data.clips=six", "eval=null")
@@ -192,6 +237,40 @@ def test_a_torn_clip_stops_before_training(home):
 def test_clips_that_cannot_be_made_are_said(home):
     said = refused(home, "run", "recipe.yaml", "run=made", "data.make=nowhere.yaml")
     assert said == "nowhere.yaml: its clips could not be made (the line above says why)\n"
+
+
+def test_a_full_gpu_is_one_line_with_its_remedy(home, finished):
+    """What CUDA raises comes out of the transformer here; what else may come out of it stays as it is."""
+    shutil.copytree(finished, home / "runs" / "measured")
+    error: Exception = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...")
+
+    def full(module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, WanTransformer3DModel):
+            raise error
+
+    start = "the GPU's memory is full (CUDA out of memory. Tried to allocate 2.00 GiB.);"
+    train = ("train", "recipe.yaml", "run=full", "eval=null")
+    handle = register_module_forward_pre_hook(full)
+    try:
+        for arguments, expected in (
+            (train, f"training: {start} raise train.accumulate, set train.block_checkpointing=true, or take smaller"),
+            (("eval", "measured", "eval.seeds=2"), f"evaluation: {start} lower eval.batch, or measure smaller"),
+            (("sample", "try", "--image", "first.png", "--prompt", "x"), f"sampling: {start} ask for fewer pixels"),
+            (("eval", "drops", "--run", "try", "--steps", "3"), f"sampling: {start} lower eval.batch in the run's"),
+        ):
+            if arguments[0] == "sample":
+                Image.new("RGB", (32, 32)).save(home / "first.png")
+            code, _, said = command(home, *arguments)
+            assert (code, said.splitlines()[-1][: len(expected)]) == (1, expected)
+        plan, folder = open_run(str(home / "runs" / "full"))
+        with contextlib.chdir(home), pytest.raises(UserError) as caught:
+            stages.train(plan, folder)
+        assert caught.value.__cause__ is error
+        error = RuntimeError("a shape is wrong")
+        with pytest.raises(RuntimeError, match="a shape is wrong"):
+            command(home, *train)
+    finally:
+        handle.remove()
 
 
 def test_an_unwritable_run_folder_is_named(home):

@@ -20,7 +20,7 @@ from posttrain import files
 from posttrain.data import videos
 from posttrain.data.clips import Clips, DataConfig, open_split
 from posttrain.data.latents import Latents
-from posttrain.data.videos import Wanted, centred, choose, entries, inspect, nearest, plan, read, see
+from posttrain.data.videos import Wanted, centred, choose, entries, inspect, moved, nearest, plan, read, see
 from posttrain.files import UserError
 from posttrain.models import wan
 from posttrain.models.base import ModelConfig
@@ -173,6 +173,31 @@ def test_the_box_is_the_largest_in_the_middle(size, shape, box) -> None:
     assert centred(size, shape) == box
 
 
+@pytest.mark.parametrize(
+    ("crop", "wide", "tall"),
+    [
+        ("top", (0, 420, 1080, 1080), (0, 0, 1080, 1080)),
+        ("bottom", (0, 420, 1080, 1080), (840, 0, 1080, 1080)),
+        ("left", (0, 0, 1080, 1080), (420, 0, 1080, 1080)),
+        ("right", (0, 840, 1080, 1080), (420, 0, 1080, 1080)),
+    ],
+)
+def test_the_box_may_lie_at_a_side(crop, wide, tall) -> None:
+    for size, box in (((1080, 1920), wide), ((1920, 1080), tall)):
+        assert moved(centred(size, (256, 256)), size, crop) == box
+
+
+def test_without_cropping_another_shape_is_left_out(tmp_path) -> None:
+    write(tmp_path / "a.mp4", steady(5, 8), (32, 32))
+    write(tmp_path / "b.mp4", steady(5, 8), (32, 34))
+    config = DataConfig(clips=str(tmp_path), **WANTED, crop="none", uncaptioned="empty")
+    clips = Clips(config, preload=False)
+    assert clips.ids == ["a.mp4"]
+    assert clips.splits[0].told[1]["notes"] == ["another shape: 32 x 34 pixels (height x width), and data.crop is none"]
+    with pytest.raises(ValueError, match="crop is for clips of another size"):
+        DataConfig(clips="x", crop="left")
+
+
 def test_pictures_are_cropped_in_the_middle_and_scaled(tmp_path) -> None:
     path = write(tmp_path / "a.mp4", [0], (32, 64), mark=16)
     whole = clip_of(path, Wanted(1, 8.0, (32, 64)))[0, :, :, 0]
@@ -280,6 +305,29 @@ def test_lists_and_captions_beside_the_videos_are_read(tmp_path) -> None:
     (tmp_path / "beside" / "notes.md").touch()
     found = [(entry.name, entry.caption) for entry in entries(tmp_path / "beside", "train")]
     assert found == [("a.mov", None), ("b.MP4", "it falls"), ("c.mkv", None)]
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "videos.txt"])
+@pytest.mark.parametrize("prefix", ["train/", ""])
+def test_a_list_beside_the_splits_counts_before_their_videos(tmp_path, name, prefix) -> None:
+    """Names as in a videofolder, train/a.mp4, or as DiffSynth-Studio once had it, a.mp4, which lies in train/."""
+    for video in ("train/a.mp4", "train/b.mp4", "test/c.mp4"):
+        write(tmp_path / video, steady(5, 8))
+    rows = [{"file_name": f"{prefix}{video}.mp4", "text": f"{video} falls"} for video in "ba"]
+    rows += [{"file_name": "test/c.mp4", "text": "another split's"}]
+    if name == "videos.txt":
+        (tmp_path / name).write_text("\n".join(row["file_name"] for row in rows))
+        (tmp_path / "prompts.txt").write_text("\n".join(row["text"] for row in rows))
+    else:
+        table(tmp_path / name, rows)
+    found = entries(tmp_path, "train")
+    assert [(entry.name, entry.caption) for entry in found] == [
+        ("train/b.mp4", "b falls"),
+        ("train/a.mp4", "a falls"),
+    ]
+    assert len(choose(found, Wanted(5, 8.0, (16, 16)), "leave_out")[0]) == 2
+    if name != "videos.txt":
+        assert entries(tmp_path / name, "train") == found
 
 
 def test_a_list_that_is_none_is_named(tmp_path) -> None:

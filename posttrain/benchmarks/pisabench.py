@@ -29,6 +29,7 @@ from posttrain.data.clips import Clips, DataConfig, read_annotations
 from posttrain.files import UserError
 
 REAL_FPS, SIM_FPS = 120.0, 16.0  # said in the paper and nowhere in the files
+CONTEXT = " A video that conforms to the laws of physics."  # which the paper adds to the captions of real clips
 NEGATIVE = "no camera motion, no slow-motion"  # the paper's negative prompts; they count where there is guidance
 
 
@@ -49,6 +50,7 @@ class Truth:
         masks: gives the first n masks of the scored object, bool (F, H, W), F <= n; takes n.
         key: changes with all that they depend on.
         row: fps, drop_height (metres; None if unknown) and gravity, as in metadata.jsonl.
+        context: what a model is told after the caption.
     """
 
     id: str
@@ -58,6 +60,7 @@ class Truth:
     masks: Callable[[int], np.ndarray]
     key: str
     row: dict[str, Any]
+    context: str = ""
 
     @property
     def fps(self) -> float:
@@ -130,11 +133,12 @@ def _published(scene: Path, clicks: Clicks | None, follower: str, cache: Path | 
         width, height = picture.size
     real = "points" in info
     target = _dropped(path, info["points"], (height, width)) if real else -1
+    first, context = partial(_picture, pictures[0]), CONTEXT if real else ""
     row = {"fps": REAL_FPS if real else SIM_FPS, "drop_height": None, "gravity": None}
     if archive.exists():
         key = files.sha256_json([files.sha256(archive), target])
-        masks = partial(_stored, archive, target)
-        return Truth(scene.name, info["prompt"], (height, width), partial(_picture, pictures[0]), masks, key, row)
+        masks = partial(_stored, archive, target, len(info["points"]) if real else 1)
+        return Truth(scene.name, info["prompt"], (height, width), first, masks, key, row, context)
     if not real:
         raise UserError(f"{archive}: does not exist; unpack PisaBench again")
     if clicks is None or cache is None:
@@ -146,7 +150,7 @@ def _published(scene: Path, clicks: Clicks | None, follower: str, cache: Path | 
     key = files.sha256_json([info["points"][target], sizes, files.sha256(pictures[0]), follower])
     kept = cache / f"{key[:32]}.npz"
     masks = partial(_clicked, pictures, info["points"][target], clicks, kept)
-    return Truth(scene.name, info["prompt"], (height, width), partial(_picture, pictures[0]), masks, key, row)
+    return Truth(scene.name, info["prompt"], (height, width), first, masks, key, row, context)
 
 
 def _dropped(path: Path, points: Any, size: tuple[int, int]) -> int:
@@ -168,11 +172,12 @@ def _inside(pair: Any, size: tuple[int, int]) -> bool:
     return bool(numbers) and 0 <= pair[0] < size[1] and 0 <= pair[1] < size[0]
 
 
-def _stored(archive: Path, target: int, n: int) -> np.ndarray:
+def _stored(archive: Path, target: int, objects: int, n: int) -> np.ndarray:
     masks = read_annotations(archive, ["mask"])["mask"]
     masks = masks[:, None] if masks.ndim == 3 else masks
-    if masks.ndim != 4 or not masks.shape[1]:
-        raise UserError(f"{archive}: mask is {masks.shape}, not (frames, objects, H, W); make it again")
+    if masks.ndim != 4 or masks.shape[1] < objects:
+        shape = f"(frames, {objects} or more objects, H, W)"
+        raise UserError(f"{archive}: mask is {masks.shape}, not {shape}; make it again")
     return masks[:n, target] > 0
 
 

@@ -32,6 +32,7 @@ class DataConfig(Strict):
     """Which clips. `make` names the recipes of `sim make` that film them where they are missing.
 
     With frames, fps and size (height, width), clips are retimed and cropped to them, and those of any videos are read.
+    `crop` says what is seen of a picture of another shape: its middle, a side of it, or nothing (none: left out).
     """
 
     clips: str | list[str]
@@ -41,19 +42,24 @@ class DataConfig(Strict):
     frames: PositiveInt | None = None
     fps: PositiveFloat | None = None
     size: tuple[PositiveInt, PositiveInt] | None = None
+    crop: videos.Crop = "center"
     uncaptioned: Literal["leave_out", "empty"] = "leave_out"  # what becomes of a video without a caption
 
     @model_validator(mode="after")
     def _together(self) -> "DataConfig":
         if None in (self.frames, self.fps, self.size) and (self.frames, self.fps, self.size) != (None, None, None):
             raise PydanticCustomError("part", "frames, fps and size say together what clips shall be; give all three")
+        if self.crop != "center" and self.size is None:
+            raise PydanticCustomError(
+                "part", "crop is for clips of another size; give frames, fps and size, or leave it out"
+            )
         return self
 
     @property
     def wanted(self) -> videos.Wanted | None:
         if self.frames is None or self.fps is None or self.size is None:
             return None
-        return videos.Wanted(self.frames, self.fps, self.size)
+        return videos.Wanted(self.frames, self.fps, self.size, self.crop)
 
     @property
     def folders(self) -> list[str]:

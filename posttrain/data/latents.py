@@ -61,7 +61,7 @@ class Latents:
             entry |= {f"{CONDITION}{name}": value[0] for name, value in condition.items()}
             content = save({k: v.contiguous().cpu() for k, v in entry.items()})
             files.write_bytes(self._files[index], content, flush=False)
-        model.release()
+        model.unload()  # UMT5 alone is 11 GiB, and training needs it not
         state.wait_for_everyone()
         self._length = model.text_tokens
 

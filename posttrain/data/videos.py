@@ -1,16 +1,20 @@
 """Videos that a user brings: find them and their captions, and see each as so many frames, at one rate and size.
 
-What is read, in `<folder>/<split>` or, where that has nothing, in `<folder>`; file names are relative to the list:
+What is read, in `<folder>/<split>` or, where that has none, in `<folder>`, a list before the videos themselves:
 
     metadata.jsonl, metadata.json, metadata.csv   rows with a VIDEO and a CAPTION column (finetrainers, videofolder,
                                                   DiffSynth-Studio); such a file may also be named itself
     videos.txt and prompts.txt                    one file name and one caption per line (finetrainers)
     a.mp4 and a.txt                               the caption beside the video (finetrainers)
 
+File names are relative to the list, or to `<split>` beside it (DiffSynth-Studio). Of a list that names files in
+`<split>/`, only these are read: the others are another split's.
+
 What is seen of a video: its first frame is at time 0, and frame k of the clip is the one shown nearest to k / fps, of
 two equally near the earlier, by the file's own timestamps, so that a varying rate does no harm. The clip is the video's
 beginning; a video that does not reach that far is left out, for a picture that is held is not what happened. The
-upright picture's largest centred box of the wanted shape is scaled to the wanted size. Sound is not read.
+upright picture's largest box of the wanted shape, in its middle or at the side that `crop` names, is scaled to the
+wanted size; with `crop: none` a video of another shape is left out. Sound is not read.
 
 Shape letters: F frames, H W pixels, C channels.
 """
@@ -20,10 +24,10 @@ import io
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -42,6 +46,7 @@ CAPTION = ("caption", "prompt", "text")
 SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wmv", ".flv", ".mpg", ".mpeg", ".gif"}
 TIE = 1e-6  # seconds: times this near to each other are the same
 Box = tuple[int, int, int, int]  # top, left, height, width
+Crop = Literal["center", "top", "bottom", "left", "right", "none"]
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What every clip shall be: so many frames, at frames per second, of (height, width) pixels."""
+    """What every clip shall be: so many frames, at frames per second, of (height, width) pixels.
+
+    `crop` says which part of a picture of another shape is seen; none: such videos are left out.
+    """
 
     frames: int
     fps: float
     size: tuple[int, int]
+    crop: Crop = "center"
 
 
 @dataclass(frozen=True)
@@ -99,19 +108,28 @@ def entries(folder: Path | str, split: str) -> list[Entry]:
     """
     folder = Path(folder)
     if folder.is_file():
-        return _table(folder)
+        return _of_split(_table(folder), split)
     for place in (folder / split, folder):
-        for name in TABLES:
-            if (place / name).is_file():
-                return _table(place / name)
-        for name in LISTS:
-            if (place / name).is_file():
-                return _lists(place / name)
+        for names, read_list in ((TABLES, _table), (LISTS, _lists)):
+            for name in names:
+                if (place / name).is_file():
+                    return _of_split(read_list(place / name), split)
+    for place in (folder / split, folder):
         if place.is_dir():
             videos = sorted(path for path in place.iterdir() if path.suffix.lower() in SUFFIXES)
             if videos:
                 return [Entry(place, path.name, _beside(place, path)) for path in videos]
     return []
+
+
+def _of_split(listed: Sequence[Entry], split: str) -> list[Entry]:
+    """A list's files, those found in `split` alone named so; where it names files in there, only these."""
+    found = []
+    for entry in listed:
+        within = f"{split}/{entry.name}"
+        lies_within = not (entry.folder / entry.name).exists() and (entry.folder / within).exists()
+        found.append(replace(entry, name=within) if lies_within else entry)
+    return [entry for entry in found if Path(entry.name).parts[0] == split] or found
 
 
 def _table(path: Path) -> list[Entry]:
@@ -279,14 +297,16 @@ def plan(times: np.ndarray, size: tuple[int, int], wanted: Wanted) -> tuple[np.n
         size: its upright picture's height and width.
 
     Returns:
-        None for the frames where the video is too short.
+        None for the frames where the video is too short, or of another shape and not to be cropped.
     """
     at = np.arange(wanted.frames) / wanted.fps
-    box = centred(size, wanted.size)
+    box = moved(centred(size, wanted.size), size, wanted.crop)
     step = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
     if at[-1] > times[-1] + step / 2 + TIE:
         reach = f"{wanted.frames} frames at {wanted.fps:g} fps reach {at[-1]:.2f} s"
         return None, box, [f"too short: its last frame is at {times[-1]:.2f} s, {reach}"]
+    if wanted.crop == "none" and box[2:] != size:
+        return None, box, [f"another shape: {size[0]} x {size[1]} pixels (height x width), and data.crop is none"]
     places = nearest(times, at)
     notes = []
     steady = step == 0 or bool((np.abs(np.diff(times) / step - 1) < 0.5).all())
@@ -315,6 +335,14 @@ def centred(size: tuple[int, int], shape: tuple[int, int]) -> Box:
     scale = max(shape[0] / size[0], shape[1] / size[1])
     tall, wide = (min(full, max(1, round(part / scale))) for full, part in zip(size, shape, strict=True))
     return (size[0] - tall) // 2, (size[1] - wide) // 2, tall, wide
+
+
+def moved(box: Box, size: tuple[int, int], crop: Crop) -> Box:
+    """A box of a picture of `size`, at the side that `crop` names."""
+    top, left, tall, wide = box
+    top = {"top": 0, "bottom": size[0] - tall}.get(crop, top)
+    left = {"left": 0, "right": size[1] - wide}.get(crop, left)
+    return top, left, tall, wide
 
 
 # ---------------------------------------------------------------- reading

@@ -58,7 +58,8 @@ class ModelConfig(Strict):
 class VideoModel(Protocol):
     """A latent video model under rectified flow. Pixels are in [-1, 1]; latents are normalised per channel.
 
-    Its parts lie in main memory. Each comes to `device` when it is first used; `release` lets some leave again.
+    Its parts lie in main memory. Each comes to `device` when it is first used; `release` lets some leave it again, and
+    `unload` main memory too.
     """
 
     transformer: nn.Module  # what is trained; may be replaced by its wrapped self
@@ -93,6 +94,9 @@ class VideoModel(Protocol):
 
     def release(self) -> None:
         """Let all that `transformer` does not need for training leave the device, until it is used again."""
+
+    def unload(self) -> None:
+        """Let the same leave main memory too; it is read again when it is used again."""
 
     def scheduler(self) -> Any:
         """A fresh diffusers scheduler, as the model folder configures it."""

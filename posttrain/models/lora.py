@@ -91,6 +91,34 @@ def disabled(transformer: nn.Module) -> Iterator[None]:
         inner.enable_adapters()
 
 
+@torch.no_grad()
+def share(transformer: nn.Module, other: nn.Module) -> float:
+    """How much of the adapter on `transformer` is in the weights of `other`: 1 all of it, 0 nothing.
+
+    It is <D, D'> / <D, D> over all adapted layers, with D what the adapter adds to a layer's weight, and D' what an
+    adapter on `other` adds, or where there is none, what its weight has more than the base of `transformer`.
+    """
+    both = own = 0.0
+    layers = {name: layer for name, layer in unwrap(transformer).named_modules() if hasattr(layer, "lora_A")}
+    for name, layer in layers.items():
+        theirs: Any = other.get_submodule(name)
+        device = theirs.weight.device
+        added = _added(layer).to(device)
+        if hasattr(theirs, "lora_A"):
+            found = _added(theirs)
+        else:
+            found = theirs.weight.float() - layer.base_layer.weight.to(device).float()
+        both += float((added * found).sum())
+        own += float(added.square().sum())
+    return both / own if own else 1.0
+
+
+def _added(layer: Any) -> torch.Tensor:
+    """What the adapter on a layer adds to its weight, float32."""
+    (name,) = layer.active_adapters
+    return layer.scaling[name] * (layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float())
+
+
 def save(transformer: nn.Module, folder: Path | str) -> Path:
     """Write the adapter to `folder`/pytorch_lora_weights.safetensors (atomic, the same bytes for the same weights)."""
     from peft.utils import get_peft_model_state_dict

@@ -28,7 +28,14 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from posttrain.files import UserError, read_json, replacing
 from posttrain.models import lora
@@ -46,10 +53,11 @@ class Wan:
 
     Args:
         transformer: what is trained; of two experts, the one that `expert` names.
-        text_encoder: None is enough for velocities and latents.
-        image_encoder, image_processor: of Wan2.1 I2V, else None.
+        vae_config: of the VAE, with all that it does not say filled in.
+        read: reads "vae", "text_encoder", of Wan2.1 I2V "image_encoder", and of two experts "other", the one that is
+            not trained. Each is read when it is first asked for, and again after `unload`.
+        image_processor: of Wan2.1 I2V, else None.
         boundary: from this t on, the high-noise expert answers.
-        other: reads the other expert (for sampling; training needs it not), which is done when it is first asked.
     """
 
     text_tokens = TEXT_TOKENS
@@ -57,33 +65,30 @@ class Wan:
     def __init__(
         self,
         transformer: WanTransformer3DModel,
-        vae: AutoencoderKLWan,
-        text_encoder: nn.Module | None,
+        vae_config: Any,
+        read: Mapping[str, Callable[[], nn.Module]],
         tokenizer: Any,
         scheduler: Any,
         *,
-        image_encoder: nn.Module | None = None,
         image_processor: Any = None,
         conditioning: Literal["image", "text"] = "image",
         expert: Literal["high", "low"] = "high",
         boundary: float = 0.0,
-        other: Callable[[], WanTransformer3DModel] | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
         self.transformer: nn.Module = transformer
         self.config = transformer.config  # kept here: a distributed wrapper hides it
         self.dtype = transformer.dtype
-        self.vae = vae
-        self.text_encoder = text_encoder
-        self.tokenizer = tokenizer
-        self.image_encoder, self.image_processor = image_encoder, image_processor
+        self.vae_config = vae_config
+        self._read, self._held = read, dict[str, Any]()
+        self.tokenizer, self.image_processor = tokenizer, image_processor
         self._scheduler = scheduler
         self.device = torch.empty(0, device=device).device  # with its number, as tensors give it
-        self.concatenates = self.config.in_channels != vae.config.z_dim
+        self.concatenates = self.config.in_channels != vae_config.z_dim
         self.given = conditioning == "image"
         self.clean = int(self.given and not self.concatenates)
-        self.expert, self.boundary, self._read_other = expert, boundary, other
-        self.times = (0.0, 1.0) if other is None else (boundary, 1.0) if expert == "high" else (0.0, boundary)
+        self.expert, self.boundary = expert, boundary
+        self.times = (0.0, 1.0) if "other" not in read else (boundary, 1.0) if expert == "high" else (0.0, boundary)
 
     @property
     def module(self) -> nn.Module:
@@ -94,14 +99,30 @@ class Wan:
     def module(self, module: nn.Module) -> None:
         self.transformer = module
 
-    @cached_property
-    def other(self) -> nn.Module:
+    def _part(self, name: str) -> Any:
+        if name not in self._held:
+            self._held[name] = self._read[name]()
+        return self._held[name]
+
+    @property
+    def vae(self) -> Any:
+        return self._part("vae")
+
+    @property
+    def text_encoder(self) -> Any:
+        return self._part("text_encoder")
+
+    @property
+    def image_encoder(self) -> Any:
+        return self._part("image_encoder")
+
+    @property
+    def other(self) -> Any:
         """The expert that is not trained."""
-        assert self._read_other is not None
-        return self._read_other()
+        return self._part("other")
 
     def weights(self) -> list[nn.Module]:
-        if self._read_other is None:
+        if "other" not in self._read:
             return [self.transformer]
         return [self.transformer, self.other] if self.expert == "high" else [self.other, self.transformer]
 
@@ -113,15 +134,18 @@ class Wan:
 
     def release(self) -> None:
         """VAE, text and image encoder and the other expert go to main memory, until they are used again."""
-        other = self.__dict__.get("other")  # unread, there is nothing to move
-        for part in (self.vae, self.text_encoder, self.image_encoder, other):
-            if part is not None:
-                part.to("cpu")
+        for part in self._held.values():
+            part.to("cpu")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def unload(self) -> None:
+        """They leave main memory too, and are read again when they are used again."""
+        self._held.clear()
+        self.release()
+
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        config = self.vae.config
+        config = self.vae_config
         space, time = config.scale_factor_spatial, config.scale_factor_temporal
         cell_h, cell_w = space * self.config.patch_size[1], space * self.config.patch_size[2]
         if frames % time != 1 or height % cell_h or width % cell_w:
@@ -132,7 +156,7 @@ class Wan:
         return config.z_dim, 1 + (frames - 1) // time, height // space, width // space
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.vae.config
+        config = self.vae_config
         mean, std = (like.new_tensor(v).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
         return mean, std
 
@@ -173,10 +197,10 @@ class Wan:
             first_BC1HW = torch.zeros_like(first_BC1HW)
         z_BCFHW = self.encode(functional.pad(first_BC1HW, (0, 0, 0, 0, 0, frames - 1)))
         batch, _, *size = z_BCFHW.shape
-        mask_BCFHW = z_BCFHW.new_zeros(batch, self.vae.config.scale_factor_temporal, *size)
+        mask_BCFHW = z_BCFHW.new_zeros(batch, self.vae_config.scale_factor_temporal, *size)
         mask_BCFHW[:, :, 0] = float(self.given)
         condition = {"channels": torch.cat([mask_BCFHW, z_BCFHW], dim=1).float()}
-        if self.image_encoder is not None:
+        if self.image_processor is not None:
             pictures = ((first_BC1HW[:, :, 0].float() + 1) * 127.5).round().to("cpu", torch.uint8)
             pixels = self.image_processor(images=list(pictures), return_tensors="pt").pixel_values.to(self.device)
             states = self._here(self.image_encoder)(pixels, output_hidden_states=True).hidden_states
@@ -206,7 +230,7 @@ class Wan:
 
     def _expert(self, t_BF: Tensor) -> nn.Module:
         """Which transformer answers for these times, all of a batch on one side of the boundary."""
-        if self._read_other is None:
+        if "other" not in self._read:
             return self.transformer
         high_B = t_BF.amax(dim=1) >= self.boundary
         if high_B.any() != high_B.all():
@@ -219,12 +243,12 @@ class Wan:
     @cached_property
     def _key(self) -> str:
         digest = hashlib.sha256(PREPROCESSING.encode())
-        digest.update(json.dumps([_shape(self.vae.config), *self._reading()], sort_keys=True).encode())
+        digest.update(json.dumps([_shape(self.vae_config), *self._reading()], sort_keys=True).encode())
         if self.concatenates:
             digest.update(json.dumps(["channels", self.given]).encode())
         if self.image_processor is not None:
             digest.update(self.image_processor.to_json_string().encode())
-        for part in filter(None, (self.vae, self.text_encoder, self.image_encoder)):
+        for part in (self._part(name) for name in ("vae", "text_encoder", "image_encoder") if name in self._read):
             for name, tensor in sorted(part.state_dict().items()):
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
@@ -233,8 +257,7 @@ class Wan:
     def _reading(self) -> list[dict[str, Any]]:
         """How captions are read: tokenizer and text encoder, without what a call or a place changes."""
         words = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        config: Any = None if self.text_encoder is None else self.text_encoder.config
-        encoder = config.to_dict() if config else {}
+        encoder = self.text_encoder.config.to_dict()
         passing = ("truncation", "padding", "_name_or_path", "transformers_version", "dtype", "torch_dtype")
         return [{name: value for name, value in part.items() if name not in passing} for part in (words, encoder)]
 
@@ -366,6 +389,8 @@ def save_merged(config: ModelConfig, adapter: Path, path: Path) -> None:
 def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
     """Load the model that a recipe names, into main memory; only what will be trained has requires_grad.
 
+    The transformer is read now, the other parts when they are used; that they fit together is checked now.
+
     Weights of `dtype: bf16` are not trained themselves (small steps vanish in them), and neither is a model of two
     experts where none is named; both can be sampled.
 
@@ -389,21 +414,23 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
     expert = config.expert or "high"
     name, other_name = (EXPERTS[key] for key in (expert, "low" if expert == "high" else "high"))
 
-    vae = load_part(AutoencoderKLWan, root, "vae", torch_dtype=torch.float32)
-    text_encoder = load_part(UMT5EncoderModel, root, "text_encoder", dtype=dtype)
+    vae_config = load_part(_vae_config, root, "vae")
+    configs = {"text_encoder": load_part(UMT5Config, root, "text_encoder")}
     tokenizer = load_part(AutoTokenizer, root, "tokenizer")
     schedule = load_part(diffusers.UniPCMultistepScheduler.load_config, root, "scheduler")
     scheduler = getattr(diffusers, schedule["_class_name"]).from_config(schedule)
     shape = load_part(WanTransformer3DModel.load_config, root, name)
-    image_encoder = image_processor = None
+    image_processor = None
     if shape.get("image_dim") is not None:
-        image_encoder = load_part(CLIPVisionModel, root, "image_encoder", dtype=torch.float32)
+        configs["image_encoder"] = load_part(CLIPVisionConfig, root, "image_encoder")
         image_processor = load_part(AutoImageProcessor, root, "image_processor")
-    _check_parts(root / name / "config.json", shape, vae, text_encoder, image_encoder)
+    for part in ("vae", *configs):
+        check_files(root / part)
+    _check_parts(root / name / "config.json", shape, vae_config, **configs)
     if two:
         other_shape = load_part(WanTransformer3DModel.load_config, root, other_name)
         check_files(root / other_name)
-        _check_parts(root / other_name / "config.json", other_shape, vae, text_encoder, image_encoder)
+        _check_parts(root / other_name / "config.json", other_shape, vae_config, **configs)
         if other_shape.get("in_channels") != shape.get("in_channels"):
             raise UserError(f"{root / other_name / 'config.json'}: in_channels is not {name}'s; get the model again")
         if config.other_adapter is not None and not (Path(config.other_adapter) / lora.FILE).is_file():
@@ -416,6 +443,17 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
         fold_padding(other)
         return other.requires_grad_(False)
 
+    def reader(kind: Any, part: str, **options: Any) -> Callable[[], nn.Module]:
+        return lambda: load_part(kind, root, part, **options).requires_grad_(False).eval()
+
+    read: dict[str, Callable[[], nn.Module]] = {
+        "vae": reader(AutoencoderKLWan, "vae", torch_dtype=torch.float32),
+        "text_encoder": reader(UMT5EncoderModel, "text_encoder", dtype=dtype),
+    }
+    if "image_encoder" in configs:
+        read["image_encoder"] = reader(CLIPVisionModel, "image_encoder", dtype=torch.float32)
+    if two:
+        read["other"] = read_other
     transformer = bare(config, dtype)
     transformer.requires_grad_(config.dtype == "fp32" and not (two and config.expert is None))
     if config.adapter is not None:
@@ -426,38 +464,37 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
             raise UserError(f"model.start: {config.start} is an adapter; set model.adapter, or name it in model.merge")
         lora.proceed(transformer, config.start)
     fold_padding(transformer)
-    for encoder in (vae, text_encoder, image_encoder):
-        if encoder is not None:
-            encoder.requires_grad_(False).eval()
     return Wan(
         transformer,
-        vae,
-        text_encoder,
+        vae_config,
+        read,
         tokenizer,
         scheduler,
-        image_encoder=image_encoder,
         image_processor=image_processor,
         conditioning=config.conditioning,
         expert=expert,
         boundary=boundary,
-        other=read_other if two else None,
         device=device,
     )
 
 
-def _check_parts(
-    place: Path, shape: Mapping[str, Any], vae: AutoencoderKLWan, text_encoder: Any, image_encoder: Any
-) -> None:
-    """Refuse a transformer (its config at `place`) that does not fit the other parts, or that no code here feeds."""
-    z, time = vae.config.z_dim, vae.config.scale_factor_temporal
+def _vae_config(root: str, **options: Any) -> Any:
+    """The VAE's config with what diffusers fills in, without its weights."""
+    with torch.device("meta"):
+        return AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(root, **options)).config
+
+
+def _check_parts(place: Path, shape: Mapping[str, Any], vae: Any, text_encoder: Any, image_encoder: Any = None) -> None:
+    """Refuse a transformer that does not fit the other parts, or that no code here feeds; all are given by configs."""
+    z, time = vae.z_dim, vae.scale_factor_temporal
     fits = {
         "in_channels": ((z, 2 * z + time), f"the vae's z_dim is {z}, which asks for {z} or {2 * z + time}"),
         "out_channels": ((z,), f"the vae's z_dim is {z}"),
-        "text_dim": ((text_encoder.config.d_model,), f"the text_encoder's d_model is {text_encoder.config.d_model}"),
+        "text_dim": ((text_encoder.d_model,), f"the text_encoder's d_model is {text_encoder.d_model}"),
         "pos_embed_seq_len": ((None,), "models of a first and a last picture cannot be trained here"),
     }
     if image_encoder is not None:
-        width = image_encoder.config.hidden_size
+        width = image_encoder.hidden_size
         fits["image_dim"] = ((width,), f"the image_encoder's hidden_size is {width}")
     for field, (allowed, why) in fits.items():
         if shape.get(field) not in allowed:
