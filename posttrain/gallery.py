@@ -147,7 +147,7 @@ def animation(path: Path | str, rows: Sequence[Sequence[Pixels]], fps: float, la
     # one palette for all frames, or still surfaces flicker
     some = np.concatenate([np.asarray(frames[i]) for i in np.linspace(0, len(frames) - 1, 4).astype(int)])
     palette = Image.fromarray(some).quantize(256)
-    first, *others = [frame.quantize(palette=palette) for frame in frames]
+    first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     with replacing(path) as temporary:
         first.save(temporary, format="GIF", save_all=True, append_images=others, duration=round(100 / fps) * 10, loop=0)
 
