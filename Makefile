@@ -11,7 +11,7 @@ psft: setup # film drops, fine-tune the pocket model, measure it, export the ada
 sim: setup # film the drop scenes alone
 	@$(python) -m sim make recipes/pocket/drop.yaml
 
-report: setup # write report.json and report.html again from what the run has
+report: setup # write report.json, report.html and report.gif again from what the run has
 	@$(python) -m posttrain report runs/pocket-psft
 
 bench: setup # time every stage of the pocket model on this machine

@@ -13,7 +13,7 @@ COMMANDS = {
     "run": "every stage of a recipe: clips, training, evaluation, report, export; continues what was cut off",
     "train": "the clips and the training alone",
     "eval": "measure a trained run, or videos that any model made (--clips)",
-    "report": "write report.html and report.json from what was measured",
+    "report": "write report.html, report.json and report.gif from what was measured",
     "export": "write the weights as others load them (export=[diffusers, comfyui, merged]), with a model card",
 }
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from posttrain.experiment import members, open_run
 
         if options.command == "compare":
-            stages.compare(options.targets)
+            stages.compare([options.first, *options.others])
             return 0
         if options.command == "sample":
             wishes = {name: getattr(options, name) for name in WISHES if getattr(options, name) is not None}
@@ -128,7 +128,8 @@ def _scoring(command: argparse.ArgumentParser) -> None:
 def _add_compare(commands: Any) -> None:
     text = "one table of several measured runs, and by how much the others differ from the first, clip by clip"
     command = commands.add_parser("compare", help=text, description=text)
-    command.add_argument("targets", nargs="+", metavar="RUN", help="runs that were measured on the same clips")
+    command.add_argument("first", metavar="RUN", help="what the others are compared with")
+    command.add_argument("others", nargs="+", metavar="RUN", help="runs that were measured on the same clips")
 
 
 ASKED = ("steps", "guidance", "seeds")  # options of `eval --run`

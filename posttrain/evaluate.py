@@ -384,18 +384,16 @@ def print_table(records: Sequence[dict[str, Any]], console: Console | None = Non
     (console or Console()).print(table)
 
 
-def print_differences(records: Sequence[dict[str, Any]], console: Console | None = None) -> None:
-    """What trained models differ by from the first of them: paired means over clips with 95% intervals."""
-    trained = [record for record in records if record["model"] not in FIXED]
-    first = {record["split"]: record for record in trained if record["model"] == trained[0]["model"]}
+def print_differences(splits: Sequence[Sequence[dict[str, Any]]], console: Console | None = None) -> None:
+    """What records of each split differ by from its first one: paired means over clips with 95% intervals."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column(f"Minus {trained[0]['model']}", no_wrap=True)
+    table.add_column(f"Minus {splits[0][0]['model']}", no_wrap=True)
     table.add_column("Clips", no_wrap=True)
     for heading in ("L2 [95%]", "IoU [95%]"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for record in trained:
-        if record is not first.get(record["split"]):
-            gap = difference(record, first[record["split"]])
+    for first, *others in splits:
+        for record in others:
+            gap = difference(record, first)
             cells = [f"{gap[k]['mean']:+.3f} [{gap[k]['low']:+.3f}, {gap[k]['high']:+.3f}]" for k in ("l2", "iou")]
             table.add_row(record["model"], record["split"], *cells)
     (console or Console()).print(table)

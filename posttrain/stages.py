@@ -122,6 +122,8 @@ def train(plan: Recipe, folder: Path) -> None:
 
         # also where it is not used, so that what evaluation will lack is said before training
         validate = validation(folder, plan.eval, model, load_tracker(plan.eval.tracker))
+        if hasattr(model, "unload"):
+            model.unload()  # captions are read
     every = plan.eval.every if plan.eval else 0
     depends = method.depends(plan.method.config) if hasattr(method, "depends") else {}
     run = Run(folder, model.module, data, plan.train, validate, every, depends)
@@ -190,26 +192,41 @@ def report(plan: Recipe, folder: Path) -> None:
 def compare(targets: Sequence[str]) -> None:
     """Print the rows of several runs in one table, and what the later ones differ by from the first, clip by clip.
 
-    Raises:
-        UserError: a run was not measured, is named twice, or was measured on other clips or by another tracker.
-    """
-    from posttrain.evaluate import print_differences, print_table, read_records
-    from posttrain.report import gather
+    Only the splits count on which each of them was measured.
 
-    runs: dict[str, Path] = {}
-    first: dict[str, str] | None = None
+    Raises:
+        UserError: a run is named twice, was not measured, or on other clips, or in another way.
+    """
+    from posttrain.evaluate import position, print_differences, print_table, read_records
+
+    measured: dict[str, dict[str, dict[str, Any]]] = {}  # run -> split -> row
     for plan, folder in map(open_run, targets):
-        if plan.run in runs:
+        if plan.run in measured:
             raise UserError(f"{folder}: is named twice; name each run once")
-        runs[plan.run] = folder
-        # what the tracker finds in the true clips is the same exactly if clips, splits and tracker are
-        truth = {record["split"]: record["key"] for record in read_records(folder) if record["model"] == "truth"}
-        first = truth if first is None else first
-        if truth != first:
-            raise UserError(f"{folder}: was measured on other clips than {targets[0]}, or by another tracker")
-    records = gather(runs)
-    print_table(records)
-    print_differences(records)
+        rows = {(record["split"], record["model"]): record for record in read_records(folder)}
+        whole = {split for split, model in rows if model == plan.method.name}
+        measured[plan.run] = {
+            split: {plan.run if model == plan.method.name else model: r for (s, model), r in rows.items() if s == split}
+            for split in sorted(whole, reverse=True)
+        }
+    first, *others = measured
+    splits = [split for split in measured[first] if all(split in measured[run] for run in others)]
+    if not splits:
+        raise UserError(f"{', '.join(measured)}: no split on which all of them were measured; `posttrain eval` each")
+    table: dict[tuple[str, str], dict[str, Any]] = {}
+    for run, split in ((run, split) for split in splits for run in measured):
+        rows, reference = measured[run][split], measured[first][split]
+        # what the tracker finds in the true clips is the same where clips, tracker and the code that measures are
+        if rows["truth"]["key"] != reference["truth"]["key"]:
+            raise UserError(f"{run}: was measured on other clips than {first}, by another tracker or by older code")
+        if any(rows["truth"]["settings"][key] != reference["truth"]["settings"][key] for key in ("seeds", "sampler")):
+            raise UserError(f"{run}: was measured with other eval.seeds or eval.sampler than {first}; measure it again")
+        for model, record in rows.items():
+            same = table.get((split, model), record)["key"] == record["key"]
+            label = model if same or model == run else f"{model} {run}"
+            table[split, label] = record | {"model": label}
+    print_table(sorted(table.values(), key=position))
+    print_differences([[table[split, run] for run in measured] for split in splits])
 
 
 def export(plan: Recipe, folder: Path, checked: bool = False) -> None:
@@ -368,7 +385,7 @@ def score(
 @memory("sampling", "lower eval.batch in the run's recipe; its videos have the size and frames of its clips")
 def _imagine(target: str, truths: Any, out: Path, asked: Mapping[str, Any]) -> list[tuple[str, Path]]:
     """Rows for a run: the folders with the videos of its base and of its tuned model, made where they are missing."""
-    from posttrain.score import imagine
+    from posttrain.score import NEGATIVE, imagine
 
     plan, folder = open_run(target)
     need_training(folder)
@@ -378,7 +395,8 @@ def _imagine(target: str, truths: Any, out: Path, asked: Mapping[str, Any]) -> l
     seeds = asked.get("seeds", measured.seeds)
     start = files.read_json(folder / TRAINED)["model"]  # also what model.start and model.merge put into it
     model = plan.model.model_dump(mode="json")
-    settings = {"kind": kind, "sampler": how, "model": model, "start": start}
+    told = [truth.caption + truth.context for split in truths.values() for truth in split]
+    settings = {"kind": kind, "sampler": how, "seeds": seeds, "told": [*told, NEGATIVE], "model": model, "start": start}
     weights = {path.name: files.sha256(path) for path in sorted((folder / ADAPTER).rglob("*.safetensors"))}
     models: dict[str, tuple[Any, Any]] = {
         "base": (lambda: _base(plan), {}),

@@ -351,12 +351,16 @@ def test_a_sweep_is_a_run_for_each_value_and_one_report(home):
 
     code, out, said = command(home, "compare", "sizes/3", "sizes/1")
     assert code == 0, said
-    gap = out.partition("Minus psft sizes/3")[2].splitlines()[1].split()
-    assert gap[:3] == ["psft", "sizes/1", "unseen"]
+    gap = out.partition("Minus sizes/3")[2].splitlines()[1].split()
+    assert gap[:2] == ["sizes/1", "unseen"]
     clips = [files.read_json(folder / str(value) / "evaluation" / "psft-test_unseen.json")["clips"] for value in (3, 1)]
-    for at, key in ((3, "l2"), (6, "iou")):  # the mean of the differences, and two ends
+    for at, key in ((2, "l2"), (5, "iou")):  # the mean of the differences, and two ends
         mean = sum(b[key] - a[key] for a, b in zip(*clips, strict=True)) / len(clips[0])
         assert float(gap[at]) == pytest.approx(mean, abs=6e-4)
+    command(home, "run", *base, "run=alike", "data.limit=2", "eval.seeds=2")
+    assert "other eval.seeds or eval.sampler" in refused(home, "compare", "sizes/3", "alike")
+    (home / "runs" / "alike" / "evaluation" / "psft-test_unseen.json").unlink()
+    assert "no split on which all of them were measured" in refused(home, "compare", "sizes/3", "alike")
     assert refused(home, "compare", "sizes/3", "runs/sizes/3") == "runs/sizes/3: is named twice; name each run once\n"
     write_dataset(home / "elsewhere", ["test_unseen"], clips=2, frames=5)
     command(home, "run", *base, "run=fewer", "eval.clips=elsewhere")

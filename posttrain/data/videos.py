@@ -129,7 +129,9 @@ def _of_split(listed: Sequence[Entry], split: str) -> list[Entry]:
         within = f"{split}/{entry.name}"
         lies_within = not (entry.folder / entry.name).exists() and (entry.folder / within).exists()
         found.append(replace(entry, name=within) if lies_within else entry)
-    return [entry for entry in found if Path(entry.name).parts[0] == split] or found
+    chosen = [entry for entry in found if Path(entry.name).parts[0] == split]
+    others = {"train", "test", "test_seen", "test_unseen", "val", "validation"} - {split}
+    return chosen or [entry for entry in found if Path(entry.name).parts[0] not in others]
 
 
 def _table(path: Path) -> list[Entry]:
