@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 
 from posttrain import distributed, files, recipe
 from posttrain.data import videos
@@ -203,10 +204,12 @@ def compare(targets: Sequence[str]) -> None:
     for plan, folder in map(open_run, targets):
         if plan.run in measured:
             raise UserError(f"{folder}: is named twice; name each run once")
-        rows = {(record["split"], record["model"]): record for record in read_records(folder)}
-        whole = {split for split, model in rows if model == plan.method.name}
+        found = {(record["split"], record["model"]): record for record in read_records(folder)}
+        whole = {split for split, model in found if model == plan.method.name}
         measured[plan.run] = {
-            split: {plan.run if model == plan.method.name else model: r for (s, model), r in rows.items() if s == split}
+            split: {
+                plan.run if model == plan.method.name else model: r for (s, model), r in found.items() if s == split
+            }
             for split in sorted(whole, reverse=True)
         }
     first, *others = measured
@@ -225,8 +228,10 @@ def compare(targets: Sequence[str]) -> None:
             same = table.get((split, model), record)["key"] == record["key"]
             label = model if same or model == run else f"{model} {run}"
             table[split, label] = record | {"model": label}
-    print_table(sorted(table.values(), key=position))
-    print_differences([[table[split, run] for run in measured] for split in splits])
+    console = Console()
+    console = console if console.is_terminal else Console(width=120)  # the names of runs are long
+    print_table(sorted(table.values(), key=position), console)
+    print_differences([[table[split, run] for run in measured] for split in splits], console)
 
 
 def export(plan: Recipe, folder: Path, checked: bool = False) -> None:
@@ -385,7 +390,8 @@ def score(
 @memory("sampling", "lower eval.batch in the run's recipe; its videos have the size and frames of its clips")
 def _imagine(target: str, truths: Any, out: Path, asked: Mapping[str, Any]) -> list[tuple[str, Path]]:
     """Rows for a run: the folders with the videos of its base and of its tuned model, made where they are missing."""
-    from posttrain.score import NEGATIVE, imagine
+    from posttrain.benchmarks.pisabench import NEGATIVE
+    from posttrain.score import imagine
 
     plan, folder = open_run(target)
     need_training(folder)
