@@ -363,8 +363,8 @@ def test_a_sweep_is_a_run_for_each_value_and_one_report(home):
     assert "no split on which all of them were measured" in refused(home, "compare", "sizes/3", "alike")
     assert refused(home, "compare", "sizes/3", "runs/sizes/3") == "runs/sizes/3: is named twice; name each run once\n"
     write_dataset(home / "elsewhere", ["test_unseen"], clips=2, frames=5)
-    command(home, "run", *base, "run=fewer", "eval.clips=elsewhere")
-    assert "was measured on other clips" in refused(home, "compare", "sizes/3", "fewer")
+    command(home, "run", *base, "run=strangers", "eval.clips=elsewhere")
+    assert "was measured on other clips" in refused(home, "compare", "sizes/3", "strangers")
 
     weights = contents(folder / "3" / "adapter")
     code, _, said = command(home, "run", *base, "sweep={data.limit: [3]}")  # one that is there

@@ -443,8 +443,10 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
         fold_padding(other)
         return other.requires_grad_(False)
 
+    place = Path(root).absolute()  # later the working directory may be another
+
     def reader(kind: Any, part: str, **options: Any) -> Callable[[], nn.Module]:
-        return lambda: load_part(kind, root, part, **options).requires_grad_(False).eval()
+        return lambda: load_part(kind, place, part, **options).requires_grad_(False).eval()
 
     read: dict[str, Callable[[], nn.Module]] = {
         "vae": reader(AutoencoderKLWan, "vae", torch_dtype=torch.float32),
