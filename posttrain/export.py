@@ -87,7 +87,7 @@ def check(files: Sequence[Path], model: VideoModel, stock: Callable[[], nn.Modul
         UserError: a file's velocity is another. At most 1% of what the adapter changes may differ, beside the rounding
             of the arithmetic: 1e-5 of the largest velocity in float32, 2e-2 in coarser numbers (4 x 2^-8 and reserve).
             As a small adapter hides in that, its share in the weights must be 1, too: within 1e-3, or where it is
-            folded into coarse weights, which rounds, within 0.25 (and told alone where it is below their precision).
+            folded into coarse weights, which rounds, within 0.25 (and told alone where a sum cannot hold it).
     """
     from diffusers import WanPipeline
 
@@ -130,7 +130,7 @@ def check(files: Sequence[Path], model: VideoModel, stock: Callable[[], nn.Modul
         if not error <= allowed:
             raise UserError(f"{file}: {numbers}; more than {allowed:.1e} is wrong: delete it and export again")
         folded = coarse and file.is_dir()
-        hidden = folded and effect < 2**-8 * largest  # such weights cannot hold what is so small
+        hidden = file.is_dir() and effect < (2**-8 if coarse else 2**-20) * largest  # too small for sums to hold
         if not hidden and not abs(share - 1) <= (0.25 if folded else 1e-3):
             rounded = ", or hand out the adapter: coarse weights round it away" if folded else ""
             raise UserError(f"{file}: {numbers}, which should be 100%: delete it and export again{rounded}")
