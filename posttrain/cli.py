@@ -25,9 +25,9 @@ TOOLS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="posttrain", description="Teach a video model physics.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parsers = parser.add_subparsers(dest="command", required=True)
     for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
+        command = parsers.add_parser(name, help=text, description=text)
         command.add_argument("target", metavar="RECIPE|RUN", help="a recipe file, a run's folder, or its name in runs/")
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in train.steps=20")
         if name == "export":
@@ -35,25 +35,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "eval":
             _scoring(command)
     for name, text in TOOLS.items():
-        tool = commands.add_parser(name, help=text, description=text)
+        tool = parsers.add_parser(name, help=text, description=text)
         if name == "doctor":
             tool.add_argument("recipe", nargs="?", metavar="RECIPE", help="also what its training takes")
             tool.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in train.batch=4")
-            among = "among how many processes train.batch is divided (default: the GPUs here, or 1)"
-            tool.add_argument("--processes", type=positive, metavar="N", help=among)
-    _add_compare(commands)
-    _add_sample(commands)
+            among = "among how many processes train.batch is divided (default: 1)"
+            tool.add_argument("--processes", type=positive, default=1, metavar="N", help=among)
+    _add_compare(parsers)
+    _add_sample(parsers)
     options = recipe.arguments(parser, arguments)
     try:
         if options.command == "doctor":
             return _doctor(options.recipe, options.overrides, options.processes)
         if options.command == "bench":
             return _bench()
-        from posttrain import stages  # takes a second, for torch
+        from posttrain import commands, stages  # takes a second, for torch
         from posttrain.experiment import members, open_run
 
         if options.command == "compare":
-            stages.compare([options.first, *options.others])
+            commands.compare([options.first, *options.others])
             return 0
         if options.command == "sample":
             wishes = {name: getattr(options, name) for name in WISHES if getattr(options, name) is not None}
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise UserError("--height, --width: give both or neither")
             if options.height is not None:
                 wishes["size"] = options.height, options.width
-            stages.sample(options.target, options.image, wishes, options.scale, options.output)
+            commands.sample(options.target, options.image, wishes, options.scale, options.output)
             return 0
         if options.command == "eval" and (options.clips or options.run):
             if options.overrides:
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if asked and not options.run:
                 raise UserError(f"--{next(iter(asked))}: is for the videos that --run makes; leave it out")
             tracker = options.tracker or "pocket"
-            stages.score(options.target, options.clips, options.run, tracker, options.fps, options.out, asked)
+            commands.score(options.target, options.clips, options.run, tracker, options.fps, options.out, asked)
             return 0
         if options.command == "eval" and (ignored := [name for name in SCORING if getattr(options, name) is not None]):
             raise UserError(
@@ -125,9 +125,9 @@ def _scoring(command: argparse.ArgumentParser) -> None:
     group.add_argument("--out", metavar="FOLDER", help="where scores and report go (runs/eval-<benchmark>)")
 
 
-def _add_compare(commands: Any) -> None:
+def _add_compare(parsers: Any) -> None:
     text = "one table of several measured runs, and by how much the others differ from the first, clip by clip"
-    command = commands.add_parser("compare", help=text, description=text)
+    command = parsers.add_parser("compare", help=text, description=text)
     command.add_argument("first", metavar="RUN", help="what the others are compared with")
     command.add_argument("others", nargs="+", metavar="RUN", help="runs that were measured on the same clips")
 
@@ -137,10 +137,10 @@ SCORING = ("tracker", "fps", "out", *ASKED)  # and of `eval --clips`
 WISHES = ("prompt", "negative", "seeds", "frames", "fps", "steps", "guidance", "guidance_low")  # see gallery.Wish
 
 
-def _add_sample(commands: Any) -> None:
+def _add_sample(parsers: Any) -> None:
     text = "continue a picture, or words alone, into clips; with a run, base and tuned side by side"
     usual = "What is left out is as in the run; for a model alone as its authors use it (models/published.py)."
-    command = commands.add_parser("sample", help=text, description=f"{text}. {usual}")
+    command = parsers.add_parser("sample", help=text, description=f"{text}. {usual}")
     command.add_argument("target", metavar="RUN|MODEL", help='a run, "pocket", a diffusers folder or a hub id')
     image = "the first frame, of which the middle is cut to the size; leave it out where the text alone counts"
     command.add_argument("--image", type=Path, help=image)
@@ -172,13 +172,11 @@ def rate(text: str) -> float:
     return number
 
 
-def _doctor(path: str | None, overrides: Sequence[str], processes: int | None) -> int:
-    from posttrain.doctor import check_recipe, doctor
+def _doctor(path: str | None, overrides: Sequence[str], processes: int) -> int:
+    from posttrain.doctor import check_recipe, doctor, gpu_memory
 
     if path is None:
         return doctor()
-    import torch
-
     from posttrain.data.clips import open_split
     from posttrain.dry import needs
     from posttrain.experiment import Recipe
@@ -194,8 +192,8 @@ def _doctor(path: str | None, overrides: Sequence[str], processes: int | None) -
     else:
         split = open_split(folder, plan.data.split)
         clip = (split.frames, *split.size)
-    needed = needs(plan.model, plan.train, clip, processes or max(1, torch.cuda.device_count()))
-    return doctor(lambda: check_recipe(*needed))
+    needed = needs(plan.model, plan.train, clip, processes)
+    return doctor(lambda: check_recipe(*needed, gpu_memory()))
 
 
 def _bench() -> int:

@@ -58,11 +58,18 @@ def check_packages(constraints: Path = CONSTRAINTS) -> Iterator[Finding]:
     yield Finding("packages", "note" if others else "ok", text, remedy)
 
 
+def gpu_memory() -> float | None:
+    """GiB of the first GPU, None without one."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else None
+
+
 def check_torch() -> Iterator[Finding]:
     import torch
 
-    if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    memory = gpu_memory()
+    if memory is not None:
         yield Finding("torch", "ok", f"{torch.__version__}, {torch.cuda.get_device_name()} with {memory:.0f} GiB")
     elif shutil.which("nvidia-smi"):
         remedy = "there is an NVIDIA driver: install a CUDA build of torch (`make setup` in a fresh .venv)"
@@ -129,16 +136,14 @@ def check_cores() -> Iterator[Finding]:
     yield Finding("machine", "ok" if cores > 1 else "note", f"{cores} cores, {memory:.0f} GiB memory", remedy)
 
 
-def check_recipe(line: str, memory: float, teraflop: float) -> Iterator[Finding]:
-    """What a recipe's training takes in one process (`line`, GiB, TFLOP a step), against the GPU that is here."""
-    import torch
-
+def check_recipe(line: str, memory: float, teraflop: float, gpu: float | None) -> Iterator[Finding]:
+    """What a recipe's training takes in one process (`line`, GiB, TFLOP a step), against a GPU of so many GiB."""
     state: Literal["ok", "bad"] = "ok"
     remedy = ""
-    if not torch.cuda.is_available():
+    if gpu is None:
         if teraflop > CPU_STEP:
             state, remedy = "bad", f"no GPU here: take one with {memory + DRIVER:.0f} GiB or more"
-    elif memory + DRIVER > torch.cuda.get_device_properties(0).total_memory / 2**30:
+    elif memory + DRIVER > gpu:
         state, remedy = "bad", "raise train.accumulate, set train.block_checkpointing=true, or make smaller clips"
     yield Finding("recipe", state, line, remedy)
 

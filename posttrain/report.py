@@ -24,6 +24,7 @@ import torch
 import yaml
 
 from posttrain import files
+from posttrain.charts import Point, chart, curves, nice_ticks, path_d
 from posttrain.data.clips import read_video
 from posttrain.evaluate import FIXED, REFERENCES, difference, position, read_records, summary
 from posttrain.gallery import animation
@@ -42,14 +43,8 @@ COLUMNS = (  # key, heading, explanation, decimals
     ("time_error", "Time error", "seconds", 3),
     ("no_contact", "Never lands", "share of clips", 2),
 )
-TITLES = {
-    "loss": "Training loss",
-    "grad_norm": "Norm of the gradient",
-    "val_l2": "Validation: L2",
-    "val_iou": "Validation: IoU",
-    "val_vanished": "Validation: vanished",
-}
-Point = tuple[float, float]
+# One clip: the records of the models that have it, what each has of it, and its first samples, uint8 (F, H, W, 3).
+Shown = tuple[list[dict[str, Any]], list[dict[str, Any]], list[np.ndarray]]
 
 
 def report(run: Path | str, runs: Mapping[str, Path] | None = None) -> tuple[Path, Path]:
@@ -67,13 +62,13 @@ def report(run: Path | str, runs: Mapping[str, Path] | None = None) -> tuple[Pat
     logs = [files.read_jsonl(path) for place in (runs or {"": run}).values() if (path := place / "log.jsonl").exists()]
     facts = summarise(run.name, records, recipe, [row for log in logs for row in log])
     files.write_json(run / "report.json", facts)
-    files.write_text(run / "report.html", page(run, records, facts, [] if runs or not logs else logs[0]))
-    chosen = comparable(records)[:SHOWN]
-    if chosen:
-        shown = chosen[0][0]
-        rows = [panels(run, shown, clips[0]["id"]) for _, clips in chosen]
-        alike = [row for row in rows if row[0].shape == rows[0][0].shape]
-        animation(run / "report.gif", alike, shown[0]["fps"], [record["model"] for record in shown])
+    shown = side_by_side(run, records)
+    files.write_text(run / "report.html", page(records, facts, [] if runs or not logs else logs[0], shown))
+    if shown:
+        models, _, first = shown[0]
+        names = [record["model"] for record in models]
+        alike = [p for m, _, p in shown if [r["model"] for r in m] == names and p[0].shape == first[0].shape]
+        animation(run / "report.gif", alike[:SHOWN], models[0]["fps"], names)
     return run / "report.json", run / "report.html"
 
 
@@ -138,11 +133,13 @@ def machine() -> dict[str, Any]:
 # ---------------------------------------------------------------- the page
 
 
-def page(run: Path, records: Sequence[dict[str, Any]], facts: dict[str, Any], log: list[dict[str, Any]]) -> str:
+def page(
+    records: Sequence[dict[str, Any]], facts: dict[str, Any], log: list[dict[str, Any]], shown: Sequence[Shown]
+) -> str:
     """The whole of report.html."""
     tuned = [name for name in dict.fromkeys(record["model"] for record in records) if name not in FIXED]
     styles = {"truth": "truth", "base": "base"} | {name: f"c{i % 5}" for i, name in enumerate(tuned)}
-    cards, data = players(run, records, styles)
+    cards, data = players(shown, styles)
     body = [headline(facts, tuned), table(facts, styles), sweep(facts), cards, curves(log), details(facts)]
     root = resources("posttrain")
     return string.Template((root / "report.html").read_text()).substitute(
@@ -263,31 +260,29 @@ def forest(value: dict[str, Any], longest: float, style: str) -> str:
     return f'<span class="forest {style}">{line}<b style="left:{middle:.1f}%"></b></span>'
 
 
-def comparable(
-    records: Sequence[dict[str, Any]],
-) -> list[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
-    """The first clips of each split that truth, base and trained models all have: for each the records, the clips."""
-    chosen = []
+def side_by_side(run: Path, records: Sequence[dict[str, Any]]) -> list[Shown]:
+    """The first clips of each split that truth, base and trained models all have."""
+    chosen: list[Shown] = []
     for split in dict.fromkeys(record["split"] for record in records):
-        shown = [record for record in records if record["split"] == split and record["model"] not in UNSHOWN]
-        shown = [record for record in shown if all(record[key] == shown[0][key] for key in ("fps", "size"))]
-        named = [{clip["id"]: clip for clip in record["clips"]} for record in shown]
+        models = [record for record in records if record["split"] == split and record["model"] not in UNSHOWN]
+        models = [record for record in models if all(record[key] == models[0][key] for key in ("fps", "size"))]
+        named = [{clip["id"]: clip for clip in record["clips"]} for record in models]
         common = [name for name in named[0] if all(name in clips for clips in named)]
-        chosen += [(shown, [clips[name] for clips in named]) for name in common[: PLAYERS.get(split, 4)]]
+        for name in common[: PLAYERS.get(split, 4)]:
+            chosen.append((models, [clips[name] for clips in named], panels(run, models, name)))
     return chosen
 
 
-def players(run: Path, records: Sequence[dict[str, Any]], styles: dict[str, str]) -> tuple[str, list[dict[str, Any]]]:
+def players(chosen: Sequence[Shown], styles: dict[str, str]) -> tuple[str, list[dict[str, Any]]]:
     """Cards of side-by-side clips over their trajectories, and the data that drive them."""
-    chosen = comparable(records)
-    films = [film(panels(run, shown, clips[0]["id"])) for shown, clips in chosen]
+    films = [film(pictures) for _, _, pictures in chosen]
     for crf in range(16, 52, 5):
-        videos = [encode(frames, shown[0]["fps"], crf) for frames, (shown, _) in zip(films, chosen, strict=True)]
+        videos = [encode(frames, shown[0]["fps"], crf) for frames, (shown, _, _) in zip(films, chosen, strict=True)]
         if sum(map(len, videos)) <= BUDGET:
             break
     cards: dict[str, str] = {}
-    data, widest = [], max((len(shown) for shown, _ in chosen), default=1)
-    for (shown, clips), video in zip(chosen, videos, strict=True):
+    data, widest = [], max((len(shown) for shown, _, _ in chosen), default=1)
+    for (shown, clips, _), video in zip(chosen, videos, strict=True):
         first = shown[0]
         cards[first["split"]] = cards.get(first["split"], "") + card(shown, clips, video, styles)
         paths = [clip["paths"][0] for clip in clips]
@@ -380,44 +375,6 @@ def encode(frames_FHWC: np.ndarray, fps: float, crf: int) -> bytes:
     return buffer.getvalue()
 
 
-def curves(log: list[dict[str, Any]]) -> str:
-    """Loss, validation and whatever else the method logged, over steps."""
-    keys = dict.fromkeys(key for row in log for key in row if key not in ("step", "lr", "seconds"))
-    figures = ""
-    for key in sorted(keys, key=lambda key: (key != "loss", not key.startswith("val_"))):
-        points = [(float(row["step"]), float(row[key])) for row in log if row.get(key) is not None]
-        if len(points) > 1:
-            figures += f"<figure><figcaption>{html.escape(TITLES.get(key, key))}</figcaption>{curve(points)}</figure>"
-    if not figures:
-        return ""
-    note = '<p class="note">Over training steps. Bold: running mean over 5% of the steps.</p>'
-    return f'<section id="curves"><h2>Learning curves</h2>{note}<div class="curves">{figures}</div></section>'
-
-
-def curve(points: Sequence[Point]) -> str:
-    """One quantity over steps: every value faintly and their running mean, or the values alone where they are few."""
-    steps, values = np.array(points).T
-    low, high = np.quantile(values, [0.0, 0.995])
-    if low == high or 0 <= low < 0.5 * high:
-        low, high = min(low, 0.0), max(high, 0.0) or 1.0
-    ticks = nice_ticks(low, high)
-    bottom, top = min(low, ticks[0]), max(high, ticks[-1])
-    lines: list[tuple[str, Sequence[Point | None]]] = [("c0", points)]
-    if len(points) > 40:
-        window = max(len(points) // 20, 3)
-        mean = np.convolve(values, np.ones(window) / window, "valid")
-        middle = steps[window // 2 : window // 2 + len(mean)]
-        thinned = slice(None, None, max(len(points) // 500, 1))
-        clipped = np.clip(values, bottom, top)
-        lines = [
-            ("c0 faint", list(zip(steps[thinned], clipped[thinned], strict=True))),
-            ("c0", list(zip(middle[thinned], mean[thinned], strict=True))),
-        ]
-    span = (0.0, float(steps[-1]))
-    x_ticks = [(x, f"{x:g}") for x in nice_ticks(*span)]
-    return chart(lines, span, (bottom, top), x_ticks, [(y, f"{y:g}".replace("-", "−")) for y in ticks])
-
-
 def sweep(facts: dict[str, Any]) -> str:
     """L2 and IoU over the values of a sweep, evenly spaced: their means and intervals, and the mean of the base."""
     if not facts["recipe"].get("sweep"):
@@ -444,56 +401,6 @@ def sweep(facts: dict[str, Any]) -> str:
         f'<section id="sweep"><h2>Over {html.escape(key)}</h2><p class="note">{note}</p>'
         f'<div class="curves">{figures}</div></section>'
     )
-
-
-def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round values in [low, high]."""
-    raw = (high - low) / count
-    unit = 10 ** math.floor(math.log10(raw))
-    step = next(factor * unit for factor in (1, 2, 2.5, 5, 10) if factor * unit >= raw)
-    return [round(k * step, 12) for k in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
-
-
-def chart(
-    series: Sequence[tuple[str, Sequence[Point | None]]],
-    x_range: Point,
-    y_range: Point,
-    x_ticks: Sequence[tuple[float, str]],
-    y_ticks: Sequence[tuple[float, str]],
-    extra: str = "",
-) -> str:
-    """Lines (class, points; None breaks a line) in a box that stretches while its strokes and labels do not."""
-    size = 1000
-
-    def at(value: float, span: Point) -> float:
-        return (value - span[0]) / (span[1] - span[0])
-
-    def place(points: Sequence[Point | None]) -> list[Point | None]:
-        # SVG's y points down
-        return [None if p is None else (size * at(p[0], x_range), size * (1 - at(p[1], y_range))) for p in points]
-
-    grid = "".join(f"M0 {size * (1 - at(y, y_range)):.0f}H{size}" for y, _ in y_ticks) + f"M0 {size}H{size}"
-    lines = "".join(f'<path class="{style}" d="{path_d(place(points), 0)}"/>' for style, points in series)
-    labels = ""
-    for y, text in y_ticks:
-        labels += f'<span class="y" style="top:{100 * (1 - at(y, y_range)):.1f}%">{text}</span>'
-    for i, (x, text) in enumerate(x_ticks):
-        end = " first" if i == 0 else " last" if at(x, x_range) > 0.95 else ""
-        labels += f'<span class="x{end}" style="left:{100 * at(x, x_range):.1f}%">{text}</span>'
-    return (
-        f'<div class="chart"><svg viewBox="0 0 {size} {size}" preserveAspectRatio="none" aria-hidden="true">'
-        f'<path class="grid" d="{grid}"/>{lines}</svg>{labels}{extra}</div>'
-    )
-
-
-def path_d(points: Sequence[Point | None], decimals: int) -> str:
-    """SVG path data; None lifts the pen."""
-    out, down = [], False
-    for point in points:
-        if point is not None:
-            out.append(f"{'L' if down else 'M'}{point[0]:.{decimals}f} {point[1]:.{decimals}f}")
-        down = point is not None
-    return "".join(out)
 
 
 def details(facts: dict[str, Any]) -> str:

@@ -150,8 +150,10 @@ def test_processes_share_the_batch(tmp_path: Path) -> None:
     assert memory < 0.8 * alone[1]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_without_a_gpu_a_large_recipe_is_not_called_ok() -> None:
-    (small,), (large,) = check_recipe("pocket", 0.4, 0.1), check_recipe("1.3B", 10.0, 760.0)
+def test_a_recipe_is_held_against_the_gpu() -> None:
+    (small,), (large,) = check_recipe("pocket", 0.4, 0.1, None), check_recipe("1.3B", 10.0, 760.0, None)
     assert (small.state, small.remedy) == ("ok", "")
     assert (large.state, large.remedy) == ("bad", "no GPU here: take one with 12 GiB or more")
+    (tight,), (fits,) = check_recipe("1.3B", 10.0, 760.0, 11.9), check_recipe("1.3B", 10.0, 760.0, 12.1)
+    assert (tight.state, fits.state) == ("bad", "ok")
+    assert "train.accumulate" in tight.remedy

@@ -18,7 +18,7 @@ from falling import RedTracker, write_dataset
 from PIL import Image
 from tiny import wan_folder
 
-from posttrain import cli, files, stages
+from posttrain import cli, commands, files
 from posttrain.benchmarks.pisabench import open_benchmark
 from posttrain.data.videos import inspect
 from posttrain.evaluate import EvalConfig, evaluate, validation
@@ -158,20 +158,15 @@ def test_the_second_expert_has_its_own_guidance(tmp_path: Path) -> None:
 def test_a_run_is_sampled_as_it_was_measured(home: Path) -> None:
     plan, _ = open_run(str(home / "runs" / "try"))
     measured = plan.model_copy(update={"eval": EvalConfig(clips="x", sampler={"steps": 3, "guidance_low": 2.0})})
-    assert stages._usual(measured) == {"steps": 3, "guidance": 1.0, "guidance_low": 2.0}
+    assert commands._usual(measured) == {"steps": 3, "guidance": 1.0, "guidance_low": 2.0}
 
 
 @pytest.mark.parametrize(("path", "device", "dtype"), [("wan", "cpu", "fp32"), ("wan", "cuda", "bf16"),
                                                        ("pocket", "cuda", "fp32")])  # fmt: skip
-def test_a_model_alone_is_bf16_on_a_gpu(
-    home: Path, monkeypatch: pytest.MonkeyPatch, path: str, device: str, dtype: str
-) -> None:
-    def refuse(config: ModelConfig) -> None:
-        raise UserError(config.dtype)
-
-    monkeypatch.setattr(stages, "load_model", refuse)
-    monkeypatch.setattr(stages, "_device", lambda: torch.device(device))
-    assert sampled(home, path, *SMALL)[2].splitlines()[-1] == dtype
+def test_a_model_alone_is_bf16_on_a_gpu(path: str, device: str, dtype: str) -> None:
+    for pictured, conditioning in ((True, "image"), (False, "text")):
+        config = commands.alone(path, pictured, torch.device(device))
+        assert (config.path, config.dtype, config.conditioning) == (path, dtype, conditioning)
 
 
 def test_all_texts_are_encoded_before_anything_is_sampled(home: Path, tmp_path: Path) -> None:

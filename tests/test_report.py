@@ -19,10 +19,11 @@ from PIL import Image, ImageSequence
 from playwright.sync_api import Page, sync_playwright
 
 from posttrain import report as room
+from posttrain.charts import nice_ticks, path_d
 from posttrain.evaluate import EvalConfig, evaluate
 from posttrain.files import UserError
 from posttrain.gallery import LINE
-from posttrain.report import encode, nice_ticks, path_d, report
+from posttrain.report import encode, report
 
 CHROMIUM = Path("/usr/bin/chromium")
 QUIET = ("quic", "background-networking", "component-update", "sync", "gpu")

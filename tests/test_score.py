@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import WanTransformer3DModel
 from falling import FPS, SIDE, SIZE, Oracle, RedTracker, film, rows_of, write_dataset
 from PIL import Image
 from test_stages import command
 from tiny import wan_folder
 from transformers import Sam2VideoConfig
 
-from posttrain import files, flow, sample, score
+from posttrain import files, score
 from posttrain.benchmarks.pisabench import open_benchmark
 from posttrain.data.videos import centred
 from posttrain.evaluate import summary
@@ -380,7 +381,23 @@ def test_what_is_padded_is_what_scoring_cuts_off(size) -> None:
     assert (out > 0).sum() == 3 * min(size) ** 2
 
 
-def test_the_command_lets_a_run_make_the_videos(tmp_path, monkeypatch) -> None:
+@contextmanager
+def calls() -> Iterator[list[str]]:
+    """Inside, every transformer's calls are noted."""
+    noted: list[str] = []
+
+    def note(module: torch.nn.Module, *_: Any) -> None:
+        if isinstance(module, WanTransformer3DModel):
+            noted.append("velocity")
+
+    hook = torch.nn.modules.module.register_module_forward_hook(note)
+    try:
+        yield noted
+    finally:
+        hook.remove()
+
+
+def test_the_command_lets_a_run_make_the_videos(tmp_path) -> None:
     wan_folder(tmp_path / "wan")
     write_dataset(tmp_path / "drops", ["train"], clips=1, frames=5)
     write_sim(tmp_path / "sim", 1)
@@ -395,24 +412,20 @@ def test_the_command_lets_a_run_make_the_videos(tmp_path, monkeypatch) -> None:
     code, _, said = command(tmp_path, "eval", "sim", "--run", "recipe.yaml")
     assert (code, said) == (1, "runs/try/adapter: is missing or incomplete; finish `posttrain train` first\n")
     assert command(tmp_path, "train", "recipe.yaml")[0] == 0
-    asked: list[tuple[int, float]] = []
-    solve = flow.sample
-
-    def noted(*arguments: Any, **named: Any) -> Any:
-        asked.append((arguments[5], arguments[6](1.0)))
-        return solve(*arguments, **named)
-
-    monkeypatch.setattr(sample, "sample", noted)
-    code, _, said = command(tmp_path, "eval", "sim", "--run", "try", "--out", "usual", "--tracker", "pocket")
+    with calls() as usual:
+        code, _, said = command(tmp_path, "eval", "sim", "--run", "try", "--out", "usual", "--tracker", "pocket")
     assert code == 0, said
-    assert set(asked) == {(50, 5.0)}  # there is no `eval` in the recipe
-    asked.clear()
+    made = 2 * 2  # base and tuned, of two splits
+    assert len(usual) == made * 50 * 2  # there is no `eval` in the recipe: 50 steps, with and without the caption
     options = ("--steps", "2", "--guidance", "3", "--seeds", "2", "--out", "asked")
-    assert command(tmp_path, "eval", "sim", "--run", "try", *options)[0] == 0
-    assert set(asked) == {(2, 3.0)}
+    with calls() as asked:
+        assert command(tmp_path, "eval", "sim", "--run", "try", *options)[0] == 0
+    assert len(asked) == made * 2 * 2 * 2
     assert len(list((tmp_path / "asked" / "videos").rglob("00-s1.mp4"))) == 4
-    code, _, said = command(tmp_path, "eval", "sim", "--run", "try", "--steps", "2", "--guidance", "1")
+    with calls() as plain:
+        code, _, said = command(tmp_path, "eval", "sim", "--run", "try", "--steps", "2", "--guidance", "1")
     assert code == 0, said
+    assert len(plain) == made * 2
     rows = files.read_json(tmp_path / "runs" / "eval-sim" / "report.json")
     assert {(row["model"], row["split"]) for row in rows["rows"]} == {
         (model, split) for model in ("base", "psft") for split in ("seen", "unseen")

@@ -351,10 +351,14 @@ def test_a_sweep_is_a_run_for_each_value_and_one_report(home):
 
     code, out, said = command(home, "compare", "sizes/3", "sizes/1")
     assert code == 0, said
-    gap = out.partition("Minus sizes/3")[2].splitlines()[1].split()
-    assert gap[:2] == ["sizes/1", "unseen"]
+    table, _, gaps = out.partition("Minus psft sizes/3")
+    rows = ("truth", "truth_vae", "frozen", "base", "psft sizes/3", "psft sizes/1")
+    assert [line.partition(" unseen ")[0].strip() for line in table.splitlines()[1:]] == list(rows)
+    label, _, gap = gaps.splitlines()[1].partition(" unseen ")
+    gap = gap.split()
+    assert label.strip() == "psft sizes/1"
     clips = [files.read_json(folder / str(value) / "evaluation" / "psft-test_unseen.json")["clips"] for value in (3, 1)]
-    for at, key in ((2, "l2"), (5, "iou")):  # the mean of the differences, and two ends
+    for at, key in ((0, "l2"), (3, "iou")):  # the mean of the differences, and two ends
         mean = sum(b[key] - a[key] for a, b in zip(*clips, strict=True)) / len(clips[0])
         assert float(gap[at]) == pytest.approx(mean, abs=6e-4)
     command(home, "run", *base, "run=alike", "data.limit=2", "eval.seeds=2")

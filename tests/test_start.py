@@ -77,7 +77,7 @@ def rows(home: Path, run: str) -> tuple[Wan, Wan]:
     """The models of the rows `base` and `psft`, as evaluation has them."""
     with contextlib.chdir(home):
         plan, folder = open_run(run)
-        with stages._base(plan) as base, stages._tuned(plan, folder) as tuned:
+        with stages.base_model(plan) as base, stages.tuned_model(plan, folder) as tuned:
             return base, tuned
 
 

@@ -326,6 +326,8 @@ def test_a_list_beside_the_splits_counts_before_their_videos(tmp_path, name, pre
         ("train/a.mp4", "a falls"),
     ]
     assert len(choose(found, Wanted(5, 8.0, (16, 16)), "leave_out")[0]) == 2
+    if prefix:
+        assert entries(tmp_path, "val") == []  # what is listed is other splits'
     if name != "videos.txt":
         assert entries(tmp_path / name, "train") == found
 

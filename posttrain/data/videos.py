@@ -44,6 +44,14 @@ PROMPTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 VIDEO = ("file_name", "video", "video_path", "video_file", "path")  # names of columns, the first that is there counts
 CAPTION = ("caption", "prompt", "text")
 SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wmv", ".flv", ".mpg", ".mpeg", ".gif"}
+SPLITS = {
+    "train",
+    "test",
+    "test_seen",
+    "test_unseen",
+    "val",
+    "validation",
+}  # folders that names may begin with
 TIE = 1e-6  # seconds: times this near to each other are the same
 Box = tuple[int, int, int, int]  # top, left, height, width
 Crop = Literal["center", "top", "bottom", "left", "right", "none"]
@@ -130,8 +138,7 @@ def _of_split(listed: Sequence[Entry], split: str) -> list[Entry]:
         lies_within = not (entry.folder / entry.name).exists() and (entry.folder / within).exists()
         found.append(replace(entry, name=within) if lies_within else entry)
     chosen = [entry for entry in found if Path(entry.name).parts[0] == split]
-    others = {"train", "test", "test_seen", "test_unseen", "val", "validation"} - {split}
-    return chosen or [entry for entry in found if Path(entry.name).parts[0] not in others]
+    return chosen or [entry for entry in found if Path(entry.name).parts[0] not in SPLITS]
 
 
 def _table(path: Path) -> list[Entry]:

@@ -116,7 +116,8 @@ def share(transformer: nn.Module, other: nn.Module) -> float:
 def _added(layer: Any) -> torch.Tensor:
     """What the adapter on a layer adds to its weight, float32."""
     (name,) = layer.active_adapters
-    return layer.scaling[name] * (layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float())
+    added: torch.Tensor = layer.get_delta_weight(name)
+    return added.float()
 
 
 def save(transformer: nn.Module, folder: Path | str) -> Path:

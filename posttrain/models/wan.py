@@ -22,12 +22,11 @@ from typing import Any, Literal
 
 import diffusers
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -41,6 +40,7 @@ from posttrain.files import UserError, read_json, replacing
 from posttrain.models import lora
 from posttrain.models.base import ModelConfig
 from posttrain.models.folders import check_files, find, load_part
+from posttrain.models.padding import fold_padding
 
 TEXT_TOKENS = 512
 PREPROCESSING = "1"  # raise it when encode, encode_text or condition change, so that cached latents are made again
@@ -104,22 +104,10 @@ class Wan:
             self._held[name] = self._read[name]()
         return self._held[name]
 
-    @property
-    def vae(self) -> Any:
-        return self._part("vae")
-
-    @property
-    def text_encoder(self) -> Any:
-        return self._part("text_encoder")
-
-    @property
-    def image_encoder(self) -> Any:
-        return self._part("image_encoder")
-
-    @property
-    def other(self) -> Any:
-        """The expert that is not trained."""
-        return self._part("other")
+    vae = property(lambda self: self._part("vae"))
+    text_encoder = property(lambda self: self._part("text_encoder"))
+    image_encoder = property(lambda self: self._part("image_encoder"))
+    other = property(lambda self: self._part("other"))  # the expert that is not trained
 
     def weights(self) -> list[nn.Module]:
         if "other" not in self._read:
@@ -195,7 +183,7 @@ class Wan:
             return {}
         if not self.given:
             first_BC1HW = torch.zeros_like(first_BC1HW)
-        z_BCFHW = self.encode(functional.pad(first_BC1HW, (0, 0, 0, 0, 0, frames - 1)))
+        z_BCFHW = self.encode(F.pad(first_BC1HW, (0, 0, 0, 0, 0, frames - 1)))
         batch, _, *size = z_BCFHW.shape
         mask_BCFHW = z_BCFHW.new_zeros(batch, self.vae_config.scale_factor_temporal, *size)
         mask_BCFHW[:, :, 0] = float(self.given)
@@ -281,49 +269,6 @@ class Wan:
             lora.unwrap(self.transformer).load_state_dict(trained.state_dict())
         else:
             lora.load(self.transformer, path)
-
-
-class FoldedTextAttention(WanAttnProcessor):
-    """Text attention that counts equal padding keys instead of visiting each.
-
-    All padded tokens have one key and one value, so n of them weigh softmax(.. + log n) of a single one. The
-    log-counts arrive as the last channel of the text (`fold_padding`), so each call carries its own and block
-    checkpointing recomputes the same numbers. Softmax in float32: log n is too coarse in bfloat16.
-    """
-
-    def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: None, rotary_emb: None
-    ) -> Tensor:
-        text = encoder_hidden_states[..., :-1].type_as(hidden_states)
-        bias_BL = encoder_hidden_states[..., -1].detach()  # flash attention takes only a constant bias
-        q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(text)), attn.to_v(text)
-        q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2).to(bias_BL.dtype) for x in (q, k, v))
-        with torch.autocast(q.device.type, enabled=False):
-            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias_BL[:, None, None])
-        return attn.to_out[0](out.transpose(1, 2).flatten(2).type_as(hidden_states))
-
-
-def fold_padding(transformer: WanTransformer3DModel) -> None:
-    """Let `transformer` attend to one padded text token per caption instead of hundreds, with equal results.
-
-    One that attends to pictures too is left as it is: diffusers finds its text as the last 512 tokens.
-    """
-    if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
-        return
-
-    def fold(_: nn.Module, inputs: tuple[Tensor], text_BLE: Tensor) -> Tensor:
-        (text_BLD,) = inputs
-        place_L = torch.arange(text_BLD.shape[1], device=text_BLD.device)
-        real_B = ((text_BLD != 0).any(-1) * (place_L + 1)).amax(1)  # tokens before the zero padding
-        kept = min(int(real_B.max()) + 1, text_BLD.shape[1])
-        weight_B = (text_BLD.shape[1] - real_B) / (kept - real_B).clamp(min=1)  # equal pads per pad that is kept
-        bias_BL = torch.where(place_L[:kept] < real_B[:, None], 0.0, weight_B[:, None].log())
-        text_BLE = text_BLE[:, :kept].to(torch.promote_types(text_BLE.dtype, bias_BL.dtype))
-        return torch.cat([text_BLE, bias_BL[..., None]], dim=-1)
-
-    transformer.condition_embedder.text_embedder.register_forward_hook(fold)
-    for block in transformer.blocks:
-        block.attn2.set_processor(FoldedTextAttention())
 
 
 def _shape(config: dict[str, Any]) -> dict[str, Any]:

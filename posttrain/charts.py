@@ -1,0 +1,105 @@
+"""The report's charts: SVG that stretches with the page, with labels that do not."""
+
+import html
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+TITLES = {
+    "loss": "Training loss",
+    "grad_norm": "Norm of the gradient",
+    "val_l2": "Validation: L2",
+    "val_iou": "Validation: IoU",
+    "val_vanished": "Validation: vanished",
+}
+Point = tuple[float, float]
+
+
+def curves(log: list[dict[str, Any]]) -> str:
+    """Loss, validation and whatever else the method logged, over steps."""
+    keys = dict.fromkeys(key for row in log for key in row if key not in ("step", "lr", "seconds"))
+    figures = ""
+    for key in sorted(keys, key=lambda key: (key != "loss", not key.startswith("val_"))):
+        points = [(float(row["step"]), float(row[key])) for row in log if row.get(key) is not None]
+        if len(points) > 1:
+            figures += f"<figure><figcaption>{html.escape(TITLES.get(key, key))}</figcaption>{curve(points)}</figure>"
+    if not figures:
+        return ""
+    note = '<p class="note">Over training steps. Bold: running mean over 5% of the steps.</p>'
+    return f'<section id="curves"><h2>Learning curves</h2>{note}<div class="curves">{figures}</div></section>'
+
+
+def curve(points: Sequence[Point]) -> str:
+    """One quantity over steps: every value faintly and their running mean, or the values alone where they are few."""
+    steps, values = np.array(points).T
+    low, high = np.quantile(values, [0.0, 0.995])
+    if low == high or 0 <= low < 0.5 * high:
+        low, high = min(low, 0.0), max(high, 0.0) or 1.0
+    ticks = nice_ticks(low, high)
+    bottom, top = min(low, ticks[0]), max(high, ticks[-1])
+    lines: list[tuple[str, Sequence[Point | None]]] = [("c0", points)]
+    if len(points) > 40:
+        window = max(len(points) // 20, 3)
+        mean = np.convolve(values, np.ones(window) / window, "valid")
+        middle = steps[window // 2 : window // 2 + len(mean)]
+        thinned = slice(None, None, max(len(points) // 500, 1))
+        clipped = np.clip(values, bottom, top)
+        lines = [
+            ("c0 faint", list(zip(steps[thinned], clipped[thinned], strict=True))),
+            ("c0", list(zip(middle[thinned], mean[thinned], strict=True))),
+        ]
+    span = (0.0, float(steps[-1]))
+    x_ticks = [(x, f"{x:g}") for x in nice_ticks(*span)]
+    return chart(lines, span, (bottom, top), x_ticks, [(y, f"{y:g}".replace("-", "−")) for y in ticks])
+
+
+def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """About `count` round values in [low, high]."""
+    raw = (high - low) / count
+    unit = 10 ** math.floor(math.log10(raw))
+    step = next(factor * unit for factor in (1, 2, 2.5, 5, 10) if factor * unit >= raw)
+    return [round(k * step, 12) for k in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
+
+
+def chart(
+    series: Sequence[tuple[str, Sequence[Point | None]]],
+    x_range: Point,
+    y_range: Point,
+    x_ticks: Sequence[tuple[float, str]],
+    y_ticks: Sequence[tuple[float, str]],
+    extra: str = "",
+) -> str:
+    """Lines (class, points; None breaks a line) in a box that stretches while its strokes and labels do not."""
+    size = 1000
+
+    def at(value: float, span: Point) -> float:
+        return (value - span[0]) / (span[1] - span[0])
+
+    def place(points: Sequence[Point | None]) -> list[Point | None]:
+        # SVG's y points down
+        return [None if p is None else (size * at(p[0], x_range), size * (1 - at(p[1], y_range))) for p in points]
+
+    grid = "".join(f"M0 {size * (1 - at(y, y_range)):.0f}H{size}" for y, _ in y_ticks) + f"M0 {size}H{size}"
+    lines = "".join(f'<path class="{style}" d="{path_d(place(points), 0)}"/>' for style, points in series)
+    labels = ""
+    for y, text in y_ticks:
+        labels += f'<span class="y" style="top:{100 * (1 - at(y, y_range)):.1f}%">{text}</span>'
+    for i, (x, text) in enumerate(x_ticks):
+        end = " first" if i == 0 else " last" if at(x, x_range) > 0.95 else ""
+        labels += f'<span class="x{end}" style="left:{100 * at(x, x_range):.1f}%">{text}</span>'
+    return (
+        f'<div class="chart"><svg viewBox="0 0 {size} {size}" preserveAspectRatio="none" aria-hidden="true">'
+        f'<path class="grid" d="{grid}"/>{lines}</svg>{labels}{extra}</div>'
+    )
+
+
+def path_d(points: Sequence[Point | None], decimals: int) -> str:
+    """SVG path data; None lifts the pen."""
+    out, down = [], False
+    for point in points:
+        if point is not None:
+            out.append(f"{'L' if down else 'M'}{point[0]:.{decimals}f} {point[1]:.{decimals}f}")
+        down = point is not None
+    return "".join(out)
