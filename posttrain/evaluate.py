@@ -266,7 +266,7 @@ def validation(
 
     def validate(step: int) -> tuple[dict[str, float], dict[str, Path]]:
         batch = some.load(indices).to(model.device)
-        videos = generate("validation", model, batch, truths, 0, config.sampler, texts or None)
+        videos = generate("validation", model, batch, truths, 0, config.sampler, texts)
         paths = {f"validation/{name}": folder / f"step-{step:06d}" / f"{name}.mp4" for name in batch.ids}
         for path, video in zip(paths.values(), videos, strict=True):
             sample.write_video(path, video, truths[0]["fps"])

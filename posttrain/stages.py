@@ -103,6 +103,8 @@ def train(plan: Recipe, folder: Path) -> None:
     """
     check_trackers(plan.train.trackers)
     model, method = load_model(plan.model), plan.method.module
+    if plan.eval and not hasattr(model, "transformer"):
+        raise UserError(f"eval: is for video models; leave it out of a {plan.model.family}'s recipe")
     clips = Clips(plan.data, preload=False)
     tell(clips, folder)
     if method.DATA == "clips" and not clips.annotated:
@@ -121,8 +123,7 @@ def train(plan: Recipe, folder: Path) -> None:
 
         # also where it is not used, so that what evaluation will lack is said before training
         validate = validation(folder, plan.eval, model, load_tracker(plan.eval.tracker))
-        if hasattr(model, "unload"):
-            model.unload()  # captions are read
+        model.unload()  # captions are read
     every = plan.eval.every if plan.eval else 0
     depends = method.depends(plan.method.config) if hasattr(method, "depends") else {}
     run = Run(folder, model.module, data, plan.train, validate, every, depends)

@@ -188,6 +188,10 @@ def test_what_is_no_start_is_one_line(home: Path) -> None:
             ["model.family=vae", "method={name: vae}", "model.start=first"],
             "model: start and merge are for video models",
         ),
+        (
+            ["model.family=vae", "method={name: vae}", "model.adapter=null", "eval={clips: drops, splits: [train]}"],
+            "eval: is for video models; leave it out of a vae's recipe",
+        ),
     ):
         code, said = command(home, "train", "recipe.yaml", "run=wrong", *overrides)
         assert code == 1
