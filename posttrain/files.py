@@ -30,6 +30,8 @@ def explain(path: Path) -> Iterator[None]:
             raise UserError(f"{path}: the disk is full; free some space and start again, nothing is lost") from error
         if error.errno == errno.EFBIG:
             raise UserError(f"{path}: is larger than the system allows (ulimit -f); raise the limit") from error
+        if error.errno == errno.ENOENT:
+            raise UserError(f"{path}: cannot be written (its folder was removed meanwhile); start again") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
             raise UserError(f"{path}: cannot be written (a folder on the way is a file); choose another") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -5,7 +5,9 @@
     <out>/<split>/<id>.mp4, .npz     lossless RGB, and the annotations
     <out>/.rows/<split>/<id>.json    a clip's row; written last, so it says that the clip is complete
 
-Clip i of a split is a function of (seed, split, i) alone, so it does not matter who makes it, or when.
+Scene i of a split is a function of (seed, split, i) alone, so it does not matter who makes it, or when. A world with
+a `group` films each scene more than once (sim/counterfactual.py): the clips of scene 3 are 00003-0, 00003-1 and so on,
+the true one first, and their rows tell `group` and `violation`.
 """
 
 import fcntl
@@ -102,28 +104,67 @@ def write(
         if missing:
             _run(out, film, missing, min(workers or os.cpu_count() or 1, len(missing)), console)
         for split, count in splits.items():
-            write_jsonl(out / split / "metadata.jsonl", [read_json(_row(out, split, i)) for i in range(count)])
+            rows = [row for i in range(count) for row in read_json(_row(out, split, i))]
+            write_jsonl(out / split / "metadata.jsonl", rows)
     console.print(f"{out}: complete, {', '.join(f'{split} {count}' for split, count in splits.items())}")
 
 
-def make(film: Film, split: str, index: int) -> tuple[Scene, Trajectory, Clip]:
-    """Clip `index` of `split`. Splits whose name ends in "unseen" use the test assets, all others the train assets."""
+@dataclass(frozen=True)
+class Take:
+    """A clip and what it is of; `id` names its files, `more` is what its row tells beside the usual."""
+
+    id: str
+    scene: Scene
+    trajectory: Trajectory
+    clip: Clip
+    more: dict[str, Any]
+
+
+def takes(film: Film, split: str, index: int) -> Iterator[Take]:
+    """The clips of scene `index` of `split`: one, or of a world with groups the true one and those that break a law.
+
+    Splits whose name ends in "unseen" use the test assets, all others the train assets.
+    """
     module = importlib.import_module(f"sim.{film.world}")
     renderer = importlib.import_module(f"sim.render.{film.renderer}")
     rng = np.random.default_rng([film.seed, zlib.crc32(split.encode()), index])
     unseen = split.endswith("unseen")
     objects, backgrounds = (assets.split(ids)[unseen] for ids in (assets.object_ids(), assets.background_ids()))
-    scene, trajectory = module.make(rng, film.config, objects, backgrounds, index)
-    return scene, trajectory, renderer.render(scene, trajectory, supersample=film.supersample)
+    if not hasattr(module, "group"):
+        scene, trajectory = module.make(rng, film.config, objects, backgrounds, index)
+        clip = renderer.render(scene, trajectory, supersample=film.supersample)
+        yield Take(f"{index:05d}", scene, trajectory, clip, {})
+        return
+    scene, true, violations = module.group(rng, film.config, objects, backgrounds, index)
+    truth = renderer.render(scene, true, supersample=film.supersample)
+    yield Take(f"{index:05d}-0", scene, true, truth, {"group": index, "violation": None})
+    for member, violation in enumerate(violations, 1):
+        trajectory = module.violate(scene, true, violation)
+        clip = renderer.render(scene, trajectory, supersample=film.supersample)
+        clip.rgb[0] = truth.rgb[0]  # shadows are as coarse as the motion is wide, which would tell
+        told = {
+            **module.told(violation),
+            "severity": module.severity(scene, violation.kind, clip, trajectory, true, truth),
+        }
+        yield Take(f"{index:05d}-{member}", scene, trajectory, clip, {"group": index, "violation": told})
+
+
+def make(film: Film, split: str, index: int) -> tuple[Scene, Trajectory, Clip]:
+    """The clip of scene `index` of `split`, of a group the true one."""
+    take = next(takes(film, split, index))
+    return take.scene, take.trajectory, take.clip
 
 
 def finished(out: Path, split: str, index: int) -> bool:
-    """Whether the clip lies there with the bytes its row promises."""
+    """Whether the scene's clips lie there with the bytes their rows promise."""
     try:
-        row = json.loads(_row(out, split, index).read_text())
         files = ("file_name", "sha256"), ("annotations", "annotations_sha256")
-        return all(sha256(out / split / row[name]) == row[digest] for name, digest in files)
-    except (OSError, ValueError, KeyError):
+        return all(
+            sha256(out / split / row[name]) == row[digest]
+            for row in json.loads(_row(out, split, index).read_text())
+            for name, digest in files
+        )
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -153,19 +194,19 @@ def pack(arrays: dict[str, np.ndarray]) -> bytes:
     return buffer.getvalue()
 
 
-def describe(film: Film, split: str, index: int, scene: Scene, trajectory: Trajectory) -> dict[str, Any]:
-    """A row of metadata.jsonl, but for the files' digests."""
+def describe(film: Film, split: str, name: str, scene: Scene, trajectory: Trajectory) -> dict[str, Any]:
+    """A row of metadata.jsonl, but for the files' digests; `name` is that of the clip."""
     camera, target = scene.camera, scene.target
     focal = camera.focal / camera.sensor * camera.width
     touched = [c.time for c in trajectory.contacts if target in (c.a, c.b)]
     return {
-        "file_name": f"{index:05d}.mp4",
+        "file_name": f"{name}.mp4",
         "caption": scene.caption,
         "fps": scene.fps,
         "frames": scene.frames,
         "size": [camera.height, camera.width],
         "seed": film.seed,
-        "annotations": f"{index:05d}.npz",
+        "annotations": f"{name}.npz",
         "camera": {
             "position": camera.position,
             "focal": camera.focal,
@@ -193,22 +234,23 @@ def _row(out: Path, split: str, index: int) -> Path:
 
 
 def _make_and_write(out: Path, film: Film, split: str, index: int) -> None:
-    scene, trajectory, clip = make(film, split, index)
-    row = describe(film, split, index, scene, trajectory)
-    video = encode(clip.rgb, scene.fps)
-    annotations = pack(
-        {
-            "instances": clip.instances,
-            "depth": clip.depth.astype(np.float32),
-            "flow": clip.flow.astype(np.float16),
-            "positions": trajectory.positions_TN3,
-            "quaternions": trajectory.quaternions_TN4,
-        }
-    )
-    write_bytes(out / split / row["file_name"], video, flush=False)
-    write_bytes(out / split / row["annotations"], annotations, flush=False)
-    digests = {"sha256": _digest(video), "annotations_sha256": _digest(annotations)}
-    write_json(_row(out, split, index), row | digests, flush=False)
+    rows = []
+    for take in takes(film, split, index):
+        row = describe(film, split, take.id, take.scene, take.trajectory) | take.more
+        video = encode(take.clip.rgb, take.scene.fps)
+        annotations = pack(
+            {
+                "instances": take.clip.instances,
+                "depth": take.clip.depth.astype(np.float32),
+                "flow": take.clip.flow.astype(np.float16),
+                "positions": take.trajectory.positions_TN3,
+                "quaternions": take.trajectory.quaternions_TN4,
+            }
+        )
+        write_bytes(out / split / row["file_name"], video, flush=False)
+        write_bytes(out / split / row["annotations"], annotations, flush=False)
+        rows.append(row | {"sha256": _digest(video), "annotations_sha256": _digest(annotations)})
+    write_json(_row(out, split, index), rows, flush=False)
 
 
 def _digest(content: bytes) -> str:

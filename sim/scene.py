@@ -106,12 +106,16 @@ class Contact:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Poses at the frames. `energy` is the mechanical energy of all bodies in joules at every physics step."""
+    """Poses at the frames. `energy` is the mechanical energy of all bodies in joules at every physics step.
+
+    `scales_TN`: how large bodies are drawn, 1 as they are, 0 not at all; None: all are as they are.
+    """
 
     positions_TN3: np.ndarray
     quaternions_TN4: np.ndarray
     contacts: tuple[Contact, ...]
     energy: np.ndarray
+    scales_TN: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def test_the_folder_holds_what_the_page_says(made: Path):
 def test_contact_times_give_drop_heights():
     film = dataset.Film("drop", FILM.config.model_copy(update={"frames": 17}))
     scene, trajectory, _ = dataset.make(film, "train", 0)
-    row = dataset.describe(film, "train", 0, scene, trajectory)
+    row = dataset.describe(film, "train", "00000", scene, trajectory)
     assert row["contact_time"] == row["contacts"][0]["time"]
     assert row["drop_height"] == pytest.approx(9.81 * row["contact_time"] ** 2 / 2)
     assert 0.45 < row["drop_height"] < 1.55

@@ -67,10 +67,18 @@ MAY_IMPORT = {
     "sim.assets": ["sim.scene", "posttrain.files"],
     "sim.physics": ["sim.scene", "sim.assets"],
     "sim.render": ["sim.scene", "sim.assets", "posttrain.files"],
-    "sim.render.tiny": ["sim.scene", "sim.assets", "sim.render", "sim.physics"],  # PyBullet is its renderer too
+    "sim.render.tiny": [
+        "sim.scene",
+        "sim.assets",
+        "sim.render",
+        "sim.physics",
+        "posttrain.files",
+    ],  # PyBullet is its renderer too
     "sim.drop": ["sim.scene", "sim.assets", "sim.physics", "posttrain.files"],
     "sim.motion": ["sim.scene", "sim.assets", "sim.drop", "sim.physics", "posttrain.files"],
+    "sim.counterfactual": ["sim.scene", "sim.drop", "sim.physics"],
     "sim.dataset": ["sim.scene", "sim.assets", "posttrain.files"],
+    "sim.show": ["posttrain.files"],
     "sim.cli": ["sim", "posttrain.recipe", "posttrain.files"],
     "sim.__main__": ["sim.cli"],
 }

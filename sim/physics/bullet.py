@@ -10,6 +10,7 @@ Shape letters: S physics steps, T frames, N bodies, V hull vertices.
 
 import math
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 
@@ -20,6 +21,7 @@ from sim.scene import FLOOR, Body, Contact, Quaternion, Scene, Trajectory, Vecto
 
 RATE = 240  # physics steps per second, or the next rate that is a whole number of steps per frame
 GAP = 3  # steps without impulse that end a touch
+Intervene = Callable[[ModuleType, list[int], int], None]  # engine, the bodies' handles (the floor's is 0), step
 STILL = 5e-3  # metres (and radians) per second below which a settling body rests
 
 
@@ -52,13 +54,19 @@ def steps_per_frame(fps: float) -> int:
     return math.ceil(RATE / fps)
 
 
-def _add(bullet: ModuleType, body: Body) -> int:
+def shape(bullet: ModuleType, body: Body) -> int:
+    """What collides for it: a sphere or its convex hull."""
     if is_round(body):
-        shape = bullet.createCollisionShape(bullet.GEOM_SPHERE, radius=body.size / 2)
-    else:
-        shape = bullet.createCollisionShape(bullet.GEOM_MESH, vertices=(assets.hull(body.asset) * body.size).tolist())
+        return int(bullet.createCollisionShape(bullet.GEOM_SPHERE, radius=body.size / 2))
+    vertices = (assets.hull(body.asset) * body.size).tolist()
+    return int(bullet.createCollisionShape(bullet.GEOM_MESH, vertices=vertices))
+
+
+def _add(bullet: ModuleType, body: Body) -> int:
     mass = 0.0 if body.role == "moved" else body.mass
-    handle = bullet.createMultiBody(mass, shape, basePosition=body.position, baseOrientation=xyzw(body.orientation))
+    handle = bullet.createMultiBody(
+        mass, shape(bullet, body), basePosition=body.position, baseOrientation=xyzw(body.orientation)
+    )
     bullet.changeDynamics(
         handle, -1, lateralFriction=body.friction, restitution=body.restitution, linearDamping=0, angularDamping=0
     )
@@ -79,15 +87,17 @@ def _load(scene: Scene) -> tuple[ModuleType, list[int], float]:
     return bullet, [_add(bullet, body) for body in scene.bodies], step
 
 
-def simulate(scene: Scene) -> Trajectory:
+def simulate(scene: Scene, intervene: Intervene | None = None) -> Trajectory:
     """Let the scene go at time 0: `dropped` bodies fall from rest, `pile` rests, `moved` are fixed obstacles.
+
+    `intervene` is called before each step, step 0 before anything has moved, and may change the engine's world.
 
     A contact's time is that of the step that first resists it, at most one step off; its impulse is the sum of the
     normal impulses until the two part (or the clip ends, for what comes to rest).
     """
     bullet, handles, step = _load(scene)
     per_frame = steps_per_frame(scene.fps)
-    body_of = {handle: i for i, handle in enumerate(handles)} | {0: FLOOR}
+    body_of = {handle: i for i, handle in enumerate(handles)}  # all else, the floor's 0 among it, is floor
     gravity = np.array(scene.gravity)
     for handle, body in zip(handles, scene.bodies, strict=True):
         if body.role == "dropped":
@@ -97,13 +107,15 @@ def simulate(scene: Scene) -> Trajectory:
     touches: dict[tuple[int, int], list[float]] = {}  # (time, impulse, last step) of what touches now
     contacts = []
     for n in range((scene.frames - 1) * per_frame + 1):
+        if intervene is not None:
+            intervene(bullet, handles, n)
         poses.append([sum(bullet.getBasePositionAndOrientation(handle), ()) for handle in handles])
         velocities.append([sum(bullet.getBaseVelocity(handle), ()) for handle in handles])
         bullet.stepSimulation()
         impulses: dict[tuple[int, int], float] = {}
         for point in bullet.getContactPoints():
             if point[9] > 0:
-                pair = body_of[point[1]], body_of[point[2]]
+                pair = body_of.get(point[1], FLOOR), body_of.get(point[2], FLOOR)
                 pair = (max(pair), FLOOR) if FLOOR in pair else (min(pair), max(pair))
                 impulses[pair] = impulses.get(pair, 0.0) + point[9] * step
         for pair, impulse in impulses.items():

@@ -525,6 +525,8 @@ class Look:
         sizes = np.array([body.size for body in scene.bodies])
         poses = np.zeros((*positions.shape[:2], 4, 4))
         poses[..., :3, :3], poses[..., :3, 3], poses[..., 3, 3] = rotation(trajectory.quaternions_TN4), positions, 1
+        scales_TN = np.ones(positions.shape[:2]) if trajectory.scales_TN is None else trajectory.scales_TN
+        poses[..., :3, :3] *= scales_TN[..., None, None]
         view = np.eye(4)
         view[:3, :3] = [[1, 0, 0], [0, 0, -1], [0, 1, 0]]
         view[:3, 3] = -view[:3, :3] @ camera.position
@@ -550,7 +552,7 @@ class Look:
         radii = sizes * np.cbrt([3 * m.volume / (4 * np.pi) for m in meshes])
         self.spheres = np.zeros((len(positions), OCCLUDERS, 4), dtype=np.float32)
         n = min(len(sizes), OCCLUDERS)
-        self.spheres[:, :n, :3], self.spheres[:, :n, 3] = positions[:, :n], radii[:n]
+        self.spheres[:, :n, :3], self.spheres[:, :n, 3] = positions[:, :n], (radii * scales_TN)[:, :n]
         self.light: dict[str, Value] = {
             "eye": camera.position, "sun": tuple(sun.tolist()), "sun_color": scene.light.color,
             "ambient": scene.light.ambient, "light": columns(light), "texel": float(texel), "occluders": n,

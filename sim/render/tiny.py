@@ -9,6 +9,7 @@ from types import ModuleType
 
 import numpy as np
 
+from posttrain.files import UserError
 from sim import assets
 from sim.physics.bullet import engine, xyzw
 from sim.render.geometry import check, flow, focal_pixels, rays
@@ -28,9 +29,11 @@ def render(scene: Scene, trajectory: Trajectory, supersample: int = 2) -> Clip:
     """Film the trajectory; see Clip for what comes back. `supersample`^2 colour samples per pixel.
 
     Raises:
-        UserError: more bodies than a uint8 mask can number.
+        UserError: more bodies than a uint8 mask can number, or bodies that change their size.
     """
     check(scene)
+    if trajectory.scales_TN is not None:
+        raise UserError("renderer tiny: cannot let bodies vanish or melt; write `renderer: {name: gl}` in the recipe")
     bullet, client = world()
     bullet.resetSimulation(physicsClientId=client)
     handles = [_add(bullet, client, body) for body in scene.bodies]

@@ -1,0 +1,238 @@
+"""Clips that are wrong in a known way by a known amount: groups of one true drop scene and violations of it.
+
+All members of a group have the scene, the camera and the first picture of the true clip (sim/drop.py); each other one
+breaks one law. A violation's `value` is physical, its `severity` says how wrong the clip is:
+
+    severity = min(1, d / d_frozen),   d = mean over frames and bodies of |x - x_true|, metres,
+
+with x the bodies' centres of mass and d_frozen that of the clip in which nothing moves. For what vanishes or melts,
+whose centre may be right, d is the mean over frames of the pixels in which the target's mask differs from the true one.
+
+Shape letters: T frames, N bodies.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from sim import drop
+from sim.physics import bullet
+from sim.scene import Clip, Scene, Trajectory
+
+# kind -> what its value says, the largest one, and the sweep from nearly right to clearly wrong
+KINDS: dict[str, tuple[str, float, tuple[float, ...]]] = {
+    "weak_gravity": ("of g", 1.0, (0.8, 0.6, 0.4, 0.2)),
+    "strong_gravity": ("of g", 20.0, (1.25, 1.6, 2.5, 5.0)),
+    "sideways_gravity": ("degrees from down", 90.0, (1.0, 3.0, 10.0, 30.0)),
+    "upward_gravity": ("of g, upwards", 10.0, (0.05, 0.2, 0.5, 1.0)),
+    "hover": ("of the fall missing", 1.0, (0.1, 0.3, 0.6, 1.0)),
+    "delay": ("s until the release", 60.0, (0.125, 0.25, 0.5, 1.0)),
+    "tunnel_floor": ("m into the floor", 10.0, (0.05, 0.1, 0.2, 0.4)),
+    "tunnel_pile": ("m into the pile", 10.0, (0.05, 0.1, 0.2, 0.4)),
+    "more_bounce": ("of the speed kept at a bounce", 1.0, (0.7, 0.8, 0.9, 1.0)),
+    "less_bounce": ("of the bounce kept", 1.0, (0.75, 0.5, 0.25, 0.0)),
+    "energy": ("m of height gained at the first contact", 10.0, (0.1, 0.2, 0.4, 0.8)),
+    "teleport": ("m sideways at half the fall", 10.0, (0.1, 0.2, 0.4, 0.8)),
+    "vanish": ("s gone at the end", 60.0, (0.25, 0.5, 1.0, 1.75)),
+    "melt": ("of the size left at the end", 3.0, (0.8, 0.6, 0.4, 0.2)),
+    "slow_motion": ("of the speed", 1.0, (0.8, 0.6, 0.4, 0.2)),
+}
+SEEN = ("vanish", "melt")  # wrong in the picture, not in the path
+
+
+@dataclass(frozen=True)
+class Violation:
+    kind: str
+    value: float
+
+
+class Config(drop.Config):
+    """`violations`: the values of each kind (default: all kinds of KINDS, swept). Those of a pile need one."""
+
+    violations: dict[str, Annotated[tuple[float, ...], Field(min_length=1)]] = Field(
+        default_factory=lambda: {kind: sweep for kind, (_, _, sweep) in KINDS.items()}
+    )
+    members: int | None = Field(None, ge=2)  # of a group, the true clip among them, the others drawn; None: all
+
+    @field_validator("violations")
+    @classmethod
+    def _possible(cls, violations: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+        if unknown := [kind for kind in violations if kind not in KINDS]:
+            known = ", ".join(KINDS)
+            raise PydanticCustomError("violations", f"no violation is called {unknown[0]}; choose from {known}")
+        for kind, values in violations.items():
+            meaning, largest, _ = KINDS[kind]
+            if wrong := [value for value in values if not 0 <= value <= largest]:
+                raise PydanticCustomError("violations", f"{kind} is {wrong[0]:g}, not 0 to {largest:g} {meaning}")
+        return violations
+
+
+def group(
+    rng: np.random.Generator, config: Config, objects: list[str], backgrounds: list[str], seed: int
+) -> tuple[Scene, Trajectory, list[Violation]]:
+    """A true scene and its motion, and which laws the group's other members break.
+
+    Raises:
+        UserError: as `drop.make`.
+    """
+    scene, trajectory = drop.make(rng, config, objects, backgrounds, seed)
+    possible = [
+        Violation(kind, value)
+        for kind, values in config.violations.items()
+        for value in values
+        if kind != "tunnel_pile" or any(body.role == "pile" for body in scene.bodies)
+    ]
+    if config.members is not None and config.members - 1 < len(possible):
+        chosen = sorted(rng.choice(len(possible), config.members - 1, replace=False).tolist())
+        possible = [possible[i] for i in chosen]
+    return scene, trajectory, possible
+
+
+def label(scene: Scene) -> str:
+    """The kind of motion that is true here, for the metadata."""
+    return drop.label(scene)
+
+
+def told(violation: Violation) -> dict[str, str | float]:
+    """A violation as the metadata tells it."""
+    return {"kind": violation.kind, "value": violation.value, "meaning": KINDS[violation.kind][0]}
+
+
+def violate(scene: Scene, true: Trajectory, violation: Violation) -> Trajectory:
+    """The scene's motion with one law broken; gravity is broken for all bodies, everything else for the target."""
+    kind, value = violation.kind, violation.value
+    times_T = np.arange(scene.frames) / scene.fps
+    down = abs(scene.gravity[2])
+    target = scene.bodies[scene.target]
+    away = -1.0 if target.position[0] > 0 else 1.0  # towards the middle of the picture
+    match kind:
+        case "weak_gravity" | "strong_gravity":
+            return bullet.simulate(replace(scene, gravity=(0.0, 0.0, -down * value)))
+        case "upward_gravity":
+            return bullet.simulate(replace(scene, gravity=(0.0, 0.0, down * value)))
+        case "sideways_gravity":
+            tilt = math.radians(value)
+            gravity = (away * down * math.sin(tilt), 0.0, -down * math.cos(tilt))
+            return bullet.simulate(replace(scene, gravity=gravity))
+        case "slow_motion":
+            if value == 0:
+                return frozen(scene)
+            slow = bullet.simulate(replace(scene, fps=scene.fps / value))
+            return replace(slow, contacts=tuple(replace(c, time=c.time / value) for c in slow.contacts))
+        case "delay":
+            held = min(round(value * scene.fps), scene.frames - 1)
+            source_T = np.maximum(np.arange(scene.frames) - held, 0)
+            late = tuple(replace(c, time=c.time + held / scene.fps) for c in true.contacts)
+            return replace(
+                true,
+                positions_TN3=true.positions_TN3[source_T],
+                quaternions_TN4=true.quaternions_TN4[source_T],
+                contacts=tuple(c for c in late if c.time <= times_T[-1]),
+            )
+        case "more_bounce" | "less_bounce":
+            kept = target.restitution * scene.floor_restitution
+            e = max(value, kept) if kind == "more_bounce" else value * kept
+            bodies = [
+                replace(body, restitution=e if i == scene.target else body.restitution * scene.floor_restitution)
+                for i, body in enumerate(scene.bodies)
+            ]
+            return bullet.simulate(replace(scene, bodies=tuple(bodies), floor_restitution=1.0))
+        case "vanish" | "melt":
+            scales_TN = np.ones((scene.frames, len(scene.bodies)))
+            if kind == "vanish":
+                scales_TN[times_T > times_T[-1] - value, scene.target] = 0
+            else:
+                scales_TN[:, scene.target] = 1 + (value - 1) * times_T / times_T[-1]
+            return replace(true, scales_TN=scales_TN)
+        case _:
+            return bullet.simulate(scene, _intervention(scene, true, violation, away))
+
+
+def _intervention(scene: Scene, true: Trajectory, violation: Violation, away: float) -> bullet.Intervene:
+    """Hover, tunnel, energy, teleport: what is done to the engine's world while it runs."""
+    kind, value, target = violation.kind, violation.value, scene.target
+    step = 1 / (scene.fps * bullet.steps_per_frame(scene.fps))
+    contact = next((c.time for c in true.contacts if target in (c.a, c.b)), (scene.frames - 1) / scene.fps)
+    start = np.array(scene.bodies[target].position)
+    fall = abs(scene.gravity[2]) * contact**2 / 2
+    done = False
+
+    def hover(engine: ModuleType, handles: list[int], n: int) -> None:
+        position, turn = engine.getBasePositionAndOrientation(handles[target])
+        lowest = start[2] - (1 - value) * fall
+        if position[2] <= lowest:
+            engine.resetBasePositionAndOrientation(handles[target], (*position[:2], lowest), turn)
+            engine.resetBaseVelocity(handles[target], (0, 0, 0), (0, 0, 0))
+            engine.changeDynamics(handles[target], -1, mass=0)
+
+    def tunnel(engine: ModuleType, handles: list[int], n: int) -> None:
+        if n > 0:
+            return
+        others = [handle for i, handle in enumerate(handles) if i != target]
+        if kind == "tunnel_floor":
+            hidden, ghosts = [0], [engine.createCollisionShape(engine.GEOM_PLANE)]
+            poses = [((0.0, 0.0, -value), (0.0, 0.0, 0.0, 1.0))]
+            surfaces = [(scene.floor_friction, scene.floor_restitution)]
+        else:
+            piled = [i for i, body in enumerate(scene.bodies) if body.role == "pile"]
+            bodies = [scene.bodies[i] for i in piled]
+            hidden, ghosts = [handles[i] for i in piled], [bullet.shape(engine, body) for body in bodies]
+            poses = [((*body.position[:2], body.position[2] - value), bullet.xyzw(body.orientation)) for body in bodies]
+            surfaces = [(body.friction, body.restitution) for body in bodies]
+        for other in hidden:
+            engine.setCollisionFilterPair(handles[target], other, -1, -1, 0)
+        for shape, (position, turn), (friction, restitution) in zip(ghosts, poses, surfaces, strict=True):
+            ghost = engine.createMultiBody(0, shape, basePosition=position, baseOrientation=turn)
+            engine.changeDynamics(ghost, -1, lateralFriction=friction, restitution=restitution)
+            for other in others:
+                engine.setCollisionFilterPair(ghost, other, -1, -1, 0)
+
+    def gain(engine: ModuleType, handles: list[int], n: int) -> None:
+        nonlocal done
+        if done or not any(point[9] > 0 for point in engine.getContactPoints(handles[target])):
+            return
+        done = True
+        (x, y, z), spin = engine.getBaseVelocity(handles[target])
+        z = math.sqrt(max(z, 0.0) ** 2 + 2 * abs(scene.gravity[2]) * value)
+        engine.resetBaseVelocity(handles[target], (x, y, z), spin)
+
+    def jump(engine: ModuleType, handles: list[int], n: int) -> None:
+        if n == round(contact / 2 / step):
+            (x, y, z), turn = engine.getBasePositionAndOrientation(handles[target])
+            velocity = engine.getBaseVelocity(handles[target])
+            engine.resetBasePositionAndOrientation(handles[target], (x + away * value, y, z), turn)
+            engine.resetBaseVelocity(handles[target], *velocity)
+
+    return {"hover": hover, "tunnel_floor": tunnel, "tunnel_pile": tunnel, "energy": gain, "teleport": jump}[kind]
+
+
+def frozen(scene: Scene) -> Trajectory:
+    """Nothing moves."""
+    still = tuple(replace(body, role="moved") for body in scene.bodies)
+    return bullet.simulate(replace(scene, bodies=still))
+
+
+def deviation(positions_TN3: np.ndarray, true_TN3: np.ndarray) -> float:
+    """Metres between bodies and true ones, mean over frames and bodies."""
+    return float(np.linalg.norm(positions_TN3 - true_TN3, axis=-1).mean())
+
+
+def mask_deviation(mask_THW: np.ndarray, true_THW: np.ndarray) -> float:
+    """Pixels in which two masks differ, mean over frames."""
+    return float((mask_THW != true_THW).sum(axis=(1, 2)).mean())
+
+
+def severity(scene: Scene, kind: str, clip: Clip, trajectory: Trajectory, true: Trajectory, true_clip: Clip) -> float:
+    """How wrong a clip is: 0 as the truth, 1 as far from it as the clip in which nothing moves, or farther."""
+    if kind in SEEN:
+        mask_THW, true_THW = (c.instances == scene.target + 1 for c in (clip, true_clip))
+        wrong, most = mask_deviation(mask_THW, true_THW), mask_deviation(true_THW[:1], true_THW)
+    else:
+        true_TN3 = true.positions_TN3
+        wrong, most = deviation(trajectory.positions_TN3, true_TN3), deviation(true_TN3[:1], true_TN3)
+    return min(1.0, wrong / most)

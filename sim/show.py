@@ -1,0 +1,123 @@
+"""Look at a dataset: a contact sheet, or a page on which its clips move. Under each clip stands what it is.
+
+Of a world with groups (sim/counterfactual.py) a group's clips come together, the true one first, and each other one
+tells its violation.
+"""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw
+
+from posttrain.files import UserError, inside, read_jsonl, replacing, write_text
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font: 14px/1.4 system-ui, sans-serif; margin: 1rem; color: #222; background: #fff }}
+section {{ display: flex; flex-wrap: wrap; gap: .5rem; margin-bottom: 1.5rem }}
+h2 {{ font-size: 1rem; margin: 0 0 .4rem }}
+figure {{ margin: 0; width: 128px }}
+img {{ width: 128px; image-rendering: pixelated; display: block }}
+figcaption {{ font-size: 12px }}
+</style>
+<h1>{title}</h1>
+{body}
+"""
+
+
+def show(folder: Path | str, split: str | None, count: int, output: Path | str) -> Path:
+    """Write the first `count` clips (of groups: groups) of one split or of each to `output`, a .png or an .html.
+
+    Raises:
+        UserError: the folder holds no clips, or `output` is of another kind.
+    """
+    folder, output = Path(folder), Path(output)
+    names = [split] if split else sorted(path.parent.name for path in folder.glob("*/metadata.jsonl"))
+    if not names:
+        raise UserError(f"{folder}: holds no split with a metadata.jsonl; make it with `python -m sim make RECIPE`")
+    if output.suffix not in (".png", ".html"):
+        raise UserError(f"--output: {output} is neither a .png nor an .html")
+    groups = [group for name in names for group in grouped(folder / name)[:count]]
+    if output.suffix == ".html":
+        write_text(output, page(folder.name, groups))
+    else:
+        with replacing(output) as temporary:
+            sheet([clip for group in groups for clip in group]).save(temporary, format="PNG")
+    return output
+
+
+def grouped(folder: Path) -> list[list[tuple[Path, dict[str, Any]]]]:
+    """The clips of a split's folder with their rows, those of a group together; any other is alone."""
+    groups: dict[Any, list[tuple[Path, dict[str, Any]]]] = {}
+    for row in read_jsonl(folder / "metadata.jsonl"):
+        key = row.get("group", row["file_name"])
+        groups.setdefault(key, []).append((inside(folder, row["file_name"]), row))
+    return list(groups.values())
+
+
+def words(row: dict[str, Any]) -> str:
+    """What a clip of a group is."""
+    violation = row.get("violation")
+    if violation is None:
+        return "true"
+    kind = violation["kind"].replace("_", " ")
+    return f"{kind} {violation['value']:g} {violation['meaning']}, severity {violation['severity']:.2f}"
+
+
+def sheet(clips: Sequence[tuple[Path, dict[str, Any]]], columns: int = 8) -> Image.Image:
+    """A row per clip: `columns` frames from first to last, and the words below."""
+    strips = []
+    for path, row in clips:
+        frames = read(path)
+        chosen = np.linspace(0, len(frames) - 1, columns).round().astype(int)
+        scale = max(1, 128 // frames.shape[1])
+        strip = np.concatenate(frames[chosen], axis=1).repeat(scale, 0).repeat(scale, 1)
+        picture = Image.new("RGB", (strip.shape[1], strip.shape[0] + 14), "white")
+        picture.paste(Image.fromarray(strip))
+        told = f"{words(row)}: {row['caption']}" if "group" in row else f"{row['motion']}: {row['caption']}"
+        text = f"{path.parent.name}/{path.name}  {told}"
+        ImageDraw.Draw(picture).text((2, strip.shape[0] + 1), text, fill="black")
+        strips.append(picture)
+    whole = Image.new("RGB", (max(p.width for p in strips), sum(p.height for p in strips)), "white")
+    top = 0
+    for picture in strips:
+        whole.paste(picture, (0, top))
+        top += picture.height
+    return whole
+
+
+def page(title: str, groups: Sequence[Sequence[tuple[Path, dict[str, Any]]]]) -> str:
+    """A page of its own: a group per section, its clips moving side by side."""
+    body = ""
+    for group in groups:
+        path, first = group[0]
+        figures = "".join(
+            f'<figure><img alt="" src="data:image/webp;base64,{moving(read(clip), row["fps"])}">'
+            f"<figcaption>{html.escape(words(row) if 'group' in row else row['motion'])}</figcaption></figure>"
+            for clip, row in group
+        )
+        name = f"{path.parent.name}/{path.stem}: {first['caption']}"
+        body += f"<h2>{html.escape(name)}</h2><section>{figures}</section>\n"
+    return PAGE.format(title=html.escape(title), body=body)
+
+
+def moving(frames_FHWC: np.ndarray, fps: float) -> str:
+    """An animated WebP in base64 that loops after a pause of half a second."""
+    pictures = [Image.fromarray(frame) for frame in frames_FHWC]
+    times = [round(1000 / fps)] * (len(pictures) - 1) + [500]
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, "WEBP", save_all=True, append_images=pictures[1:], duration=times, loop=0, quality=80)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def read(path: Path) -> np.ndarray:
+    """A clip's frames, uint8 (F, H, W, 3)."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
