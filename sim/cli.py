@@ -12,6 +12,7 @@ from posttrain import recipe
 from posttrain.files import UserError
 from posttrain.recipe import In, Part
 from sim import dataset
+from sim.bench import bench
 from sim.show import show
 
 
@@ -34,15 +35,21 @@ class Recipe(Strict):
     seed: int = 0
 
 
+def read(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Recipe, dataset.Film]:
+    """A recipe and what it films."""
+    plan = recipe.load(path, overrides, Recipe)
+    recipe.resolve("sim.render", plan.renderer.name)
+    film = dataset.Film(plan.world.name, plan.world.config, plan.renderer.name, plan.renderer.supersample, plan.seed)
+    return plan, film
+
+
 def make(path: Path | str, overrides: Sequence[str] = (), workers: int | None = None) -> Path:
     """Film the recipe's dataset and return its folder.
 
     Raises:
         UserError: the recipe or the folder is wrong; the message is one line.
     """
-    plan = recipe.load(path, overrides, Recipe)
-    recipe.resolve("sim.render", plan.renderer.name)
-    film = dataset.Film(plan.world.name, plan.world.config, plan.renderer.name, plan.renderer.supersample, plan.seed)
+    plan, film = read(path, overrides)
     dataset.write(plan.out, film, plan.splits, workers)
     return Path(plan.out)
 
@@ -54,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     making.add_argument("recipe")
     making.add_argument("overrides", nargs="*", metavar="a.b=c")
     making.add_argument("--workers", type=int, help="processes (default: one per core)")
+    timing = commands.add_parser("bench", help="CPU seconds that a recipe's groups and their parts take")
+    timing.add_argument("recipe")
+    timing.add_argument("overrides", nargs="*", metavar="a.b=c")
     showing = commands.add_parser("show", help="put clips of a dataset on one sheet, or on a page where they move")
     showing.add_argument("dataset")
     showing.add_argument("--split")
@@ -63,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "make":
             make(options.recipe, options.overrides, options.workers)
+        elif options.command == "bench":
+            print(bench(read(options.recipe, options.overrides)[1]))
         else:
             print(show(options.dataset, options.split, options.count, options.output))
     except UserError as error:

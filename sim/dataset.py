@@ -120,22 +120,28 @@ class Take:
     more: dict[str, Any]
 
 
-def takes(film: Film, split: str, index: int) -> Iterator[Take]:
-    """The clips of scene `index` of `split`: one, or of a world with groups the true one and those that break a law.
+def draw(film: Film, split: str, index: int) -> tuple[np.random.Generator, BaseModel, list[str], list[str], int]:
+    """What a world makes scene `index` of `split` from: draws, config, objects, backgrounds, the scene's number.
 
     Splits whose name ends in "unseen" use the test assets, all others the train assets.
     """
-    module = importlib.import_module(f"sim.{film.world}")
-    renderer = importlib.import_module(f"sim.render.{film.renderer}")
     rng = np.random.default_rng([film.seed, zlib.crc32(split.encode()), index])
     unseen = split.endswith("unseen")
     objects, backgrounds = (assets.split(ids)[unseen] for ids in (assets.object_ids(), assets.background_ids()))
+    return rng, film.config, objects, backgrounds, index
+
+
+def takes(film: Film, split: str, index: int) -> Iterator[Take]:
+    """The clips of scene `index` of `split`: one, or of a world with groups the true one and those that break a law."""
+    module = importlib.import_module(f"sim.{film.world}")
+    renderer = importlib.import_module(f"sim.render.{film.renderer}")
+    lot = draw(film, split, index)
     if not hasattr(module, "group"):
-        scene, trajectory = module.make(rng, film.config, objects, backgrounds, index)
+        scene, trajectory = module.make(*lot)
         clip = renderer.render(scene, trajectory, supersample=film.supersample)
         yield Take(f"{index:05d}", scene, trajectory, clip, {})
         return
-    scene, true, violations = module.group(rng, film.config, objects, backgrounds, index)
+    scene, true, violations = module.group(*lot)
     truth = renderer.render(scene, true, supersample=film.supersample)
     yield Take(f"{index:05d}-0", scene, true, truth, {"group": index, "violation": None})
     for member, violation in enumerate(violations, 1):
@@ -233,24 +239,28 @@ def _row(out: Path, split: str, index: int) -> Path:
     return out / ".rows" / split / f"{index:05d}.json"
 
 
-def _make_and_write(out: Path, film: Film, split: str, index: int) -> None:
-    rows = []
-    for take in takes(film, split, index):
-        row = describe(film, split, take.id, take.scene, take.trajectory) | take.more
-        video = encode(take.clip.rgb, take.scene.fps)
-        annotations = pack(
-            {
-                "instances": take.clip.instances,
-                "depth": take.clip.depth.astype(np.float32),
-                "flow": take.clip.flow.astype(np.float16),
-                "positions": take.trajectory.positions_TN3,
-                "quaternions": take.trajectory.quaternions_TN4,
-            }
-        )
-        write_bytes(out / split / row["file_name"], video, flush=False)
-        write_bytes(out / split / row["annotations"], annotations, flush=False)
-        rows.append(row | {"sha256": _digest(video), "annotations_sha256": _digest(annotations)})
+def make_and_write(out: Path, film: Film, split: str, index: int) -> None:
+    """All clips of a scene, and then their rows."""
+    rows = [write_take(out, film, split, take) for take in takes(film, split, index)]
     write_json(_row(out, split, index), rows, flush=False)
+
+
+def write_take(out: Path, film: Film, split: str, take: Take) -> dict[str, Any]:
+    """Write a clip's two files; returns its row."""
+    row = describe(film, split, take.id, take.scene, take.trajectory) | take.more
+    video = encode(take.clip.rgb, take.scene.fps)
+    annotations = pack(
+        {
+            "instances": take.clip.instances,
+            "depth": take.clip.depth.astype(np.float32),
+            "flow": take.clip.flow.astype(np.float16),
+            "positions": take.trajectory.positions_TN3,
+            "quaternions": take.trajectory.quaternions_TN4,
+        }
+    )
+    write_bytes(out / split / row["file_name"], video, flush=False)
+    write_bytes(out / split / row["annotations"], annotations, flush=False)
+    return row | {"sha256": _digest(video), "annotations_sha256": _digest(annotations)}
 
 
 def _digest(content: bytes) -> str:
@@ -270,7 +280,7 @@ def _run(out: Path, film: Film, jobs: list[tuple[str, int]], workers: int, conso
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin)
     try:
         with _for_workers():
-            futures = [pool.submit(_make_and_write, out, film, *job) for job in jobs]
+            futures = [pool.submit(make_and_write, out, film, *job) for job in jobs]
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(f"{out}: {film.world}", total=len(jobs))
             for future in as_completed(futures):

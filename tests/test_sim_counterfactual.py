@@ -15,8 +15,9 @@ from PIL import Image
 from pydantic import ValidationError
 from test_sim_physics import body, world
 
-from posttrain.files import read_jsonl
+from posttrain.files import UserError, read_jsonl
 from sim import assets, counterfactual, dataset, drop
+from sim.bench import bench
 from sim.counterfactual import Violation, violate
 from sim.physics import analytic, bullet
 from sim.render import gl
@@ -148,6 +149,16 @@ def test_what_vanishes_is_gone_and_what_melts_shrinks(ball: tuple[Scene, Traject
     melted = gl.render(scene, violate(scene, true, Violation("melt", 0.5))).instances.astype(bool).sum((1, 2))
     size = 1 - 0.5 * TIMES / TIMES[-1]
     np.testing.assert_allclose(melted, areas * size**2, rtol=0.15, atol=4)
+
+
+def test_the_bench_tells_what_a_group_costs() -> None:
+    config = counterfactual.Config(**POCKET, dropped=(1, 1), pile=(0, 0), members=2)
+    lines = [line.split(maxsplit=1) for line in bench(dataset.Film("counterfactual", config), groups=1).splitlines()]
+    found = {name: float(number) for number, name in lines}
+    assert found["a group of 2"] > found["a render"] > 0
+    assert 0.5 < found["(group - set-up) / (members x (simulation + render + write))"] < 2
+    with pytest.raises(UserError, match=r"drop has no groups to time; choose counterfactual"):
+        bench(dataset.Film("drop", drop.Config()))
 
 
 def test_severity_by_hand() -> None:

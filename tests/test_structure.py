@@ -79,6 +79,7 @@ MAY_IMPORT = {
     "sim.counterfactual": ["sim.scene", "sim.drop", "sim.physics"],
     "sim.dataset": ["sim.scene", "sim.assets", "posttrain.files"],
     "sim.show": ["posttrain.files"],
+    "sim.bench": ["sim.dataset", "sim.physics", "posttrain.files"],
     "sim.cli": ["sim", "posttrain.recipe", "posttrain.files"],
     "sim.__main__": ["sim.cli"],
 }
