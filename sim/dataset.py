@@ -152,7 +152,8 @@ def takes(film: Film, split: str, index: int) -> Iterator[Take]:
             **module.told(violation),
             "severity": module.severity(scene, violation.kind, clip, trajectory, true, truth),
         }
-        yield Take(f"{index:05d}-{member}", scene, trajectory, clip, {"group": index, "violation": told})
+        more = {"group": index, "violation": told, "drop_height": drop_height(scene, true)}
+        yield Take(f"{index:05d}-{member}", scene, trajectory, clip, more)
 
 
 def make(film: Film, split: str, index: int) -> tuple[Scene, Trajectory, Clip]:
@@ -202,9 +203,8 @@ def pack(arrays: dict[str, np.ndarray]) -> bytes:
 
 def describe(film: Film, split: str, name: str, scene: Scene, trajectory: Trajectory) -> dict[str, Any]:
     """A row of metadata.jsonl, but for the files' digests; `name` is that of the clip."""
-    camera, target = scene.camera, scene.target
+    camera = scene.camera
     focal = camera.focal / camera.sensor * camera.width
-    touched = [c.time for c in trajectory.contacts if target in (c.a, c.b)]
     return {
         "file_name": f"{name}.mp4",
         "caption": scene.caption,
@@ -224,15 +224,26 @@ def describe(film: Film, split: str, name: str, scene: Scene, trajectory: Trajec
             {k: v for k, v in asdict(body).items() if k not in ("position", "orientation", "material")}
             for body in scene.bodies
         ],
-        "target": target,
+        "target": scene.target,
         "motion": importlib.import_module(f"sim.{film.world}").label(scene),
-        "drop_height": abs(scene.gravity[2]) * touched[0] ** 2 / 2 if touched else None,
-        "contact_time": touched[0] if touched else None,
+        "drop_height": drop_height(scene, trajectory),
+        "contact_time": contact_time(scene, trajectory),
         "contacts": [{"time": c.time, "pair": [c.a, c.b], "impulse": c.impulse} for c in trajectory.contacts],
         "background": scene.background.id,
         "split": split,
         "generator": VERSION,
     }
+
+
+def contact_time(scene: Scene, trajectory: Trajectory) -> float | None:
+    """Seconds until the target touches anything, None if it never does."""
+    return next((c.time for c in trajectory.contacts if scene.target in (c.a, c.b)), None)
+
+
+def drop_height(scene: Scene, trajectory: Trajectory) -> float | None:
+    """Metres that the target falls before it touches anything, g t^2 / 2."""
+    time = contact_time(scene, trajectory)
+    return None if time is None else abs(scene.gravity[2]) * time**2 / 2
 
 
 def _row(out: Path, split: str, index: int) -> Path:

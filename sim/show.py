@@ -113,7 +113,7 @@ def moving(frames_FHWC: np.ndarray, fps: float) -> str:
     pictures = [Image.fromarray(frame) for frame in frames_FHWC]
     times = [round(1000 / fps)] * (len(pictures) - 1) + [500]
     buffer = io.BytesIO()
-    pictures[0].save(buffer, "WEBP", save_all=True, append_images=pictures[1:], duration=times, loop=0, quality=80)
+    pictures[0].save(buffer, "WEBP", save_all=True, append_images=pictures[1:], duration=times, loop=0, lossless=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
