@@ -156,6 +156,14 @@ def test_gradient_reaches_every_picture_through_the_memory(net: sam2.Sam2Tracker
     assert torch.isfinite(per_frame).all()
 
 
+def test_what_is_trained_gets_a_gradient(net: sam2.Sam2Tracker) -> None:
+    """All of it: processes that share a batch would wait for each other's."""
+    net.zero_grad()
+    video, mask = scene()
+    net(video, mask)[:, 1:].square().mean().backward()
+    assert not [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
+
+
 def test_the_object_never_counts_as_gone(net: sam2.Sam2Tracker) -> None:
     """Grey pictures without any object still give logits, not SAM 2's constant -1024 that has no gradient."""
     video, mask = scene(1)

@@ -34,7 +34,11 @@ class Sam2Tracker(nn.Module):
         super().__init__()
         self.sam = sam
         self.sam.memory_attention.register_forward_hook(lambda module, inputs, output: output.transpose(0, 1))
+        # not trained: the score (see above), and what a prompt by a mask never asks, for which processes would wait
         self.sam.mask_decoder.pred_obj_score_head.requires_grad_(False)
+        self.sam.mask_decoder.iou_prediction_head.requires_grad_(False)
+        for parameter in (self.sam.no_memory_embedding, self.sam.no_memory_positional_encoding):
+            parameter.requires_grad_(False)
         self.eval()
 
     def train(self, mode: bool = True) -> "Sam2Tracker":
