@@ -12,9 +12,10 @@ Shape letters: T frames, N bodies.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -22,7 +23,7 @@ from pydantic_core import PydanticCustomError
 
 from sim import drop
 from sim.physics import bullet
-from sim.scene import Clip, Scene, Trajectory
+from sim.scene import Clip, Scene, Shoot, Trajectory
 
 # kind -> what its value says, the largest one, and the sweep from nearly right to clearly wrong
 KINDS: dict[str, tuple[str, float, tuple[float, ...]]] = {
@@ -91,6 +92,21 @@ def group(
         chosen = sorted(rng.choice(len(possible), config.members - 1, replace=False).tolist())
         possible = [possible[i] for i in chosen]
     return scene, trajectory, possible
+
+
+def takes(
+    rng: np.random.Generator, config: Config, objects: list[str], backgrounds: list[str], seed: int, shoot: Shoot
+) -> Iterator[tuple[Scene, Trajectory, Clip, dict[str, Any]]]:
+    """The clips of a group, the true one first, and what their rows tell."""
+    scene, true, violations = group(rng, config, objects, backgrounds, seed)
+    truth = shoot(scene, true)
+    yield scene, true, truth, {"group": seed, "violation": None}
+    for violation in violations:
+        trajectory = violate(scene, true, violation)
+        clip = shoot(scene, trajectory)
+        clip.rgb[0] = truth.rgb[0]  # shadows are as coarse as the motion is wide, which would tell
+        wrong = severity(scene, violation.kind, clip, trajectory, true, truth)
+        yield scene, trajectory, clip, {"group": seed, "violation": {**told(violation), "severity": wrong}}
 
 
 def label(scene: Scene) -> str:

@@ -6,8 +6,8 @@
     <out>/.rows/<split>/<id>.json    a clip's row; written last, so it says that the clip is complete
 
 Scene i of a split is a function of (seed, split, i) alone, so it does not matter who makes it, or when. A world with
-a `group` films each scene more than once (sim/counterfactual.py): the clips of scene 3 are 00003-0, 00003-1 and so on,
-the true one first, and their rows tell `group` and `violation`.
+`takes` films its scenes itself and tells more in their rows. Where they tell a `group`, the clips of scene 3 are
+00003-0, 00003-1 and so on (sim/counterfactual.py, the true one first; sim/ambiguous.py).
 """
 
 import fcntl
@@ -27,6 +27,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ from posttrain.files import (
     write_text,
 )
 from sim import assets
-from sim.scene import Clip, Scene, Trajectory
+from sim.scene import Clip, Scene, Shoot, Trajectory
 
 CARD = """Clips of a simulated world, made by `python -m sim make` from the recipe in recipe.json.
 
@@ -121,36 +122,28 @@ class Take:
 
 
 def takes(film: Film, split: str, index: int) -> Iterator[Take]:
-    """The clips of scene `index` of `split`: one, or of a world with groups the true one and those that break a law.
+    """The clips of scene `index` of `split`: one, or of a world with groups all of its group.
 
     Splits whose name ends in "unseen" use the test assets, all others the train assets.
     """
     module = importlib.import_module(f"sim.{film.world}")
     renderer = importlib.import_module(f"sim.render.{film.renderer}")
+    shoot: Shoot = partial(renderer.render, supersample=film.supersample)
     rng = np.random.default_rng([film.seed, zlib.crc32(split.encode()), index])
     unseen = split.endswith("unseen")
     objects, backgrounds = (assets.split(ids)[unseen] for ids in (assets.object_ids(), assets.background_ids()))
-    if not hasattr(module, "group"):
+    if not hasattr(module, "takes"):
         scene, trajectory = module.make(rng, film.config, objects, backgrounds, index)
-        clip = renderer.render(scene, trajectory, supersample=film.supersample)
-        yield Take(f"{index:05d}", scene, trajectory, clip, {})
+        yield Take(f"{index:05d}", scene, trajectory, shoot(scene, trajectory), {})
         return
-    scene, true, violations = module.group(rng, film.config, objects, backgrounds, index)
-    truth = renderer.render(scene, true, supersample=film.supersample)
-    yield Take(f"{index:05d}-0", scene, true, truth, {"group": index, "violation": None})
-    for member, violation in enumerate(violations, 1):
-        trajectory = module.violate(scene, true, violation)
-        clip = renderer.render(scene, trajectory, supersample=film.supersample)
-        clip.rgb[0] = truth.rgb[0]  # shadows are as coarse as the motion is wide, which would tell
-        told = {
-            **module.told(violation),
-            "severity": module.severity(scene, violation.kind, clip, trajectory, true, truth),
-        }
-        yield Take(f"{index:05d}-{member}", scene, trajectory, clip, {"group": index, "violation": told})
+    for member, take in enumerate(module.takes(rng, film.config, objects, backgrounds, index, shoot)):
+        scene, trajectory, clip, more = take
+        name = f"{index:05d}-{member}" if "group" in more else f"{index:05d}"
+        yield Take(name, scene, trajectory, clip, more)
 
 
 def make(film: Film, split: str, index: int) -> tuple[Scene, Trajectory, Clip]:
-    """The clip of scene `index` of `split`, of a group the true one."""
+    """The clip of scene `index` of `split`, of a group the first one."""
     take = next(takes(film, split, index))
     return take.scene, take.trajectory, take.clip
 

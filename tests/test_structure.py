@@ -77,6 +77,8 @@ MAY_IMPORT = {
     "sim.drop": ["sim.scene", "sim.assets", "sim.physics", "posttrain.files"],
     "sim.motion": ["sim.scene", "sim.assets", "sim.drop", "sim.physics", "posttrain.files"],
     "sim.counterfactual": ["sim.scene", "sim.drop", "sim.physics"],
+    "sim.ambiguous": ["sim.scene", "sim.drop", "sim.physics", "posttrain.files"],
+    "sim.grid": ["sim.scene", "sim.drop", "posttrain.files"],
     "sim.dataset": ["sim.scene", "sim.assets", "posttrain.files"],
     "sim.show": ["posttrain.files"],
     "sim.cli": ["sim", "posttrain.recipe", "posttrain.files"],

@@ -33,16 +33,15 @@ Heights = tuple[float, float]  # metres, lowest and highest Y that a first pictu
 Errors = Mapping[int | None, float]  # share of each (estimated - true impact frame); None: the contact was not seen
 
 
-def slope(row: float | np.ndarray, height: int, focal_pixels: float) -> float | np.ndarray:
-    """beta of the row edge just below the object in a picture `height` pixels high, see `bottoms`."""
-    return (height / 2 - row) / focal_pixels
+def slope(rows_F: np.ndarray, height: int, focal_pixels: float) -> np.ndarray:
+    """beta (F,) of the row edges just below the object in pictures `height` pixels high, see `bottoms`."""
+    return (height / 2 - rows_F) / focal_pixels
 
 
 def bottoms(masks_FHW: np.ndarray) -> np.ndarray:
     """The row edges (F,) just below the object, counted from the top; NaN where a mask is empty."""
-    filled_FH = masks_FHW.any(2)
-    below_F = masks_FHW.shape[1] - filled_FH[:, ::-1].argmax(1)
-    return np.where(filled_FH.any(1), below_F, np.nan)
+    edges_F = np.where(masks_FHW.any(2), np.arange(1, masks_FHW.shape[1] + 1), 0).max(1)
+    return np.where(edges_F > 0, edges_F, np.nan)
 
 
 def drop_heights(beta: float, camera_height: float, depth: tuple[float, float] = DEPTH) -> Heights:
