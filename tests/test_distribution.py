@@ -8,6 +8,8 @@ import pytest
 from scipy.integrate import quad
 from scipy.stats import binom, ks_2samp, kstest
 
+from posttrain.benchmarks import distribution as benchmark
+from posttrain.benchmarks.pisa import METRICS
 from posttrain.metrics import distribution as d
 from posttrain.metrics.pisa import first_frame_after
 
@@ -173,3 +175,58 @@ def test_what_is_level_with_the_camera_cannot_be_lifted() -> None:
     assert np.isnan(heights).all()
     assert math.isnan(d.fall_error(heights, FPS, 0.3))
     assert Counter(np.isnan(d.lift(np.array([0.1, np.nan]), 0.5, CAMERA)[1]).tolist()) == {False: 1, True: 1}
+
+
+def fall(beta: float, depth: float) -> tuple[np.ndarray, dict]:
+    """Masks of a square that falls at some depth and stays on the floor, 256 pixels high, and its metadata row."""
+    y = np.maximum(CAMERA + beta * depth - 9.81 * (np.arange(FRAMES) / FPS) ** 2 / 2, 0)
+    rows = np.round(128 - 280 * (y - CAMERA) / depth).astype(int)
+    masks = np.zeros((FRAMES, 256, 256), bool)
+    for mask, row in zip(masks, rows, strict=True):
+        mask[row - 30 : row, 100:130] = True
+    camera = {"position": [0.0, 0.0, CAMERA], "intrinsics": [[280.0, 0, 128], [0, 280.0, 128], [0, 0, 1]]}
+    time = math.sqrt(2 * (CAMERA + beta * depth) / 9.81)
+    return masks, {"beta": beta, "camera": camera, "gravity": [0, 0, -9.81], "fps": FPS, "contact_time": time}
+
+
+def test_a_run_that_covers_its_falls_and_one_that_does_not() -> None:
+    rng = np.random.default_rng(4)
+    rows = [fall(beta, 4.0)[1] for beta in (0.1, 0.2, -0.02, 0.3)]
+    found = [draw(row["beta"], rng) for row in rows]
+    result = benchmark.fall_times(found, rows, FRAMES, FPS, rng)
+    assert result["rejected"] == np.mean([picture["p_value"] <= 0.05 for picture in result["pictures"]]) <= 0.25
+    for picture in result["pictures"]:
+        assert len(picture["pmf"]) == len(picture["measured"]) == FRAMES + 1
+        assert sum(picture["measured"]) == pytest.approx(1)
+    same = [[frames[0]] * 128 for frames in found]
+    assert benchmark.fall_times(same, rows, FRAMES, FPS, rng)["rejected"] == 1
+    assert benchmark.fall_times(found, rows, FRAMES, FPS, rng, errors={1: 1.0})["rejected"] == 1
+    assert benchmark.fall_times(found, rows, FRAMES, FPS, rng, depth=(2.0, 6.0))["rejected"] >= 0.75
+
+
+def test_true_clips_calibrate_and_can_be_lifted() -> None:
+    falls = [(fall(0.2, depth), depth) for depth in (2.5, 5.0, 10.0)]
+    errors = benchmark.calibrate([masks for (masks, _), _ in falls], [row for (_, row), _ in falls])
+    assert set(errors) <= {-1, 0, 1}
+    assert sum(errors.values()) == pytest.approx(1)
+    for (masks, row), depth in falls:
+        lifted = benchmark.lifted(masks, FPS, row)
+        assert lifted is not None
+        assert lifted["depth"] == pytest.approx(depth, rel=0.1)
+        assert lifted["heights"][0] == pytest.approx(CAMERA + 0.2 * depth, rel=0.1)
+        assert lifted["fall_error"] < 0.05 * lifted["heights"][0]
+    frozen = np.repeat(falls[0][0][0][:1], FRAMES, axis=0)
+    assert benchmark.lifted(frozen, FPS, falls[0][0][1]) is None
+    level, row = fall(0.0, 3.0)
+    assert benchmark.lifted(level, FPS, row) is None
+
+
+def test_table_of_seen_and_unseen_by_hand() -> None:
+    scores = [dict.fromkeys(METRICS, value) for value in (0.1, 0.3, 0.5)]
+    scores[2]["time_error"] = None
+    table = benchmark.unseen(scores, [{"id": True}, {"id": False}, {"id": False}])
+    assert table["id"] == {"clips": 1} | dict.fromkeys(METRICS, 0.1)
+    assert table["ood"]["clips"] == 2
+    assert table["ood"]["l2"] == pytest.approx(0.4)
+    assert table["ood"]["time_error"] == pytest.approx(0.3)
+    assert benchmark.unseen(scores[:1], [{"id": True}])["ood"]["l2"] is None

@@ -88,6 +88,10 @@ def test_depths_are_uniform_and_end_at_the_floor() -> None:
     assert kstest(shares, "uniform").pvalue > 0.01
 
 
+def test_a_group_is_a_function_of_its_generator() -> None:
+    assert group(5) == [scene for scene, _ in groups()[5]]
+
+
 def test_density_is_kept_and_mass_is_not() -> None:
     scene = group(1)[0]
     (near,), (far,) = (ambiguous.at(scene, depth).bodies for depth in (2.0, 18.0))
@@ -153,8 +157,10 @@ def test_the_grid_tells_depth_and_height_and_whether_training_saw_them() -> None
     assert max(more["height"] for more in told) > 1.5
 
 
-def test_what_cannot_be_seen_is_refused() -> None:
+def test_what_cannot_be_filmed_is_refused() -> None:
     with pytest.raises(UserError, match="no scene fits"):
-        filmed(0, depth=(1.0, 1.2), drop=(2.0, 2.5), frames=2, shapes=("box",))
+        filmed(0, contrast=9.0)
+    with pytest.raises(UserError, match="no scene fits"):
+        group(0, contrast=9.0)
     with pytest.raises(ValidationError, match="Input should be 1"):
         grid.Config(dropped=(1, 2))
