@@ -8,7 +8,7 @@ from statistics import median
 from time import process_time
 
 from posttrain.files import UserError
-from sim import dataset
+from sim import counterfactual, dataset
 from sim.physics import bullet
 
 
@@ -21,16 +21,17 @@ def bench(film: dataset.Film, groups: int = 10) -> str:
     Raises:
         UserError: the world has no groups.
     """
-    module, renderer = (importlib.import_module(f"sim.{name}") for name in (film.world, f"render.{film.renderer}"))
-    if not hasattr(module, "group"):
+    if not isinstance(film.config, counterfactual.Config):
         raise UserError(f"world.name: {film.world} has no groups to time; choose counterfactual")
+    renderer = importlib.import_module(f"sim.render.{film.renderer}")
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for index in range(groups + 1):
             clock = [process_time()]
             dataset.make_and_write(Path(folder), film, "train", index)
             clock.append(process_time())
-            scene, true, violations = module.group(*dataset.draw(film, "train", index))
+            rng, _, objects, backgrounds, seed = dataset.draw(film, "train", index)
+            scene, true, violations = counterfactual.group(rng, film.config, objects, backgrounds, seed)
             clock.append(process_time())
             bullet.simulate(scene)
             clock.append(process_time())

@@ -12,17 +12,18 @@ Shape letters: T frames, N bodies.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from sim import drop
-from sim.physics import bullet
-from sim.scene import Clip, Scene, Trajectory
+from sim.physics import analytic, bullet
+from sim.scene import Clip, Scene, Shoot, Trajectory
 
 # kind -> what its value says, the largest one, and the sweep from nearly right to clearly wrong
 KINDS: dict[str, tuple[str, float, tuple[float, ...]]] = {
@@ -93,6 +94,24 @@ def group(
     return scene, trajectory, possible
 
 
+def takes(
+    rng: np.random.Generator, config: Config, objects: list[str], backgrounds: list[str], seed: int, shoot: Shoot
+) -> Iterator[tuple[Scene, Trajectory, Clip, dict[str, Any]]]:
+    """The clips of a group, the true one first, and what their rows tell."""
+    scene, true, violations = group(rng, config, objects, backgrounds, seed)
+    truth = shoot(scene, true)
+    contact = _contact(scene, true)
+    height = None if contact is None else analytic.drop_height(contact, config.gravity)
+    yield scene, true, truth, {"group": seed, "violation": None}
+    for violation in violations:
+        trajectory = violate(scene, true, violation)
+        clip = shoot(scene, trajectory)
+        clip.rgb[0] = truth.rgb[0]  # shadows are as coarse as the motion is wide, which would tell
+        wrong = severity(scene, violation.kind, clip, trajectory, true, truth)
+        more = {"group": seed, "violation": {**told(violation), "severity": wrong}}
+        yield scene, trajectory, clip, more | {"drop_height": height}
+
+
 def label(scene: Scene) -> str:
     """The kind of motion that is true here, for the metadata."""
     return drop.label(scene)
@@ -153,11 +172,16 @@ def violate(scene: Scene, true: Trajectory, violation: Violation) -> Trajectory:
             return bullet.simulate(scene, _intervention(scene, true, violation, away))
 
 
+def _contact(scene: Scene, trajectory: Trajectory) -> float | None:
+    """Seconds until the target touches anything, None if it never does."""
+    return next((c.time for c in trajectory.contacts if scene.target in (c.a, c.b)), None)
+
+
 def _intervention(scene: Scene, true: Trajectory, violation: Violation, away: float) -> bullet.Intervene:
     """Hover, tunnel, energy, teleport: what is done to the engine's world while it runs."""
     kind, value, target = violation.kind, violation.value, scene.target
     step = 1 / (scene.fps * bullet.steps_per_frame(scene.fps))
-    contact = next((c.time for c in true.contacts if target in (c.a, c.b)), (scene.frames - 1) / scene.fps)
+    contact = _contact(scene, true) or (scene.frames - 1) / scene.fps
     start = np.array(scene.bodies[target].position)
     fall = abs(scene.gravity[2]) * contact**2 / 2
     done = False

@@ -6,8 +6,8 @@
     <out>/.rows/<split>/<id>.json    a clip's row; written last, so it says that the clip is complete
 
 Scene i of a split is a function of (seed, split, i) alone, so it does not matter who makes it, or when. A world with
-a `group` films each scene more than once (sim/counterfactual.py): the clips of scene 3 are 00003-0, 00003-1 and so on,
-the true one first, and their rows tell `group` and `violation`.
+`takes` films its scenes itself and tells more in their rows. Where they tell a `group`, the clips of scene 3 are
+00003-0, 00003-1 and so on (sim/counterfactual.py, the true one first; sim/ambiguous.py).
 """
 
 import fcntl
@@ -27,6 +27,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ from posttrain.files import (
     write_text,
 )
 from sim import assets
-from sim.scene import Clip, Scene, Trajectory
+from sim.scene import Clip, Scene, Shoot, Trajectory
 
 CARD = """Clips of a simulated world, made by `python -m sim make` from the recipe in recipe.json.
 
@@ -132,32 +133,23 @@ def draw(film: Film, split: str, index: int) -> tuple[np.random.Generator, BaseM
 
 
 def takes(film: Film, split: str, index: int) -> Iterator[Take]:
-    """The clips of scene `index` of `split`: one, or of a world with groups the true one and those that break a law."""
+    """The clips of scene `index` of `split`: one, or of a world with groups all of its group."""
     module = importlib.import_module(f"sim.{film.world}")
     renderer = importlib.import_module(f"sim.render.{film.renderer}")
+    shoot: Shoot = partial(renderer.render, supersample=film.supersample)
     lot = draw(film, split, index)
-    if not hasattr(module, "group"):
+    if not hasattr(module, "takes"):
         scene, trajectory = module.make(*lot)
-        clip = renderer.render(scene, trajectory, supersample=film.supersample)
-        yield Take(f"{index:05d}", scene, trajectory, clip, {})
+        yield Take(f"{index:05d}", scene, trajectory, shoot(scene, trajectory), {})
         return
-    scene, true, violations = module.group(*lot)
-    truth = renderer.render(scene, true, supersample=film.supersample)
-    yield Take(f"{index:05d}-0", scene, true, truth, {"group": index, "violation": None})
-    for member, violation in enumerate(violations, 1):
-        trajectory = module.violate(scene, true, violation)
-        clip = renderer.render(scene, trajectory, supersample=film.supersample)
-        clip.rgb[0] = truth.rgb[0]  # shadows are as coarse as the motion is wide, which would tell
-        told = {
-            **module.told(violation),
-            "severity": module.severity(scene, violation.kind, clip, trajectory, true, truth),
-        }
-        more = {"group": index, "violation": told, "drop_height": drop_height(scene, true)}
-        yield Take(f"{index:05d}-{member}", scene, trajectory, clip, more)
+    for member, take in enumerate(module.takes(*lot, shoot)):
+        scene, trajectory, clip, more = take
+        name = f"{index:05d}-{member}" if "group" in more else f"{index:05d}"
+        yield Take(name, scene, trajectory, clip, more)
 
 
 def make(film: Film, split: str, index: int) -> tuple[Scene, Trajectory, Clip]:
-    """The clip of scene `index` of `split`, of a group the true one."""
+    """The clip of scene `index` of `split`, of a group the first one."""
     take = next(takes(film, split, index))
     return take.scene, take.trajectory, take.clip
 
@@ -203,7 +195,8 @@ def pack(arrays: dict[str, np.ndarray]) -> bytes:
 
 def describe(film: Film, split: str, name: str, scene: Scene, trajectory: Trajectory) -> dict[str, Any]:
     """A row of metadata.jsonl, but for the files' digests; `name` is that of the clip."""
-    camera = scene.camera
+    camera, target = scene.camera, scene.target
+    touched = next((c.time for c in trajectory.contacts if target in (c.a, c.b)), None)
     focal = camera.focal / camera.sensor * camera.width
     return {
         "file_name": f"{name}.mp4",
@@ -224,26 +217,15 @@ def describe(film: Film, split: str, name: str, scene: Scene, trajectory: Trajec
             {k: v for k, v in asdict(body).items() if k not in ("position", "orientation", "material")}
             for body in scene.bodies
         ],
-        "target": scene.target,
+        "target": target,
         "motion": importlib.import_module(f"sim.{film.world}").label(scene),
-        "drop_height": drop_height(scene, trajectory),
-        "contact_time": contact_time(scene, trajectory),
+        "drop_height": None if touched is None else abs(scene.gravity[2]) * touched**2 / 2,
+        "contact_time": touched,
         "contacts": [{"time": c.time, "pair": [c.a, c.b], "impulse": c.impulse} for c in trajectory.contacts],
         "background": scene.background.id,
         "split": split,
         "generator": VERSION,
     }
-
-
-def contact_time(scene: Scene, trajectory: Trajectory) -> float | None:
-    """Seconds until the target touches anything, None if it never does."""
-    return next((c.time for c in trajectory.contacts if scene.target in (c.a, c.b)), None)
-
-
-def drop_height(scene: Scene, trajectory: Trajectory) -> float | None:
-    """Metres that the target falls before it touches anything, g t^2 / 2."""
-    time = contact_time(scene, trajectory)
-    return None if time is None else abs(scene.gravity[2]) * time**2 / 2
 
 
 def _row(out: Path, split: str, index: int) -> Path:

@@ -162,11 +162,39 @@ def film(rng: np.random.Generator, config: Config, scene: Scene, trajectory: Tra
     return scene
 
 
+def alone(
+    rng: np.random.Generator,
+    config: Config,
+    objects: list[str],
+    backgrounds: list[str],
+    seed: int,
+    depth: float,
+    height: float,
+) -> tuple[Scene, Trajectory] | None:
+    """One object so far from a camera that does not retreat, with so much air below it; None if that cannot be filmed.
+
+    `config.region` is the ground on which it may be, from that depth on.
+    """
+    near = config.model_copy(update={"camera_gap": depth})
+    scene = stage(rng, near, objects, backgrounds, seed, np.array([height]), np.zeros(1, int))
+    if scene is None:
+        return None
+    trajectory = bullet.simulate(scene)
+    filmed = film(rng, near, scene, trajectory) if _sound(scene, trajectory) else None
+    return (filmed, trajectory) if filmed is not None and filmed.camera == scene.camera else None
+
+
 def outline(body: Body) -> np.ndarray:
     """Hull vertices (V, 3) in metres around the body's centre of mass, in the axes of the world."""
     hull_V3 = assets.hull(body.asset) * body.size
     # A ball is as low as its radius however it turns; its hull's points are that only unturned.
     return hull_V3 if bullet.is_round(body) else Rotation.from_quat(bullet.xyzw(body.orientation)).apply(hull_V3)
+
+
+def lowest(body: Body) -> np.ndarray:
+    """The point (3,) of a body that is nearest to the floor, metres in the world."""
+    points_V3 = outline(body) + body.position
+    return np.asarray(points_V3[points_V3[:, 2].argmin()])
 
 
 def paths(scene: Scene, trajectory: Trajectory, index: int) -> np.ndarray:

@@ -7,6 +7,7 @@ mass. Time 0 is frame 0; frame k is at time k / fps.
 Shape letters: T frames, N bodies, H W pixels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,11 +58,15 @@ class Camera:
 
 @dataclass(frozen=True)
 class Light:
-    """A sun (`direction` points from the scene to it), its linear RGB, and the hemisphere light around it."""
+    """A sun (`direction` points from the scene to it), its linear RGB, and the hemisphere light around it.
+
+    Without `shadows` no body takes light from anything, itself included.
+    """
 
     direction: Vector
     color: Vector
     ambient: Vector
+    shadows: bool = True
 
 
 @dataclass(frozen=True)
@@ -131,3 +136,6 @@ class Clip:
     instances: np.ndarray
     depth: np.ndarray
     flow: np.ndarray
+
+
+Shoot = Callable[[Scene, Trajectory], Clip]  # a renderer

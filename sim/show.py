@@ -1,7 +1,7 @@
 """Look at a dataset: a contact sheet, or a page on which its clips move. Under each clip stands what it is.
 
-Of a world with groups (sim/counterfactual.py) a group's clips come together, the true one first, and each other one
-tells its violation.
+Of a world with groups (sim/counterfactual.py, sim/ambiguous.py) a group's clips come together, and each tells its
+violation, or its depth.
 """
 
 import base64
@@ -63,8 +63,12 @@ def grouped(folder: Path) -> list[list[tuple[Path, dict[str, Any]]]]:
 
 
 def words(row: dict[str, Any]) -> str:
-    """What a clip of a group is."""
-    violation = row.get("violation")
+    """What a clip is."""
+    if "depth" in row:
+        return f"{row['motion']} from {row['height']:.2f} m at a depth of {row['depth']:.2f} m"
+    if "violation" not in row:
+        return str(row["motion"])
+    violation = row["violation"]
     if violation is None:
         return "true"
     kind = violation["kind"].replace("_", " ")
@@ -81,8 +85,7 @@ def sheet(clips: Sequence[tuple[Path, dict[str, Any]]], columns: int = 8) -> Ima
         strip = np.concatenate(frames[chosen], axis=1).repeat(scale, 0).repeat(scale, 1)
         picture = Image.new("RGB", (strip.shape[1], strip.shape[0] + 14), "white")
         picture.paste(Image.fromarray(strip))
-        told = f"{words(row)}: {row['caption']}" if "group" in row else f"{row['motion']}: {row['caption']}"
-        text = f"{path.parent.name}/{path.name}  {told}"
+        text = f"{path.parent.name}/{path.name}  {words(row)}: {row['caption']}"
         ImageDraw.Draw(picture).text((2, strip.shape[0] + 1), text, fill="black")
         strips.append(picture)
     whole = Image.new("RGB", (max(p.width for p in strips), sum(p.height for p in strips)), "white")
@@ -100,7 +103,7 @@ def page(title: str, groups: Sequence[Sequence[tuple[Path, dict[str, Any]]]]) ->
         path, first = group[0]
         figures = "".join(
             f'<figure><img alt="" src="data:image/webp;base64,{moving(read(clip), row["fps"])}">'
-            f"<figcaption>{html.escape(words(row) if 'group' in row else row['motion'])}</figcaption></figure>"
+            f"<figcaption>{html.escape(words(row))}</figcaption></figure>"
             for clip, row in group
         )
         name = f"{path.parent.name}/{path.stem}: {first['caption']}"

@@ -77,9 +77,11 @@ MAY_IMPORT = {
     "sim.drop": ["sim.scene", "sim.assets", "sim.physics", "posttrain.files"],
     "sim.motion": ["sim.scene", "sim.assets", "sim.drop", "sim.physics", "posttrain.files"],
     "sim.counterfactual": ["sim.scene", "sim.drop", "sim.physics"],
+    "sim.ambiguous": ["sim.scene", "sim.drop", "sim.physics", "posttrain.files"],
+    "sim.grid": ["sim.scene", "sim.drop", "posttrain.files"],
     "sim.dataset": ["sim.scene", "sim.assets", "posttrain.files"],
     "sim.show": ["posttrain.files"],
-    "sim.bench": ["sim.dataset", "sim.physics", "posttrain.files"],
+    "sim.bench": ["sim.dataset", "sim.counterfactual", "sim.physics", "posttrain.files"],
     "sim.cli": ["sim", "posttrain.recipe", "posttrain.files"],
     "sim.__main__": ["sim.cli"],
 }

@@ -548,10 +548,12 @@ class Look:
         scaled = poses.copy()
         scaled[..., :3, :3] *= sizes[:, None, None]
         self.to_light = columns(light @ scaled)
+        if not scene.light.shadows:
+            light[:3] = [0, 0, 0, -1]  # every point lies outside the shadow map
 
         radii = sizes * np.cbrt([3 * m.volume / (4 * np.pi) for m in meshes])
         self.spheres = np.zeros((len(positions), OCCLUDERS, 4), dtype=np.float32)
-        n = min(len(sizes), OCCLUDERS)
+        n = min(len(sizes), OCCLUDERS) if scene.light.shadows else 0
         self.spheres[:, :n, :3], self.spheres[:, :n, 3] = positions[:, :n], (radii * scales_TN)[:, :n]
         self.light: dict[str, Value] = {
             "eye": camera.position, "sun": tuple(sun.tolist()), "sun_color": scene.light.color,

@@ -135,7 +135,7 @@ def _backdrop(scene: Scene, sun: np.ndarray, samples: int, centres: np.ndarray, 
     normal = np.where(is_wall[solid][:, None], [0.0, -1.0, 0.0], [0.0, 0.0, 1.0])
     towards = centres - point[:, None]
     along = towards @ sun
-    shaded = ((along > 0) & ((towards**2).sum(-1) - along**2 < radii**2)).any(axis=1)
+    shaded = ((along > 0) & ((towards**2).sum(-1) - along**2 < radii**2)).any(axis=1) & scene.light.shadows
     wall = _mean(background.wall) if background.wall else np.zeros(3)
     albedo = np.where(is_wall[solid][:, None], wall, _mean(background.floor))
     direct = (np.clip(normal @ sun, 0, None) * ~shaded)[:, None] * scene.light.color

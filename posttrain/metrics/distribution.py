@@ -1,0 +1,165 @@
+"""Does a model cover all falls that its first picture allows? PISA, arXiv 2503.09595, sections 5.1-5.2, appendices D-G.
+
+One picture tells along which ray an object's bottom lies, not how far out. With a level camera `h` metres up,
+
+    Y(Z) = h + beta Z,   beta = (H / 2 - r) sensor / (H f) = (H / 2 - r) / f_pixels,   Y = g t^2 / 2
+
+where Z is the depth, Y the height above the floor, r the row just below the object, counted from the top. The depths of
+the ambiguous set are Z ~ U(2, 18) m, so heights are uniform, too, and fall times have the density (paper eq. 4 and 19)
+
+    p(t|y) = g t / ((Z_max - Z_min) |beta|),   t(Z_min) <= t <= t(Z_max)
+
+For beta < 0 the limits swap and Z ends at -h / beta, where the ray meets the floor. For beta = 0 all fall from h.
+
+Departures from the paper. Its eq. 3 leaves out the camera's height. It compares with 1,000 quantised draws in a
+two-sample test for continuous numbers, whose p-values ties make too large; here the law of the impact frame is exact,
+its errors of measurement may be told, and the p-value is that of tied numbers. A fall that does not end within the clip
+is an outcome of its own, later than all frames.
+
+Shape letters: F frames of a clip, K = F + 1 outcomes: impact frame k < F, and last no contact.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy.stats import monte_carlo_test, uniform
+
+DEPTH = (2.0, 18.0)  # metres, of the ambiguous set
+GRAVITY = 9.81
+
+Heights = tuple[float, float]  # metres, lowest and highest Y that a first picture allows; each in between is as likely
+Errors = Mapping[int | None, float]  # share of each (estimated - true impact frame); None: the contact was not seen
+
+
+def slope(rows_F: np.ndarray, height: int, focal_pixels: float) -> np.ndarray:
+    """beta (F,) of the row edges just below the object in pictures `height` pixels high, see `bottoms`."""
+    return (height / 2 - rows_F) / focal_pixels
+
+
+def bottoms(masks_FHW: np.ndarray) -> np.ndarray:
+    """The row edges (F,) just below the object, counted from the top; NaN where a mask is empty."""
+    edges_F = np.where(masks_FHW.any(2), np.arange(1, masks_FHW.shape[1] + 1), 0).max(1)
+    return np.where(edges_F > 0, edges_F, np.nan)
+
+
+def drop_heights(beta: float, camera_height: float, depth: tuple[float, float] = DEPTH) -> Heights:
+    """The lowest and the highest Y(Z) = h + beta Z above the floor.
+
+    Raises:
+        ValueError: the ray is below the floor at all of these depths.
+    """
+    low, high = sorted(camera_height + beta * z for z in depth)
+    if high < 0:
+        raise ValueError(f"the object's bottom is below the floor from {depth[0]} m on, beta is {beta}")
+    return max(low, 0.0), high
+
+
+def density(t: np.ndarray, heights: Heights, gravity: float = GRAVITY) -> np.ndarray:
+    """p(t|y), per second; infinite at the only possible t if there is but one."""
+    low, high = heights
+    y = gravity * np.square(t) / 2
+    if low == high:
+        return np.where(y == low, np.inf, 0.0)
+    return gravity * np.asarray(t) * uniform.pdf(y, low, high - low) * (np.asarray(t) >= 0)
+
+
+def cdf(t: np.ndarray, heights: Heights, gravity: float = GRAVITY) -> np.ndarray:
+    """P(fall time <= t)."""
+    low, high = heights
+    y = gravity * np.square(np.maximum(t, 0)) / 2
+    return np.where(y >= low, 1.0, 0.0) if low == high else uniform.cdf(y, low, high - low)
+
+
+def quantile(q: np.ndarray, heights: Heights, gravity: float = GRAVITY) -> np.ndarray:
+    """The t before which a share q of the falls end; of q ~ U(0, 1) it is a sample of p(t|y)."""
+    low, high = heights
+    return np.sqrt(2 * (low + np.asarray(q) * (high - low)) / gravity)
+
+
+def frame_pmf(
+    heights: Heights, fps: float, frames: int, gravity: float = GRAVITY, errors: Errors | None = None
+) -> np.ndarray:
+    """P(impact frame = k) for k < `frames`, and last P(no contact within the clip): (K,).
+
+    Frame k ends the falls with k - 1 < t fps <= k, see `pisa.first_frame_after`. `errors` of the estimator, measured on
+    true clips by `estimator_errors`, are taken to be the same for all fall times: the law is convolved with them.
+    """
+    ends_F = cdf((np.arange(frames) + 1e-9) / fps, heights, gravity)  # the same rounding as in first_frame_after
+    ends_F[0] = 0  # an impact frame is at least 1
+    pmf_K = np.diff(np.append(ends_F, 1.0), prepend=0.0)
+    if errors is None:
+        return pmf_K
+    seen_K = np.zeros_like(pmf_K)
+    seen_K[-1] = pmf_K[-1]
+    for error, share in errors.items():
+        k_F = np.full(frames, frames) if error is None else np.clip(np.arange(frames) + error, 1, frames)
+        np.add.at(seen_K, k_F, share * pmf_K[:-1])
+    return seen_K
+
+
+def estimator_errors(estimated: Sequence[int | None], true: Sequence[int]) -> dict[int | None, float]:
+    """How far the impact frames that an estimator finds in true clips are from those that the simulator knows."""
+    errors = Counter(None if found is None else found - known for found, known in zip(estimated, true, strict=True))
+    return {error: count / len(true) for error, count in errors.items()}
+
+
+def ks_test(
+    impact_frames: Sequence[int | None], pmf_K: np.ndarray, rng: np.random.Generator, draws: int = 999
+) -> dict[str, float]:
+    """Kolmogorov-Smirnov test of impact frames (None: no contact) against `frame_pmf`.
+
+    D = max_k |share of the frames <= k - P(F <= k)|. Its p-value is the share of `draws` samples of that size from the
+    law itself with as large a D, so ties count as they must.
+
+    Returns:
+        statistic: D.
+        p_value: at least 1 / (draws + 1).
+
+    Raises:
+        ValueError: there are no impact frames, or one is not within the clip.
+    """
+    last = len(pmf_K) - 1
+    outcomes = np.array([last if frame is None else frame for frame in impact_frames])
+    if not len(outcomes) or not all(frame is None or 0 <= frame < last for frame in impact_frames):
+        raise ValueError(f"impact frames must be some of 0 to {last - 1}, or None, got {list(impact_frames)}")
+    law_K = pmf_K.cumsum()
+
+    def distance(counts: np.ndarray, axis: int) -> np.ndarray:
+        return np.abs(counts.cumsum(axis) / len(outcomes) - law_K).max(axis)
+
+    counts_K = np.bincount(outcomes, minlength=len(pmf_K))
+    test = monte_carlo_test(
+        counts_K,
+        lambda size: rng.multinomial(len(outcomes), pmf_K / pmf_K.sum(), size=size[0]),
+        distance,
+        vectorized=True,
+        n_resamples=draws,
+        alternative="greater",
+    )
+    return {"statistic": float(test.statistic), "p_value": float(test.pvalue)}
+
+
+def lift(
+    betas_F: np.ndarray, t_drop: float, camera_height: float, gravity: float = GRAVITY
+) -> tuple[float, np.ndarray]:
+    """The depth Z and the heights Y_i (F,), in metres, that a clip's fall time implies (appendix G).
+
+    Z = (g t_drop^2 / 2 - h) / beta_0,   Y_i = h + beta_i Z
+
+    All are NaN for beta_0 = 0, where every depth gives that fall time; a frame without an object (beta_i NaN) has none.
+    """
+    z = (gravity * t_drop**2 / 2 - camera_height) / betas_F[0] if betas_F[0] else math.nan
+    return float(z), camera_height + betas_F * z
+
+
+def fall_error(heights_F: np.ndarray, fps: float, t_drop: float, gravity: float = GRAVITY) -> float:
+    """Metres between lifted heights and the fall g (t_drop^2 - t^2) / 2 from rest, root mean square until t_drop.
+
+    Frames without a height count for nothing; NaN if there is none.
+    """
+    t_F = np.arange(len(heights_F)) / fps
+    off_F = (heights_F - gravity * (t_drop**2 - t_F**2) / 2)[t_F <= t_drop]
+    off_F = off_F[np.isfinite(off_F)]
+    return float(np.sqrt(np.mean(off_F**2))) if len(off_F) else math.nan

@@ -1,0 +1,55 @@
+"""PISA's test of unseen depths and heights (Li et al. 2025, section 5.1): one object, anywhere in depth x height.
+
+Both are drawn uniformly. What the camera, which does not retreat, cannot see from start to end is dropped. A row says
+whether its pair is `id`, in the distribution of the training clips: `seen_depth` and `seen_height`.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+
+from posttrain.files import UserError
+from sim import drop
+from sim.drop import Range
+from sim.scene import Clip, Scene, Shoot, Trajectory
+
+
+class Config(drop.Config):
+    """`drop` are the heights; `camera_gap` is not used."""
+
+    dropped: tuple[Literal[1], Literal[1]] = (1, 1)
+    pile: tuple[Literal[0], Literal[0]] = (0, 0)
+    drop: Range = (0.5, 2.5)
+    camera_height: Range = (0.5, 0.5)
+    region: Range = (0.0, 0.0)
+    depth: Range = (1.0, 5.0)
+    seen_depth: Range = (1.0, 3.0)
+    seen_height: Range = (0.5, 1.5)
+
+
+def takes(
+    rng: np.random.Generator, config: Config, objects: list[str], backgrounds: list[str], seed: int, shoot: Shoot
+) -> Iterator[tuple[Scene, Trajectory, Clip, dict[str, Any]]]:
+    """One clip, and what its row tells: depth of the object's centre and height of its lowest point, metres, and `id`.
+
+    Raises:
+        UserError: the ranges leave no room for such a scene.
+    """
+    for _ in range(drop.ATTEMPTS):
+        depth, height = float(rng.uniform(*config.depth)), float(rng.uniform(*config.drop))
+        filmed = drop.alone(rng, config, objects, backgrounds, seed, depth, height)
+        if filmed is not None:
+            seen = _within(depth, config.seen_depth) and _within(height, config.seen_height)
+            yield *filmed, shoot(*filmed), {"depth": depth, "height": height, "id": seen}
+            return
+    raise UserError(f"world: no scene fits after {drop.ATTEMPTS} tries; widen depth, drop, target_pixels or size")
+
+
+def label(scene: Scene) -> str:
+    """The kind of motion, for the metadata."""
+    return drop.label(scene)
+
+
+def _within(value: float, limits: Range) -> bool:
+    return limits[0] <= value <= limits[1]
