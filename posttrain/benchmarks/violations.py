@@ -6,7 +6,7 @@ On true clips, the error of every quantity, and whether its sigma says how large
 (sim/counterfactual.py), what every quantity becomes at each value of the violation, and Spearman's rho of the two.
 
 Truths: gravity, the first contact and the drop height are in the rows; a restitution is that of the body's centre,
-from the simulator's path, where its first flight lasts for three frames; everything else is 0, a permanence 1.
+from the simulator's path, where its first three frames after the contact are a flight; all else is 0, permanence 1.
 """
 
 import argparse
@@ -72,15 +72,12 @@ def first_met(row: dict[str, Any]) -> int:
 
 def truth(row: dict[str, Any], z_F: np.ndarray) -> dict[str, float | None]:
     """What a true clip's scorecard should say."""
-    gravity, contact = -row["gravity"][2], row["contact_time"]
-    later = [touch["time"] for touch in touches(row) if touch["time"] > contact]
-    t = np.arange(len(z_F)) / row["fps"]
-    free = np.flatnonzero((t > contact) & (t < min(later, default=np.inf)))
+    gravity, contact, fps = -row["gravity"][2], row["contact_time"], row["fps"]
+    k = int(contact * fps) + 2  # the second frame after the contact
     restitution = None
-    if len(free) >= 3:
-        k = free[1]  # a frame after the contact for sure, whose velocity is that of the parabola around it
-        velocity = (z_F[k + 1] - z_F[k]) * row["fps"] + gravity / row["fps"] / 2
-        restitution = float(velocity + gravity * (t[k] - contact)) / (gravity * contact)
+    if k + 1 < len(z_F) and abs(np.diff(z_F[k - 1 : k + 2], 2)[0] * fps**2 + gravity) < 0.01 * gravity:
+        velocity = (z_F[k + 1] - z_F[k - 1]) * fps / 2  # in a flight that is exact
+        restitution = float(velocity + gravity * (k / fps - contact)) / (gravity * contact)
     kept = None if restitution is None else (restitution**2 - 1) * (gravity * contact) ** 2 / 2
     zero = dict.fromkeys(QUANTITIES, 0.0)
     return zero | {

@@ -40,6 +40,7 @@ from posttrain.metrics.pisa import AFTER, FALL, MISFIT, SLOWER, centroids
 NOISE = 0.12  # pixels, of a mask's centre
 SCALE = 0.02  # share of a length: an outline is not at the depth of the body's centre
 CONTACT = 0.12  # frames: what lands on an edge lands twice
+REBOUND = 0.08  # share of the speed v, of w: what turns shows another side, whose centre is elsewhere
 TURNING = 0.3  # of log sqrt(area) over a clip: a body has several sides
 
 VERTICAL = ("g", "release", "contact", "restitution", "penetration", "energy_fall", "energy_contact")
@@ -125,9 +126,11 @@ def scorecard(
 def _fit(t: np.ndarray, z: np.ndarray, frame: float, pixel: float, height: int) -> Fall:
     """Least squares from the best of a grid; what hardly falls is a parabola from time 0."""
     after, least, misfit = (AFTER + 0.1) * frame, FALL * height * pixel, (MISFIT * height * pixel) ** 2
-    *_, contact = _search(t, z, frame, after, least, misfit)
+    coarse, fine = np.arange(t[0] - frame, t[-1] + frame / 4, frame / 2), np.arange(-8, 9) * frame / 8
+    _, t0, contact = _search(t, z, coarse, coarse, frame, after, least, misfit)
     t, z = t[t <= contact + after], z[t <= contact + after]
-    (z0, g, w, a), t0, contact = _search(t, z, frame, math.inf, least, misfit)  # of the same frames the best
+    times = contact + fine if contact < t[-1] else t[-1:]
+    (z0, g, w, a), t0, contact = _search(t, z, t0 + fine, times, frame, math.inf, least, misfit)  # of the same frames
     lands, falls = contact < t[-1], abs(g) * (contact - t0) ** 2 / 2 > least
     if falls:
         start = np.array([z0, g, t0, contact, w, a] if lands else [z0, g, t0])
@@ -140,22 +143,32 @@ def _fit(t: np.ndarray, z: np.ndarray, frame: float, pixel: float, height: int) 
         parameters = np.linalg.lstsq(design, z, rcond=None)[0]
         jacobian, residual = design, z - design @ parameters
     covariance = _covariance(jacobian, residual, NOISE * pixel)
-    if len(parameters) == 6:
-        covariance[3, 3] += (CONTACT * frame) ** 2
-    return Fall(parameters, covariance, falls, float(parameters[3] if len(parameters) == 6 else t[-1]))
+    if len(parameters) < 6:
+        return Fall(parameters, covariance, falls, float(t[-1]))
+    _, g, t0, contact, *_ = parameters
+    covariance += np.diag([0, 0, 0, CONTACT * frame, REBOUND * g * (contact - t0), 0]) ** 2
+    return Fall(parameters, covariance, falls, float(contact))
 
 
 def _search(
-    t: np.ndarray, z: np.ndarray, frame: float, after: float, least: float, misfit: float
+    t: np.ndarray,
+    z: np.ndarray,
+    releases: np.ndarray,
+    contacts: np.ndarray,
+    frame: float,
+    after: float,
+    least: float,
+    misfit: float,
 ) -> tuple[np.ndarray, float, float]:
-    """The best (z0, g, w, a), t0 and t_c on a grid of half frames; t_c is the last frame where nothing lands.
+    """The best (z0, g, w, a), t0 and t_c, at least a frame apart; t_c is the last frame where nothing lands.
 
     Frames later than `after` seconds after the contact are left out at the cost of a misfit each, and a contact costs
     another one, lest noise be one.
     """
-    times = np.arange(t[0] - frame, t[-1] + frame / 4, frame / 2)
-    t0_K, contact_K = (v[times - times[:, None] > 0.9 * frame] for v in np.meshgrid(times, times, indexing="ij"))
-    lands_K = contact_K < t[-1] - frame / 4
+    t0_K, contact_K = (
+        v[contacts - releases[:, None] > 0.9 * frame] for v in np.meshgrid(releases, contacts, indexing="ij")
+    )
+    lands_K = contact_K < t[-1] - frame / 20
     since_KF = np.maximum(t - contact_K[:, None], 0)
     fall_KF = np.maximum(t - since_KF - t0_K[:, None], 0) ** 2 / 2
     used_KF = since_KF <= after
