@@ -275,6 +275,8 @@ def test_tables() -> None:
     zero: dict[str, float | None] = dict.fromkeys(QUANTITIES, 0.0)
     true = [violations.Measured(card | {"g": Measure(g, 2.0)}, None, 0.0, zero) for g in (-1.0, 3.0)]
     assert "| g | m/s² | 2 | +1.0000 | 2.0000 | 2.0000 | 1.00 |" in violations.accuracy(true).splitlines()
+    unknown = [violations.Measured(card, None, 0.0, zero | {"restitution": None})]
+    assert "| restitution | 1 | 0 | – | – | – | – |" in violations.accuracy(unknown).splitlines()
     heavier = [
         violations.Measured(
             card | {"g": Measure(value, 1.0), "drift": Measure(-value, 1.0), "contact": None}, "heavy", value, {}

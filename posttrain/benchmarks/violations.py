@@ -36,9 +36,16 @@ class Measured(NamedTuple):
 
 
 def measure(split: Split) -> list[Measured]:
-    """The scorecards of a split; the drop height is that of the group's true clip."""
-    heights = {row["group"]: row["drop_height"] for row in split.rows if row.get("violation", True) is None}
-    firsts = {row["group"]: first_met(row) for row in split.rows if row.get("violation", True) is None}
+    """The scorecards of a split; the drop height is that of the group's true clip.
+
+    Raises:
+        UserError: it is not known of each true clip when its target lands, or annotations are missing or torn.
+    """
+    true = [row for row in split.rows if row.get("violation") is None]
+    if not all(row.get("drop_height") and row.get("contacts") for row in true):
+        raise UserError(f"{split.folder}: does not say when bodies land; name a folder of drops")
+    heights = {row["group"]: row["drop_height"] for row in true if "group" in row}
+    firsts = {row["group"]: first_met(row) for row in true if "group" in row}
     clips = []
     for index in track(range(len(split.rows)), "measuring", len(split.rows)):
         row, violation = split.rows[index], split.rows[index].get("violation")
@@ -60,13 +67,9 @@ def measure(split: Split) -> list[Measured]:
     return clips
 
 
-def touches(row: dict[str, Any]) -> list[dict[str, Any]]:
-    return [contact for contact in row["contacts"] if row["target"] in contact["pair"]]
-
-
 def first_met(row: dict[str, Any]) -> int:
     """What the target lands on: a body's index, -1 the floor."""
-    a, b = touches(row)[0]["pair"]
+    a, b = next(contact["pair"] for contact in row["contacts"] if row["target"] in contact["pair"])
     return int(b if a == row["target"] else a)
 
 
@@ -98,10 +101,13 @@ def accuracy(clips: Sequence[Measured]) -> str:
     lines = []
     for name, unit in zip(QUANTITIES, UNITS, strict=True):
         pairs = [(clip.card[name], clip.truth[name]) for clip in clips]
-        found = np.array([(m.value - t, m.sigma) for m, t in pairs if m is not None and t is not None])
-        error, sigma = found.T
+        found = [(m.value - t, m.sigma) for m, t in pairs if m is not None and t is not None]
+        if not found:
+            lines.append([name, unit, "0", "–", "–", "–", "–"])
+            continue
+        error, sigma = np.array(found).T
         told = [f"{error.mean():+.4f}", f"{error.std():.4f}", f"{np.median(sigma):.4f}"]
-        lines.append([name, unit, str(len(found)), *told, f"{(error / sigma).std():.2f}" if sigma.all() else ""])
+        lines.append([name, unit, str(len(found)), *told, f"{(error / sigma).std():.2f}" if sigma.all() else "–"])
     return table(["quantity", "unit", "clips", "bias", "spread", "sigma", "spread of error / sigma"], lines)
 
 
