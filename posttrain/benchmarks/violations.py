@@ -1,0 +1,163 @@
+"""What the scorecard of posttrain.metrics.physics is worth: measured on the simulator's own masks, printed as Markdown.
+
+    python -m posttrain.benchmarks.violations data/pocket-violations data/pocket-drop
+
+On true clips, the error of every quantity, and whether its sigma says how large that is. On clips that break one law
+(sim/counterfactual.py), what every quantity becomes at each value of the violation, and Spearman's rho of the two.
+
+Truths: gravity, the first contact and the drop height are in the rows; a restitution is that of the body's centre,
+from the simulator's path, where its first three frames after the contact are a flight; all else is 0, permanence 1.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from posttrain.data.clips import Split, open_split, read_annotations
+from posttrain.files import UserError
+from posttrain.metrics.physics import QUANTITIES, Measure, scorecard
+from posttrain.progress import track
+
+UNITS = ("m/s²", "s", "s", "1", "m", "J/kg", "J/kg", "m/s", "m", "1", "1/s")
+MOVED = 0.5  # a rho above which a quantity is said to follow the violation
+
+
+class Measured(NamedTuple):
+    """A clip's scorecard; its truth is None where it is not known, and altogether of a clip that breaks a law."""
+
+    card: dict[str, Measure | None]
+    kind: str | None
+    value: float
+    truth: dict[str, float | None]
+
+
+def measure(split: Split) -> list[Measured]:
+    """The scorecards of a split; the drop height is that of the group's true clip.
+
+    Raises:
+        UserError: it is not known of each true clip when its target lands, or annotations are missing or torn.
+    """
+    true = [row for row in split.rows if row.get("violation") is None]
+    if not all(row.get("drop_height") and row.get("contacts") for row in true):
+        raise UserError(f"{split.folder}: does not say when bodies land; name a folder of drops")
+    heights = {row["group"]: row["drop_height"] for row in true if "group" in row}
+    firsts = {row["group"]: first_met(row) for row in true if "group" in row}
+    clips = []
+    for index in track(range(len(split.rows)), "measuring", len(split.rows)):
+        row, violation = split.rows[index], split.rows[index].get("violation")
+        arrays = read_annotations(split.annotations(index), ["instances", "positions"])
+        path_F3 = arrays["positions"][:, row["target"]]
+        card = scorecard(
+            arrays["instances"] == row["target"] + 1,
+            row["fps"],
+            row["camera"]["intrinsics"][0][0],
+            path_F3[0, 1] - row["camera"]["position"][1],
+            heights.get(row.get("group"), row["drop_height"]),
+        )
+        if violation is None:
+            clips.append(Measured(card, None, 0.0, truth(row, path_F3[:, 2])))
+        else:
+            # The floor is sunk into at the first contact only where there is no pile.
+            later = violation["kind"] == "tunnel_floor" and firsts[row["group"]] >= 0
+            clips.append(Measured(card, violation["kind"] + " later" * later, violation["value"], {}))
+    return clips
+
+
+def first_met(row: dict[str, Any]) -> int:
+    """What the target lands on: a body's index, -1 the floor."""
+    a, b = next(contact["pair"] for contact in row["contacts"] if row["target"] in contact["pair"])
+    return int(b if a == row["target"] else a)
+
+
+def truth(row: dict[str, Any], z_F: np.ndarray) -> dict[str, float | None]:
+    """What a true clip's scorecard should say."""
+    gravity, contact, fps = -row["gravity"][2], row["contact_time"], row["fps"]
+    k = int(contact * fps) + 2  # the second frame after the contact
+    restitution = None
+    if k + 1 < len(z_F) and abs(np.diff(z_F[k - 1 : k + 2], 2)[0] * fps**2 + gravity) < 0.01 * gravity:
+        velocity = (z_F[k + 1] - z_F[k - 1]) * fps / 2  # in a flight that is exact
+        restitution = float(velocity + gravity * (k / fps - contact)) / (gravity * contact)
+    kept = None if restitution is None else (restitution**2 - 1) * (gravity * contact) ** 2 / 2
+    zero = dict.fromkeys(QUANTITIES, 0.0)
+    return zero | {
+        "g": gravity,
+        "contact": contact,
+        "restitution": restitution,
+        "energy_contact": kept,
+        "permanence": 1.0,
+    }
+
+
+def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (columns, ["---"] * len(columns), *lines))
+
+
+def accuracy(clips: Sequence[Measured]) -> str:
+    """A line per quantity: mean and standard deviation of its error, the median sigma, and that of error / sigma."""
+    lines = []
+    for name, unit in zip(QUANTITIES, UNITS, strict=True):
+        pairs = [(clip.card[name], clip.truth[name]) for clip in clips]
+        found = [(m.value - t, m.sigma) for m, t in pairs if m is not None and t is not None]
+        if not found:
+            lines.append([name, unit, "0", "–", "–", "–", "–"])
+            continue
+        error, sigma = np.array(found).T
+        told = [f"{error.mean():+.4f}", f"{error.std():.4f}", f"{np.median(sigma):.4f}"]
+        lines.append([name, unit, str(len(found)), *told, f"{(error / sigma).std():.2f}" if sigma.all() else "–"])
+    return table(["quantity", "unit", "clips", "bias", "spread", "sigma", "spread of error / sigma"], lines)
+
+
+def response(clips: Sequence[Measured]) -> str:
+    """A line per kind of violation: each quantity's median at each value, and rho in bold where it follows.
+
+    Of what goes sideways the magnitude; what most clips do not have is a dash.
+    """
+    lines = [["true clips", *(cell([clip for clip in clips if clip.kind is None], name) for name in QUANTITIES)]]
+    for kind in dict.fromkeys(clip.kind for clip in clips if clip.kind is not None):
+        chosen = [clip for clip in clips if clip.kind == kind]
+        values = list(dict.fromkeys(clip.value for clip in chosen))
+        head = f"{kind} {' '.join(f'{value:g}' for value in values)}"
+        lines.append([head, *(cell(chosen, name) for name in QUANTITIES)])
+    return table(["violation", *QUANTITIES], lines)
+
+
+def cell(clips: Sequence[Measured], name: str) -> str:
+    """The medians by value and, where there are several, rho."""
+    medians, pairs = [], []
+    for value in dict.fromkeys(clip.value for clip in clips):
+        measures = [clip.card[name] for clip in clips if clip.value == value]
+        found = [abs(m.value) if name in ("drift", "jump") else m.value for m in measures if m is not None]
+        enough = 2 * len(found) > len(measures)
+        medians.append(f"{np.round(np.median(found), 4) + 0.0:.3g}" if enough else "–")
+        pairs += [(value, number) for number in found if enough]
+    text = " ".join(medians)
+    by_value, numbers = zip(*pairs, strict=True) if pairs else ((), ())
+    if len(set(by_value)) > 1 and len(set(numbers)) > 1:
+        rho = spearmanr(by_value, numbers).statistic
+        text += f" (**{rho:+.2f}**)" if abs(rho) > MOVED else f" ({rho:+.2f})"
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="measure the scorecard on simulated clips")
+    parser.add_argument("clips", nargs="+", help="dataset folders")
+    parser.add_argument("--split", default="test_unseen")
+    options = parser.parse_args(arguments)
+    try:
+        folders = [measure(open_split(folder, options.split)) for folder in options.clips]
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(accuracy([clip for clips in folders for clip in clips if clip.kind is None]))
+    for clips in folders:
+        if any(clip.kind for clip in clips):
+            print(f"\n{response(clips)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
