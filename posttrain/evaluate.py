@@ -34,7 +34,7 @@ from posttrain import files, flow, sample
 from posttrain.benchmarks import pisa
 from posttrain.data.clips import Clips, DataConfig
 from posttrain.files import UserError
-from posttrain.metrics import masks
+from posttrain.metrics import masks, physics
 from posttrain.metrics import pisa as metric
 from posttrain.models.base import VideoModel
 from posttrain.progress import progress
@@ -119,7 +119,9 @@ def blank(
         "row": row if row in REFERENCES else "sampled",
         "clips": [clips.row(i) for i in range(len(clips))],
         "tracker": weights_fingerprint(tracker.module),
-        "source": [source(module) for module in (metric, masks, pisa, sample, type(tracker), type(tracker.module))],
+        "source": [
+            source(module) for module in (metric, physics, masks, pisa, sample, type(tracker), type(tracker.module))
+        ],
     }
     if row not in ("truth", "frozen"):
         facts["model"] = [model.cache_key(), source(type(model))]
@@ -322,26 +324,38 @@ def position(record: dict[str, Any]) -> tuple[bool, str, int]:
     return record["split"] != "unseen", record["split"], FIXED.index(row) if row in FIXED else len(FIXED)
 
 
-def interval(values: Sequence[float | None]) -> dict[str, float | int | None]:
-    """Mean of the values that exist, its 95% percentile bootstrap interval (10,000 resamples, seeded), their number."""
+def interval(values: Sequence[float | None], statistic: Any = np.mean) -> dict[str, float | int | None]:
+    """Mean of the values that exist, its 95% percentile bootstrap interval (10,000 resamples, seeded), their number.
+
+    With another `statistic` it is that one, under the name "mean" too.
+    """
     present = np.array([value for value in values if value is not None], dtype=float)
     if not len(present):
         return {"mean": None, "low": None, "high": None, "n": 0}
-    low = high = present.mean()
+    low = high = middle = float(statistic(present))
     if len(present) > 1:
         resampled = bootstrap(
-            (present,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0), batch=1000
+            (present,), statistic, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0), batch=1000
         )
         low, high = resampled.confidence_interval
-    return {"mean": float(present.mean()), "low": float(low), "high": float(high), "n": len(present)}
+    return {"mean": middle, "low": float(low), "high": float(high), "n": len(present)}
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:
-    """One row of report.json: each metric's interval over clips; "released" holds those of the other convention."""
+    """One row of report.json: each metric's interval over clips; "released" holds those of the other convention.
+
+    "physics" is the scorecard: medians, as a fit fails now and then, and of what is signed the magnitude's.
+    """
     clips = record["clips"]
     released = {key: interval([clip["released"][key] for clip in clips]) for key in clips[0]["released"]}
     means = {key: interval([clip[key] for clip in clips]) for key in pisa.METRICS}
-    return {"model": record["model"], "split": record["split"]} | means | {"released": released}
+    cards = [clip.get("physics", {}) for clip in clips]  # older runs have none
+    card = {
+        name: interval([found[name] and magnitude(found[name][0]) for found in cards], np.median)
+        for name in cards[0]
+        for magnitude in [abs if name in physics.SIDEWAYS else float]
+    }
+    return {"model": record["model"], "split": record["split"]} | means | {"released": released, "physics": card}
 
 
 def difference(record: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:

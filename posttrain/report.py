@@ -43,6 +43,19 @@ COLUMNS = (  # key, heading, explanation, decimals
     ("time_error", "Time error", "seconds", 3),
     ("no_contact", "Never lands", "share of clips", 2),
 )
+CARD = (  # quantity of metrics/physics.py, heading, unit, decimals
+    ("g", "g", "m/s²", 2),
+    ("release", "Released", "s", 3),
+    ("contact", "Lands", "s", 3),
+    ("restitution", "Bounce", "of the speed", 2),
+    ("penetration", "Sinks in", "m", 3),
+    ("energy_fall", "Energy won falling", "J/kg", 2),
+    ("energy_contact", "at the contact", "J/kg", 2),
+    ("drift", "Drift", "m/s", 3),
+    ("jump", "Jump", "m", 3),
+    ("permanence", "Seen", "of the frames", 3),
+    ("size", "Growth", "1/s", 3),
+)
 # One clip: the records of the models that have it, what each has of it, and its first samples, uint8 (F, H, W, 3).
 Shown = tuple[list[dict[str, Any]], list[dict[str, Any]], list[np.ndarray]]
 
@@ -140,7 +153,15 @@ def page(
     tuned = [name for name in dict.fromkeys(record["model"] for record in records) if name not in FIXED]
     styles = {"truth": "truth", "base": "base"} | {name: f"c{i % 5}" for i, name in enumerate(tuned)}
     cards, data = players(shown, styles)
-    body = [headline(facts, tuned), table(facts, styles), sweep(facts), cards, curves(log), details(facts)]
+    body = [
+        headline(facts, tuned),
+        table(facts, styles),
+        scorecard(facts, styles),
+        sweep(facts),
+        cards,
+        curves(log),
+        details(facts),
+    ]
     root = resources("posttrain")
     return string.Template((root / "report.html").read_text()).substitute(
         title=html.escape(facts["run"]),
@@ -226,6 +247,32 @@ def table(facts: dict[str, Any], styles: dict[str, str]) -> str:
     gains = "".join(f" {gain(row)}" for row in facts["differences"])
     return (
         f'<section id="table"><h2>Does it fall as it should?</h2><p class="note">{note}{gains}</p>'
+        f'<div class="wide"><table>{"".join(out)}</table></div></section>'
+    )
+
+
+def scorecard(facts: dict[str, Any], styles: dict[str, str]) -> str:
+    """What the hardest split's masks say in SI units: medians over the clips that tell, 95% intervals, how many."""
+    rows = [row for row in facts["rows"] if row["split"] == facts["rows"][0]["split"] and row.get("physics")]
+    if not rows:
+        return ""
+    heads = "".join(f"<th>{title}<small>{unit}</small></th>" for _, title, unit, _ in CARD)
+    out = [f"<tr><th>Model</th>{heads}</tr>"]
+    for row in rows:
+        cells = "".join(
+            cell(key, row["physics"][key], decimals).replace("</small>", f", n {row['physics'][key]['n']}</small>")
+            for key, _, _, decimals in CARD
+        )
+        name = html.escape(row["model"])
+        kind = ' class="reference"' if row["model"] in REFERENCES else ""
+        out.append(f'<tr{kind}><td><span class="key {styles.get(row["model"], "")}"></span>{name}</td>{cells}</tr>')
+    note = (
+        f"{heading(rows[0]['split'])}: what the tracked masks and the known camera say in SI units, to be held against "
+        "<i>truth</i>. Medians over clips with 95% intervals; of drift and jump the magnitudes. What a clip does not "
+        "have, as the contact of what never lands, does not count: n is in how many clips it was measured."
+    )
+    return (
+        f'<section id="scorecard"><h2>In metres and seconds</h2><p class="note">{note}</p>'
         f'<div class="wide"><table>{"".join(out)}</table></div></section>'
     )
 

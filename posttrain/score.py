@@ -31,6 +31,7 @@ from posttrain.data import videos
 from posttrain.evaluate import Tracker, read_records, tell, weights_fingerprint
 from posttrain.files import UserError
 from posttrain.metrics import masks as masks_module
+from posttrain.metrics import physics
 from posttrain.metrics import pisa as metric
 from posttrain.models.base import VideoModel
 from posttrain.progress import progress
@@ -171,7 +172,7 @@ def _blank(
     fps: float | None,
 ) -> dict[str, Any]:
     """A record without numbers. Its key changes with everything that its numbers depend on."""
-    sources = [files.sha256(Path(str(module.__file__))) for module in (metric, masks_module, pisa, videos)]
+    sources = [files.sha256(Path(str(module.__file__))) for module in (metric, physics, masks_module, pisa, videos)]
     facts = {
         "clips": [[truth.id, truth.key, truth.row, [files.sha256(p) for p in found[truth.id]]] for truth in truths],
         "sources": [*sources, files.sha256(Path(__file__))],

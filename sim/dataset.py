@@ -218,6 +218,7 @@ def describe(film: Film, split: str, name: str, scene: Scene, trajectory: Trajec
             for body in scene.bodies
         ],
         "target": target,
+        "distance": float(trajectory.positions_TN3[0, target, 1]) - camera.position[1],
         "motion": importlib.import_module(f"sim.{film.world}").label(scene),
         "drop_height": None if touched is None else abs(scene.gravity[2]) * touched**2 / 2,
         "contact_time": touched,

@@ -288,6 +288,7 @@ def test_table_shows_the_headline(tmp_path: Path, config: EvalConfig) -> None:
 
 
 def test_validation_samples_the_model_as_it_is(tmp_path: Path, config: EvalConfig) -> None:
+    config = config.model_copy(update={"every": 1})
     validate = validation(tmp_path, config, LATE, RedTracker(), clips=2)
     first, videos = validate(200)
     assert set(first) == {"val_l2", "val_iou", "val_vanished"}

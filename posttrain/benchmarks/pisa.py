@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from posttrain.data.clips import to_float
-from posttrain.metrics import pisa
+from posttrain.metrics import physics, pisa
 from posttrain.metrics.masks import Track, segment
 from posttrain.types import Batch
 
@@ -39,14 +39,15 @@ def score_videos(
     Args:
         videos_BFHWC: uint8, the generated videos; the first picture is the clip's.
         batch: the true clips with `instances_BFHW` and `target_B`.
-        truths: the clips' metadata rows (fps, drop_height, gravity).
+        truths: the clips' metadata rows (fps, drop_height, gravity, camera, distance).
         track: the segmenter; it sees the video and the true mask of frame 0, on the batch's device.
         fps: frames per second of the generated videos.
 
     Returns:
         One dict per clip: METRICS in the paper's convention (time_error in seconds, None where nothing lands),
         "released" with l2, chamfer, iou, vanished in the other one, and "path": the object's centre [x, y] in pixels
-        per frame, None where it is lost; "true_path" is the simulator's. A number that does not exist is None.
+        per frame, None where it is lost; "true_path" is the simulator's; "physics" the scorecard, [value, sigma] by
+        quantity, empty where camera and distance are not known. A number that does not exist is None.
     """
     assert batch.instances_BFHW is not None
     assert batch.target_B is not None
@@ -61,15 +62,36 @@ def score_videos(
             timing = pisa.time_error(masks, fps, row["drop_height"], math.hypot(*row["gravity"]))
         numbers |= {key: timing.get(key) for key in ("time_error", "no_contact")}
         numbers["released"] = finite(pisa.score(masks, true, fps, row["fps"], "released"))
-        scores.append(finite(numbers) | {"path": path(masks), "true_path": path(true)})
+        scores.append(
+            finite(numbers) | {"path": path(masks), "true_path": path(true), "physics": card(masks, fps, row)}
+        )
     return scores
+
+
+def card(masks_FHW: np.ndarray, fps: float, row: dict[str, Any]) -> dict[str, list[float] | None]:
+    """The scorecard of a video of the clip of a metadata row: [value, sigma] by quantity, as JSON has it."""
+    if not (row.get("camera") and row.get("distance")):
+        return {}
+    focal = row["camera"]["intrinsics"][0][0] * masks_FHW.shape[1] / row["size"][0]
+    gravity = math.hypot(*row["gravity"])
+    found = physics.scorecard(masks_FHW, fps, focal, row["distance"], row.get("drop_height"), gravity)
+    return {name: measure and [round(measure.value, 6), round(measure.sigma, 6)] for name, measure in found.items()}
 
 
 def average(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean of a clip's seeds, number by number, over the seeds that have it; "paths" keeps each seed's path."""
     means: dict[str, Any] = {key: mean([score[key] for score in scores]) for key in METRICS}
     means["released"] = {key: mean([score["released"][key] for score in scores]) for key in scores[0]["released"]}
+    means["physics"] = {name: pooled([score["physics"][name] for score in scores]) for name in scores[0]["physics"]}
     return means | {"true_path": scores[0]["true_path"], "paths": [score["path"] for score in scores]}
+
+
+def pooled(measures: Sequence[list[float] | None]) -> list[float] | None:
+    """[value, sigma] of the mean of the measures that exist."""
+    present = np.array([measure for measure in measures if measure is not None])
+    if not len(present):
+        return None
+    return [float(present[:, 0].mean()), float(np.sqrt((present[:, 1] ** 2).sum()) / len(present))]
 
 
 def mean(values: Sequence[float | None]) -> float | None:

@@ -48,7 +48,8 @@ REBOUND = 0.08  # share of the speed v, of w: what turns shows another side, who
 TURNING = 0.3  # of log sqrt(area) over a clip: a body has several sides
 
 VERTICAL = ("g", "release", "contact", "restitution", "penetration", "energy_fall", "energy_contact")
-QUANTITIES = (*VERTICAL, "drift", "jump", "permanence", "size")
+SIDEWAYS = ("drift", "jump")  # signed: average their magnitudes
+QUANTITIES = (*VERTICAL, *SIDEWAYS, "permanence", "size")
 
 
 class Measure(NamedTuple):
