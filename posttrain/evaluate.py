@@ -324,37 +324,40 @@ def position(record: dict[str, Any]) -> tuple[bool, str, int]:
     return record["split"] != "unseen", record["split"], FIXED.index(row) if row in FIXED else len(FIXED)
 
 
-def interval(values: Sequence[float | None], statistic: Any = np.mean) -> dict[str, float | int | None]:
+def interval(
+    values: Sequence[float | None], statistic: Literal["mean", "median"] = "mean"
+) -> dict[str, float | int | None]:
     """Mean of the values that exist, its 95% percentile bootstrap interval (10,000 resamples, seeded), their number.
 
-    With another `statistic` it is that one, under the name "mean" too.
+    Or their median, and its interval.
     """
     present = np.array([value for value in values if value is not None], dtype=float)
     if not len(present):
-        return {"mean": None, "low": None, "high": None, "n": 0}
-    low = high = middle = float(statistic(present))
+        return {statistic: None, "low": None, "high": None, "n": 0}
+    low = high = middle = float(getattr(np, statistic)(present))
     if len(present) > 1:
         resampled = bootstrap(
-            (present,), statistic, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0), batch=1000
+            (present,),
+            getattr(np, statistic),
+            n_resamples=10_000,
+            method="percentile",
+            rng=np.random.default_rng(0),
+            batch=1000,
         )
         low, high = resampled.confidence_interval
-    return {"mean": middle, "low": float(low), "high": float(high), "n": len(present)}
+    return {statistic: middle, "low": float(low), "high": float(high), "n": len(present)}
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:
     """One row of report.json: each metric's interval over clips; "released" holds those of the other convention.
 
-    "physics" is the scorecard: medians, as a fit fails now and then, and of what is signed the magnitude's.
+    "physics" is the scorecard, with medians, as a fit fails now and then.
     """
     clips = record["clips"]
     released = {key: interval([clip["released"][key] for clip in clips]) for key in clips[0]["released"]}
     means = {key: interval([clip[key] for clip in clips]) for key in pisa.METRICS}
     cards = [clip.get("physics", {}) for clip in clips]  # older runs have none
-    card = {
-        name: interval([found[name] and magnitude(found[name][0]) for found in cards], np.median)
-        for name in cards[0]
-        for magnitude in [abs if name in physics.SIDEWAYS else float]
-    }
+    card = {name: interval([found[name] and found[name][0] for found in cards], "median") for name in cards[0]}
     return {"model": record["model"], "split": record["split"]} | means | {"released": released, "physics": card}
 
 

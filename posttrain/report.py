@@ -50,7 +50,7 @@ CARD = (  # quantity of metrics/physics.py, heading, unit, decimals
     ("restitution", "Bounce", "of the speed", 2),
     ("penetration", "Sinks in", "m", 3),
     ("energy_fall", "Energy won falling", "J/kg", 2),
-    ("energy_contact", "at the contact", "J/kg", 2),
+    ("energy_contact", "Energy won at the contact", "J/kg", 2),
     ("drift", "Drift", "m/s", 3),
     ("jump", "Jump", "m", 3),
     ("permanence", "Seen", "of the frames", 3),
@@ -260,8 +260,9 @@ def scorecard(facts: dict[str, Any], styles: dict[str, str]) -> str:
     out = [f"<tr><th>Model</th>{heads}</tr>"]
     for row in rows:
         cells = "".join(
-            cell(key, row["physics"][key], decimals).replace("</small>", f", n {row['physics'][key]['n']}</small>")
+            cell(key, {"mean": found["median"], **found}, decimals).replace("</small>", f", n {found['n']}</small>")
             for key, _, _, decimals in CARD
+            for found in [row["physics"][key]]
         )
         name = html.escape(row["model"])
         kind = ' class="reference"' if row["model"] in REFERENCES else ""

@@ -3,7 +3,7 @@
     <out>/recipe.json                what the clips are made of; another recipe in the same folder is refused
     <out>/<split>/metadata.jsonl     a row per clip, written when the split is complete
     <out>/<split>/<id>.mp4, .npz     lossless RGB, and the annotations
-    <out>/.rows/<split>/<id>.json    a clip's row; written last, so it says that the clip is complete
+    <out>/.rows/<split>/<id>.json    the rows of a scene's clips; written last, so it says that they are complete
 
 Scene i of a split is a function of (seed, split, i) alone, so it does not matter who makes it, or when. A world with
 `takes` films its scenes itself and tells more in their rows. Where they tell a `group`, the clips of scene 3 are
@@ -57,7 +57,12 @@ CARD = """Clips of a simulated world, made by `python -m sim make` from the reci
 Each row of `metadata.jsonl` names a lossless video and, beside it, an .npz with `instances` (0 background, i + 1 body
 i), `depth` (metres along the optical axis), `flow` (pixels, x right and y down, to the next frame), `positions`
 (metres, z up) and `quaternions` (w first) of all bodies at all frames. Units are SI; contacts name bodies by index, -1
-is the floor.
+is the floor. `distance` is that of the target from the camera along its axis in frame 0.
+
+Clips of one `group` share their scene and first picture. `violation` tells which law a clip breaks (`kind`), by how
+much (`value`, `meaning`), how wrong that is (`severity`: mean distance of the bodies from the truth, as a share of that
+of the clip in which nothing moves) and in which share of the frames the target is `seen`; null: the true clip.
+`drop_height` and `gravity` are the true ones, `contact_time` and `contacts` are the clip's own.
 """
 VERSION = "1"  # of the generator: another one means other bytes for the same recipe
 
@@ -101,13 +106,15 @@ def write(
         done = {job for job in wanted if finished(out, *job)}
         missing = [job for job in wanted if job not in done]
         if done:
-            console.print(f"{out}: {len(done)} of {len(wanted)} clips are there already")
+            console.print(f"{out}: {len(done)} of {len(wanted)} scenes are there already")
         if missing:
             _run(out, film, missing, min(workers or os.cpu_count() or 1, len(missing)), console)
+        made = {}
         for split, count in splits.items():
             rows = [row for i in range(count) for row in read_json(_row(out, split, i))]
             write_jsonl(out / split / "metadata.jsonl", rows)
-    console.print(f"{out}: complete, {', '.join(f'{split} {count}' for split, count in splits.items())}")
+            made[split] = len(rows)
+    console.print(f"{out}: complete, {', '.join(f'{split} {count}' for split, count in made.items())}")
 
 
 @dataclass(frozen=True)
@@ -158,10 +165,9 @@ def finished(out: Path, split: str, index: int) -> bool:
     """Whether the scene's clips lie there with the bytes their rows promise."""
     try:
         files = ("file_name", "sha256"), ("annotations", "annotations_sha256")
-        return all(
-            sha256(out / split / row[name]) == row[digest]
-            for row in json.loads(_row(out, split, index).read_text())
-            for name, digest in files
+        rows = json.loads(_row(out, split, index).read_text())
+        return bool(rows) and all(
+            sha256(out / split / row[name]) == row[digest] for row in rows for name, digest in files
         )
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -186,7 +186,8 @@ def fall(beta: float, depth: float) -> tuple[np.ndarray, dict]:
         mask[row - 30 : row, 100:130] = True
     camera = {"position": [0.0, 0.0, CAMERA], "intrinsics": [[280.0, 0, 128], [0, 280.0, 128], [0, 0, 1]]}
     time = math.sqrt(2 * (CAMERA + beta * depth) / 9.81)
-    return masks, {"beta": beta, "camera": camera, "gravity": [0, 0, -9.81], "fps": FPS, "contact_time": time}
+    row = {"beta": beta, "camera": camera, "gravity": [0, 0, -9.81], "fps": FPS, "contact_time": time}
+    return masks, row | {"size": [256, 256]}
 
 
 def test_a_run_that_covers_its_falls_and_one_that_does_not() -> None:
@@ -209,7 +210,12 @@ def test_true_clips_calibrate_and_can_be_lifted() -> None:
     errors = benchmark.calibrate([masks for (masks, _), _ in falls], [row for (_, row), _ in falls])
     assert set(errors) <= {-1, 0, 1}
     assert sum(errors.values()) == pytest.approx(1)
+    never = [(masks[:3], row | {"contact_time": None}) for (masks, row), _ in falls]  # cut before it lands
+    assert benchmark.calibrate(*zip(*[*never, *(pair for pair, _ in falls)], strict=True)) == errors
     for (masks, row), depth in falls:
+        smaller = benchmark.lifted(masks[:, ::2, ::2], FPS, row)
+        assert smaller is not None
+        assert smaller["depth"] == pytest.approx(depth, rel=0.15)
         lifted = benchmark.lifted(masks, FPS, row)
         assert lifted is not None
         assert lifted["depth"] == pytest.approx(depth, rel=0.1)

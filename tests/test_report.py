@@ -133,11 +133,11 @@ def test_json_holds_rows_differences_and_circumstances(run: Path) -> None:
     assert psft["vanished"]["mean"] == pytest.approx(2 / FRAMES)
     assert psft["released"]["l2"]["mean"] < psft["l2"]["mean"]
     card = {row["model"]: row["physics"] for row in found["rows"][:5]}
-    assert card["truth"]["g"]["mean"] == pytest.approx(9.81, rel=0.05)
-    assert card["truth"]["permanence"]["mean"] == 1
-    assert abs(card["base"]["g"]["mean"]) < 0.1  # it hovers
+    assert card["truth"]["g"]["median"] == pytest.approx(9.81, rel=0.05)
+    assert card["truth"]["permanence"]["median"] == 1
+    assert abs(card["base"]["g"]["median"]) < 0.1  # it hovers
     assert card["base"]["contact"]["n"] == 0
-    assert card["psft"]["permanence"]["mean"] == pytest.approx(1 - 2 / FRAMES)
+    assert card["psft"]["permanence"]["median"] == pytest.approx(1 - 2 / FRAMES)
     gap = found["differences"][0]
     assert (gap["model"], gap["against"], gap["split"]) == ("psft", "base", "unseen")
     assert gap["l2"]["mean"] == pytest.approx(psft["l2"]["mean"] - base["l2"]["mean"])
@@ -204,7 +204,7 @@ def test_page_says_what_was_measured(page: Page, run: Path) -> None:
     assert page.locator("#table tr.reference").count() == 6
     card = {(cells := row.inner_text().split())[0]: cells for row in page.locator("#scorecard tr").all()[1:]}
     assert list(card) == ["truth", "truth_vae", "frozen", "base", "psft"]
-    assert card["truth"][1] == f"{found['rows'][0]['physics']['g']['mean']:.2f}"
+    assert card["truth"][1] == f"{found['rows'][0]['physics']['g']['median']:.2f}"
     assert page.locator("#curves figcaption").all_inner_texts()[:3] == [
         "Training loss",
         "Validation: L2",

@@ -105,6 +105,17 @@ def test_a_twin_looks_like_the_body_and_stays_behind_it() -> None:
     assert torch.equal(doubled[:, ~copy], video[0][:, ~copy])
 
 
+def test_crowds_are_preferred() -> None:
+    """A body passes another one in the second half of a clip; the windows of a crowd are all there."""
+    instances = torch.zeros(FRAMES, SIZE, SIZE, dtype=torch.uint8)
+    instances[:, 4:10, 4:10] = 1
+    instances[FRAMES // 2 :, 4:10, 10:16] = 2
+    mask = instances == 1
+    assert segmenter.touching(mask[:2], instances[:2]) == 0
+    assert segmenter.touching(mask[-2:], instances[-2:]) == 6
+    assert segmenter.touching(mask[FRAMES // 2 - 1 : FRAMES // 2 + 1], instances[FRAMES // 2 - 1 :][:2]) == 3
+
+
 def test_a_share_of_clips_is_seen_through_the_autoencoder() -> None:
     batch = Squares().load([0, 1, 2, 3])
     config = PLAIN.model_copy(update={"decoded": segmenter.DecodedConfig(share=0.5)})

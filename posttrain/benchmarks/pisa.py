@@ -47,7 +47,8 @@ def score_videos(
         One dict per clip: METRICS in the paper's convention (time_error in seconds, None where nothing lands),
         "released" with l2, chamfer, iou, vanished in the other one, and "path": the object's centre [x, y] in pixels
         per frame, None where it is lost; "true_path" is the simulator's; "physics" the scorecard, [value, sigma] by
-        quantity, empty where camera and distance are not known. A number that does not exist is None.
+        quantity (of what is sideways the magnitude), empty where camera and distance are not known. A number that does
+        not exist is None.
     """
     assert batch.instances_BFHW is not None
     assert batch.target_B is not None
@@ -70,12 +71,16 @@ def score_videos(
 
 def card(masks_FHW: np.ndarray, fps: float, row: dict[str, Any]) -> dict[str, list[float] | None]:
     """The scorecard of a video of the clip of a metadata row: [value, sigma] by quantity, as JSON has it."""
-    if not (row.get("camera") and row.get("distance")):
+    gravity = math.hypot(*(row.get("gravity") or (0.0,)))
+    if not (row.get("camera") and row.get("distance") and gravity):
         return {}
     focal = row["camera"]["intrinsics"][0][0] * masks_FHW.shape[1] / row["size"][0]
-    gravity = math.hypot(*row["gravity"])
-    found = physics.scorecard(masks_FHW, fps, focal, row["distance"], row.get("drop_height"), gravity)
-    return {name: measure and [round(measure.value, 6), round(measure.sigma, 6)] for name, measure in found.items()}
+    found = physics.scorecard(masks_FHW, fps, focal, row["distance"], row.get("drop_height") or None, gravity)
+    numbers = {name: measure and [round(measure.value, 6), round(measure.sigma, 6)] for name, measure in found.items()}
+    for name in physics.SIDEWAYS:
+        if (pair := numbers[name]) is not None:
+            pair[0] = abs(pair[0])  # or left and right of two seeds would make none
+    return numbers
 
 
 def average(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:

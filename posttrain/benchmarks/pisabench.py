@@ -111,7 +111,7 @@ def _ours(folder: Path, split: str) -> list[Truth]:
     def truth(index: int) -> Truth:
         row = clips.row(index)
         key = files.sha256_json([row["sha256"], row.get("annotations_sha256"), row["target"]])
-        facts = {name: row.get(name) for name in ("fps", "drop_height", "gravity")}
+        facts = {name: row.get(name) for name in ("fps", "size", "drop_height", "gravity", "camera", "distance")}
         size = clips.splits[0].size
         return Truth(clips.ids[index], row["caption"], size, partial(picture, index), partial(masks, index), key, facts)
 

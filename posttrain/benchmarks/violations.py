@@ -10,6 +10,7 @@ from the simulator's path, where its first three frames after the contact are a 
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -57,6 +58,7 @@ def measure(split: Split) -> list[Measured]:
             row["camera"]["intrinsics"][0][0],
             path_F3[0, 1] - row["camera"]["position"][1],
             heights.get(row.get("group"), row["drop_height"]),
+            math.hypot(*row["gravity"]),
         )
         if violation is None:
             clips.append(Measured(card, None, 0.0, truth(row, path_F3[:, 2])))

@@ -238,7 +238,11 @@ class Clips:
     def __init__(self, config: DataConfig, preload: bool = True) -> None:
         self.splits = open_splits(config)
         check_same_kind(self.splits)
-        self._entries = [(split, index) for split in self.splits for index in range(len(split.rows))[: config.limit]]
+        # of groups the true clips: the others break a law on purpose
+        true = {
+            split.folder: [i for i, row in enumerate(split.rows) if not row.get("violation")] for split in self.splits
+        }
+        self._entries = [(split, index) for split in self.splits for index in true[split.folder][: config.limit]]
         several = len(self.splits) > 1
         self.ids = [
             (f"{split.folder.parent.name}/" if several else "") + _id(split, split.rows[index]["file_name"])

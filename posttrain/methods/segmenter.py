@@ -43,6 +43,7 @@ class Config(Strict):
     max_stride: int = 2
     min_pixels: int = 12  # of a body in the window's first frame, to be followed
     tries: int = 4  # windows and bodies drawn per clip, at most
+    crowded: float = 0.0  # that of the tries the one counts in which the body touches others most, not moves farthest
     teacher: float = 0.3
     twin: float = 0.3  # a copy of the body elsewhere in the picture
     recolour: float = 0.3  # of the body that is followed, or of the whole picture
@@ -57,13 +58,13 @@ def windows(batch: Batch, config: Config, random: Random, decode: Decode | None 
     assert batch.video_BCFHW is not None
     assert batch.instances_BFHW is not None
     total, size = batch.video_BCFHW.shape[2], batch.video_BCFHW.shape[3:]
-    draws, tries, colours = random.uniform(8), random.uniform(config.tries, 2), random.uniform(12)
+    draws, tries, colours = random.uniform(9), random.uniform(config.tries, 2), random.uniform(12)
     shifts = random.uniform(2)
     length = min(config.lengths[int(random.shared().item() * len(config.lengths))], total)
     longest_stride = min(config.max_stride, (total - 1) // (length - 1))
     noise = random.normal(3, length, *size).to(batch.video_BCFHW)
     videos, followed = [], []
-    for i, (speed, reverse, count, left, down, doubled, painted, worse) in enumerate(draws.tolist()):
+    for i, (speed, reverse, count, near, left, down, doubled, painted, worse) in enumerate(draws.tolist()):
         video, instances = batch.video_BCFHW[i], batch.instances_BFHW[i]
         offsets = (1 + int(speed * longest_stride)) * torch.arange(length)
         # most of the time most things lie still: of a few windows and bodies, the one that moves farthest
@@ -72,7 +73,8 @@ def windows(batch: Batch, config: Config, random: Random, decode: Decode | None 
             frames = int(where * (total - int(offsets[-1]))) + offsets
             frames = frames.flip(0) if reverse < 0.5 else frames
             mask = follow(instances[frames], which, config.min_pixels)
-            candidates.append((distance(mask), frames, mask))
+            crowded = near < config.crowded
+            candidates.append((touching(mask, instances[frames]) if crowded else distance(mask), frames, mask))
         _, frames, mask = max(candidates, key=lambda candidate: candidate[0])
         if decode is not None and config.decoded is not None and lot(batch.ids[i]) < config.decoded.share:
             video = decode(batch.ids[i], video)
@@ -109,6 +111,12 @@ def distance(mask_FHW: Tensor) -> float:
     """Pixels between the mask's centres in the first and the last picture; 0 where one is empty."""
     ends = [mask.nonzero().float() for mask in (mask_FHW[0], mask_FHW[-1])]
     return float((ends[0].mean(0) - ends[1].mean(0)).norm()) if all(map(len, ends)) else 0.0
+
+
+def touching(mask_FHW: Tensor, instances_FHW: Tensor) -> float:
+    """How many pixels of other bodies are beside the mask, mean over frames."""
+    around = F.max_pool2d(mask_FHW[:, None].float(), 3, stride=1, padding=1)[:, 0] > 0
+    return float((around & ~mask_FHW & (instances_FHW > 0)).sum() / len(mask_FHW))
 
 
 def twin(video_CFHW: Tensor, mask_FHW: Tensor, draws: Tensor) -> Tensor:

@@ -148,9 +148,11 @@ def lift(
 
     Z = (g t_drop^2 / 2 - h) / beta_0,   Y_i = h + beta_i Z
 
-    All are NaN for beta_0 = 0, where every depth gives that fall time; a frame without an object (beta_i NaN) has none.
+    All are NaN for beta_0 = 0, where every depth gives that fall time, and where none in front of the camera does; a
+    frame without an object (beta_i NaN) has none.
     """
     z = (gravity * t_drop**2 / 2 - camera_height) / betas_F[0] if betas_F[0] else math.nan
+    z = z if z > 0 else math.nan
     return float(z), camera_height + betas_F * z
 
 

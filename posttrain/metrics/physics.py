@@ -131,7 +131,8 @@ def scorecard(
 def _fit(t: np.ndarray, z: np.ndarray, frame: float, pixel: float, height: int) -> Fall:
     """Least squares from the best of a grid; what hardly falls is a parabola from time 0."""
     after, least, misfit = (AFTER + 0.1) * frame, FALL * height * pixel, (MISFIT * height * pixel) ** 2
-    coarse, fine = np.arange(t[0] - frame, t[-1] + frame / 4, frame / 2), np.arange(-8, 9) * frame / 8
+    step = max(frame / 2, (t[-1] - t[0]) / 80)  # long clips cost no more
+    coarse, fine = np.arange(t[0] - frame, t[-1] + frame / 4, step), np.arange(-8, 9) * step / 4
     _, t0, contact = _search(t, z, coarse, coarse, frame, after, least, misfit)
     t, z = t[t <= contact + after], z[t <= contact + after]
     times = contact + fine if contact < t[-1] else t[-1:]
@@ -263,7 +264,7 @@ def _unhidden(fallen_F: np.ndarray, masks_FHW: np.ndarray, surface: float) -> np
     cut = np.linspace(0, bottom - top, 20 * (bottom - top), endpoint=False)
     area, moment = (np.interp(bottom - cut, np.arange(top, bottom + 1), v) for v in sums)
     raised = moment[0] / area[0] - moment / area  # by how much the visible part's centre is above the body's
-    seen = surface + cut - raised
+    seen = np.maximum.accumulate(surface + cut - raised)  # a wide foot that goes first lifts the centre
     by_centre_F = np.where(fallen_F < seen[-1], np.interp(fallen_F, seen, raised), 0.0)
     above = max(int(np.argmax(fallen_F > surface)) - 1, 0)  # the last frame that is not hidden
     by_area_F = np.interp(-area_F / area_F[above], -area / area[0], raised)

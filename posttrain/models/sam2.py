@@ -182,7 +182,7 @@ def load(config: ModelConfig, device: str = "cpu") -> Model:
     try:
         if config.init == "random":
             return Model(new(Sam2VideoConfig.from_pretrained(path), config.seed).to(device))
-        sam, info = Sam2VideoModel.from_pretrained(path, output_loading_info=True)
+        sam, info = Sam2VideoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # transformers, huggingface_hub and safetensors each raise their own kinds
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: cannot be loaded as a Sam2VideoModel ({reason})") from error

@@ -1,6 +1,7 @@
 """Assemble the embedded base `posttrain/pocket/wan`, a diffusers folder for WanImageToVideoPipeline.
 
     python -m posttrain.pocket.build [--vae FOLDER] [--transformer FOLDER] [--captions METADATA ...] [--out FOLDER]
+    python -m posttrain.pocket.build --sam2 FOLDER
 
 Parts that are not given are drawn from a fixed seed. The text encoder always is: an untrained UMT5 of two layers
 tells words and their order apart, which is all that the transformer needs to learn what a caption means.
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
-from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+from transformers import Sam2VideoModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from posttrain.files import read_jsonl, replacing, sha256, write_json, write_text
 from posttrain.models.wan import initialise
@@ -127,6 +128,14 @@ def build(out: Path, vae: Path | None = None, transformer: Path | None = None, c
     return out
 
 
+def embed_sam2(trained: Path) -> Path:
+    """The SAM 2 of the folder `trained` in half precision, which `models/sam2.py` reads as float32."""
+    sam = Sam2VideoModel.from_pretrained(trained, dtype=torch.float32)
+    with replacing(folder("sam2")) as temporary:
+        sam.half().save_pretrained(temporary)
+    return folder("sam2")
+
+
 def write_checksums() -> None:
     """SHA256SUMS of all embedded weights, which `posttrain doctor` compares them with."""
     root = folder("")
@@ -140,8 +149,12 @@ def main() -> None:
     parser.add_argument("--transformer", type=Path)
     parser.add_argument("--captions", type=Path, nargs="*", default=[])
     parser.add_argument("--out", type=Path, default=folder("wan"))
+    parser.add_argument("--sam2", type=Path, help="a trained SAM 2 to embed; the base is left as it is")
     options = parser.parse_args()
-    print(build(options.out, options.vae, options.transformer, options.captions))
+    if options.sam2:
+        print(embed_sam2(options.sam2))
+    else:
+        print(build(options.out, options.vae, options.transformer, options.captions))
     write_checksums()
 
 
