@@ -71,6 +71,13 @@ def test_the_limit_takes_the_first_clips_of_each_folder(folder, tmp_path):
     assert both.ids == ["drops/00000", "drops/00001", "others/00000", "others/00001"]
 
 
+def test_of_groups_the_true_clips_count(folder):
+    edit(folder, 0, violation={"kind": "hover", "value": 1.0, "severity": 1.0}, group=0)
+    edit(folder, 1, violation=None, group=0)
+    assert clips(folder).ids == ["00001", "00002"]
+    assert clips(folder, limit=1).ids == ["00001"]
+
+
 def test_the_key_changes_with_the_content_alone(folder):
     before = clips(folder).key
     edit(folder, 1, background="another")

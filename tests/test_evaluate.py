@@ -287,6 +287,23 @@ def test_table_shows_the_headline(tmp_path: Path, config: EvalConfig) -> None:
     assert len(records) == 10
 
 
+def test_left_and_right_do_not_make_none() -> None:
+    """Of two samples that drift to either side the report tells how much they drift."""
+    assert room.pisa.pooled([[0.4, 0.03], [0.2, 0.04], None]) == pytest.approx([0.3, 0.025])
+    assert room.pisa.pooled([None, None]) is None
+    row = {"gravity": [0, 0, -9.81], "distance": 2.0, "size": [SIZE, SIZE], "drop_height": 0.0}
+    row |= {"camera": {"intrinsics": [[40.0, 0, 0], [0, 40.0, 0], [0, 0, 1]]}}
+    drifting = np.zeros((9, SIZE, SIZE), bool)
+    for k, mask in enumerate(drifting):
+        mask[4 + k : 10 + k, 20 - 2 * k : 26 - 2 * k] = True
+    left, right = (room.pisa.card(masks, FPS, row)["drift"] for masks in (drifting, drifting[:, :, ::-1]))
+    assert left is not None
+    assert right is not None
+    assert left[0] == pytest.approx(right[0])
+    assert left[0] == pytest.approx(2 * FPS * 2.0 / 40, rel=0.05)
+    assert room.pisa.card(drifting, FPS, row | {"gravity": None}) == {}
+
+
 def test_validation_samples_the_model_as_it_is(tmp_path: Path, config: EvalConfig) -> None:
     config = config.model_copy(update={"every": 1})
     validate = validation(tmp_path, config, LATE, RedTracker(), clips=2)

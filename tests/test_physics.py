@@ -148,6 +148,19 @@ def test_penetration(depth: float, seen_through: bool) -> None:
     assert near(card["g"], G)
 
 
+def test_a_wide_foot_that_sinks() -> None:
+    """The centre that is seen rises while the foot goes under: how deep cannot be told, but that is no stop in the air."""
+    fallen = np.minimum(G * times() ** 2 / 2, DROP + 0.07)
+    rows = (np.arange(SIZE) + 0.5) * PIXEL
+    from_centre = rows - (START + fallen)[:, None]
+    masks = np.zeros((FRAMES, SIZE, SIZE), bool)
+    masks[:, :, 31:33] = ((-RADIUS <= from_centre) & (from_centre <= RADIUS))[..., None]
+    masks[:, :, 18:46] |= ((RADIUS - 0.07 <= from_centre) & (from_centre <= RADIUS))[..., None]
+    masks &= (rows <= START + DROP + RADIUS)[None, :, None]
+    found = measure(masks)["penetration"]
+    assert -found.sigma < found.value < 0.07 + found.sigma
+
+
 def test_what_goes_into_the_ground_whole_sank_at_least_so_far() -> None:
     """It falls on and on behind the surface: no contact, but a depth."""
     fallen = G * times() ** 2 / 2
