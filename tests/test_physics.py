@@ -149,7 +149,7 @@ def test_penetration(depth: float, seen_through: bool) -> None:
 
 
 def test_a_wide_foot_that_sinks() -> None:
-    """The centre that is seen rises while the foot goes under: how deep cannot be told, but that is no stop in the air."""
+    """The centre that is seen rises while the foot goes under; how deep cannot be told, but it is not in the air."""
     fallen = np.minimum(G * times() ** 2 / 2, DROP + 0.07)
     rows = (np.arange(SIZE) + 0.5) * PIXEL
     from_centre = rows - (START + fallen)[:, None]
