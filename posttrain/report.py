@@ -256,17 +256,16 @@ def scorecard(facts: dict[str, Any], styles: dict[str, str]) -> str:
     rows = [row for row in facts["rows"] if row["split"] == facts["rows"][0]["split"] and row.get("physics")]
     if not rows:
         return ""
-    heads = "".join(f"<th>{title}<small>{unit}</small></th>" for _, title, unit, _ in CARD)
-    out = [f"<tr><th>Model</th>{heads}</tr>"]
-    for row in rows:
-        cells = "".join(
-            cell(key, {"mean": found["median"], **found}, decimals).replace("</small>", f", n {found['n']}</small>")
-            for key, _, _, decimals in CARD
-            for found in [row["physics"][key]]
-        )
-        name = html.escape(row["model"])
-        kind = ' class="reference"' if row["model"] in REFERENCES else ""
-        out.append(f'<tr{kind}><td><span class="key {styles.get(row["model"], "")}"></span>{name}</td>{cells}</tr>')
+    names = "".join(
+        f'<th><span class="key {styles.get(row["model"], "")}"></span>{html.escape(row["model"])}</th>' for row in rows
+    )
+    out = [f"<tr><th></th>{names}</tr>"]
+    for key, title, unit, decimals in CARD:
+        cells = ""
+        for found in (row["physics"][key] for row in rows):
+            told = ", ".join(part for part in (interval(found, decimals), f"n {found['n']}") if part)
+            cells += f"<td>{number(found['median'], decimals)}<small>{told}</small></td>"
+        out.append(f"<tr><td>{title}<small>{unit}</small></td>{cells}</tr>")
     note = (
         f"{heading(rows[0]['split'])}: what the tracked masks and the known camera say in SI units, to be held against "
         "<i>truth</i>. Medians over clips with 95% intervals; of drift and jump the magnitudes. What a clip does not "
@@ -480,13 +479,16 @@ def details(facts: dict[str, Any]) -> str:
 
 
 def number(value: float | None, decimals: int) -> str:
-    return "–" if value is None else f"{value:.{decimals}f}".replace("-", "−")
+    if value is None:
+        return "–"
+    text = f"{value:.{decimals}f}"
+    return text.replace("-", "−" if float(text) else "")
 
 
 def interval(value: dict[str, Any], decimals: int) -> str:
     if value["low"] is None:
         return ""
-    return f"{number(value['low'], decimals)}–{number(value['high'], decimals)}"
+    return f"{number(value['low'], decimals)}{' to ' if value['low'] < 0 else '–'}{number(value['high'], decimals)}"
 
 
 def percent(value: float | None) -> str:
