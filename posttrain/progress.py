@@ -1,8 +1,8 @@
-"""How far a long job is: a live bar with the time left on a terminal, a line now and then elsewhere."""
+"""What a terminal is shown: how far a long job is (a live bar, or a line now and then elsewhere), and tables."""
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -48,3 +48,8 @@ def track(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
         for item in items:
             yield item
             advance("")
+
+
+def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (columns, ["---"] * len(columns), *lines))

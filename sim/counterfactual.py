@@ -59,7 +59,8 @@ class Config(drop.Config):
     violations: dict[str, Annotated[tuple[float, ...], Field(min_length=1)]] = Field(
         default_factory=lambda: {kind: sweep for kind, (_, _, sweep) in KINDS.items()}
     )
-    members: int | None = Field(None, ge=2)  # of a group, the true clip among them, the others drawn; None: all
+    # Of a group at most, the true clip among them, the others drawn; None: all. What violates nothing is left out.
+    members: int | None = Field(None, ge=2)
 
     @field_validator("violations")
     @classmethod
@@ -161,7 +162,8 @@ def violate(scene: Scene, true: Trajectory, violation: Violation) -> Trajectory:
             )
         case "more_bounce" | "less_bounce":
             kept = target.restitution * scene.floor_restitution
-            more = max(value, kept) / scene.floor_restitution  # with the floor's, which it is multiplied by, `value`
+            # with the floor's, which it is multiplied by, `value`; off a floor of 0 nothing bounces
+            more = max(value, kept) / (scene.floor_restitution or 1.0)
             other = replace(target, restitution=more if kind == "more_bounce" else value * target.restitution)
             bodies = [other if body is target else body for body in scene.bodies]
             return bullet.simulate(replace(scene, bodies=tuple(bodies)))

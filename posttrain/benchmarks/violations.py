@@ -12,7 +12,7 @@ from the simulator's path, where its first three frames after the contact are a 
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +20,8 @@ from scipy.stats import spearmanr
 
 from posttrain.data.clips import Split, open_split, read_annotations
 from posttrain.files import UserError
-from posttrain.metrics.physics import QUANTITIES, Measure, scorecard
-from posttrain.progress import track
+from posttrain.metrics.physics import QUANTITIES, SIDEWAYS, Measure, scorecard
+from posttrain.progress import markdown, track
 
 UNITS = ("m/s²", "s", "s", "1", "m", "J/kg", "J/kg", "m/s", "m", "1", "1/s")
 MOVED = 0.5  # a rho above which a quantity is said to follow the violation
@@ -94,10 +94,6 @@ def truth(row: dict[str, Any], z_F: np.ndarray) -> dict[str, float | None]:
     }
 
 
-def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in (columns, ["---"] * len(columns), *lines))
-
-
 def accuracy(clips: Sequence[Measured]) -> str:
     """A line per quantity: mean and standard deviation of its error, the median sigma, and that of error / sigma."""
     lines = []
@@ -110,7 +106,7 @@ def accuracy(clips: Sequence[Measured]) -> str:
         error, sigma = np.array(found).T
         told = [f"{error.mean():+.4f}", f"{error.std():.4f}", f"{np.median(sigma):.4f}"]
         lines.append([name, unit, str(len(found)), *told, f"{(error / sigma).std():.2f}" if sigma.all() else "–"])
-    return table(["quantity", "unit", "clips", "bias", "spread", "sigma", "spread of error / sigma"], lines)
+    return markdown(["quantity", "unit", "clips", "bias", "spread", "sigma", "spread of error / sigma"], lines)
 
 
 def response(clips: Sequence[Measured]) -> str:
@@ -124,7 +120,7 @@ def response(clips: Sequence[Measured]) -> str:
         values = list(dict.fromkeys(clip.value for clip in chosen))
         head = f"{kind} {' '.join(f'{value:g}' for value in values)}"
         lines.append([head, *(cell(chosen, name) for name in QUANTITIES)])
-    return table(["violation", *QUANTITIES], lines)
+    return markdown(["violation", *QUANTITIES], lines)
 
 
 def cell(clips: Sequence[Measured], name: str) -> str:
@@ -132,7 +128,7 @@ def cell(clips: Sequence[Measured], name: str) -> str:
     medians, pairs = [], []
     for value in dict.fromkeys(clip.value for clip in clips):
         measures = [clip.card[name] for clip in clips if clip.value == value]
-        found = [abs(m.value) if name in ("drift", "jump") else m.value for m in measures if m is not None]
+        found = [abs(m.value) if name in SIDEWAYS else m.value for m in measures if m is not None]
         enough = 2 * len(found) > len(measures)
         medians.append(f"{np.round(np.median(found), 4) + 0.0:.3g}" if enough else "–")
         pairs += [(value, number) for number in found if enough]

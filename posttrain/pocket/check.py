@@ -11,7 +11,7 @@ base       the model's own clips and the first picture held, both against the tr
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from posttrain.files import UserError
 from posttrain.metrics import masks, pisa
 from posttrain.models import sam2, tracker, wan
 from posttrain.models.base import ModelConfig
+from posttrain.progress import markdown
 from posttrain.progress import track as progress
 from posttrain.sample import sample_clips
 from posttrain.types import Batch
@@ -96,10 +97,6 @@ def decibel(mse: Tensor) -> float:
     return float(10 * torch.log10(4 / mse.clamp_min(1e-10)))
 
 
-def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in (columns, ["---"] * len(columns), *lines))
-
-
 def check_segmenter(track: masks.Track, data: Sequence[Clips], shows: dict[str, Show]) -> str:
     """A line per kind of clip, a column per way to show it: mean IoU and the share of clips with at least 0.85."""
     columns = {name: [row for clips in data for row in measure(track, clips, show)] for name, show in shows.items()}
@@ -112,7 +109,7 @@ def check_segmenter(track: masks.Track, data: Sequence[Clips], shows: dict[str, 
 
     lines = [line("all", range(len(rows)))]
     lines += [line(value.strip(), [i for i, row in enumerate(rows) if row[key] == value]) for key, value in kinds]
-    return table(["clips", "n", *columns], lines)
+    return markdown(["clips", "n", *columns], lines)
 
 
 def check_vae(track: masks.Track, data: Sequence[Clips], show: Show) -> str:
@@ -124,7 +121,7 @@ def check_vae(track: masks.Track, data: Sequence[Clips], show: Show) -> str:
             rows = measure(track, clips, pictures)
             means = [f"{np.mean([row[name] for row in rows]):.3f}" for name in names[: 3 if pictures is truth else 5]]
             lines.append([clips.splits[0].folder.parent.name, kind, *means, *[""] * (len(names) - len(means))])
-    return table(["clips", "pictures", "IoU", "L2", "vanished", "PSNR", "in the object"], lines)
+    return markdown(["clips", "pictures", "IoU", "L2", "vanished", "PSNR", "in the object"], lines)
 
 
 def check_base(model: wan.Wan, track: masks.Track, data: Sequence[Clips], steps: int) -> str:
@@ -146,7 +143,7 @@ def check_base(model: wan.Wan, track: masks.Track, data: Sequence[Clips], steps:
         for name, found in scores.items():
             means = [f"{np.mean([s[key] for s in found]):.4f}" for key in ("l2", "chamfer", "iou", "vanished")]
             lines.append([clips.splits[0].folder.parent.name, name, *means])
-    return table(["clips", "row", "L2", "chamfer", "IoU", "vanished"], lines)
+    return markdown(["clips", "row", "L2", "chamfer", "IoU", "vanished"], lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
