@@ -6,6 +6,9 @@
     base       the model that training started from, with what model.start and model.merge put into it
     others     the model after it, named by its method
 
+Beside the splits there may be the grid, whose clips are told as two splits, `id` with depths and heights as in training
+and `ood` with others, and the falls, which test p(t|y); see benchmarks/distribution.py.
+
 A row is a file evaluation/<row>-<split>.json with a key, the hash of all that it depends on: weights, clips, tracker,
 settings, the source of the metric. It is reused where the key is the same and made again where it is not. It grows by a
 batch of clips at a time, so a killed evaluation continues. Rows that depend on no trained weights are kept by key in a
@@ -20,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +34,7 @@ from scipy.stats import bootstrap
 from torch import Tensor, nn
 
 from posttrain import files, flow, sample
-from posttrain.benchmarks import pisa
+from posttrain.benchmarks import distribution, pisa
 from posttrain.data.clips import Clips, DataConfig
 from posttrain.files import UserError
 from posttrain.metrics import masks, physics
@@ -42,6 +45,8 @@ from posttrain.types import Batch, Strict
 
 REFERENCES = ("truth", "truth_vae", "frozen")  # nothing random in them, so one seed
 FIXED = (*REFERENCES, "base")  # the same for all runs of one base
+GRID, FALLS = "grid", "falls"  # beside the splits
+TOLD = {GRID: ("id",), FALLS: ("group", "beta", "depths", "contact_time", "gravity", "camera", "fps")}  # of their rows
 Models = Mapping[str, Callable[[], AbstractContextManager[VideoModel]]]
 
 
@@ -51,8 +56,19 @@ class SamplerConfig(Strict):
     guidance_low: float | None = Field(None, ge=1)  # of the expert for little noise, where there are two
 
 
+class FallsConfig(Strict):
+    """The test of p(t|y): an ambiguous set (sim/ambiguous.py), and how many videos of each of its clips are made."""
+
+    clips: str
+    seeds: int = Field(6, ge=1)
+
+
 class EvalConfig(Strict):
-    """What `posttrain eval` measures, and how often training looks at a few clips of it (`every` steps; 0: never)."""
+    """What `posttrain eval` measures, and how often training looks at a few clips of it (`every` steps; 0: never).
+
+    `grid` is a folder that tells depths and heights which training had from others (sim/grid.py). Of it and of `falls`
+    the split test_unseen is measured.
+    """
 
     benchmark: Literal["pisa"] = "pisa"
     clips: str
@@ -61,6 +77,8 @@ class EvalConfig(Strict):
     seeds: int = Field(3, ge=1)
     limit: int | None = Field(None, ge=1)  # the first clips of each split
     batch: int = Field(10, ge=1)  # clips sampled at once
+    grid: str | None = None
+    falls: FallsConfig | None = None
     sampler: SamplerConfig = SamplerConfig()
     tracker: str = "pocket"  # what follows the object: "pocket", or a SAM 2 in a folder or on the hub
 
@@ -71,6 +89,33 @@ class Tracker(Protocol):
     module: nn.Module
 
     def __call__(self, video_BCFHW: Tensor, mask0_BHW: Tensor) -> Tensor: ...
+
+
+class Test(NamedTuple):
+    clips: Clips
+    seeds: int  # videos of each
+
+
+def tests(config: EvalConfig) -> dict[str, Test]:
+    """What is measured, by the folder that it has below samples/.
+
+    Raises:
+        UserError: a folder or split is missing, or its rows do not tell what the test needs.
+    """
+
+    def some(clips: str, split: str) -> Clips:
+        return Clips(DataConfig(clips=clips, split=split, limit=config.limit))
+
+    found = {split: Test(some(config.clips, split), config.seeds) for split in config.splits}
+    if config.grid:
+        found[GRID] = Test(some(config.grid, "test_unseen"), config.seeds)
+    if config.falls:
+        found[FALLS] = Test(some(config.falls.clips, "test_unseen"), config.falls.seeds)
+    for name, world in ((GRID, "grid"), (FALLS, "ambiguous")):
+        if name in found and not found[name].clips.row(0).keys() >= set(TOLD[name]):
+            folder, needed = found[name].clips.splits[0].folder, ", ".join(TOLD[name])
+            raise UserError(f"{folder}: eval.{name} needs rows with {needed}; film them with world.name={world}")
+    return found
 
 
 def evaluate(
@@ -91,7 +136,7 @@ def evaluate(
         UserError: a split is missing, a clip is torn, or the clips do not fit the model.
     """
     run = Path(run)
-    splits = {split: Clips(DataConfig(clips=config.clips, split=split, limit=config.limit)) for split in config.splits}
+    splits = tests(config)
     asked = {file_name(row, split) for row in (*REFERENCES, *models) for split in splits}
     for path in (run / "evaluation").glob("*.json"):
         if path.name not in asked:
@@ -99,10 +144,10 @@ def evaluate(
     records, pending = {}, [*REFERENCES]
     for name, ready in models.items():
         with ready() as model:
-            texts = read_captions(model, splits.values(), config.sampler)
+            texts = read_captions(model, [test.clips for test in splits.values()], config.sampler)
             for row in (*pending, name):
-                for split, clips in splits.items():
-                    record = blank(row, split, config, model, clips, tracker)
+                for split, (clips, seeds) in splits.items():
+                    record = blank(row, split, config, model, clips, tracker, seeds)
                     shared = None if cache is None or row not in FIXED else Path(cache) / record["key"][:16]
                     records[split, row] = complete(run, record, config, model, clips, tracker, texts, shared)
             pending = []
@@ -111,7 +156,7 @@ def evaluate(
 
 
 def blank(
-    row: str, split: str, config: EvalConfig, model: VideoModel, clips: Clips, tracker: Tracker
+    row: str, split: str, config: EvalConfig, model: VideoModel, clips: Clips, tracker: Tracker, seeds: int
 ) -> dict[str, Any]:
     """A record without numbers. Its key changes with everything that its numbers depend on."""
     truth = clips.row(0)
@@ -120,7 +165,8 @@ def blank(
         "clips": [clips.row(i) for i in range(len(clips))],
         "tracker": weights_fingerprint(tracker.module),
         "source": [
-            source(module) for module in (metric, physics, masks, pisa, sample, type(tracker), type(tracker.module))
+            source(module)
+            for module in (metric, physics, masks, pisa, distribution, sample, type(tracker), type(tracker.module))
         ],
     }
     if row not in ("truth", "frozen"):
@@ -130,7 +176,7 @@ def blank(
             "weights": [weights_fingerprint(module, base=row == "base") for module in model.weights()],
             "given": [model.clean, model.boundary],
             "scheduler": [type(model.scheduler()).__name__, dict(model.scheduler().config)],
-            "sampler": [config.sampler.model_dump(), config.seeds],
+            "sampler": [config.sampler.model_dump(), seeds],
             "sampling": source(flow),
         }
     key = files.sha256_json(facts)
@@ -144,7 +190,7 @@ def blank(
         "fps": truth["fps"],
         "frames": truth["frames"],
         "size": truth["size"],
-        "seeds": 1 if row in REFERENCES else config.seeds,
+        "seeds": 1 if row in REFERENCES else seeds,
         "sampler": config.sampler.model_dump(),
         "total": len(clips),
         "seconds": 0.0,
@@ -195,7 +241,9 @@ def complete(
                 for _ in indices:
                     advance("")
             for name, truth, *by_seed in zip(batch.ids, truths, *scores, strict=True):
-                record["clips"].append({"id": name, "caption": truth["caption"]} | pisa.average(by_seed))
+                told = {key: truth[key] for key in TOLD.get(record["folder"], ())}
+                clip = {"id": name, "caption": truth["caption"], "truth": told}
+                record["clips"].append(clip | pisa.average(by_seed))
             record["seconds"] = round(record["seconds"] + time.monotonic() - started, 2)
             files.write_json(path, record)
     if shared is not None:
@@ -302,20 +350,39 @@ def tell(record: dict[str, Any], what: str) -> None:
 
 
 def read_records(run: Path | str) -> list[dict[str, Any]]:
-    """The finished records of a run, split by split, references and base first.
+    """The finished records of a run, split by split, references and base first; that of the grid as `id` and `ood`.
 
     Raises:
         UserError: there is none, or they are not of one evaluation.
     """
-    folder = Path(run) / "evaluation"
+    records = [part for record in _finished(Path(run)) if record["split"] != FALLS for part in parts(record)]
+    return sorted(records, key=position)
+
+
+def read_falls(run: Path | str) -> list[dict[str, Any]]:
+    """The finished records of the test of p(t|y), which may be none."""
+    return sorted((record for record in _finished(Path(run)) if record["split"] == FALLS), key=position)
+
+
+def _finished(run: Path) -> list[dict[str, Any]]:
+    folder = run / "evaluation"
     records = [files.read_json(path) for path in sorted(folder.glob("*.json"))]
     records = [record for record in records if len(record["clips"]) == record["total"]]
     if not records:
         raise UserError(f"{folder}: has no finished evaluation; run `posttrain eval` first")
     if any(record.get("settings") != records[0].get("settings") for record in records):
         raise UserError(f"{folder}: an evaluation with other settings was cut off; run `posttrain eval` to its end")
+    return records
 
-    return sorted(records, key=position)
+
+def parts(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The record of a grid as one of the clips within the distribution of the training clips and one of the others."""
+    if record["split"] != GRID:
+        return [record]
+    clips = {
+        name: [clip for clip in record["clips"] if clip["truth"]["id"] == (name == "id")] for name in ("id", "ood")
+    }
+    return [record | {"split": name, "clips": some} for name, some in clips.items() if some]
 
 
 def position(record: dict[str, Any]) -> tuple[bool, str, int]:

@@ -23,18 +23,25 @@ import numpy as np
 import torch
 import yaml
 
-from posttrain import files
+from posttrain import fall_times, files
+from posttrain.benchmarks import distribution
 from posttrain.charts import Point, chart, curves, nice_ticks, path_d
 from posttrain.data.clips import read_video
-from posttrain.evaluate import FIXED, REFERENCES, difference, position, read_records, summary
+from posttrain.evaluate import FIXED, REFERENCES, difference, position, read_falls, read_records, summary
 from posttrain.gallery import animation
 
 SHOWN = 4  # clips in report.gif
 UNSHOWN = ("truth_vae", "frozen")  # these are told by their numbers
+UNTESTED = (*UNSHOWN, "truth")  # for p(t|y): of each first picture they have too few videos
 PLAYERS = {"unseen": 8}  # cards per split, 4 for others: the first clips, not chosen ones
 BUDGET = 4_000_000  # bytes of video in the page
 PACKAGES = ("posttrain", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "scipy", "av")
-SPLITS = {"unseen": "Unseen objects and backgrounds", "seen": "Seen objects and backgrounds"}
+SPLITS = {
+    "unseen": "Unseen objects and backgrounds",
+    "seen": "Seen objects and backgrounds",
+    "id": "Depths and heights as in PISA's training clips",
+    "ood": "Depths and heights beyond them",
+}
 COLUMNS = (  # key, heading, explanation, decimals
     ("l2", "L2", "smaller is better", 3),
     ("chamfer", "Chamfer", "smaller is better", 3),
@@ -73,10 +80,11 @@ def report(run: Path | str, runs: Mapping[str, Path] | None = None) -> tuple[Pat
     records = gather(runs) if runs else read_records(run)
     recipe = yaml.safe_load((run / "recipe.yaml").read_text()) if (run / "recipe.yaml").exists() else {}
     logs = [files.read_jsonl(path) for place in (runs or {"": run}).values() if (path := place / "log.jsonl").exists()]
-    facts = summarise(run.name, records, recipe, [row for log in logs for row in log])
+    falls = [] if runs else read_falls(run)
+    facts = summarise(run.name, records, recipe, [row for log in logs for row in log], falls)
     files.write_json(run / "report.json", facts)
     shown = side_by_side(run, records)
-    files.write_text(run / "report.html", page(records, facts, [] if runs or not logs else logs[0], shown))
+    files.write_text(run / "report.html", page(records, facts, [] if runs or not logs else logs[0], shown, falls))
     if shown:
         models, _, first = shown[0]
         names = [record["model"] for record in models]
@@ -98,9 +106,18 @@ def gather(runs: Mapping[str, Path]) -> list[dict[str, Any]]:
 
 
 def summarise(
-    name: str, records: Sequence[dict[str, Any]], recipe: dict[str, Any], log: list[dict[str, Any]]
+    name: str,
+    records: Sequence[dict[str, Any]],
+    recipe: dict[str, Any],
+    log: list[dict[str, Any]],
+    falls: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """What report.json holds: rows, paired differences from `base`, versions, machine, times (seconds), recipe."""
+    """What report.json holds.
+
+    Rows, paired differences from `base`, the tests of p(t|y), versions, machine, times (seconds), recipe.
+    """
+    truth = next((record for record in falls if record["model"] == "truth"), None)
+    tested = [record for record in falls if record["model"] not in UNTESTED]
     base = {record["split"]: record for record in records if record["model"] == "base"}
     return {
         "run": name,
@@ -110,6 +127,7 @@ def summarise(
             for record in records
             if record["model"] not in FIXED and record["split"] in base
         ],
+        "falls": [distribution.falls(record, truth, np.random.default_rng(0)) for record in tested],
         "versions": {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES},
         "machine": machine(),
         "times": {
@@ -147,7 +165,11 @@ def machine() -> dict[str, Any]:
 
 
 def page(
-    records: Sequence[dict[str, Any]], facts: dict[str, Any], log: list[dict[str, Any]], shown: Sequence[Shown]
+    records: Sequence[dict[str, Any]],
+    facts: dict[str, Any],
+    log: list[dict[str, Any]],
+    shown: Sequence[Shown],
+    falls: Sequence[dict[str, Any]] = (),
 ) -> str:
     """The whole of report.html."""
     tuned = [name for name in dict.fromkeys(record["model"] for record in records) if name not in FIXED]
@@ -157,6 +179,7 @@ def page(
         headline(facts, tuned),
         table(facts, styles),
         scorecard(facts, styles),
+        fall_times.section(falls, facts["falls"], styles),
         sweep(facts),
         cards,
         curves(log),

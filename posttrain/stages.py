@@ -80,6 +80,8 @@ def check_data(plan: Recipe) -> None:
 def check_tracker(measured: EvalConfig) -> list[Split]:
     """The splits that are measured. Raises UserError where they are too large for the embedded tracker."""
     splits = [open_split(measured.clips, split) for split in measured.splits]
+    others = [measured.grid, measured.falls and measured.falls.clips]
+    splits += [open_split(folder, "test_unseen") for folder in others if folder]
     for split in splits:
         if measured.tracker == "pocket" and max(split.size) > TRACKED:
             height, width = split.size

@@ -64,7 +64,10 @@ def group(
 def takes(
     rng: np.random.Generator, config: Config, objects: list[str], backgrounds: list[str], seed: int, shoot: Shoot
 ) -> Iterator[tuple[Scene, Trajectory, Clip, dict[str, Any]]]:
-    """The clips of a group and what their rows tell: depth Z and height Y of the lowest point, metres, and beta."""
+    """The clips of a group and what their rows tell.
+
+    Depth Z and height Y of the lowest point and between which `depths` Z was drawn, metres, and beta.
+    """
     picture: np.ndarray | None = None
     for scene in group(rng, config, objects, backgrounds, seed):
         trajectory = bullet.simulate(scene)
@@ -73,7 +76,7 @@ def takes(
         clip.rgb[0] = picture  # rounding makes a grey level here and there, which would tell
         _, y, z = drop.lowest(scene.bodies[0])
         told = {"depth": float(y) - scene.camera.position[1], "height": float(z), "beta": slope(scene)}
-        yield scene, trajectory, clip, {"group": seed, **told}
+        yield scene, trajectory, clip, {"group": seed, "depths": list(config.depth), **told}
 
 
 def label(scene: Scene) -> str:

@@ -34,7 +34,7 @@ KINDS: dict[str, tuple[str, tuple[float, float], tuple[float, ...]]] = {
     "hover": ("of the fall missing", (0.0, 1.0), (0.1, 0.3, 0.6, 1.0)),
     "delay": ("s until the release", (0.0, 60.0), (0.125, 0.25, 0.5, 1.0)),
     "tunnel_floor": ("m into the floor", (0.0, 10.0), (0.05, 0.1, 0.2, 0.4)),
-    "tunnel_pile": ("m into the pile", (0.0, 10.0), (0.05, 0.1, 0.2, 0.3)),
+    "tunnel_pile": ("m into the pile", (0.0, 10.0), (0.1, 0.2, 0.25, 0.3)),
     "more_bounce": ("of the speed kept at a bounce off the floor", (0.0, 1.0), (0.7, 0.8, 0.9, 1.0)),
     "less_bounce": ("of the bounce kept", (0.0, 1.0), (0.95, 0.7, 0.4, 0.0)),
     "energy": ("m of height gained at the first contact", (0.0, 10.0), (0.1, 0.2, 0.4, 0.8)),

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,23 @@ def write_dataset(
                 }
             )
         (folder / split / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+AMBIGUOUS = {  # what sim/ambiguous.py tells of a clip besides
+    "group": 5,
+    "beta": 0.2,
+    "depths": [2.0, 18.0],
+    "camera": {"position": [0.0, 0.0, 0.5], "intrinsics": [[70.0, 0, 32], [0, 70.0, 32], [0, 0, 1]]},
+}
+
+
+def tell(data: Path, folder: Path, rows: Callable[[int], dict[str, Any]]) -> Path:
+    """A copy of the dataset whose test_unseen tells more of each clip."""
+    shutil.copytree(data, folder)
+    path = folder / "test_unseen" / "metadata.jsonl"
+    told = [json.loads(line) | rows(i) for i, line in enumerate(path.read_text().splitlines())]
+    path.write_text("".join(json.dumps(row) + "\n" for row in told))
+    return folder
 
 
 class RedTracker:

@@ -9,8 +9,8 @@ from scipy.integrate import quad
 from scipy.stats import binom, ks_2samp, kstest
 
 from posttrain.benchmarks import distribution as benchmark
-from posttrain.benchmarks.pisa import METRICS
 from posttrain.metrics import distribution as d
+from posttrain.metrics import pisa as metric
 from posttrain.metrics.pisa import first_frame_after
 
 CAMERA, FPS, FRAMES = 0.5, 16, 33
@@ -187,31 +187,65 @@ def fall(beta: float, depth: float) -> tuple[np.ndarray, dict]:
     camera = {"position": [0.0, 0.0, CAMERA], "intrinsics": [[280.0, 0, 128], [0, 280.0, 128], [0, 0, 1]]}
     time = math.sqrt(2 * (CAMERA + beta * depth) / 9.81)
     row = {"beta": beta, "camera": camera, "gravity": [0, 0, -9.81], "fps": FPS, "contact_time": time}
-    return masks, row | {"size": [256, 256]}
+    return masks, row | {"size": [256, 256], "depths": [2.0, 18.0]}
+
+
+def record(model: str, frames_by_clip: list[list[int | None]], rows: list[dict], lifted: list | None = None) -> dict:
+    """As posttrain/evaluate.py writes it, a group per row."""
+    clips = [
+        {"impact_frames": found, "lifted": lifted or [None] * len(found), "truth": row | {"group": i}}
+        for i, (found, row) in enumerate(zip(frames_by_clip, rows, strict=True))
+    ]
+    return {"model": model, "frames": FRAMES, "fps": FPS, "clips": clips}
 
 
 def test_a_run_that_covers_its_falls_and_one_that_does_not() -> None:
     rng = np.random.default_rng(4)
     rows = [fall(beta, 4.0)[1] for beta in (0.1, 0.2, -0.02, 0.3)]
     found = [draw(row["beta"], rng) for row in rows]
-    result = benchmark.fall_times(found, rows, FRAMES, FPS, rng)
+    result = benchmark.falls(record("psft", found, rows), None, rng)
     assert result["rejected"] == np.mean([picture["p_value"] <= 0.05 for picture in result["pictures"]]) <= 0.25
+    assert result["never"] == np.mean([frame is None for frames in found for frame in frames])
+    assert (result["lifted"], result["fall_error"], result["inside"]) == (0, None, None)
     for picture in result["pictures"]:
         assert len(picture["pmf"]) == len(picture["measured"]) == FRAMES + 1
         assert sum(picture["measured"]) == pytest.approx(1)
+        assert picture["videos"] == len(found[0])
     same = [[frames[0]] * 128 for frames in found]
-    assert benchmark.fall_times(same, rows, FRAMES, FPS, rng)["rejected"] == 1
-    assert benchmark.fall_times(found, rows, FRAMES, FPS, rng, errors={1: 1.0})["rejected"] == 1
-    assert benchmark.fall_times(found, rows, FRAMES, FPS, rng, depth=(2.0, 6.0))["rejected"] >= 0.75
+    assert benchmark.falls(record("psft", same, rows), None, rng)["rejected"] == 1
+    late = record("truth", [[first_frame_after(row["contact_time"], FPS) + 1] for row in rows], rows)
+    assert benchmark.falls(record("psft", found, rows), late, rng)["rejected"] == 1
+    nearer = [row | {"depths": [2.0, 6.0]} for row in rows]
+    assert benchmark.falls(record("psft", found, nearer), None, rng)["rejected"] >= 0.75
+
+
+def test_clips_of_one_picture_are_tested_together() -> None:
+    row = fall(0.2, 4.0)[1]
+    found = draw(0.2, np.random.default_rng(0))
+    halves = record("psft", [found[:64], found[64:]], [row, row])
+    for clip in halves["clips"]:
+        clip["truth"]["group"] = 7
+    whole = benchmark.falls(record("psft", [found], [row]), None, np.random.default_rng(1))
+    assert benchmark.falls(halves, None, np.random.default_rng(1)) == whole
+
+
+def test_what_is_lifted_is_counted() -> None:
+    row = fall(0.2, 4.0)[1]
+    lifts = [{"depth": depth, "fall_error": off} for depth, off in ((3.0, 0.1), (30.0, None), (9.0, 0.3))]
+    result = benchmark.falls(record("psft", [[9] * 4], [row], [*lifts, None]), None, np.random.default_rng(0))
+    assert (result["lifted"], result["fall_error"]) == (3, pytest.approx(0.2))
+    assert result["inside"] == pytest.approx(2 / 3)
 
 
 def test_true_clips_calibrate_and_can_be_lifted() -> None:
     falls = [(fall(0.2, depth), depth) for depth in (2.5, 5.0, 10.0)]
-    errors = benchmark.calibrate([masks for (masks, _), _ in falls], [row for (_, row), _ in falls])
+    found = [[metric.impact_frame(masks, FPS)] for (masks, _), _ in falls]
+    clips = record("truth", found, [row for (_, row), _ in falls])["clips"]
+    errors = benchmark.calibrate(clips)
     assert set(errors) <= {-1, 0, 1}
     assert sum(errors.values()) == pytest.approx(1)
-    never = [(masks[:3], row | {"contact_time": None}) for (masks, row), _ in falls]  # cut before it lands
-    assert benchmark.calibrate(*zip(*[*never, *(pair for pair, _ in falls)], strict=True)) == errors
+    never = record("truth", [[None]], [falls[0][0][1] | {"contact_time": None}])["clips"]  # cut before it lands
+    assert benchmark.calibrate([*never, *clips]) == errors
     for (masks, row), depth in falls:
         smaller = benchmark.lifted(masks[:, ::2, ::2], FPS, row)
         assert smaller is not None
@@ -225,14 +259,3 @@ def test_true_clips_calibrate_and_can_be_lifted() -> None:
     assert benchmark.lifted(frozen, FPS, falls[0][0][1]) is None
     level, row = fall(0.0, 3.0)
     assert benchmark.lifted(level, FPS, row) is None
-
-
-def test_table_of_seen_and_unseen_by_hand() -> None:
-    scores = [dict.fromkeys(METRICS, value) for value in (0.1, 0.3, 0.5)]
-    scores[2]["time_error"] = None
-    table = benchmark.unseen(scores, [{"id": True}, {"id": False}, {"id": False}])
-    assert table["id"] == {"clips": 1} | dict.fromkeys(METRICS, 0.1)
-    assert table["ood"]["clips"] == 2
-    assert table["ood"]["l2"] == pytest.approx(0.4)
-    assert table["ood"]["time_error"] == pytest.approx(0.3)
-    assert benchmark.unseen(scores[:1], [{"id": True}])["ood"]["l2"] is None

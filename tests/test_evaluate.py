@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from falling import FPS, SIDE, SIZE, Oracle, RedTracker, film, rows_of, write_dataset
+from falling import AMBIGUOUS, FPS, SIDE, SIZE, Oracle, RedTracker, film, rows_of, tell, write_dataset
 from rich.console import Console
 
 from posttrain import evaluate as room
@@ -129,6 +129,39 @@ def test_a_lost_object_is_charged(tmp_path: Path, config: EvalConfig) -> None:
     assert clip["paths"][0][1:] == [None] * (FRAMES - 1)
 
 
+def test_a_grid_is_two_splits(tmp_path: Path, data: Path, config: EvalConfig) -> None:
+    grid = tell(data, tmp_path / "grid", lambda i: {"id": i != 1})
+    run, both = tmp_path / "run", config.model_copy(update={"splits": ("test_unseen",), "grid": str(grid)})
+    evaluate(run, both, models(), RedTracker())
+    records = room.read_records(run)
+    assert [r["split"] for r in records] == ["unseen"] * 5 + ["id"] * 5 + ["ood"] * 5
+    for name, record in by_row(records, "ood").items():
+        known = by_row(records)[name]["clips"][1]
+        assert [clip["l2"] for clip in record["clips"]] == [known["l2"]]
+    assert [clip["id"] for clip in by_row(records, "id")["psft"]["clips"]] == [
+        by_row(records)["psft"]["clips"][i]["id"] for i in (0, 2)
+    ]
+    with pytest.raises(UserError, match=r"eval\.grid needs rows with id; film them with world\.name=grid"):
+        evaluate(run, both.model_copy(update={"grid": str(data)}), models(), RedTracker())
+
+
+def test_falls_are_kept_apart_with_their_impact_frames(tmp_path: Path, data: Path, config: EvalConfig) -> None:
+    folder = tell(data, tmp_path / "ambiguous", lambda i: AMBIGUOUS)
+    asked = {"splits": ("test_unseen",), "falls": room.FallsConfig(clips=str(folder), seeds=3)}
+    run = tmp_path / "run"
+    evaluate(run, config.model_copy(update=asked), models(), RedTracker())
+    assert {record["split"] for record in room.read_records(run)} == {"unseen"}
+    falls = {record["model"]: record for record in room.read_falls(run)}
+    assert list(falls) == [*room.REFERENCES, "base", "psft"]
+    for clip in range(CLIPS):
+        true, late = (falls[name]["clips"][clip]["impact_frames"] for name in ("truth", "psft"))
+        assert falls["base"]["clips"][clip]["impact_frames"] == [None] * 3
+        assert len(set(late)) == 1
+        assert 1 <= late[0] - true[0] <= 2
+        assert falls["psft"]["clips"][clip]["truth"]["beta"] == 0.2
+        assert len(falls["psft"]["clips"][clip]["lifted"]) == 3
+
+
 def test_clip_seed_depends_on_seed_and_clip() -> None:
     seeds = {pisa.clip_seed(seed, name) for seed in range(3) for name in ("00000", "00001", "10000")}
     assert len(seeds) == 9
@@ -201,7 +234,7 @@ def test_a_tracker_that_is_named_changes_no_key(tmp_path: Path, config: EvalConf
     """What follows the object counts by its weights and source alone."""
     clips = Clips(DataConfig(clips=str(data), split="test_seen"))
     named = config.model_copy(update={"tracker": "elsewhere"})
-    one, two = (room.blank("base", "test_seen", c, HOVER, clips, RedTracker()) for c in (config, named))
+    one, two = (room.blank("base", "test_seen", c, HOVER, clips, RedTracker(), 2) for c in (config, named))
     assert one["key"] == two["key"]
     assert one["settings"] != two["settings"]  # rows of both are not shown together
 

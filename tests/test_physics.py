@@ -1,10 +1,13 @@
 """posttrain/metrics/physics.py: discs that fall as the closed form says, laws, and what cannot be measured."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from scipy.stats import spearmanr
 
 from posttrain.benchmarks import violations
 from posttrain.metrics import physics
@@ -303,3 +306,28 @@ def test_tables() -> None:
     assert cells["drift"] == "1 2 3 (**+1.00**)"
     assert cells["contact"] == "– – –"
     assert cells["size"] == "0 0 0"
+
+
+def test_figure(tmp_path: Path) -> None:
+    """A kind whose g follows its severity and whose contact most clips lack; true clips count at severity 0."""
+    card: dict[str, Measure | None] = dict.fromkeys(QUANTITIES, Measure(0.0, 1.0))
+    true = [violations.Measured(card | {"g": Measure(g, 2.0)}, None, 0.0, {}) for g in (9.0, 10.0)]
+    scores: dict[str, float | None] = dict.fromkeys(violations.PISA, 0.5)
+    light = [
+        violations.Measured(
+            card | {"g": Measure(g, 1.0), "contact": None}, "light", value, {}, severity, scores | {"l2": severity}
+        )
+        for g, value, severity in ((6.0, 0.5, 0.1), (4.0, 0.5, 0.3), (1.0, 0.1, 0.8))
+    ]
+    points, rho = violations.line([*true, *light], "light", "g")
+    assert points == [(pytest.approx(0.2), 5.0), (pytest.approx(0.8), 1.0)]
+    assert rho == pytest.approx(spearmanr([0.2, 0.2, 0.8, 0, 0], [6, 4, 1, 9, 10]).statistic)
+    assert violations.line([*true, *light], "light", "contact") == ([], 0.0)
+    assert violations.line([*true, *light], "light", "l2")[0] == [
+        (pytest.approx(0.2), pytest.approx(0.2)),
+        (pytest.approx(0.8), 0.8),
+    ]
+    violations.figure([*true, *light], tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as picture:
+        assert picture.width > picture.height > 100  # sixteen columns, one row
+        assert len(picture.getcolors(1 << 24)) > 10

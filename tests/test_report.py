@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from falling import FPS, SIZE, Oracle, RedTracker, film, rows_of, write_dataset
+from falling import AMBIGUOUS, FPS, SIZE, Oracle, RedTracker, film, rows_of, tell, write_dataset
 from PIL import Image, ImageSequence
 from playwright.sync_api import Page, sync_playwright
 
@@ -51,7 +51,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tuned = oracle(lambda start: [start, *rows_of(start, FRAMES - 1)], 2.0)
     tuned.videos_NCFHW[:, :, 9:11] = -0.3
     folder = root / "runs" / "pocket & co"
-    config = EvalConfig(clips=str(root / "data"), seeds=2)
+    ambiguous = tell(root / "data", root / "ambiguous", lambda i: AMBIGUOUS | {"group": i})
+    config = EvalConfig(clips=str(root / "data"), seeds=2, falls={"clips": str(ambiguous), "seeds": 4})
     models = {"base": lambda: nullcontext(base), "psft": lambda: nullcontext(tuned)}
     evaluate(folder, config, models, RedTracker())
     recipe = {
@@ -211,6 +212,18 @@ def test_page_says_what_was_measured(page: Page, run: Path) -> None:
         "Validation: vanished",
     ]
     assert EVIL in page.inner_text("pre")
+
+
+def test_page_shows_the_law_of_the_falls_and_what_models_do(page: Page, run: Path) -> None:
+    falls = json.loads((run / "report.json").read_text())["falls"]
+    assert [found["model"] for found in falls] == ["base", "psft"]
+    assert falls[0]["never"] == 1  # it hovers
+    assert [picture["videos"] for picture in falls[1]["pictures"]] == [4] * 3
+    section = page.locator("#falls")
+    cells = section.locator("tr").nth(1).locator("td").all_inner_texts()
+    assert cells == ["base", "3", "4", "100%", "100%", "–", "–"]
+    assert section.locator("figcaption").all_inner_texts()[0].startswith("Impact, beta 0.200; base p 0.001, psft p 0.")
+    assert section.locator("figure").first.locator("path").count() == 1 + 1 + 2  # grid, law, two models
 
 
 @pytest.mark.parametrize("width", [360, 768, 1600])

@@ -47,7 +47,11 @@ MAY_IMPORT = {
         *("posttrain.models.base", "posttrain.sample", "posttrain.evaluate"),
     ],
     "posttrain.charts": [],
-    "posttrain.report": [*CONTRACT, "posttrain.charts", "posttrain.data", "posttrain.evaluate", "posttrain.gallery"],
+    "posttrain.fall_times": ["posttrain.charts"],
+    "posttrain.report": [
+        *(*CONTRACT, "posttrain.charts", "posttrain.fall_times", "posttrain.data", "posttrain.benchmarks"),
+        *("posttrain.evaluate", "posttrain.gallery"),
+    ],
     "posttrain.export": [*CONTRACT, "posttrain.models"],
     "posttrain.doctor": [*CONTRACT, "posttrain.pocket"],
     "posttrain.dry": [*CONTRACT, *ROOMS, "posttrain.methods"],

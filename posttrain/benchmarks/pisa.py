@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from posttrain.benchmarks.distribution import lifted
 from posttrain.data.clips import to_float
 from posttrain.metrics import physics, pisa
 from posttrain.metrics.masks import Track, segment
@@ -47,8 +48,9 @@ def score_videos(
         One dict per clip: METRICS in the paper's convention (time_error in seconds, None where nothing lands),
         "released" with l2, chamfer, iou, vanished in the other one, and "path": the object's centre [x, y] in pixels
         per frame, None where it is lost; "true_path" is the simulator's; "physics" the scorecard, [value, sigma] by
-        quantity (of what is sideways the magnitude), empty where camera and distance are not known. A number that does
-        not exist is None.
+        quantity (of what is sideways the magnitude), empty where camera and distance are not known; "impact_frame",
+        None where nothing lands; "lifted" in an ambiguous set, see `distribution.lifted`. A number that does not exist
+        is None.
     """
     assert batch.instances_BFHW is not None
     assert batch.target_B is not None
@@ -61,11 +63,10 @@ def score_videos(
         timing: dict[str, Any] = {}
         if row.get("drop_height") and row.get("gravity"):  # the true object is known to land within the clip
             timing = pisa.time_error(masks, fps, row["drop_height"], math.hypot(*row["gravity"]))
-        numbers |= {key: timing.get(key) for key in ("time_error", "no_contact")}
+        numbers |= {key: timing.get(key) for key in ("time_error", "no_contact", "impact_frame")}
         numbers["released"] = finite(pisa.score(masks, true, fps, row["fps"], "released"))
-        scores.append(
-            finite(numbers) | {"path": path(masks), "true_path": path(true), "physics": card(masks, fps, row)}
-        )
+        told = {"path": path(masks), "true_path": path(true), "physics": card(masks, fps, row)}
+        scores.append(finite(numbers) | told | ({"lifted": lifted(masks, fps, row)} if "beta" in row else {}))
     return scores
 
 
@@ -84,11 +85,16 @@ def card(masks_FHW: np.ndarray, fps: float, row: dict[str, Any]) -> dict[str, li
 
 
 def average(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean of a clip's seeds, number by number, over the seeds that have it; "paths" keeps each seed's path."""
+    """Mean of a clip's seeds, number by number, over the seeds that have it.
+
+    "paths", "impact_frames" and "lifted" keep what each seed has.
+    """
     means: dict[str, Any] = {key: mean([score[key] for score in scores]) for key in METRICS}
     means["released"] = {key: mean([score["released"][key] for score in scores]) for key in scores[0]["released"]}
     means["physics"] = {name: pooled([score["physics"][name] for score in scores]) for name in scores[0]["physics"]}
-    return means | {"true_path": scores[0]["true_path"], "paths": [score["path"] for score in scores]}
+    means |= {"true_path": scores[0]["true_path"], "paths": [score["path"] for score in scores]}
+    means["impact_frames"] = [score["impact_frame"] for score in scores]
+    return means | ({"lifted": [score["lifted"] for score in scores]} if "lifted" in scores[0] else {})
 
 
 def pooled(measures: Sequence[list[float] | None]) -> list[float] | None:
