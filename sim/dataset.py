@@ -52,6 +52,8 @@ from posttrain.files import (
 from sim import assets
 from sim.scene import Clip, Scene, Shoot, Trajectory
 
+HALF = float(np.finfo(np.float16).max)
+
 CARD = """Clips of a simulated world, made by `python -m sim make` from the recipe in recipe.json.
 
 Each row of `metadata.jsonl` names a lossless video and, beside it, an .npz with `instances` (0 background, i + 1 body
@@ -253,7 +255,7 @@ def write_take(out: Path, film: Film, split: str, take: Take) -> dict[str, Any]:
         {
             "instances": take.clip.instances,
             "depth": take.clip.depth.astype(np.float32),
-            "flow": take.clip.flow.astype(np.float16),
+            "flow": take.clip.flow.clip(-HALF, HALF).astype(np.float16),  # what passes the camera moves without bound
             "positions": take.trajectory.positions_TN3,
             "quaternions": take.trajectory.quaternions_TN4,
         }
