@@ -34,6 +34,7 @@ from posttrain import files, flow, sample
 from posttrain.benchmarks import pisa
 from posttrain.data.clips import Clips, DataConfig
 from posttrain.files import UserError
+from posttrain.flow import SamplerConfig
 from posttrain.metrics import masks, physics
 from posttrain.metrics import pisa as metric
 from posttrain.models.base import VideoModel
@@ -43,12 +44,6 @@ from posttrain.types import Batch, Strict
 REFERENCES = ("truth", "truth_vae", "frozen")  # nothing random in them, so one seed
 FIXED = (*REFERENCES, "base")  # the same for all runs of one base
 Models = Mapping[str, Callable[[], AbstractContextManager[VideoModel]]]
-
-
-class SamplerConfig(Strict):
-    steps: int = Field(12, ge=1)
-    guidance: float = Field(1.0, ge=1)
-    guidance_low: float | None = Field(None, ge=1)  # of the expert for little noise, where there are two
 
 
 class EvalConfig(Strict):
@@ -217,8 +212,7 @@ def source(of: Any) -> str:
 def read_captions(model: VideoModel, splits: Iterable[Clips], sampler: SamplerConfig) -> dict[str, Tensor]:
     """The texts of all clips, encoded, as `generate` wants them."""
     captions = [clips.row(i)["caption"] for clips in splits for i in range(len(clips))]
-    guided = max(sampler.guidance, sampler.guidance_low or 1) > 1
-    return sample.encode_texts(model, [*captions, ""] if guided else captions)
+    return sample.encode_texts(model, [*captions, ""] if sampler.guided else captions)
 
 
 def generate(

@@ -121,7 +121,8 @@ class Linear:
         self.a = a
 
     def velocity(self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor, condition: object = None) -> Tensor:
-        return self.a[0] * z_BCFHW + self.a[1] * t_BF[:, None, :, None, None] + self.a[2] * text_BLD.mean()
+        text_B = text_BLD.mean(dim=(1, 2))[:, None, None, None, None]
+        return self.a[0] * z_BCFHW + self.a[1] * t_BF[:, None, :, None, None] + self.a[2] * text_B
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10])

@@ -75,8 +75,12 @@ class VideoModel(Protocol):
     def encode(self, video_BCFHW: Tensor) -> Tensor:
         """Latents z_BCFHW: the posterior's mode, normalised."""
 
-    def decode(self, z_BCFHW: Tensor) -> Tensor:
-        """Pixels video_BCFHW in [-1, 1]; differentiable."""
+    def decode(self, z_BCFHW: Tensor, offload: bool = False) -> Tensor:
+        """Pixels video_BCFHW in [-1, 1]; differentiable.
+
+        The gradient is for a loss that is minimised: a pixel beyond the range gets what leads it back. `offload`: what
+        the backward pass needs may wait in main memory.
+        """
 
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         """text_BLD, zero after each caption's last token."""

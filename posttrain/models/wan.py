@@ -39,6 +39,7 @@ from transformers import (
 from posttrain.files import UserError, read_json, replacing
 from posttrain.models import lora
 from posttrain.models.base import ModelConfig
+from posttrain.models.decode import decode
 from posttrain.models.folders import check_files, find, load_part
 from posttrain.models.padding import fold_padding
 
@@ -153,9 +154,13 @@ class Wan:
         mean, std = self._statistics(z_BCFHW)
         return (z_BCFHW - mean) / std
 
-    def decode(self, z_BCFHW: Tensor) -> Tensor:
+    def decode(self, z_BCFHW: Tensor, offload: bool = False) -> Tensor:
+        """Where gradients are wanted, as decode.py does: the same pixels in less memory."""
         mean, std = self._statistics(z_BCFHW)
-        return self._here(self.vae).decode((z_BCFHW * std + mean).to(self.vae.dtype), return_dict=False)[0]
+        vae, z_BCFHW = self._here(self.vae), (z_BCFHW * std + mean).to(self.vae.dtype)
+        if torch.is_grad_enabled() and z_BCFHW.requires_grad:
+            return decode(vae, z_BCFHW, offload)
+        return vae.decode(z_BCFHW, return_dict=False)[0]
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:
