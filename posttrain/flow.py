@@ -5,6 +5,7 @@ Time runs from data (t = 0) to noise (t = 1). Every function takes per-frame tim
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
@@ -23,10 +24,12 @@ class SamplerConfig(Strict):
 
     steps: int = Field(12, ge=1)
     guidance: float = Field(1.0, ge=1)
-    guidance_low: float | None = Field(None, ge=1)  # of the expert for little noise, where there are two; None: the same
+    guidance_low: float | None = Field(None, ge=1)  # of the expert for little noise, None: the same
 
     def weight(self, boundary: float) -> Callable[[float], float]:
-        """The guidance at time t, for a model whose second expert answers below `boundary`."""
+        """The guidance at time t, for a model whose second expert answers below `boundary` (0: it has none)."""
+        if self.guidance_low is not None and not boundary:
+            raise UserError("sampler.guidance_low: is for a model of two experts, and this one has one; leave it out")
         low = self.guidance if self.guidance_low is None else self.guidance_low
         return lambda t: self.guidance if t >= boundary else low
 
@@ -134,14 +137,15 @@ def sample(
     negative_text: Tensor | None = None,
     condition: Mapping[str, Tensor] | None = None,
     grad: Grad = "all",
+    recompute: bool = True,
 ) -> Tensor:
     """Solve dz = v dt from noise (t = 1) to data (t = 0); differentiable.
 
     The grid and the update are those of `scheduler`, a fresh diffusers scheduler of the model folder, so the
     result is what the stock pipeline makes of the same noise.
 
-    Where gradients are wanted, a step keeps its z_t alone and is computed again in the backward pass, which gives the
-    gradient of keeping everything, bit for bit, in the memory of one step.
+    Where gradients are wanted, a step keeps its z_t alone and is computed again in the backward pass: the gradient of
+    keeping everything, bit for bit, in the memory of one step.
 
     Args:
         noise_BCFHW: standard normal latents; float32, and they stay so.
@@ -152,6 +156,7 @@ def sample(
         condition: what the model made of the first picture besides (`VideoModel.condition`).
         grad: which steps are differentiated. At the others v counts as a constant, in the weights and in z_t, so that
             gradients pass by them along the scheduler's own update (for `last`: not at all). "all" is exact.
+        recompute: False keeps everything: quicker by a forward pass, in memory that grows with the steps.
 
     Returns:
         z0_BCFHW, with the given frame unchanged.
@@ -188,7 +193,8 @@ def sample(
             t_BF = frame_times(t_B, frames, clean)
             w = guidance(float(t_B[0])) if callable(guidance) else guidance
             if torch.is_grad_enabled() and number in active:
-                v_BCFHW = checkpoint(velocity, z_BCFHW, t_BF, w, use_reentrant=False)
+                again = partial(checkpoint, velocity, use_reentrant=False) if recompute else velocity
+                v_BCFHW = again(z_BCFHW, t_BF, w)
             else:
                 with torch.no_grad():
                     v_BCFHW = velocity(z_BCFHW, t_BF, w)

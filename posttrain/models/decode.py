@@ -5,15 +5,15 @@ the next in a list that it changes. Here a latent frame is a pure function, (lat
 same layers in the same order, which the backward pass computes again. Alive at once are then what one latent frame
 keeps, and the caches of all boundaries between two; these may wait in main memory (`offload`).
 
-The pixels are those of `AutoencoderKLWan.decode`, bit for bit, and so is the gradient inside (-1, 1). Outside, diffusers'
-clamp has none, so that a pixel which overshot stays there whatever the loss says. Here it gets the loss's gradient where
-a descent leads back inside, and none where it leads further out (Wan 2.1's VAE and 2.2's, `is_residual`, alike).
+The pixels are those of `AutoencoderKLWan.decode`, bit for bit, and so is the gradient where they lie in the range. A
+pixel that overshot has none in diffusers, so that it stays there whatever the loss says; here see `clamp`.
 
 Axes: B batch, C channels, F frames (of latents; of pixels where they are called video), H W cells or pixels.
 """
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,20 +47,22 @@ def clamp(x: Tensor) -> Tensor:
     The gradient dL/dx is dL/dy, but 0 where |x| > 1 and -dL/dy points outwards: there a step changes nothing that is
     seen, and x would only drift. Where -dL/dy points inwards, a step is what brings the pixel back.
     """
-    return _Clamp.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+    return _Clamp.apply(x)
 
 
-def decode(vae: AutoencoderKLWan, z_BCFHW: Tensor, offload: bool = False) -> Tensor:
+def decode(vae: AutoencoderKLWan, z_BCFHW: Tensor, recompute: bool = True, offload: bool = False) -> Tensor:
     """Pixels video_BCFHW in [-1, 1] of the VAE's own (not normalised) latents; see above.
 
     Args:
-        offload: caches wait for the backward pass in main memory (on a GPU pinned), `cache_bytes` together.
+        recompute: False keeps everything for the backward pass, which is quicker.
+        offload: what is kept (the caches: `cache_bytes` together) waits in main memory, on a GPU pinned.
     """
+    again = partial(checkpoint, _chunk, use_reentrant=False) if recompute else _chunk
     caches: Sequence[Cache] = [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
     pixels = []
     for number, z_BC1HW in enumerate(vae.post_quant_conv(z_BCFHW).split(1, dim=2)):
         with save_on_cpu(pin_memory=z_BCFHW.is_cuda) if offload else nullcontext():
-            video_BCFHW, *caches = checkpoint(_chunk, vae, number == 0, z_BC1HW, *caches, use_reentrant=False)
+            video_BCFHW, *caches = again(vae, number == 0, z_BC1HW, *caches)
         pixels.append(video_BCFHW)
     return torch.cat(pixels, dim=2)
 

@@ -15,6 +15,7 @@ Wan's own time is 1000 t. Text is 512 tokens, zero after the caption's end.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -142,7 +143,10 @@ class Wan:
                 f"data.clips: {frames} frames of {height} x {width} do not fit the model; "
                 f"make clips of {time}k + 1 frames with sides in multiples of {cell_h} x {cell_w}"
             )
-        return config.z_dim, 1 + (frames - 1) // time, height // space, width // space
+        return config.z_dim, self.latent_frames(frames), height // space, width // space
+
+    def latent_frames(self, frames: int) -> int:
+        return 1 + math.ceil((frames - 1) / self.vae_config.scale_factor_temporal)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         config = self.vae_config
@@ -154,12 +158,12 @@ class Wan:
         mean, std = self._statistics(z_BCFHW)
         return (z_BCFHW - mean) / std
 
-    def decode(self, z_BCFHW: Tensor, offload: bool = False) -> Tensor:
+    def decode(self, z_BCFHW: Tensor, recompute: bool = True, offload: bool = False) -> Tensor:
         """Where gradients are wanted, as decode.py does: the same pixels in less memory."""
         mean, std = self._statistics(z_BCFHW)
         vae, z_BCFHW = self._here(self.vae), (z_BCFHW * std + mean).to(self.vae.dtype)
         if torch.is_grad_enabled() and z_BCFHW.requires_grad:
-            return decode(vae, z_BCFHW, offload)
+            return decode(vae, z_BCFHW, recompute, offload)
         return vae.decode(z_BCFHW, return_dict=False)[0]
 
     @torch.no_grad()
