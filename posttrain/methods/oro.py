@@ -84,7 +84,7 @@ def oro_loss(
     z0_BCFHW = sample(
         model,
         model.scheduler(),
-        random.normal(*truth_BCFHW.shape[1:]).to(truth_BCFHW.device),
+        random.normal(*truth_BCFHW.shape[1:]).to(truth_BCFHW),
         batch.text_BLD,
         truth_BCFHW[:, :, : model.clean] if model.clean else None,
         how.steps,
