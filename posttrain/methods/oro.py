@@ -14,7 +14,7 @@ backward pass computes them again (flow.py, models/decode.py). Pixels beyond the
 """
 
 from collections.abc import Callable, Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveInt, model_validator
@@ -39,7 +39,7 @@ class Sampling(Strict):
     sampler: SamplerConfig = SamplerConfig()  # what a recipe leaves out is as usual for its model
     grad: Grad = "all"  # or {last: 2}, or {active: [0, 5, 11]}: the steps that are differentiated
     frames: PositiveInt | None = None  # the first so many pictures are decoded and rewarded; None: all
-    recompute: bool = True  # steps and latent frames, in the backward pass; false: quicker, memory grows with both
+    recompute: tuple[Literal["steps", "decoder"], ...] = ("steps", "decoder")  # what is not in it is kept: quicker
     offload: bool = False  # what the decoder keeps for the backward pass waits in main memory
 
 
@@ -92,13 +92,13 @@ def oro_loss(
         None if negative_1LD is None else negative_1LD.expand_as(batch.text_BLD),
         batch.condition,
         config.grad,
-        config.recompute,
+        "steps" in config.recompute,
     )
     if torch.is_grad_enabled() and not z0_BCFHW.requires_grad:
         raise UserError("method.grad: at these steps no weight that is trained is asked; name steps of model.expert")
     if config.frames is not None:
         z0_BCFHW, batch = z0_BCFHW[:, :, : model.latent_frames(config.frames)], batch.until(config.frames)
-    video_BCFHW = model.decode(z0_BCFHW, config.recompute, config.offload)[:, :, : config.frames]
+    video_BCFHW = model.decode(z0_BCFHW, "decoder" in config.recompute, config.offload)[:, :, : config.frames]
     means = {name: reward(video_BCFHW, batch).mean() for name, (_, reward) in rewards.items()}
     loss = -torch.stack([weight * means[name] for name, (weight, _) in rewards.items()]).sum()
     saturated = (video_BCFHW.detach().abs() == 1).float().mean()
