@@ -177,8 +177,8 @@ def dry_decode(
         latents = 1 + (frames - 1) // config.scale_factor_temporal
         z_BCFHW = torch.empty(batch, config.z_dim, latents, *cells, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            video_BCFHW = decode(eyes, z_BCFHW, recompute)
-        video_BCFHW.float().sum().backward()
+            brightness = decode(eyes, z_BCFHW, recompute).sum()
+        brightness.backward()
     return meter.peak / 2**30, meter.flop / 1e12
 
 

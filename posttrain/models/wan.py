@@ -159,12 +159,12 @@ class Wan:
         return (z_BCFHW - mean) / std
 
     def decode(self, z_BCFHW: Tensor, recompute: bool = True, offload: bool = False) -> Tensor:
-        """Where gradients are wanted, as decode.py does: the same pixels in less memory."""
+        """In the dtype of z. Where gradients are wanted, as decode.py does: the same pixels in less memory."""
         mean, std = self._statistics(z_BCFHW)
-        vae, z_BCFHW = self._here(self.vae), (z_BCFHW * std + mean).to(self.vae.dtype)
+        vae, raw_BCFHW = self._here(self.vae), (z_BCFHW * std + mean).to(self.vae.dtype)
         if torch.is_grad_enabled() and z_BCFHW.requires_grad:
-            return decode(vae, z_BCFHW, recompute, offload)
-        return vae.decode(z_BCFHW, return_dict=False)[0]
+            return decode(vae, raw_BCFHW, recompute, offload).to(z_BCFHW.dtype)
+        return vae.decode(raw_BCFHW, return_dict=False)[0].to(z_BCFHW.dtype)
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:
