@@ -20,6 +20,7 @@ from posttrain.files import UserError
 from posttrain.methods import psft
 from posttrain.models import lora
 from posttrain.models.base import ModelConfig
+from posttrain.models.decode import decode
 from posttrain.models.folders import read_configs
 from posttrain.models.wan import DTYPES, TEXT_TOKENS, Wan
 from posttrain.run import TrainConfig
@@ -148,6 +149,37 @@ def dry_step(
         optimizer=(3 if ema else 2) * kept / 2**30,
         activations=(meter.peak - weights) / 2**30,
     )
+
+
+def dry_decode(
+    vae: Mapping[str, Any],
+    frames: int,
+    height: int,
+    width: int,
+    batch: int = 1,
+    precision: str = "bf16",
+    recompute: bool = True,
+) -> tuple[float, float]:
+    """GiB alive at the worst moment of a decode and its gradient, the VAE's weights among them, and their TFLOP.
+
+    `offload` (models/decode.py) takes all caches (`cache_bytes`) off the GiB but the two that are at hand.
+
+    Args:
+        vae: the config of the VAE; what it does not say is as in diffusers.
+        frames, height, width: of the clips, in pixels.
+    """
+    with torch.device("meta"):
+        eyes = AutoencoderKLWan.from_config(dict(vae)).requires_grad_(False)
+    config = eyes.config
+    with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
+        eyes.to_empty(device="cpu")
+        cells = height // config.scale_factor_spatial, width // config.scale_factor_spatial
+        latents = 1 + (frames - 1) // config.scale_factor_temporal
+        z_BCFHW = torch.empty(batch, config.z_dim, latents, *cells, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            brightness = decode(eyes, z_BCFHW, recompute).sum()
+        brightness.backward()
+    return meter.peak / 2**30, meter.flop / 1e12
 
 
 def needs(

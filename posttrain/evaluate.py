@@ -37,6 +37,7 @@ from posttrain import files, flow, sample
 from posttrain.benchmarks import distribution, pisa
 from posttrain.data.clips import Clips, DataConfig
 from posttrain.files import UserError
+from posttrain.flow import SamplerConfig
 from posttrain.metrics import masks, physics
 from posttrain.metrics import pisa as metric
 from posttrain.models.base import VideoModel
@@ -48,12 +49,6 @@ FIXED = (*REFERENCES, "base")  # the same for all runs of one base
 GRID, FALLS = "grid", "falls"  # beside the splits
 TOLD = {GRID: ("id",), FALLS: ("group", "beta", "depths", "contact_time", "gravity", "camera", "fps")}  # of their rows
 Models = Mapping[str, Callable[[], AbstractContextManager[VideoModel]]]
-
-
-class SamplerConfig(Strict):
-    steps: int = Field(12, ge=1)
-    guidance: float = Field(1.0, ge=1)
-    guidance_low: float | None = Field(None, ge=1)  # of the expert for little noise, where there are two
 
 
 class FallsConfig(Strict):
@@ -91,12 +86,12 @@ class Tracker(Protocol):
     def __call__(self, video_BCFHW: Tensor, mask0_BHW: Tensor) -> Tensor: ...
 
 
-class Test(NamedTuple):
+class TestSet(NamedTuple):
     clips: Clips
     seeds: int  # videos of each
 
 
-def tests(config: EvalConfig) -> dict[str, Test]:
+def tests(config: EvalConfig) -> dict[str, TestSet]:
     """What is measured, by the folder that it has below samples/.
 
     Raises:
@@ -106,11 +101,11 @@ def tests(config: EvalConfig) -> dict[str, Test]:
     def some(clips: str, split: str) -> Clips:
         return Clips(DataConfig(clips=clips, split=split, limit=config.limit))
 
-    found = {split: Test(some(config.clips, split), config.seeds) for split in config.splits}
+    found = {split: TestSet(some(config.clips, split), config.seeds) for split in config.splits}
     if config.grid:
-        found[GRID] = Test(some(config.grid, "test_unseen"), config.seeds)
+        found[GRID] = TestSet(some(config.grid, "test_unseen"), config.seeds)
     if config.falls:
-        found[FALLS] = Test(some(config.falls.clips, "test_unseen"), config.falls.seeds)
+        found[FALLS] = TestSet(some(config.falls.clips, "test_unseen"), config.falls.seeds)
     for name, world in ((GRID, "grid"), (FALLS, "ambiguous")):
         if name in found and not found[name].clips.row(0).keys() >= set(TOLD[name]):
             folder, needed = found[name].clips.splits[0].folder, ", ".join(TOLD[name])
@@ -144,7 +139,7 @@ def evaluate(
     records, pending = {}, [*REFERENCES]
     for name, ready in models.items():
         with ready() as model:
-            texts = read_captions(model, [test.clips for test in splits.values()], config.sampler)
+            texts = read_captions(model, [each.clips for each in splits.values()], config.sampler)
             for row in (*pending, name):
                 for split, (clips, seeds) in splits.items():
                     record = blank(row, split, config, model, clips, tracker, seeds)
@@ -265,8 +260,7 @@ def source(of: Any) -> str:
 def read_captions(model: VideoModel, splits: Iterable[Clips], sampler: SamplerConfig) -> dict[str, Tensor]:
     """The texts of all clips, encoded, as `generate` wants them."""
     captions = [clips.row(i)["caption"] for clips in splits for i in range(len(clips))]
-    guided = max(sampler.guidance, sampler.guidance_low or 1) > 1
-    return sample.encode_texts(model, [*captions, ""] if guided else captions)
+    return sample.encode_texts(model, [*captions, ""] if sampler.guided else captions)
 
 
 def generate(

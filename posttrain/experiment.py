@@ -50,12 +50,24 @@ class Recipe(Strict):
     @model_validator(mode="before")
     @classmethod
     def _sampled_as_usual(cls, values: Any) -> Any:
-        """What `eval.sampler` leaves out is as usual for the model."""
+        """What `eval.sampler` leaves out, and `method.sampler` where the method has one, is as usual for the model."""
         match values:
-            case {"model": {"path": str(path)}, "eval": {**measured}}:
-                if isinstance(asked := measured.get("sampler", {}), dict):
-                    return values | {"eval": measured | {"sampler": asked | sampler(path, asked)}}
+            case {"model": {"path": str(path)}}:
+                for key in ("eval", "method"):
+                    part = values.get(key)
+                    if not isinstance(part, dict) or (key == "method" and not _samples(part.get("name"))):
+                        continue
+                    if isinstance(asked := part.get("sampler", {}), dict):
+                        values = values | {key: part | {"sampler": asked | sampler(path, asked)}}
         return values
+
+
+def _samples(method: Any) -> bool:
+    """Whether a method of this name has a `sampler` in its Config; what is wrong with a name is said elsewhere."""
+    try:
+        return "sampler" in recipe.resolve("methods", method).Config.model_fields
+    except (UserError, AttributeError):
+        return False
 
 
 def open_run(target: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:

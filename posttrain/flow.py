@@ -5,14 +5,53 @@ Time runs from data (t = 0) to noise (t = 1). Every function takes per-frame tim
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+from functools import partial
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from posttrain.types import Random
+from posttrain.files import UserError
+from posttrain.types import Random, Strict
 
 TimeKind = Literal["uniform", "logit_normal"]
+
+
+class SamplerConfig(Strict):
+    """How a model is sampled, by the scheduler of its folder."""
+
+    steps: int = Field(12, ge=1)
+    guidance: float = Field(1.0, ge=1)
+    guidance_low: float | None = Field(None, ge=1)  # of the expert for little noise, None: the same
+
+    def weight(self, boundary: float) -> Callable[[float], float]:
+        """The guidance at time t, for a model whose second expert answers below `boundary` (0: it has none)."""
+        if self.guidance_low is not None and not boundary:
+            raise UserError("sampler.guidance_low: is for a model of two experts, and this one has one; leave it out")
+        low = self.guidance if self.guidance_low is None else self.guidance_low
+        return lambda t: self.guidance if t >= boundary else low
+
+    @property
+    def guided(self) -> bool:
+        """Whether the text of an unwanted prompt is asked for."""
+        return max(self.guidance, self.guidance_low or 1.0) > 1
+
+
+class Last(Strict):
+    """The last so many steps."""
+
+    last: PositiveInt
+
+
+class Active(Strict):
+    """The steps of these numbers; 0 is the first, at noise."""
+
+    active: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+
+
+Grad = Literal["all"] | Last | Active
 
 
 class Velocity(Protocol):
@@ -69,6 +108,24 @@ def frame_times(t_B: Tensor, frames: int, clean: int) -> Tensor:
     return t_B[:, None] * noisy_F
 
 
+def active_steps(grad: Grad, steps: int) -> frozenset[int]:
+    """The numbers of the steps that carry gradient, of a sampler of so many.
+
+    Raises:
+        UserError: the sampler has no such step.
+    """
+    match grad:
+        case Last(last=last):
+            active = frozenset(range(steps - last, steps))
+        case Active(active=numbers):
+            active = frozenset(numbers)
+        case _:
+            active = frozenset(range(steps))
+    if wrong := [number for number in sorted(active) if not 0 <= number < steps]:
+        raise UserError(f"method.grad: asks for step {wrong[0]} of 0 to {steps - 1}; ask for fewer, or raise the steps")
+    return active
+
+
 def sample(
     model: Velocity,
     scheduler: Any,
@@ -79,41 +136,67 @@ def sample(
     guidance: float | Callable[[float], float] = 1.0,
     negative_text: Tensor | None = None,
     condition: Mapping[str, Tensor] | None = None,
+    grad: Grad = "all",
+    recompute: bool = True,
 ) -> Tensor:
-    """Solve dz = v dt from noise (t = 1) to data (t = 0); gradients flow through every step.
+    """Solve dz = v dt from noise (t = 1) to data (t = 0); differentiable.
 
     The grid and the update are those of `scheduler`, a fresh diffusers scheduler of the model folder, so the
     result is what the stock pipeline makes of the same noise.
 
+    Where gradients are wanted, a step keeps its z_t alone and is computed again in the backward pass: the gradient of
+    keeping everything, bit for bit, in the memory of one step.
+
     Args:
         noise_BCFHW: standard normal latents; float32, and they stay so.
         first_BC1HW: the clean latent of the first picture, or None for text alone.
-        guidance: w in v = v_negative + w (v_text - v_negative), or a function t -> w; where it is 1, the model is
-            asked once.
+        guidance: w in v = v_negative + w (v_text - v_negative), or a function t -> w. Both come of one call of the
+            model, on the clips twice; where w is 1, it is asked for v_text alone.
         negative_text: text_BLD of the unwanted prompt; needed when guidance > 1.
         condition: what the model made of the first picture besides (`VideoModel.condition`).
+        grad: which steps are differentiated. At the others v counts as a constant, in the weights and in z_t, so that
+            gradients pass by them along the scheduler's own update (for `last`: not at all). "all" is exact.
+        recompute: False keeps everything: quicker by a forward pass, in memory that grows with the steps.
 
     Returns:
         z0_BCFHW, with the given frame unchanged.
+
+    Raises:
+        UserError: `grad` asks for a step that there is not.
     """
     batch, _, frames = noise_BCFHW.shape[:3]
     clean = 0 if first_BC1HW is None else first_BC1HW.shape[2]
+    condition, device = condition or {}, noise_BCFHW.device
+    active = active_steps(grad, steps)
 
     def given(z_BCFHW: Tensor) -> Tensor:
         return z_BCFHW if first_BC1HW is None else torch.cat([first_BC1HW, z_BCFHW[:, :, clean:]], dim=2)
 
-    scheduler.set_timesteps(steps, device=noise_BCFHW.device)
+    def velocity(z_BCFHW: Tensor, t_BF: Tensor, w: float) -> Tensor:
+        if w <= 1:
+            return model.velocity(given(z_BCFHW), t_BF, text_BLD, condition)
+        if negative_text is None:
+            raise ValueError(f"guidance {w} needs negative_text")
+        twice = {name: torch.cat([value, value]) for name, value in condition.items()}
+        texts = torch.cat([negative_text, text_BLD])
+        v_BCFHW = model.velocity(given(z_BCFHW).repeat(2, 1, 1, 1, 1), t_BF.repeat(2, 1), texts, twice)
+        v_negative, v_text = v_BCFHW.chunk(2)
+        return v_negative + w * (v_text - v_negative)
+
+    scheduler.set_timesteps(steps, device=device)
     z_BCFHW = noise_BCFHW
-    for timestep in scheduler.timesteps:
-        # float64, so that a whole timestep of 1000 is the same whole number again inside the model
-        t_B = timestep.double().expand(batch) / scheduler.config.num_train_timesteps
-        t_BF = frame_times(t_B, frames, clean)
-        w = guidance(float(t_B[0])) if callable(guidance) else guidance
-        v_BCFHW = model.velocity(given(z_BCFHW), t_BF, text_BLD, condition)
-        if w > 1:
-            if negative_text is None:
-                raise ValueError(f"guidance {w} needs negative_text")
-            v_negative = model.velocity(given(z_BCFHW), t_BF, negative_text, condition)
-            v_BCFHW = v_negative + w * (v_BCFHW - v_negative)
-        z_BCFHW = scheduler.step(v_BCFHW, timestep, z_BCFHW, return_dict=False)[0]
+    # autocast would keep a weight that was cast in a step without gradients, and with it later steps had none
+    with torch.autocast(device.type, enabled=torch.is_autocast_enabled(device.type), cache_enabled=False):
+        for number, timestep in enumerate(scheduler.timesteps):
+            # float64, so that a whole timestep of 1000 is the same whole number again inside the model
+            t_B = timestep.double().expand(batch) / scheduler.config.num_train_timesteps
+            t_BF = frame_times(t_B, frames, clean)
+            w = guidance(float(t_B[0])) if callable(guidance) else guidance
+            if torch.is_grad_enabled() and number in active:
+                again = partial(checkpoint, velocity, use_reentrant=False) if recompute else velocity
+                v_BCFHW = again(z_BCFHW, t_BF, w)
+            else:
+                with torch.no_grad():
+                    v_BCFHW = velocity(z_BCFHW, t_BF, w)
+            z_BCFHW = scheduler.step(v_BCFHW, timestep, z_BCFHW, return_dict=False)[0]
     return given(z_BCFHW)

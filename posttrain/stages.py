@@ -109,16 +109,17 @@ def train(plan: Recipe, folder: Path) -> None:
         raise UserError(f"eval: is for video models; leave it out of a {plan.model.family}'s recipe")
     clips = Clips(plan.data, preload=False)
     tell(clips, folder)
-    if method.DATA == "clips" and not clips.annotated:
+    if method.DATA in ("clips", "annotated latents") and not clips.annotated:
         bare = next(split.folder for split in clips.splits if not split.annotated)
         raise UserError(f"{bare}: has no masks, which {plan.method.name} learns from; use clips that `sim make` filmed")
     if hasattr(model, "latent_shape"):
         model.latent_shape(clips.splits[0].frames, *clips.splits[0].size)
     data: Any = clips
-    if method.DATA == "latents":
-        from posttrain.data.latents import Latents
+    if method.DATA in ("latents", "annotated latents"):
+        from posttrain.data.latents import Annotated, Latents
 
         data = Latents(model, clips, CACHE / "latents")
+        data = Annotated(data, clips) if method.DATA == "annotated latents" else data
     validate = None
     if plan.eval:
         from posttrain.evaluate import validation

@@ -41,6 +41,13 @@ class Batch:
         tensors: dict[str, Any] = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, condition={name: v.to(device) for name, v in self.condition.items()}, **tensors)
 
+    def until(self, frames: int) -> "Batch":
+        """The batch with the truth about the clips' first pictures alone; latents stay whole."""
+        truth = {name: v for name, v in vars(self).items() if isinstance(v, Tensor) and not name.startswith("z0_")}
+        axes = {name: name.rpartition("_")[2].find("F") for name in truth}  # a name ends in its axes
+        cut: dict[str, Any] = {n: v.narrow(axes[n], 0, frames) for n, v in truth.items() if axes[n] > 0}
+        return replace(self, **cut)
+
 
 class Random:
     """Random numbers for one batch: every draw depends on (seed, step, global sample index) alone.

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from posttrain.methods import psft
+from posttrain.flow import SamplerConfig
+from posttrain.methods import oro, psft
 from posttrain.models.base import ModelConfig
 from posttrain.models.wan import load
 from posttrain.run import Run, TrainConfig
@@ -32,8 +33,15 @@ class Noise:
         return Batch(tuple(self.ids[i] for i in indices), self.z0_BCFHW[list(indices)], text_BLD)
 
 
-def gradients(folder: Path, wan_folder: Path) -> dict[str, Tensor]:
-    """Those of the first step of PSFT on all weights of a small Wan, in two micro-batches, as AdamW gets them."""
+def bright(video_BCFHW: Tensor, batch: Batch) -> Tensor:
+    return video_BCFHW.flatten(1).mean(1)
+
+
+def gradients(folder: Path, wan_folder: Path, rewarded: bool = False) -> dict[str, Tensor]:
+    """Those of the first step on all weights of a small Wan, in two micro-batches, as AdamW gets them.
+
+    Of PSFT, or with `rewarded` of ORO, whose backward pass asks the wrapped transformer again for each sampler step.
+    """
     wan = load(ModelConfig(path=str(wan_folder)))
     config = TrainConfig(steps=1, batch=4, accumulate=2, lr=1e-3, clip=1e9)
     run = Run(folder, wan.module, Noise(wan.encode_text(["a ball falls."])[0]), config)
@@ -43,7 +51,12 @@ def gradients(folder: Path, wan_folder: Path) -> dict[str, Tensor]:
         seen.update(zip(names, [p.grad.clone() for p in optimizer.param_groups[0]["params"]], strict=True))
 
     hook = register_optimizer_step_pre_hook(look)
-    psft.train(run, wan, psft.Config())
+    if rewarded:
+        how = oro.Sampling(sampler=SamplerConfig(steps=3))
+        for batch in run.batches():
+            run.step(oro.oro_loss(wan, batch, {"bright": (1.0, bright)}, how, run.random)[0])
+    else:
+        psft.train(run, wan, psft.Config())
     hook.remove()
     return seen
 
@@ -62,8 +75,9 @@ def curve(folder: Path) -> None:
 
 if __name__ == "__main__":
     out, wan = map(Path, sys.argv[1:])
-    found = gradients(out / "gradients", wan)
-    if torch.distributed.get_rank() == 0:
-        torch.save(found, out / "gradients.pt")
+    for name in ("gradients", "rewarded"):
+        found = gradients(out / f"{name}-of-two", wan, name == "rewarded")
+        if torch.distributed.get_rank() == 0:
+            torch.save(found, out / f"{name}.pt")
     curve(out / "curve")
     torch.distributed.destroy_process_group()

@@ -88,20 +88,24 @@ def assert_same_training(home: Path, run: str) -> None:
     assert max(tensor.abs().max() for name, tensor in alone.items() if "lora_B" in name) > 1000 * TOLERANCE
 
 
+KINDS = ("gradients", "rewarded")  # of PSFT, of ORO
+
+
 def test_two_processes_have_the_gradients_and_the_curve_of_one(tmp_path, home):
     torchrun = start(
         home, "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         str(ROOT / "tests" / "ranks.py"), str(tmp_path), "wan",
     )  # fmt: skip
-    alone = ranks.gradients(tmp_path / "alone", home / "wan")
+    alone = {kind: ranks.gradients(tmp_path / kind, home / "wan", kind == "rewarded") for kind in KINDS}
     ranks.curve(tmp_path / "alone-curve")
     code, said = finish(torchrun)
     assert code == 0, said
-    together = torch.load(tmp_path / "gradients.pt")
-    assert together.keys() == alone.keys()
-    assert sum(gradient.abs().max() > 1e-3 for gradient in alone.values()) > 10
-    for name, gradient in alone.items():
-        torch.testing.assert_close(together[name], gradient, rtol=0, atol=1e-5, msg=name)
+    for kind, gradients in alone.items():
+        together = torch.load(tmp_path / f"{kind}.pt")
+        assert together.keys() == gradients.keys()
+        assert sum(gradient.abs().max() > 1e-3 for gradient in gradients.values()) > 10, kind
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(together[name], gradient, rtol=0, atol=1e-5, msg=f"{kind}: {name}")
     one, two = (read_jsonl(tmp_path / name / "log.jsonl") for name in ("alone-curve", "curve"))
     assert len(one) == 10
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=0, abs=1e-9)

@@ -8,10 +8,23 @@ import scipy.stats
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanImageToVideoPipeline
 from PIL import Image
-from tiny import wan_folder
+from tiny import FAMILIES, wan_folder
 from torch import Tensor
 
-from posttrain.flow import frame_times, interpolate, sample, sample_time, shift_time, target
+from posttrain.files import UserError
+from posttrain.flow import (
+    Active,
+    Grad,
+    Last,
+    SamplerConfig,
+    active_steps,
+    frame_times,
+    interpolate,
+    sample,
+    sample_time,
+    shift_time,
+    target,
+)
 from posttrain.models.base import ModelConfig
 from posttrain.models.wan import Wan, load
 from posttrain.sample import sample_clips
@@ -121,7 +134,8 @@ class Linear:
         self.a = a
 
     def velocity(self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor, condition: object = None) -> Tensor:
-        return self.a[0] * z_BCFHW + self.a[1] * t_BF[:, None, :, None, None] + self.a[2] * text_BLD.mean()
+        text_B = text_BLD.mean(dim=(1, 2))[:, None, None, None, None]
+        return self.a[0] * z_BCFHW + self.a[1] * t_BF[:, None, :, None, None] + self.a[2] * text_B
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10])
@@ -250,3 +264,133 @@ def test_gradients_reach_the_transformer_as_in_a_plain_loop(wan: Wan, pipe: WanI
     for got, want in zip(gradients, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5 * float(max(g.abs().max() for g in expected)))
     assert all(g.abs().max() > 0 for g in gradients)
+
+
+def test_active_steps_by_hand() -> None:
+    assert active_steps("all", 4) == {0, 1, 2, 3}
+    assert active_steps(Last(last=2), 4) == {2, 3}
+    assert active_steps(Active(active=(3, 0)), 4) == {0, 3}
+    with pytest.raises(UserError, match=r"method\.grad: asks for step -1 of 0 to 3"):
+        active_steps(Last(last=5), 4)
+    with pytest.raises(UserError, match=r"method\.grad: asks for step 4 of 0 to 3"):
+        active_steps(Active(active=(1, 4)), 4)
+
+
+class Weighing:
+    """v = a_i z at the i-th of three times, to tell the steps apart."""
+
+    def __init__(self, a: Tensor) -> None:
+        self.a, self.times = a, [1.0, 0.5005, 0.001]  # Euler's grid of three steps
+
+    def velocity(self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor, condition: object = None) -> Tensor:
+        (step,) = [i for i, t in enumerate(self.times) if abs(t - float(t_BF.max())) < 0.01]
+        return self.a[step] * z_BCFHW
+
+
+@pytest.mark.parametrize("grad", ["all", Last(last=2), Active(active=(0, 2)), Active(active=(1,))])
+def test_the_gradient_of_chosen_steps_by_hand(grad: Grad) -> None:
+    """z_3 = (1 - d_3 a_3)(1 - d_2 a_2)(1 - d_1 a_1) z; where v is a constant, neither a_i nor that factor counts."""
+    a = torch.tensor([0.3, -0.2, 0.5], requires_grad=True)
+    noise = torch.full((1, 1, 2, 1, 1), 2.0)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    z0 = sample(Weighing(a), scheduler, noise, torch.zeros(1, 1, 1), None, 3, grad=grad)
+    (found,) = torch.autograd.grad(z0.mean(), a)
+    d = (scheduler.sigmas[:-1] - scheduler.sigmas[1:]).double()
+    factors, active = 1 - d * a.detach(), active_steps(grad, 3)
+    for step in range(3):
+        before = 2.0 * factors[:step].prod()
+        after = torch.stack([*[factors[i] for i in range(step + 1, 3) if i in active], torch.ones(()).double()]).prod()
+        assert found[step].item() == pytest.approx(float(-d[step] * before * after) * (step in active), rel=1e-5)
+    assert z0.mean().item() == pytest.approx(2 * float(factors.prod()), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {family: wan_folder(root / family, family) for family in FAMILIES}
+
+
+@pytest.mark.parametrize("kind", ["unipc", "euler"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gradient_is_that_of_plain_autograd(families: dict[str, Path], family: str, kind: str) -> None:
+    """In float64, against the loop written out with everything kept: through all steps, the last two, and some.
+
+    The plain loop too asks once for both texts. Where it asks twice, gradients differ by up to 3e-7 of their norm, for
+    diffusers' Wan rounds to float32 inside whatever its weights are, and one call rounds in another order than two.
+    """
+    experts = {"expert": "high"} if "a14b" in family else {}
+    wan = load(ModelConfig(path=str(families[family]), **experts))
+    text, negative = wan.encode_text(["a red ball falls."]).double(), wan.encode_text(["blurry"]).double()
+    first = torch.rand(1, 3, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    clean = wan.encode(first).double() if wan.clean else None
+    condition = {name: value.double() for name, value in wan.condition(first, 5).items()}
+    noise = torch.randn(1, *wan.latent_shape(5, 32, 32), generator=torch.Generator().manual_seed(1)).double()
+    for module in wan.weights():
+        module.double()
+    wan.dtype = torch.float64
+    parameters = [p for p in wan.transformer.parameters() if p.requires_grad]
+
+    def scheduler() -> FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler:
+        return wan.scheduler() if kind == "unipc" else FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+    def plain(active: set[int]) -> Tensor:
+        solver, z = scheduler(), noise
+        solver.set_timesteps(4)
+        for number, t in enumerate(solver.timesteps):
+            z_given = z if clean is None else torch.cat([clean, z[:, :, 1:]], 2)
+            t_BF = frame_times(t.double().expand(2) / 1000, 2, wan.clean)
+            texts, twice = torch.cat([negative, text]), {name: torch.cat([v, v]) for name, v in condition.items()}
+            unwanted, wanted = wan.velocity(torch.cat([z_given, z_given]), t_BF, texts, twice).chunk(2)
+            v = unwanted + 3.0 * (wanted - unwanted)
+            z = solver.step(v if number in active else v.detach(), t, z, return_dict=False)[0]
+        return z if clean is None else torch.cat([clean, z[:, :, 1:]], 2)
+
+    chosen: list[tuple[Grad, set[int]]] = [("all", {0, 1, 2, 3}), (Active(active=(0, 3)), {0, 3})]
+    if not experts:
+        chosen.append((Last(last=2), {2, 3}))
+    for grad, active in chosen:
+        ours = sample(wan, scheduler(), noise, text, clean, 4, 3.0, negative, condition, grad)
+        theirs = plain(active)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
+        got = torch.autograd.grad(ours.sin().sum(), parameters)
+        expected = torch.autograd.grad(theirs.sin().sum(), parameters)
+        assert all(float((a - b).norm()) <= 1e-9 * float(b.norm()) for a, b in zip(got, expected, strict=True))
+        assert any(b.norm() > 0 for b in expected)
+
+
+def test_block_checkpointing_inside_a_step_changes_nothing(folder: Path, wan: Wan) -> None:
+    inside = load(ModelConfig(path=str(folder)))
+    inside.transformer.enable_gradient_checkpointing()
+    torch.manual_seed(0)
+    noise, first, text = torch.randn(1, 8, 3, 4, 4), torch.randn(1, 8, 1, 4, 4), wan.encode_text(["a red ball falls."])
+    gradients = []
+    for model in (wan, inside):
+        z0 = sample(model, model.scheduler(), noise, text, first, 3)
+        gradients.append(torch.autograd.grad(z0.square().mean(), list(model.transformer.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_steps_without_gradient_do_not_take_it_from_others_under_autocast(wan: Wan, recompute: bool) -> None:
+    """Autocast keeps the weights that it cast; those of steps that have no gradient must not serve the others."""
+    torch.manual_seed(0)
+    noise, first, text = torch.randn(1, 8, 3, 4, 4), torch.randn(1, 8, 1, 4, 4), wan.encode_text(["a red ball falls."])
+    parameters = list(wan.transformer.parameters())
+    gradients = []
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            z0 = sample(wan, wan.scheduler(), noise, text, first, 4, grad=Last(last=1), recompute=recompute)
+        gradients.append(torch.autograd.grad(z0.square().mean(), parameters, allow_unused=True))
+    for exact, rounded in zip(*gradients, strict=True):
+        assert rounded is not None
+        assert (rounded - exact).norm() < 0.2 * exact.norm()
+
+
+def test_the_guidance_of_two_experts() -> None:
+    both, one = SamplerConfig(guidance=4.0, guidance_low=3.0), SamplerConfig(guidance=4.0)
+    assert [both.weight(0.9)(t) for t in (0.95, 0.9, 0.89)] == [4.0, 4.0, 3.0]
+    assert [one.weight(0.9)(t) for t in (0.95, 0.89)] == [4.0, 4.0]
+    assert [SamplerConfig(guidance=w).guided for w in (1.0, 1.5)] == [False, True]
+    assert SamplerConfig(guidance_low=2.0).guided
+    with pytest.raises(UserError, match=r"sampler\.guidance_low: is for a model of two experts"):
+        both.weight(0.0)

@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "posttrain.trackers": CONTRACT,
     "posttrain.run": [*CONTRACT, "posttrain.flow", "posttrain.distributed", "posttrain.trackers"],
     "posttrain.methods": [*CONTRACT, *ROOMS],
+    "posttrain.methods.oro": [*CONTRACT, *ROOMS, "posttrain.recipe"],  # its rewards are named parts
     "posttrain.benchmarks": [*CONTRACT, "posttrain.metrics", "posttrain.data"],
     "posttrain.sample": [*CONTRACT, "posttrain.flow", "posttrain.data", "posttrain.models.base"],
     "posttrain.gallery": [*CONTRACT, "posttrain.models.base", "posttrain.sample"],

@@ -6,6 +6,7 @@ encoding that was cut off continues.
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -96,6 +97,26 @@ class Latents:
             return load_file(self._files[index])
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self._files[index]}: is damaged; delete it and start again") from error
+
+
+class Annotated:
+    """Latents, and beside them the truth about the same clips: their pixels and annotations."""
+
+    def __init__(self, latents: Latents, clips: Clips) -> None:
+        assert latents.ids == clips.ids
+        self.ids, self._latents, self._clips = clips.ids, latents, clips
+
+    @property
+    def key(self) -> str:
+        return files.sha256_json([self._latents.key, self._clips.key])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def load(self, indices: Sequence[int]) -> Batch:
+        """Both batches of the clips at `indices` in one."""
+        latents, truth = self._latents.load(indices), self._clips.load(indices)
+        return replace(truth, z0_BCFHW=latents.z0_BCFHW, text_BLD=latents.text_BLD, condition=latents.condition)
 
 
 def _trim(text_LD: Tensor) -> Tensor:

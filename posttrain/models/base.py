@@ -72,11 +72,21 @@ class VideoModel(Protocol):
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, F, H, W) of the latents of a clip. Raises UserError for sizes that the model cannot take."""
 
+    def latent_frames(self, frames: int) -> int:
+        """How many latent frames the first so many pictures of a clip need."""
+
     def encode(self, video_BCFHW: Tensor) -> Tensor:
         """Latents z_BCFHW: the posterior's mode, normalised."""
 
-    def decode(self, z_BCFHW: Tensor) -> Tensor:
-        """Pixels video_BCFHW in [-1, 1]; differentiable."""
+    def decode(self, z_BCFHW: Tensor, recompute: bool = True, offload: bool = False) -> Tensor:
+        """Pixels video_BCFHW in [-1, 1]; differentiable.
+
+        The gradient is for a loss that is minimised: a pixel beyond the range gets what leads it back.
+
+        Args:
+            recompute: the backward pass computes again what it needs, latent frame by latent frame, or all is kept.
+            offload: what is kept for the backward pass waits in main memory.
+        """
 
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         """text_BLD, zero after each caption's last token."""

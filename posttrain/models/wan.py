@@ -15,6 +15,7 @@ Wan's own time is 1000 t. Text is 512 tokens, zero after the caption's end.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +40,7 @@ from transformers import (
 from posttrain.files import UserError, read_json, replacing
 from posttrain.models import lora
 from posttrain.models.base import ModelConfig
+from posttrain.models.decode import decode
 from posttrain.models.folders import check_files, find, load_part
 from posttrain.models.padding import fold_padding
 
@@ -141,7 +143,10 @@ class Wan:
                 f"data.clips: {frames} frames of {height} x {width} do not fit the model; "
                 f"make clips of {time}k + 1 frames with sides in multiples of {cell_h} x {cell_w}"
             )
-        return config.z_dim, 1 + (frames - 1) // time, height // space, width // space
+        return config.z_dim, self.latent_frames(frames), height // space, width // space
+
+    def latent_frames(self, frames: int) -> int:
+        return 1 + math.ceil((frames - 1) / self.vae_config.scale_factor_temporal)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         config = self.vae_config
@@ -153,9 +158,13 @@ class Wan:
         mean, std = self._statistics(z_BCFHW)
         return (z_BCFHW - mean) / std
 
-    def decode(self, z_BCFHW: Tensor) -> Tensor:
+    def decode(self, z_BCFHW: Tensor, recompute: bool = True, offload: bool = False) -> Tensor:
+        """In the dtype of z. Where gradients are wanted, as decode.py does: the same pixels in less memory."""
         mean, std = self._statistics(z_BCFHW)
-        return self._here(self.vae).decode((z_BCFHW * std + mean).to(self.vae.dtype), return_dict=False)[0]
+        vae, raw_BCFHW = self._here(self.vae), (z_BCFHW * std + mean).to(self.vae.dtype)
+        if torch.is_grad_enabled() and z_BCFHW.requires_grad:
+            return decode(vae, raw_BCFHW, recompute, offload).to(z_BCFHW.dtype)
+        return vae.decode(raw_BCFHW, return_dict=False)[0].to(z_BCFHW.dtype)
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:

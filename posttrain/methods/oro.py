@@ -1,0 +1,115 @@
+"""ORO: object reward optimisation, the gradient of rewards through the decoder and the sampler into the weights.
+
+Paper: PISA (Li et al. 2025), section 4.3 and appendix C, eq. 9: with x_0' = D(z_0') the clip that the sampler, from its
+noise eps, and the decoder D make of a simulated clip x_0's first picture and caption,
+
+    J = E_{x_0, eps} [ R(x_0', x_0) ],    dJ / dtheta = E sum_t (dR / dz_t) (dz_t / dtheta),    L = -J,
+
+where R = sum_k w_k R_k compares the clip with the truth about x_0: its masks, its flow, its depth.
+
+Departures from the paper's code: the clip is sampled as it is afterwards, by the scheduler of the model's folder with
+the same steps and guidance; nothing is dropped, pixels have one range, and the decoder is frozen. Every step and every
+picture is differentiated (`grad` and `frames` take fewer), in the memory of one step and one latent frame, for the
+backward pass computes them again (flow.py, models/decode.py). Pixels beyond the range get the gradient that leads back.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
+from torch import Tensor
+
+from posttrain.files import UserError
+from posttrain.flow import Grad, SamplerConfig, sample
+from posttrain.models.base import VideoModel
+from posttrain.recipe import In, Part
+from posttrain.run import Run
+from posttrain.types import Batch, Random, Strict
+
+DATA = "annotated latents"
+
+Reward = Callable[[Tensor, Batch], Tensor]  # (video_BCFHW in [-1, 1], the truth) -> (B,), differentiable in the video
+
+
+class Sampling(Strict):
+    """How a clip is made, and what of it is differentiated."""
+
+    sampler: SamplerConfig = SamplerConfig()  # what a recipe leaves out is as usual for its model
+    grad: Grad = "all"  # or {last: 2}, or {active: [0, 5, 11]}: the steps that are differentiated
+    frames: PositiveInt | None = None  # the first so many pictures are decoded and rewarded; None: all
+    recompute: tuple[Literal["steps", "decoder"], ...] = ("steps", "decoder")  # what is not in it is kept: quicker
+    offload: bool = False  # what the decoder keeps for the backward pass waits in main memory
+
+
+class Term(Strict):
+    """A summand of the reward: {weight: 0.5, reward: {name: flow, ...}} is half of rewards/flow.py."""
+
+    reward: Annotated[Part, In("rewards")]
+    weight: float = 1.0
+
+
+class Config(Sampling):
+    rewards: Annotated[tuple[Term, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _once(self) -> "Config":
+        if len({term.reward.name for term in self.rewards}) < len(self.rewards):
+            raise PydanticCustomError("part", "a reward stands in rewards twice; keep one")
+        return self
+
+
+def oro_loss(
+    model: VideoModel,
+    batch: Batch,
+    rewards: Mapping[str, tuple[float, Reward]],
+    config: Sampling,
+    random: Random,
+    negative_1LD: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of one batch (scalar), and what to log.
+
+    Args:
+        rewards: weight and function of each.
+        negative_1LD: the text of the unwanted prompt; needed where the sampler has guidance.
+
+    Metrics:
+        saturated: the share of pixel values at -1 or 1.
+        reward_*: the mean of each reward, without its weight.
+    """
+    assert batch.z0_BCFHW is not None
+    assert batch.text_BLD is not None
+    truth_BCFHW, how = batch.z0_BCFHW, config.sampler
+    z0_BCFHW = sample(
+        model,
+        model.scheduler(),
+        random.normal(*truth_BCFHW.shape[1:]).to(truth_BCFHW),
+        batch.text_BLD,
+        truth_BCFHW[:, :, : model.clean] if model.clean else None,
+        how.steps,
+        how.weight(model.boundary),
+        None if negative_1LD is None else negative_1LD.expand_as(batch.text_BLD),
+        batch.condition,
+        config.grad,
+        "steps" in config.recompute,
+    )
+    if torch.is_grad_enabled() and not z0_BCFHW.requires_grad:
+        raise UserError("method.grad: at these steps no weight that is trained is asked; name steps of model.expert")
+    if config.frames is not None:
+        z0_BCFHW, batch = z0_BCFHW[:, :, : model.latent_frames(config.frames)], batch.until(config.frames)
+    video_BCFHW = model.decode(z0_BCFHW, "decoder" in config.recompute, config.offload)[:, :, : config.frames]
+    means = {name: reward(video_BCFHW, batch).mean() for name, (_, reward) in rewards.items()}
+    loss = -torch.stack([weight * means[name] for name, (weight, _) in rewards.items()]).sum()
+    saturated = (video_BCFHW.detach().abs() == 1).float().mean()
+    return loss, {"saturated": saturated} | {f"reward_{name}": mean.detach() for name, mean in means.items()}
+
+
+def train(run: Run, model: VideoModel, config: Config) -> None:
+    rewards = {t.reward.name: (t.weight, t.reward.module.load(t.reward.config, model.device)) for t in config.rewards}
+    negative_1LD = model.encode_text([""]) if config.sampler.guided else None
+    model.unload()
+    run.module.eval()
+    for batch in run.batches():
+        loss, metrics = oro_loss(model, batch, rewards, config, run.random, negative_1LD)
+        run.step(loss, **metrics)

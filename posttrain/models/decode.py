@@ -1,0 +1,92 @@
+"""The Wan VAE's decoder without hidden state, so that the gradient of a long clip fits into memory.
+
+diffusers decodes latent frame by latent frame; the causal convolutions' last inputs ("feature caches") go from one to
+the next in a list that it changes. Here a latent frame is a pure function, (latent, caches) -> (pixels, caches), of the
+same layers in the same order, which the backward pass computes again. Alive at once are then what one latent frame
+keeps, and the caches of all boundaries between two; these may wait in main memory (`offload`).
+
+The pixels are those of `AutoencoderKLWan.decode`, bit for bit, and so is the gradient where they lie in the range. A
+pixel that overshot has none in diffusers, so that it stays there whatever the loss says; here see `clamp`.
+
+Axes: B batch, C channels, F frames (of latents; of pixels where they are called video), H W cells or pixels.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
+from torch import Tensor
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+
+# what a causal convolution hands on: its last inputs, or None before the first frame, or diffusers' mark after it
+Cache = Tensor | str | None
+
+
+class _Clamp(torch.autograd.Function):
+    """x clamped to [-1, 1]. Its gradient is the loss's own, without what pushes x further out: for descent alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(-1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,), (gradient,) = ctx.saved_tensors, gradients
+        return gradient.masked_fill((x.abs() > 1) & (x * gradient < 0), 0)
+
+
+def clamp(x: Tensor) -> Tensor:
+    """x clamped to [-1, 1], for a loss that is minimised.
+
+    The gradient dL/dx is dL/dy, but 0 where |x| > 1 and -dL/dy points outwards: there a step changes nothing that is
+    seen, and x would only drift. Where -dL/dy points inwards, a step is what brings the pixel back.
+    """
+    return _Clamp.apply(x)
+
+
+def decode(vae: AutoencoderKLWan, z_BCFHW: Tensor, recompute: bool = True, offload: bool = False) -> Tensor:
+    """Pixels video_BCFHW in [-1, 1] of the VAE's own (not normalised) latents; see above.
+
+    Args:
+        recompute: False keeps everything for the backward pass, which is quicker.
+        offload: what is kept (the caches: `cache_bytes` together) waits in main memory, on a GPU pinned.
+    """
+    again = partial(checkpoint, _chunk, use_reentrant=False) if recompute else _chunk
+    caches: Sequence[Cache] = [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
+    pixels = []
+    for number, z_BC1HW in enumerate(vae.post_quant_conv(z_BCFHW).split(1, dim=2)):
+        with save_on_cpu(pin_memory=z_BCFHW.is_cuda) if offload else nullcontext():
+            video_BCFHW, *caches = again(vae, number == 0, z_BC1HW, *caches)
+        pixels.append(video_BCFHW)
+    return torch.cat(pixels, dim=2)
+
+
+def _chunk(vae: AutoencoderKLWan, first: bool, z_BC1HW: Tensor, *caches: Cache) -> tuple[Any, ...]:
+    """The pictures of one latent frame (one of the first, four of the others), and the caches for the next."""
+    after = list(caches)
+    out_BCFHW = vae.decoder(z_BC1HW, feat_cache=after, feat_idx=[0], first_chunk=first)
+    if vae.config.patch_size is not None:
+        out_BCFHW = unpatchify(out_BCFHW, patch_size=vae.config.patch_size)
+    return clamp(out_BCFHW), *after
+
+
+@torch.no_grad()
+def cache_bytes(vae_config: Mapping[str, Any], shape: Sequence[int]) -> list[int]:
+    """Bytes of the float32 caches at each boundary between two latent frames, for latents of `shape` (B C F H W).
+
+    Their sum is what `decode` keeps for the backward pass besides one latent frame's own.
+    """
+    with torch.device("meta"):
+        vae = AutoencoderKLWan.from_config(dict(vae_config))
+        caches: Sequence[Cache] = [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
+        found = []
+        for number, z_BC1HW in enumerate(torch.empty(*shape).split(1, dim=2)):
+            found.append(sum(cache.nbytes for cache in caches if isinstance(cache, Tensor)))
+            _, *caches = _chunk(vae, number == 0, z_BC1HW, *caches)
+    return found[1:]
