@@ -215,6 +215,19 @@ class Run:
                         self._context.enter_context(sdpa_kernel(SDPBackend.MATH))
                     yield batch.to(self.accelerator.device)
 
+    def add(self, part: Callable[[], Tensor]) -> None:
+        """Take the gradient of a part of a micro-batch's loss, and free what it needed; `step` takes the last part's.
+
+        `part` makes it, so that its forward pass too knows that processes need not meet for it.
+        """
+        synchronises = self.accelerator.sync_gradients
+        with self.accelerator.no_sync(self.module):
+            loss = part()
+            self.accelerator.sync_gradients = False  # or DeepSpeed would step
+            with torch.autocast(self.accelerator.device.type, enabled=False):
+                self.accelerator.backward(loss)
+        self.accelerator.sync_gradients = synchronises
+
     def step(self, loss: Tensor, **metrics: float | Tensor) -> None:
         """Take the gradient of a micro-batch's loss; after the last one of a step, update, log and save.
 

@@ -7,20 +7,34 @@ encoding that was cut off continues.
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from posttrain import files
-from posttrain.data.clips import Clips, targets, to_float
+from posttrain.data.clips import targets, to_float
 from posttrain.files import UserError
 from posttrain.models.base import VideoModel
 from posttrain.progress import track
 from posttrain.types import Batch
 
 CONDITION = "condition."  # what names in an entry begin with that are of Batch.condition
+
+
+class Readable(Protocol):
+    """Clips, of which `Clips` has the words; of a row only the caption is needed, and the target where there is one."""
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+    def __len__(self) -> int: ...
+    def row(self, index: int) -> dict[str, Any]: ...
+    def video(self, index: int) -> Path: ...
+    def seen(self, index: int) -> list[str]: ...
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]: ...
 
 
 class Latents:
@@ -30,7 +44,7 @@ class Latents:
         UserError: a clip is torn or changed, or the cache cannot be written.
     """
 
-    def __init__(self, model: VideoModel, clips: Clips, folder: Path | str) -> None:
+    def __init__(self, model: VideoModel, clips: Readable, folder: Path | str) -> None:
         from accelerate import PartialState
 
         self.ids = clips.ids
