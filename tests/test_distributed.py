@@ -95,6 +95,7 @@ def test_two_processes_have_the_gradients_and_the_curve_of_one(tmp_path, home):
     )  # fmt: skip
     alone = ranks.gradients(tmp_path / "alone", home / "wan")
     ranks.curve(tmp_path / "alone-curve")
+    ranks.preferences(tmp_path / "alone-preferences", home / "wan")
     code, said = finish(torchrun)
     assert code == 0, said
     together = torch.load(tmp_path / "gradients.pt")
@@ -105,6 +106,12 @@ def test_two_processes_have_the_gradients_and_the_curve_of_one(tmp_path, home):
     one, two = (read_jsonl(tmp_path / name / "log.jsonl") for name in ("alone-curve", "curve"))
     assert len(one) == 10
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=0, abs=1e-9)
+    for name in ranks.PREFERENCES:
+        logs = (tmp_path / place / name / "log.jsonl" for place in ("alone-preferences", "preferences"))
+        for one, two in zip(*map(read_jsonl, logs), strict=True):
+            for key in ("loss", "margin", "err_l_ref", "grad_norm"):
+                assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6), (name, one["step"], key)
+            assert one["step"] == 1 or abs(one["margin"]) > 1e-5
 
 
 def test_accelerate_launches_two_that_train_as_one(home):

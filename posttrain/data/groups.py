@@ -29,8 +29,8 @@ from posttrain.progress import track
 from posttrain.types import Batch
 
 SCORES = "scores.jsonl"
-# By how much first pictures may differ: of 255, in the mean of any of 8 x 8 fields and colours. The pocket's autoencoder
-# and H.264 change up to 19 (120 clips of three datasets, mean 9.5); the most alike of 30 scenes differ by 33 to 64.
+# How much first pictures may differ: of 255, in the mean of any of 8 x 8 fields and colours. The pocket's autoencoder and
+# H.264 change up to 19 (120 clips of three datasets, mean 9.5); the most alike of 30 scenes differ by 33 to 64.
 SAME_PICTURE = 25.0
 
 
