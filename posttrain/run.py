@@ -68,7 +68,9 @@ class TrainConfig(Strict):
     @model_validator(mode="after")
     def _ends_below(self) -> "TrainConfig":
         if self.lr_end is not None and (self.schedule != "cosine" or self.lr_end > self.lr):
-            raise PydanticCustomError("part", "lr_end is where a cosine schedule ends, at most lr; set both, or leave it out")
+            raise PydanticCustomError(
+                "part", "lr_end is where a cosine ends, at most at lr; mend both, or leave it out"
+            )
         return self
 
 

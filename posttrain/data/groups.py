@@ -29,8 +29,8 @@ from posttrain.progress import track
 from posttrain.types import Batch
 
 SCORES = "scores.jsonl"
-# How much first pictures may differ: of 255, in the mean of any of 8 x 8 fields and colours. The pocket's autoencoder and
-# H.264 change up to 19 (120 clips of three datasets, mean 9.5); the most alike of 30 scenes differ by 33 to 64.
+# How much first pictures may differ: of 255, in the mean of any of 8 x 8 fields and colours. The pocket's autoencoder
+# and H.264 change up to 19 (120 clips of three datasets, mean 9.5); the most alike of 30 scenes differ by 33 to 64.
 SAME_PICTURE = 25.0
 
 
@@ -136,12 +136,14 @@ def gather(clips: Clips, config: GroupsConfig, pictured: bool = True) -> tuple[M
 
 
 def _samples(folder: Path, clips: Clips, true: Sequence[int]) -> list[tuple[int, Path, Scores | None]]:
-    """The samples of these clips in a folder."""
+    """The samples of these clips in a folder; a clip is called as its file is."""
     if not folder.is_dir():
         raise UserError(f"data.groups.samples: {folder} does not exist; make its clips with `posttrain sample`")
     path = folder / SCORES
     rows = {row.get("file_name"): row for row in files.read_jsonl(path)} if path.exists() else None
-    places = {clips.ids[index]: index for index in true}
+    places = {clips.video(index).stem: index for index in true}
+    if len(places) < len(true):
+        raise UserError("data.clips: two clips have one name, and samples go by names; rename one of them")
     found = []
     for video in sorted(folder.glob("*.mp4")):
         name = re.fullmatch(r"(.+?)-s\d+(-.+)?", video.stem)
