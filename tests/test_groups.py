@@ -12,10 +12,11 @@ import pytest
 import torch
 import yaml
 from falling import FPS, film, rows_of, write_clip, write_dataset, write_groups
+from PIL import Image
 from tiny import wan_folder
 
 from posttrain import cli, recipe
-from posttrain.data.clips import Clips, DataConfig, GroupsConfig
+from posttrain.data.clips import Clips, DataConfig, GroupsConfig, read_video
 from posttrain.data.groups import Groups, Members, gather
 from posttrain.data.latents import Latents
 from posttrain.experiment import Recipe
@@ -270,3 +271,51 @@ def test_the_resolved_recipe_reads_back(home: Path) -> None:
 def test_folders_without_groups_have_no_counterfactuals(tmp_path: Path) -> None:
     write_dataset(tmp_path / "plain", ["train"], clips=3, frames=5)
     assert "no clip has 3 losers" in refusal(tmp_path / "plain", counterfactuals=True)
+
+
+# ---------------------------------------------------------------- looked at, and sampled for
+
+
+def test_groups_are_sampled_for_and_shown(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The base makes what is missing and nothing twice; the samples have the shape of the true clips."""
+    words = "model.conditioning=text"  # what the tiny autoencoder gives back is nothing like a first picture
+    command = ["groups", "recipe.yaml", "data.groups={losers: 2, samples: [made]}", "run=shown", words, "--seeds", "2"]
+    assert cli.main(command) == 0, capsys.readouterr().err
+    made = sorted(path.name for path in (home / "made").iterdir())
+    assert made == [f"0000{group}-0-s{seed}.mp4" for group in (0, 1) for seed in (0, 1)]
+    assert "groups: 2 of 2 losers each" in capsys.readouterr().out
+    sheet = Image.open(home / "runs" / "shown" / "groups.png")
+    assert sheet.height == 2 * 3 * (128 + 14)  # of each group the true clip and two more, 32 pixels four times as high
+
+    kept = {name: (home / "made" / name).stat().st_mtime_ns for name in made[1:]}
+    before = read_video(home / "made" / made[0]).astype(int)
+    (home / "made" / made[0]).unlink()
+    assert cli.main(command) == 0
+    assert np.abs(read_video(home / "made" / made[0]) - before).max() <= 3  # a batch of one is rounded in another way
+    assert {name: (home / "made" / name).stat().st_mtime_ns for name in made[1:]} == kept
+
+
+def test_counterfactuals_are_shown(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["groups", "recipe.yaml"]) == 0
+    assert "groups: 2 of 3 losers each" in capsys.readouterr().out
+    assert Image.open(home / "runs" / "try" / "groups.png").height == 2 * 4 * (128 + 14)
+    assert cli.main(["groups", "recipe.yaml", "--seeds", "2"]) == 1
+    assert "data.groups.samples: is missing" in capsys.readouterr().err
+
+
+def test_videos_of_any_kind_win_against_samples(home: Path) -> None:
+    """Without masks or a metadata.jsonl, retimed and cropped; the model is told the caption alone."""
+    (home / "own").mkdir()
+    for name in ("cup", "ball"):
+        video, _ = film(rows_of(2, 20), 8, 200)
+        write_video(home / "own" / f"{name}.mp4", video, 2 * FPS)
+        (home / "own" / f"{name}.txt").write_text(f"a {name} falls.")
+    overrides = [
+        "data={clips: own, frames: 5, fps: 16, size: [32, 32], groups: {losers: 2, samples: [made]}}",
+        "model.conditioning=text",
+        "method.physics=null",
+        "run=own",
+    ]
+    assert cli.main(["groups", "recipe.yaml", *overrides, "--seeds", "2"]) == 0
+    assert cli.main(["train", "recipe.yaml", *overrides]) == 0
+    assert read_jsonl(home / "runs" / "own" / "log.jsonl")[0]["loss"] == pytest.approx(2 * np.log(2), rel=1e-5)
