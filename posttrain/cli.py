@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "the clips and the training alone",
     "eval": "measure a trained run, or videos that any model made (--clips)",
     "report": "write report.html, report.json and report.gif from what was measured",
+    "groups": "show what a recipe's true clips are compared with, and let the base make samples for it (--seeds)",
     "export": "write the weights as others load them (export=[diffusers, comfyui, merged]), with a model card",
 }
 
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in train.steps=20")
         if name == "export":
             command.add_argument("--check", action="store_true", help="load every file as others do and compare")
+        if name == "groups":
+            command.add_argument("--seeds", type=positive, default=0, metavar="N", help="samples of each true clip")
+            command.add_argument("--batch", type=positive, default=4, help="samples made at once (default 4)")
         if name == "eval":
             _scoring(command)
     for name, text in TOOLS.items():
@@ -84,6 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 stages.make(plan)
                 stages.check_data(plan)
                 stages.train(plan, folder)
+            elif options.command == "groups":
+                stages.make(plan)
+                commands.groups(plan, folder, options.seeds, options.batch)
             elif options.command == "eval":
                 stages.evaluate(plan, folder)
             elif options.command == "report":

@@ -3,9 +3,11 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -149,6 +151,60 @@ def _usual(plan: Recipe) -> dict[str, Any]:
     except UserError:  # the clips need not be there any more
         return usual
     return usual | {"size": clips.size, "frames": clips.frames, "fps": clips.fps}
+
+
+class Beginning(NamedTuple):
+    """A clip's first picture and caption, as `score.imagine` wants them."""
+
+    id: str
+    caption: str
+    picture: Callable[[], np.ndarray]
+    context: str = ""
+
+
+@memory("sampling", "lower --batch, or take smaller or shorter clips (data.size and data.frames)")
+def groups(plan: Recipe, folder: Path, seeds: int = 0, batch: int = 4, shown: int = 8) -> Path:
+    """A sheet of the first groups of a recipe, `shown` of them; its path.
+
+    Args:
+        seeds: so many samples of each true clip are made first by the model that training starts from, as far as they
+            are missing, in the first folder of data.groups.samples.
+
+    Raises:
+        UserError: the recipe has no groups, no folder for samples, or its groups are not comparable.
+    """
+    from posttrain.data.groups import gather
+    from posttrain.gallery import contact_sheet
+    from posttrain.score import imagine
+
+    wanted = plan.data.groups
+    if wanted is None:
+        raise UserError("data.groups: is missing; say what the true clips are compared with")
+    if seeds:
+        if not wanted.samples:
+            raise UserError("data.groups.samples: is missing; name the folder for --seeds")
+        clips = Clips(plan.data, preload=False)
+        starts = [
+            Beginning(clips.video(i).stem, clips.row(i)["caption"], partial(clips.first, i)) for i in range(len(clips))
+        ]
+        how = sampler(plan.model.path, plan.eval.sampler.model_dump() if plan.eval else {})
+        if main_process():
+            place = Path(wanted.samples[0])
+            imagine(lambda: base_model(plan), {"": starts}, place, clips.splits[0].kind, seeds, batch, **how)
+        wait()
+    clips = Clips(plan.data, preload=False, violated=wanted.counterfactuals)
+    members, found = gather(clips, wanted, plan.model.conditioning == "image")
+    rows: dict[str, Any] = {}
+    for number, group in enumerate(found[:shown], 1):
+        rows[f"group {number}, true: {members.row(group.winner)['caption']}"] = members.read(group.winner)[0]
+        for index in group.losers:
+            told = (scores := members.scores(index)) and f"sa {scores.sa:.2f}, pc {scores.pc:.2f}"
+            name = f"group {number}, {members.video(index).name}: {told or 'no scores'}"
+            rows[f"{name} {(members.row(index).get('violation') or {}).get('kind', '')}"] = members.read(index)[0]
+    path = folder / "groups.png"
+    contact_sheet(path, rows)
+    print(f"groups: {len(found)} of {wanted.losers} losers each; the first are shown in {path}")
+    return path
 
 
 def score(

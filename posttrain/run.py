@@ -28,7 +28,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -53,6 +54,7 @@ class TrainConfig(Strict):
     accumulate: int = Field(1, ge=1)  # micro-batches per step
     precision: Literal["fp32", "bf16"] = "fp32"  # of the arithmetic; weights keep their own
     schedule: Literal["constant", "cosine"] = "constant"
+    lr_end: float | None = Field(None, gt=0)  # where cosine ends; None: at 0
     warmup: int = Field(0, ge=0)  # steps from 0 to lr
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
@@ -62,6 +64,14 @@ class TrainConfig(Strict):
     checkpoint_every: int = Field(100, ge=1)
     block_checkpointing: bool = False  # recompute each block in the backward pass, for memory
     trackers: tuple[TrackerName, ...] = ()  # what also shows the log and the validation videos
+
+    @model_validator(mode="after")
+    def _ends_below(self) -> "TrainConfig":
+        if self.lr_end is not None and (self.schedule != "cosine" or self.lr_end > self.lr):
+            raise PydanticCustomError(
+                "part", "lr_end is where a cosine ends, at most at lr; mend both, or leave it out"
+            )
+        return self
 
 
 class Data(Protocol):
@@ -128,6 +138,7 @@ class Run:
         from accelerate.utils import GradientAccumulationPlugin
         from diffusers.optimization import get_scheduler
         from diffusers.training_utils import EMAModel
+        from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
         check_trackers(train.trackers)
         state = distributed.process()
@@ -167,8 +178,10 @@ class Run:
         )
         # the scheduler stays unprepared: accelerate's would step once per rank
         schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
-        self._scheduler = get_scheduler(
-            schedule, optimizer, num_warmup_steps=train.warmup, num_training_steps=train.steps
+        self._scheduler = (
+            get_scheduler(schedule, optimizer, num_warmup_steps=train.warmup, num_training_steps=train.steps)
+            if train.lr_end is None
+            else get_cosine_with_min_lr_schedule_with_warmup(optimizer, train.warmup, train.steps, min_lr=train.lr_end)
         )
         self._plain = module  # as it is inside what `prepare` wraps around it
         self.module, self._optimizer = self.accelerator.prepare(module, optimizer)
@@ -214,6 +227,19 @@ class Run:
                     if self._slow_attention:
                         self._context.enter_context(sdpa_kernel(SDPBackend.MATH))
                     yield batch.to(self.accelerator.device)
+
+    def add(self, part: Callable[[], Tensor]) -> None:
+        """Take the gradient of a part of a micro-batch's loss, and free what it needed; `step` takes the last part's.
+
+        `part` makes it, so that its forward pass too knows that processes need not meet for it.
+        """
+        synchronises = self.accelerator.sync_gradients
+        with self.accelerator.no_sync(self.module):
+            loss = part()
+            self.accelerator.sync_gradients = False  # or DeepSpeed would step
+            with torch.autocast(self.accelerator.device.type, enabled=False):
+                self.accelerator.backward(loss)
+        self.accelerator.sync_gradients = synchronises
 
     def step(self, loss: Tensor, **metrics: float | Tensor) -> None:
         """Take the gradient of a micro-batch's loss; after the last one of a step, update, log and save.

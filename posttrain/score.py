@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -100,9 +100,22 @@ def samples_of(folder: Path, split: str, ids: Sequence[str], several: bool) -> d
     return {name: [path for _, path in sorted(some)] for name, some in found.items()}
 
 
+class Start(Protocol):
+    """What a model continues, of which `Truth` has the words."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def caption(self) -> str: ...
+    @property
+    def context(self) -> str: ...
+    @property
+    def picture(self) -> Callable[[], np.ndarray]: ...
+
+
 def imagine(
     model: Callable[[], AbstractContextManager[VideoModel]],
-    benchmark: Mapping[str, Sequence[Truth]],
+    benchmark: Mapping[str, Sequence[Start]],
     folder: Path,
     kind: Mapping[str, Any],
     seeds: int,

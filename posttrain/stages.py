@@ -20,7 +20,7 @@ import torch
 
 from posttrain import distributed, files, recipe
 from posttrain.data import videos
-from posttrain.data.clips import Clips, Split, check_same_kind, open_split, open_splits
+from posttrain.data.clips import Clips, GroupsConfig, Split, check_same_kind, open_split, open_splits
 from posttrain.evaluate import EvalConfig
 from posttrain.experiment import ADAPTER, RUNS, TRAINED, Recipe, is_trained, members, need_training, resolved
 from posttrain.files import UserError
@@ -107,7 +107,8 @@ def train(plan: Recipe, folder: Path) -> None:
     model, method = load_model(plan.model), plan.method.module
     if plan.eval and not hasattr(model, "transformer"):
         raise UserError(f"eval: is for video models; leave it out of a {plan.model.family}'s recipe")
-    clips = Clips(plan.data, preload=False)
+    groups = check_groups(plan)
+    clips = Clips(plan.data, preload=False, violated=bool(groups and groups.counterfactuals))
     tell(clips, folder)
     if method.DATA in ("clips", "annotated latents") and not clips.annotated:
         bare = next(split.folder for split in clips.splits if not split.annotated)
@@ -120,6 +121,10 @@ def train(plan: Recipe, folder: Path) -> None:
 
         data = Latents(model, clips, CACHE / "latents")
         data = Annotated(data, clips) if method.DATA == "annotated latents" else data
+    if groups:
+        from posttrain.data.groups import Groups
+
+        data = Groups(model, clips, groups, CACHE / "latents", pictured=plan.model.conditioning == "image")
     validate = None
     if plan.eval:
         from posttrain.evaluate import validation
@@ -129,6 +134,7 @@ def train(plan: Recipe, folder: Path) -> None:
         model.unload()  # captions are read
     every = plan.eval.every if plan.eval else 0
     depends = method.depends(plan.method.config) if hasattr(method, "depends") else {}
+    started = [method.start(model, plan.method.config)] if hasattr(method, "start") else []
     run = Run(folder, model.module, data, plan.train, validate, every, depends)
     if is_trained(folder, run.meaning):
         print(f"training: {folder / ADAPTER} is complete", file=sys.stderr)
@@ -136,7 +142,7 @@ def train(plan: Recipe, folder: Path) -> None:
     if data is clips:
         clips.preload()
     model.module = run.module
-    method.train(run, model, plan.method.config)
+    method.train(run, model, plan.method.config, *started)
     model.module = run.finish()
     if main_process():
         files.sweep(folder)
@@ -144,6 +150,16 @@ def train(plan: Recipe, folder: Path) -> None:
         model.save(folder / ADAPTER)
         files.write_json(folder / TRAINED, run.meaning)
     wait()
+
+
+def check_groups(plan: Recipe) -> GroupsConfig | None:
+    """What the method compares true clips with. Raises UserError where recipe and method differ on whether there is."""
+    groups, wanted = plan.data.groups, plan.method.module.DATA == "groups"
+    if wanted and groups is None:
+        raise UserError(f"data.groups: is missing; say what {plan.method.name} compares true clips with")
+    if groups is not None and not wanted:
+        raise UserError(f"data.groups: is not for {plan.method.name}, which learns from true clips alone; leave it out")
+    return groups
 
 
 def tell(clips: Clips, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """What every tensor means. Each room obeys this page.
 
-Axes    B batch, C channels, F frames, H W pixels (or latent cells), L text tokens, D text width, N bodies.
+Axes    B batch, C channels, F frames, H W pixels (or latent cells), L text tokens, D text width, N bodies, M losers.
 Pixels  float in [-1, 1], (B, C, F, H, W). Latents (B, C, F, H, W), normalised channel by channel.
 Masks   bool (B, F, H, W). Depth metres along the optical axis. Flow pixels (x right, y down) to the next frame.
 Time    rectified flow: t = 0 is data, t = 1 is noise; z_t = (1 - t) z_0 + t eps; v = eps - z_0.
@@ -34,6 +34,9 @@ class Batch:
     video_BCFHW: Tensor | None = None  # pixels in [-1, 1]
     instances_BFHW: Tensor | None = None  # uint8, 0 background, i + 1 body i
     target_B: Tensor | None = None  # int64, the instance id (body index + 1) that metrics score
+    losers_BMCFHW: Tensor | None = None  # latents of M clips that should lose against z0, of the same first picture
+    sa_BM: Tensor | None = None  # how well each of them follows the text, 0 to 1
+    pc_BM: Tensor | None = None  # how well it obeys physics, 0 to 1
     condition: dict[str, Tensor] = field(default_factory=dict)  # what VideoModel.condition made of the first picture
 
     def to(self, device: torch.device) -> "Batch":

@@ -43,25 +43,11 @@ def write_dataset(
         for i in range(clips):
             start = 2 + 2 * i + number
             video, instances = film(rows_of(start, frames), 4 + 5 * i, 200 + 10 * i)
-            path = folder / split / f"{i:05d}.mp4"
-            with av.open(str(path), "w") as container:
-                stream = container.add_stream("libx264rgb", rate=FPS, options={"qp": "0"})
-                stream.height, stream.width, stream.pix_fmt = SIZE, SIZE, "rgb24"
-                for picture in video:
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-                container.mux(stream.encode())
-            np.savez(path.with_suffix(".npz"), instances=instances)
             contact = (2 * (SIZE - SIDE - start) / GRAVITY) ** 0.5
             lines.append(
                 {
-                    "file_name": path.name,
-                    "annotations": path.with_suffix(".npz").name,
-                    "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                    **write_clip(folder / split / f"{i:05d}.mp4", video, instances),
                     "caption": f"square {number}{i} falls.",
-                    "fps": FPS,
-                    "frames": frames,
-                    "size": [SIZE, SIZE],
-                    "target": 0,
                     "gravity": [0, 0, -9.81],
                     "drop_height": 9.81 * contact**2 / 2,
                     "contact_time": contact,
@@ -87,6 +73,47 @@ def tell(data: Path, folder: Path, rows: Callable[[int], dict[str, Any]]) -> Pat
     told = [json.loads(line) | rows(i) for i, line in enumerate(path.read_text().splitlines())]
     path.write_text("".join(json.dumps(row) + "\n" for row in told))
     return folder
+
+
+def write_clip(path: Path, video: np.ndarray, instances: np.ndarray) -> dict[str, Any]:
+    """A clip's two files without loss; what its row says of them."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264rgb", rate=FPS, options={"qp": "0"})
+        stream.height, stream.width, stream.pix_fmt = SIZE, SIZE, "rgb24"
+        for picture in video:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    np.savez(path.with_suffix(".npz"), instances=instances)
+    return {
+        "file_name": path.name,
+        "annotations": path.with_suffix(".npz").name,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "fps": FPS,
+        "frames": len(video),
+        "size": [SIZE, SIZE],
+        "target": 0,
+    }
+
+
+def write_groups(folder: Path, split: str = "train", groups: int = 2, losers: int = 3, frames: int = 5) -> None:
+    """A dataset folder of groups: a true fall, and faster ones from the same height, of known severity."""
+    (folder / split).mkdir(parents=True)
+    lines = []
+    for group in range(groups):
+        for i in range(1 + losers):
+            rows = rows_of(2, frames) + np.arange(frames) * i
+            video, instances = film(np.minimum(rows, SIZE - SIDE), 4 + 12 * group, 200)
+            severity = i / (losers + 1)
+            violation = {"kind": "strong_gravity", "value": 1.0 + i, "meaning": "of g", "severity": severity}
+            lines.append(
+                {
+                    **write_clip(folder / split / f"{group:05d}-{i}.mp4", video, instances),
+                    "caption": f"square {group} falls.",
+                    "group": group,
+                    "violation": violation if i else None,
+                }
+            )
+    (folder / split / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 class RedTracker:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from posttrain.flow import SamplerConfig
-from posttrain.methods import oro, psft
-from posttrain.models.base import ModelConfig
+from posttrain.methods import gdpo, oro, psft
+from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan import load
 from posttrain.run import Run, TrainConfig
 from posttrain.types import Batch
@@ -30,7 +30,9 @@ class Noise:
 
     def load(self, indices: Sequence[int]) -> Batch:
         text_BLD = self.text_LD.expand(len(indices), -1, -1)
-        return Batch(tuple(self.ids[i] for i in indices), self.z0_BCFHW[list(indices)], text_BLD)
+        z0_BCFHW = self.z0_BCFHW[list(indices)]
+        losers_BMCFHW = torch.stack([z0_BCFHW.flip(1), z0_BCFHW.flip(3)], dim=1)
+        return Batch(tuple(self.ids[i] for i in indices), z0_BCFHW, text_BLD, losers_BMCFHW=losers_BMCFHW)
 
 
 def bright(video_BCFHW: Tensor, batch: Batch) -> Tensor:
@@ -61,6 +63,26 @@ def gradients(folder: Path, wan_folder: Path, rewarded: bool = False) -> dict[st
     return seen
 
 
+PREFERENCES = {
+    "pair": gdpo.Config(physics=None, cached_draws=2),
+    "in turn": gdpo.Config(physics=None, mode="exact", backward="in_turn"),
+}
+
+
+def preferences(folder: Path, wan_folder: Path) -> None:
+    """Five steps of GDPO on an adapter, in each of several ways; the curves are in the logs.
+
+    With draws that come again, a process may have to ask the reference more often than the other.
+    """
+    for name, config in PREFERENCES.items():
+        wan = load(ModelConfig(path=str(wan_folder), adapter=AdapterConfig(rank=2)))
+        base = gdpo.start(wan, config)
+        data = Noise(wan.encode_text(["a ball falls."])[0])
+        run = Run(folder / name, wan.module, data, TrainConfig(steps=5, batch=4, lr=1e-2, ema=0.9))
+        wan.module = run.module
+        gdpo.train(run, wan, config, base)
+
+
 def curve(folder: Path) -> None:
     """Ten steps of a small network in float64; the curve is in the log."""
     torch.manual_seed(0)
@@ -80,4 +102,5 @@ if __name__ == "__main__":
         if torch.distributed.get_rank() == 0:
             torch.save(found, out / f"{name}.pt")
     curve(out / "curve")
+    preferences(out / "preferences", wan)
     torch.distributed.destroy_process_group()

@@ -14,7 +14,7 @@ import pytest
 import ranks
 import torch
 import yaml
-from falling import write_dataset
+from falling import write_dataset, write_groups
 from safetensors.torch import load_file
 from tiny import wan_folder
 
@@ -98,6 +98,7 @@ def test_two_processes_have_the_gradients_and_the_curve_of_one(tmp_path, home):
     )  # fmt: skip
     alone = {kind: ranks.gradients(tmp_path / kind, home / "wan", kind == "rewarded") for kind in KINDS}
     ranks.curve(tmp_path / "alone-curve")
+    ranks.preferences(tmp_path / "alone-preferences", home / "wan")
     code, said = finish(torchrun)
     assert code == 0, said
     for kind, gradients in alone.items():
@@ -109,12 +110,37 @@ def test_two_processes_have_the_gradients_and_the_curve_of_one(tmp_path, home):
     one, two = (read_jsonl(tmp_path / name / "log.jsonl") for name in ("alone-curve", "curve"))
     assert len(one) == 10
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=0, abs=1e-9)
+    for name in ranks.PREFERENCES:
+        logs = (tmp_path / place / name / "log.jsonl" for place in ("alone-preferences", "preferences"))
+        for one, two in zip(*map(read_jsonl, logs), strict=True):
+            for key in ("loss", "margin", "err_l_ref", "grad_norm"):
+                assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6), (name, one["step"], key)
+            assert one["step"] == 1 or abs(one["margin"]) > 1e-5
 
 
 def test_accelerate_launches_two_that_train_as_one(home):
     code, said = finish(launch(home, "ddp", "ddp"))
     assert code == 0, said
     assert_same_training(home, "ddp")
+
+
+def test_zero_2_takes_winner_and_losers_in_turn(home):
+    """No gradient is lost or stepped with before all members gave theirs."""
+    write_groups(home / "groups", groups=4, losers=2)
+    changes = {"data": {"clips": "groups", "groups": {"losers": 2, "counterfactuals": True}}}
+    changes["method"] = {"name": "gdpo", "mode": "sum", "backward": "in_turn"}
+    changes["train"] = RECIPE["train"] | {"steps": 4}
+    for run in ("alone-groups", "zero2-groups"):
+        (home / f"{run}.yaml").write_text(yaml.safe_dump(RECIPE | changes | {"run": run}))
+    with contextlib.chdir(home):
+        assert cli.main(["run", "alone-groups.yaml"]) == 0
+    config = ["--config_file", str(ROOT / "recipes" / "launch" / "zero2.yaml")]
+    code, said = finish(start(home, *ACCELERATE, *config, "-m", "posttrain", "run", "zero2-groups.yaml"))
+    assert code == 0, said
+    logs = (read_jsonl(home / "runs" / run / "log.jsonl") for run in ("alone-groups", "zero2-groups"))
+    for alone, zero in zip(*logs, strict=True):
+        for key in ("loss", "grad_norm", "err_l"):
+            assert zero[key] == pytest.approx(alone[key], rel=1e-3), (key, alone["step"])
 
 
 def test_zero_2_killed_and_continued_trains_as_one_process_which_can_take_over(home):

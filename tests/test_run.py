@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from forked import launch
+from pydantic import ValidationError
 from torch import nn
 
 from posttrain.files import UserError
@@ -87,6 +89,16 @@ def test_the_log_has_a_row_per_step_and_the_schedule(tmp_path):
     assert rows[-1]["lr"] < rows[3]["lr"]
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert {"loss", "noise", "grad_norm"} <= rows[0].keys()
+
+
+def test_the_cosine_ends_where_it_is_told(tmp_path):
+    """Half-way between both ends in the middle; the last step is one short of the end."""
+    train(Run(tmp_path, network(), Points(), config(warmup=0, lr_end=1e-3)))
+    rates = [row["lr"] for row in log(tmp_path)]
+    assert rates == pytest.approx([1e-3 + 9e-3 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)])
+    for changes in ({"schedule": "constant", "lr_end": 1e-3}, {"lr_end": 1.0}):
+        with pytest.raises(ValidationError, match="lr_end is where a cosine ends"):
+            config(**changes)
 
 
 def test_frozen_parameters_stay_and_are_not_stored(tmp_path):

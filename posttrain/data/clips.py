@@ -9,14 +9,14 @@ Shape letters: B batch, C channels, F frames, H W pixels.
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import av
 import numpy as np
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from posttrain import files
@@ -26,6 +26,24 @@ from posttrain.progress import track
 from posttrain.types import Batch, Strict
 
 SHAPE = ("fps", "frames", "size")  # what all clips of a training or a test have in common
+
+
+class GroupsConfig(Strict):
+    """What each true clip is compared with, for methods of preference: counterfactuals, samples of a model, or both.
+
+    A clip with more losers than `losers` makes several groups of that many, and one with fewer makes none.
+    """
+
+    losers: PositiveInt = 3  # m, of each group
+    counterfactuals: bool = False  # clips of the same folder that break a law in the true clip's scene
+    samples: tuple[str, ...] = ()  # folders of <clip>-s<seed>.mp4, with scores.jsonl
+    seed: NonNegativeInt = 0  # of the order in which losers are dealt out
+
+    @model_validator(mode="after")
+    def _any(self) -> "GroupsConfig":
+        if not self.counterfactuals and not self.samples:
+            raise PydanticCustomError("part", "there are no losers; set counterfactuals: true, or name samples")
+        return self
 
 
 class DataConfig(Strict):
@@ -44,6 +62,7 @@ class DataConfig(Strict):
     size: tuple[PositiveInt, PositiveInt] | None = None
     crop: videos.Crop = "center"
     uncaptioned: Literal["leave_out", "empty"] = "leave_out"  # what becomes of a video without a caption
+    groups: GroupsConfig | None = None
 
     @model_validator(mode="after")
     def _together(self) -> "DataConfig":
@@ -231,18 +250,16 @@ def read_annotations(path: Path | str, keys: Sequence[str] | None = None) -> dic
 class Clips:
     """Clips in pixels, decoded once and kept in memory as uint8.
 
+    Of groups these are the true clips alone, unless `violated` asks for those too that break a law.
+
     Raises:
         UserError: a clip is missing, torn, changed since it was made, or of another kind than the others.
     """
 
-    def __init__(self, config: DataConfig, preload: bool = True) -> None:
+    def __init__(self, config: DataConfig, preload: bool = True, violated: bool = False) -> None:
         self.splits = open_splits(config)
         check_same_kind(self.splits)
-        # of groups the true clips: the others break a law on purpose
-        true = {
-            split.folder: [i for i, row in enumerate(split.rows) if not row.get("violation")] for split in self.splits
-        }
-        self._entries = [(split, index) for split in self.splits for index in true[split.folder][: config.limit]]
+        self._entries = [(split, index) for split in self.splits for index in _chosen(split, config.limit, violated)]
         several = len(self.splits) > 1
         self.ids = [
             (f"{split.folder.parent.name}/" if several else "") + _id(split, split.rows[index]["file_name"])
@@ -291,6 +308,17 @@ class Clips:
         view = split.views[number]
         return [] if view is None else [view.key]
 
+    def group(self, index: int) -> tuple[Path, Any] | None:
+        """What the clip has in common with those that continue the same first picture; None where there are none."""
+        split, number = self._entries[index]
+        return (split.folder, split.rows[number]["group"]) if "group" in split.rows[number] else None
+
+    def first(self, index: int) -> np.ndarray:
+        """The clip's first picture alone, uint8 (H, W, 3)."""
+        split, number = self._entries[index]
+        view = split.views[number] or videos.View((0,), False, (0, 0, *split.size), split.size)
+        return videos.read(split.video(number), replace(view, frames=view.frames[:1]))[0]
+
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Pixels uint8 (F, H, W, 3) and instances uint8 (F, H, W) of one clip; None for these if it has none."""
         if index in self._decoded:
@@ -331,6 +359,15 @@ class Clips:
             instances_BFHW=torch.from_numpy(np.stack(instances)) if self.annotated else None,
             target_B=targets([self.row(index) for index in indices]),
         )
+
+
+def _chosen(split: Split, limit: int | None, violated: bool) -> list[int]:
+    """The first `limit` true clips; `violated`: and in their groups those that break a law on purpose."""
+    true = [i for i, row in enumerate(split.rows) if not row.get("violation")][:limit]
+    if not violated:
+        return true
+    groups = {split.rows[i]["group"] for i in true if "group" in split.rows[i]}
+    return sorted({*true, *(i for i, row in enumerate(split.rows) if row.get("violation") and row["group"] in groups)})
 
 
 def targets(rows: Sequence[dict[str, Any]]) -> torch.Tensor | None:

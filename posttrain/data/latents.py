@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -24,6 +26,18 @@ from posttrain.types import Batch
 CONDITION = "condition."  # what names in an entry begin with that are of Batch.condition
 
 
+class Readable(Protocol):
+    """Clips, of which `Clips` has the words; of a row only the caption is needed, and the target where there is one."""
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+    def __len__(self) -> int: ...
+    def row(self, index: int) -> dict[str, Any]: ...
+    def video(self, index: int) -> Path: ...
+    def seen(self, index: int) -> list[str]: ...
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]: ...
+
+
 class Latents:
     """The latents, text embeddings and conditions of `clips` under `model`, cached in `folder`.
 
@@ -31,7 +45,7 @@ class Latents:
         UserError: a clip is torn or changed, or the cache cannot be written.
     """
 
-    def __init__(self, model: VideoModel, clips: Clips, folder: Path | str) -> None:
+    def __init__(self, model: VideoModel, clips: Readable, folder: Path | str) -> None:
         from accelerate import PartialState
 
         self.ids = clips.ids

@@ -1,0 +1,238 @@
+"""Groups for methods of preference: a true clip, and m losers that continue the same first picture less truly.
+
+Losers are clips of a dataset folder that break a law in the true clip's scene (sim/counterfactual.py), samples that a
+model made under several seeds, or both. Samples lie in any folder, named <clip>-s<seed>.mp4 or <clip>-s<seed>-<model>
+.mp4 as `posttrain sample` does, and what a judge says of them beside them in scores.jsonl:
+
+    {"file_name": "00012-s0.mp4", "sa": 0.9, "pc": 0.2}     both 0 to 1: follows its text, obeys physics
+
+A counterfactual has pc = 1 - severity, and sa = 1: its caption names what falls, and that is there until it is not.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from posttrain import files
+from posttrain.data import videos
+from posttrain.data.clips import Clips, GroupsConfig, read_video
+from posttrain.data.latents import Latents
+from posttrain.files import UserError
+from posttrain.models.base import VideoModel
+from posttrain.progress import track
+from posttrain.types import Batch
+
+SCORES = "scores.jsonl"
+# How much first pictures may differ: of 255, in the mean of any of 8 x 8 fields and colours. The pocket's autoencoder
+# and H.264 change up to 19 (120 clips of three datasets, mean 9.5); the most alike of 30 scenes differ by 33 to 64.
+SAME_PICTURE = 25.0
+
+
+class Scores(NamedTuple):
+    sa: float
+    pc: float
+
+
+class Group(NamedTuple):
+    """Places in `Members`."""
+
+    winner: int
+    losers: tuple[int, ...]
+
+
+class Members:
+    """The clips of groups, as `Latents` reads them: those of `clips`, and after them samples."""
+
+    def __init__(self, clips: Clips, samples: Sequence[tuple[int, Path, Scores | None]]) -> None:
+        self.clips, self.samples = clips, samples
+        self.ids = [*clips.ids, *(str(path) for _, path, _ in samples)]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def _sample(self, index: int) -> tuple[int, Path, Scores | None] | None:
+        """Of a sample the clip that it continues, its file and its scores; None for a clip of the dataset."""
+        return self.samples[index - len(self.clips)] if index >= len(self.clips) else None
+
+    def row(self, index: int) -> dict[str, Any]:
+        sample = self._sample(index)
+        return {"caption": self.clips.row(sample[0])["caption"]} if sample else self.clips.row(index)
+
+    def video(self, index: int) -> Path:
+        sample = self._sample(index)
+        return sample[1] if sample else self.clips.video(index)
+
+    def seen(self, index: int) -> list[str]:
+        return [] if self._sample(index) else self.clips.seen(index)
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        sample = self._sample(index)
+        return (read_video(sample[1]), None) if sample else self.clips.read(index)
+
+    def first(self, index: int) -> np.ndarray:
+        """The first picture, uint8 (H, W, 3)."""
+        sample = self._sample(index)
+        if sample is None:
+            return self.clips.first(index)
+        size = self.clips.splits[0].size
+        whole = videos.View((0,), False, (0, 0, *size), size)
+        return videos.read(sample[1], whole)[0]
+
+    def scores(self, index: int) -> Scores | None:
+        sample = self._sample(index)
+        return sample[2] if sample else Scores(sa=1.0, pc=1.0 - self.clips.row(index)["violation"]["severity"])
+
+
+def gather(clips: Clips, config: GroupsConfig, pictured: bool = True) -> tuple[Members, list[Group]]:
+    """The groups of a dataset.
+
+    Args:
+        clips: the true ones, and with config.counterfactuals also those that are not (`violated`).
+        pictured: whether the samples' model was given first pictures; if not, theirs need not be the true ones.
+
+    Raises:
+        UserError: no clip has enough losers; members of a group differ in their first picture, size, length or rate, or
+            are the same file; or a score is missing or out of range.
+    """
+    true = [index for index in range(len(clips)) if not clips.row(index).get("violation")]
+    samples = [sample for folder in config.samples for sample in _samples(Path(folder), clips, true)]
+    members = Members(clips, samples)
+    losers: dict[int, list[int]] = {index: [] for index in true}
+    winners = {clips.group(index): index for index in true if clips.group(index) is not None}
+    for index in sorted(set(range(len(clips))) - set(true)):
+        others = losers[winners[clips.group(index)]]
+        # two tunnels that end alike are one clip
+        if clips.row(index)["sha256"] not in [clips.row(other)["sha256"] for other in others]:
+            others.append(index)
+    for number, (winner, _, _) in enumerate(samples, len(clips)):
+        losers[winner].append(number)
+    groups = []
+    for place, winner in enumerate(track(true, "looking at groups", len(true))):
+        found = sorted(losers[winner])
+        if len(found) < config.losers:
+            continue
+        _check(members, Group(winner, tuple(found)), pictured)
+        order = np.random.default_rng([config.seed, place]).permutation(found).tolist()
+        # the last of several is filled up with the first ones, so that all are used
+        for first in range(0, len(found), config.losers):
+            some = tuple(order[(first + i) % len(found)] for i in range(config.losers))
+            groups.append(Group(winner, some))
+    few = sum(len(some) < config.losers for some in losers.values())
+    if not groups:
+        raise UserError(
+            f"data.groups: no clip has {config.losers} losers; film or sample more, or lower data.groups.losers"
+        )
+    if few:
+        print(
+            f"groups: {few} of {len(true)} clips are left out, with fewer than {config.losers} losers", file=sys.stderr
+        )
+    return members, groups
+
+
+def _samples(folder: Path, clips: Clips, true: Sequence[int]) -> list[tuple[int, Path, Scores | None]]:
+    """The samples of these clips in a folder; a clip is called as its file is."""
+    if not folder.is_dir():
+        raise UserError(f"data.groups.samples: {folder} does not exist; make its clips with `posttrain sample`")
+    path = folder / SCORES
+    rows = {row.get("file_name"): row for row in files.read_jsonl(path)} if path.exists() else None
+    places = {clips.video(index).stem: index for index in true}
+    if len(places) < len(true):
+        raise UserError("data.clips: two clips have one name, and samples go by names; rename one of them")
+    found = []
+    for video in sorted(folder.glob("*.mp4")):
+        name = re.fullmatch(r"(.+?)-s\d+(-.+)?", video.stem)
+        if name and name[1] in places:
+            found.append((places[name[1]], video, None if rows is None else _scores(path, video.name, rows)))
+    return found
+
+
+def _scores(path: Path, name: str, rows: dict[Any, dict[str, Any]]) -> Scores:
+    if name not in rows:
+        raise UserError(f"{path}: has no row for {name}; score it, or remove the file")
+    for field in Scores._fields:
+        value = rows[name].get(field)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise UserError(f"{path}: {name}: {field} is {value}, not a number from 0 to 1; score it again")
+    return Scores(*(float(rows[name][field]) for field in Scores._fields))
+
+
+def _check(members: Members, group: Group, pictured: bool) -> None:
+    """Refuse a group whose members are not comparable."""
+    clips, sums = members.clips, dict[str, int]()
+    split, picture = clips.splits[0], _fields(members.first(group.winner))
+    true = members.video(group.winner)
+    for index in (group.winner, *group.losers):
+        path, sampled = members.video(index), index >= len(clips)
+        facts = videos.inspect(path)
+        if sampled:
+            rate = float(1 / np.diff(facts.times).mean())
+            rate = split.fps if abs(rate / split.fps - 1) < 0.01 else rate
+            kind = {"frames": len(facts.times), "size": list(facts.size), "fps": rate}
+            if other := [key for key, value in kind.items() if value != split.kind[key]]:
+                found, wanted = kind[other[0]], split.kind[other[0]]
+                raise UserError(f"{path}: {other[0]} is {found}, but {wanted} in {true}; sample it as that is")
+        if facts.sha256 in sums:
+            raise UserError(f"{path}: is the same file as {members.video(sums[facts.sha256])}; remove one of them")
+        sums[facts.sha256] = index
+        if pictured or not sampled:
+            apart = float((_fields(members.first(index)) - picture).abs().max())
+            if apart > SAME_PICTURE:
+                raise UserError(
+                    f"{path}: its first picture is not that of {true} (off by {apart:.0f} of 255); it continues another"
+                )
+
+
+def _fields(picture_HWC: np.ndarray) -> torch.Tensor:
+    """The mean colours of its 8 x 8 fields."""
+    return torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(picture_HWC).permute(2, 0, 1).float(), 8)
+
+
+class Groups:
+    """The latents of groups under `model`, cached in `folder`; a `Data` for runs (run.py).
+
+    Raises:
+        UserError: as `gather` and `Latents`.
+    """
+
+    def __init__(
+        self, model: VideoModel, clips: Clips, config: GroupsConfig, folder: Path | str, pictured: bool = True
+    ) -> None:
+        self.members, self.groups = gather(clips, config, pictured)
+        self._latents = Latents(model, self.members, folder)
+        counts: dict[int, int] = {}
+        self.ids = []
+        for group in self.groups:
+            counts[group.winner] = counts.get(group.winner, 0) + 1
+            self.ids.append(f"{self.members.ids[group.winner]}/{counts[group.winner]}")
+        scores = [[self.members.scores(index) for index in group.losers] for group in self.groups]
+        self._scores = None if any(s is None for row in scores for s in row) else torch.tensor(scores)  # (groups, m, 2)
+
+    @property
+    def key(self) -> str:
+        """One hash of everything that the batches depend on."""
+        keys = [[self._latents.keys[index] for index in (g.winner, *g.losers)] for g in self.groups]
+        return files.sha256_json([keys, None if self._scores is None else self._scores.tolist()])
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def load(self, indices: Sequence[int]) -> Batch:
+        """Winners with their text and condition, the losers' latents, and scores where all losers have some."""
+        chosen = [self.groups[index] for index in indices]
+        winners = self._latents.load([group.winner for group in chosen])
+        losers = self._latents.load([index for group in chosen for index in group.losers]).z0_BCFHW
+        assert losers is not None
+        scores = None if self._scores is None else self._scores[list(indices)]
+        return replace(
+            winners,
+            ids=tuple(self.ids[index] for index in indices),
+            losers_BMCFHW=losers.unflatten(0, (len(chosen), -1)),
+            sa_BM=None if scores is None else scores[..., 0],
+            pc_BM=None if scores is None else scores[..., 1],
+        )

@@ -1,0 +1,303 @@
+"""PhyGDPO: prefer what is true. A true clip w wins against m losers l_j, by the errors of its velocity.
+
+Paper: PhyGDPO (Cai et al. 2025). With err = mean |v(z_t, t, text) - (eps - z_0)|^2 of a member of a group, err_ref the
+same of the reference, and x_j = beta T [(err_w - err_ref_w) - (err_l - err_ref_l)_j], one time t for the whole group:
+
+    exact   log(1 + sum_j exp(x_j))                                           eq. 6
+    sum     sum_j gamma_j log(1 + exp(alpha_j x_j))                           eq. 8, first line; at least eq. 6
+    pair    -m gamma_j log sigma(-alpha_j x_j), j drawn from 1 ... m          eq. 13; its mean over j is `sum`
+
+    v_j = 1 - (sa_j + pc_j) / 2                                               eq. 9, physics rewarding
+    alpha_j = alpha_min + (1 - alpha_min) sigma(k_alpha (v_j - b_alpha))
+    gamma_j = (1 + lambda sigma(k_gamma (v_j - b_gamma))) / alpha_min         gamma_j >= 1 / alpha_j, for the bound
+
+Without physics rewarding alpha = gamma = 1. The reference is the model with its adapter switched off (LoRA-SR), which
+costs no memory, or a frozen copy of it as it was at the start.
+
+Departures from the paper: err is a mean over elements, where the paper has a sum, which is part of beta T (not stated
+there; 1000 in the released code). That code leaves out the factor m, divides gamma by alpha_j, uses other constants in
+eq. 9, weighs err by time (`weighting: bell`) and draws noise for each member by itself (`noise: independent`). The
+first latent frame is given and bears no loss, as in psft.py; losers get the winner's, for that is what all continue.
+Flow-DPO (beta T 50, for its 100 has a factor 1/2) and VideoDPO (2500, independent noise) are `pair` with one loser and
+without physics rewarding.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, NonNegativeInt, PositiveFloat
+from torch import Tensor, nn
+
+from posttrain.files import UserError
+from posttrain.flow import TimeKind, frame_times, interpolate, sample_time, target
+from posttrain.models import lora
+from posttrain.models.base import VideoModel
+from posttrain.run import Run
+from posttrain.types import Batch, Random, Strict
+
+DATA = "groups"
+Mode = Literal["pair", "sum", "exact"]
+
+
+class Physics(Strict):
+    """The constants of eq. 9, by default the paper's."""
+
+    alpha_min: Annotated[float, Field(gt=0, le=1)] = 0.5
+    k_alpha: float = 5.0
+    b_alpha: float = 0.5
+    k_gamma: float = 2.0
+    b_gamma: float = 0.4
+    strength: Annotated[float, Field(ge=0)] = 0.6  # lambda
+
+
+class Config(Strict):
+    mode: Mode = "pair"
+    beta_T: PositiveFloat = 1000.0
+    physics: Physics | None = Physics()  # None: alpha = gamma = 1
+    noise: Literal["shared", "independent"] = "shared"  # between the members of a group
+    timesteps: TimeKind = "logit_normal"
+    shift: PositiveFloat = 3.0
+    weighting: Literal["none", "bell"] = "none"  # of errors by their time
+    reference: Literal["lora", "full_copy"] = "lora"
+    cached_draws: NonNegativeInt = (
+        0  # (t, eps) that each group has for good, so that its reference is asked once; 0: new
+    )
+    backward: Literal["together", "in_turn"] = "together"  # in_turn: memory of one member, one more forward
+
+
+def physics_weights(sa: Tensor, pc: Tensor, constants: Physics | None = None) -> tuple[Tensor, Tensor]:
+    """alpha and gamma of eq. 9, each of the shape of `sa`.
+
+    Args:
+        sa: how well a loser follows its text, 0 to 1.
+        pc: how well it obeys physics, 0 to 1.
+    """
+    c = constants or Physics()
+    v = 1 - (sa + pc) / 2
+    alpha = c.alpha_min + (1 - c.alpha_min) * torch.sigmoid(c.k_alpha * (v - c.b_alpha))
+    gamma = (1 + c.strength * torch.sigmoid(c.k_gamma * (v - c.b_gamma))) / c.alpha_min
+    assert (gamma * alpha >= 1 - 1e-6).all()  # else inequality 7 and with it the bound can fail
+    return alpha, gamma
+
+
+def gdpo_loss(
+    err_w: Tensor,
+    err_w_ref: Tensor,
+    err_l: Tensor,
+    err_l_ref: Tensor,
+    alpha: Tensor,
+    gamma: Tensor,
+    beta_T: float,
+    mode: Mode,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, a mean over groups, and what to log. At the start of training, where err = err_ref, it is
+    m gamma log 2, summed over the losers without the m for `sum`, and log(1 + m) for `exact`.
+
+    Args:
+        err_w, err_w_ref: mean squared velocity errors of the winners (B,), of the model and the reference.
+        err_l, err_l_ref: those of the losers (B, m).
+        alpha, gamma: (B, m); not used in mode "exact".
+        generator: draws the loser of "pair".
+
+    Metrics:
+        accuracy: share of losers whose error grew more than the winner's, or shrank less; 0 at the start.
+        margin: how much more, mean over the losers.
+    """
+    wide = torch.promote_types(err_w.dtype, torch.float32)  # half precision cannot tell the errors apart
+    gain_B, gain_BM = err_w.to(wide) - err_w_ref.to(wide), err_l.to(wide) - err_l_ref.to(wide)
+    margin_BM = gain_BM - gain_B[:, None]
+    x_BM = -beta_T * margin_BM
+    if mode == "exact":
+        loss_B = torch.logsumexp(F.pad(x_BM, (1, 0)), dim=1)  # the 1 is exp(0)
+    else:
+        terms_BM = -gamma * F.logsigmoid(-alpha * x_BM)
+        loss_B = terms_BM.sum(1)
+        if mode == "pair":
+            batch, m = x_BM.shape
+            j_B1 = torch.randint(m, (batch, 1), generator=generator).to(x_BM.device)
+            loss_B = m * terms_BM.gather(1, j_B1)[:, 0]
+    metrics = {"accuracy": (margin_BM > 0).to(wide).mean(), "margin": margin_BM.mean()}
+    metrics |= {"err_w": err_w.mean(), "err_w_ref": err_w_ref.mean()}
+    metrics |= {"err_l": err_l.mean(), "err_l_ref": err_l_ref.mean()}
+    return loss_B.mean(), {name: value.detach() for name, value in metrics.items()}
+
+
+Name = tuple[str | int, ...]  # of a group, of its draw of time and noise, of its losers
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What of a batch of groups is compared, and where on the path. N = 1 + M members: the winner, then losers.
+
+    Of mode "pair" M is 1, and gamma has the factor m, so that losers which were not drawn cost nothing.
+    """
+
+    z0_BNCFHW: Tensor
+    eps_BNCFHW: Tensor
+    t_B: Tensor
+    text_BLD: Tensor
+    condition: dict[str, Tensor]
+    alpha_BM: Tensor
+    gamma_BM: Tensor
+    names: tuple[Name, ...]
+
+
+def draw(model: VideoModel, batch: Batch, config: Config, run: Run) -> Draw:
+    """Losers, times and noise. With `cached_draws`, the step chooses one of a group's own draws of times and noise."""
+    z0_BCFHW, losers_BMCFHW, text_BLD = batch.z0_BCFHW, batch.losers_BMCFHW, batch.text_BLD
+    assert z0_BCFHW is not None
+    assert losers_BMCFHW is not None
+    assert text_BLD is not None
+    count, m = losers_BMCFHW.shape[:2]
+    j_BM = (run.random.uniform(1) * m).long() if config.mode == "pair" else torch.arange(m).expand(count, m)
+    source, number = run.random, 0
+    if config.cached_draws:
+        number = int(run.random.shared() * config.cached_draws)
+        places = [run.data.ids.index(name) for name in batch.ids]
+        source = Random(run.train.seed + 1, number, places)  # another seed than that of the steps' own
+    names = tuple((name, number, *j) for name, j in zip(batch.ids, j_BM.tolist(), strict=True))
+    j_BM = j_BM.to(z0_BCFHW.device)
+    alpha_BM = gamma_BM = torch.ones_like(j_BM, dtype=torch.float32)
+    if config.physics:
+        if batch.sa_BM is None or batch.pc_BM is None:
+            raise UserError("method.physics: needs scores of all losers; score the samples, or set method.physics=null")
+        alpha_BM, gamma_BM = physics_weights(batch.sa_BM.gather(1, j_BM), batch.pc_BM.gather(1, j_BM), config.physics)
+
+    z0_BNCFHW = torch.cat([z0_BCFHW[:, None], losers_BMCFHW[torch.arange(count)[:, None], j_BM]], dim=1)
+    z0_BNCFHW[:, :, :, : model.clean] = z0_BCFHW[:, None, :, : model.clean]
+    t_B = sample_time(source, config.timesteps, config.shift, *model.times).to(z0_BCFHW.device)
+    noises = 1 if config.noise == "shared" else z0_BNCFHW.shape[1]
+    eps_BNCFHW = source.normal(noises, *z0_BNCFHW.shape[2:]).to(z0_BCFHW.device).expand_as(z0_BNCFHW)
+    gamma_BM = gamma_BM * (m if config.mode == "pair" else 1)
+    return Draw(z0_BNCFHW, eps_BNCFHW, t_B, text_BLD, batch.condition, alpha_BM, gamma_BM, names)
+
+
+def bell(t: Tensor) -> Tensor:
+    """exp(-2 (t - 1/2)^2) less its value at 0 and 1, over its mean: the weight by time of the released code."""
+    edge = math.exp(-0.5)
+    return ((-2 * (t - 0.5) ** 2).exp() - edge) / (math.sqrt(math.pi / 2) * math.erf(math.sqrt(0.5)) - edge)
+
+
+ALL = slice(None)
+
+
+def errors(model: VideoModel, drawn: Draw, config: Config, groups: slice = ALL, members: slice = ALL) -> Tensor:
+    """err_BN of these: the mean squared errors of their velocities, without given frames; float32."""
+    z0_BNCFHW, eps_BNCFHW = drawn.z0_BNCFHW[groups, members], drawn.eps_BNCFHW[groups, members]
+    count = z0_BNCFHW.shape[1]
+
+    def each(shared_B: Tensor) -> Tensor:
+        return shared_B[groups].repeat_interleave(count, dim=0)
+
+    z0_BCFHW, eps_BCFHW, t_B = z0_BNCFHW.flatten(0, 1), eps_BNCFHW.flatten(0, 1), each(drawn.t_B)
+    t_BF = frame_times(t_B, frames=z0_BCFHW.shape[2], clean=model.clean)
+    condition = {name: each(value) for name, value in drawn.condition.items()}
+    v_BCFHW = model.velocity(interpolate(z0_BCFHW, eps_BCFHW, t_BF), t_BF, each(drawn.text_BLD), condition)
+    err_B = (v_BCFHW - target(z0_BCFHW, eps_BCFHW))[:, :, model.clean :].square().flatten(1).mean(1)
+    return (err_B * bell(t_B) if config.weighting == "bell" else err_B).unflatten(0, (-1, count))
+
+
+def portions(drawn: Draw, config: Config) -> list[slice]:
+    """Which members go through the model at once. The same for policy and reference, that they are rounded alike."""
+    count = drawn.z0_BNCFHW.shape[1]
+    return [ALL] if config.backward == "together" else [slice(n, n + 1) for n in range(count)]
+
+
+def all_errors(model: VideoModel, drawn: Draw, config: Config, groups: slice = ALL) -> Tensor:
+    return torch.cat([errors(model, drawn, config, groups, part) for part in portions(drawn, config)], dim=1)
+
+
+def cached_errors(model: VideoModel, drawn: Draw, config: Config, cache: dict[Name, Tensor]) -> Tensor:
+    """The same out of `cache`. What it lacks is asked group by group, so that its bits do not depend on the batch."""
+    for n, name in enumerate(drawn.names):
+        if name not in cache:
+            cache[name] = all_errors(model, drawn, config, groups=slice(n, n + 1))[0]
+    return torch.stack([cache[name] for name in drawn.names])
+
+
+def start(model: VideoModel, config: Config) -> nn.Module | None:
+    """The frozen copy that is the reference; None where that is the model without its adapter.
+
+    It is asked for before a run is continued, while the model is what training starts from.
+
+    Raises:
+        UserError: the model without its adapter is not what training starts from.
+    """
+    if config.reference == "full_copy":
+        return copy.deepcopy(model.transformer).requires_grad_(False)
+    if not lora.attached(model.transformer):
+        raise UserError(
+            "model.adapter: is missing; the reference is the model without it. Or method.reference=full_copy"
+        )
+    if any(p.any() for name, p in model.transformer.named_parameters() if ".lora_B." in name):
+        raise UserError("model.start: the reference would be the model before it; name the adapter in model.merge")
+    return None
+
+
+@contextmanager
+def reference(model: VideoModel, base: nn.Module | None, precision: str) -> Iterator[None]:
+    """Inside, `model` is the reference: `base`, or its own transformer with the adapter off.
+
+    Calls go past what accelerate has wrapped around that, so that processes may ask a different number of times; the
+    precision is therefore set again.
+    """
+    policy = model.transformer
+    model.transformer = lora.unwrap(policy) if base is None else base
+    off = lora.disabled(policy) if base is None else nullcontext()
+    try:
+        with off, torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        model.transformer = policy
+
+
+def compare(err_BN: Tensor, ref_BN: Tensor, drawn: Draw, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    parts = (err_BN[:, 0], ref_BN[:, 0], err_BN[:, 1:], ref_BN[:, 1:])
+    return gdpo_loss(*parts, drawn.alpha_BM, drawn.gamma_BM, config.beta_T, config.mode)
+
+
+def in_turn(
+    run: Run, model: VideoModel, drawn: Draw, ref_BN: Tensor, config: Config
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same loss, after the gradients of the losers were taken one by one; what is left is the winner's.
+
+    d loss = sum_n (d loss / d err_n) d err_n. The first factors come from a forward pass of all members that keeps
+    nothing; it is the price for the memory of a single one.
+    """
+    with torch.no_grad():
+        err_BN = all_errors(model, drawn, config)
+    loss, metrics = compare(err_BN.requires_grad_(), ref_BN, drawn, config)
+    (slope_BN,) = torch.autograd.grad(loss, err_BN)
+
+    def part(members: slice) -> Tensor:
+        return (slope_BN[:, members] * errors(model, drawn, config, members=members)).sum()
+
+    winner, *losers = portions(drawn, config)
+    for loser in losers:
+        run.add(partial(part, loser))
+    rest = part(winner)
+    return loss.detach() + rest - rest.detach(), metrics
+
+
+def train(run: Run, model: VideoModel, config: Config, base: nn.Module | None = None) -> None:
+    """`base` is what `start` gave."""
+    cache: dict[Name, Tensor] = {}
+    for batch in run.batches():
+        drawn = draw(model, batch, config, run)
+        with torch.no_grad(), reference(model, base, run.train.precision):
+            ref_BN = (
+                cached_errors(model, drawn, config, cache) if config.cached_draws else all_errors(model, drawn, config)
+            )
+        if config.backward == "together":
+            loss, metrics = compare(all_errors(model, drawn, config), ref_BN, drawn, config)
+        else:
+            loss, metrics = in_turn(run, model, drawn, ref_BN, config)
+        run.step(loss, **metrics)

@@ -1,0 +1,487 @@
+"""PhyGDPO: the loss by hand and by brute force, the laws of its bound, and the loop with each kind of reference."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import wan_folder
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from posttrain.files import UserError, read_jsonl
+from posttrain.methods import gdpo
+from posttrain.methods.gdpo import Config, Physics, gdpo_loss, physics_weights
+from posttrain.models.base import AdapterConfig, ModelConfig
+from posttrain.models.wan import Wan, load
+from posttrain.run import Run, TrainConfig
+from posttrain.types import Batch
+
+ONE = torch.ones(1, 1)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_errors(seed: int, batch: int = 5, m: int = 3, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Errors of winners, their reference, of losers and theirs."""
+    generator = seeded(seed)
+    shapes = [(batch,), (batch,), (batch, m), (batch, m)]
+    return [torch.rand(shape, generator=generator, dtype=dtype) for shape in shapes]
+
+
+def random_weights(seed: int, batch: int = 5, m: int = 3) -> tuple[Tensor, Tensor]:
+    return physics_weights(*torch.rand(2, batch, m, generator=seeded(seed), dtype=torch.float64))
+
+
+# ---------------------------------------------------------------- physics rewarding
+
+
+def test_weights_by_hand() -> None:
+    """v = 1/2: alpha = .5 + .5 / 2, and v = .4 with the gamma's sigmoid at its middle: 2 (1 + .6 / 2)."""
+    alpha, _ = physics_weights(torch.tensor(0.3), torch.tensor(0.7))
+    assert alpha.item() == pytest.approx(0.75)
+    _, gamma = physics_weights(torch.tensor(1.0), torch.tensor(0.2))
+    assert gamma.item() == pytest.approx(2.6)
+    constants = Physics(alpha_min=0.25, k_alpha=math.log(3), b_alpha=0.0, k_gamma=-math.log(4), b_gamma=0.0, strength=1)
+    alpha, gamma = physics_weights(torch.tensor(0.0), torch.tensor(0.0), constants)
+    assert alpha.item() == pytest.approx(0.25 + 0.75 * 0.75)
+    assert gamma.item() == pytest.approx((1 + 1 / 5) * 4)
+
+
+def test_weights_have_the_shape_and_the_ranges_of_the_paper() -> None:
+    sa, pc = torch.meshgrid(torch.linspace(0, 1, 11), torch.linspace(0, 1, 11), indexing="ij")
+    alpha, gamma = physics_weights(sa, pc)
+    assert alpha.shape == gamma.shape == (11, 11)
+    assert (alpha.min().item(), alpha.max().item()) == pytest.approx((0.538, 0.962), abs=5e-4)
+    assert (gamma.min().item(), gamma.max().item()) == pytest.approx((2.37, 2.92), abs=5e-3)
+    assert (gamma * alpha >= 1).all()
+    order = (sa + pc).flatten().argsort()
+    assert (alpha.flatten()[order].diff() <= 1e-6).all()  # what is worse counts more
+    assert (gamma.flatten()[order].diff() <= 1e-6).all()
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def test_pair_by_hand() -> None:
+    """x = 2 [(.5 - .25) - (.75 - .25)] = -1/2; 3 log(1 + exp(.5 * -1/2))."""
+    errors = (torch.tensor([0.5]), torch.tensor([0.25]), torch.tensor([[0.75]]), torch.tensor([[0.25]]))
+    for mode in ("pair", "sum"):
+        loss, metrics = gdpo_loss(*errors, 0.5 * ONE, 3 * ONE, 2.0, mode)
+        assert loss.item() == pytest.approx(3 * math.log(1 + math.exp(-0.25)))
+        assert metrics["margin"].item() == pytest.approx(0.25)
+        assert metrics["accuracy"] == 1
+    assert [metrics[f"err_{name}"].item() for name in ("w", "w_ref", "l", "l_ref")] == [0.5, 0.25, 0.75, 0.25]
+    loss, _ = gdpo_loss(*errors, 0.5 * ONE, 3 * ONE, 2.0, "exact")
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.5)))
+
+
+def test_two_losers_and_two_groups_by_hand() -> None:
+    """Group 0: x = 1 and -1. Group 1: x = 0 and 2, for all that counts is the change."""
+    w, w_ref = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])
+    l_ref = torch.tensor([[3.0, 4.0], [5.0, 6.0]])
+    lose = l_ref + torch.tensor([[-1.0, 1.0], [1.0, -1.0]])
+    alpha, gamma = torch.tensor([[1.0, 0.5], [0.5, 1.0]]), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+
+    def softplus(x: float) -> float:
+        return math.log(1 + math.exp(x))
+
+    expected = (softplus(1) + 2 * softplus(-0.5) + 3 * softplus(0) + 4 * softplus(2)) / 2
+    loss, metrics = gdpo_loss(w, w_ref, lose, l_ref, alpha, gamma, 1.0, "sum")
+    assert loss.item() == pytest.approx(expected)
+    assert metrics["accuracy"].item() == 0.25
+    assert metrics["margin"].item() == pytest.approx(-0.5)
+    loss, _ = gdpo_loss(w, w_ref, lose, l_ref, alpha, gamma, 1.0, "exact")
+    exact = (math.log(1 + math.e + math.exp(-1)) + math.log(2 + math.exp(2))) / 2
+    assert loss.item() == pytest.approx(exact)
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_at_the_start(m: int) -> None:
+    w, _, lose, _ = random_errors(0, m=m)
+    alpha, gamma = random_weights(1, m=m)
+    assert gdpo_loss(w, w, lose, lose, alpha, gamma, 1e3, "exact")[0].item() == pytest.approx(math.log(1 + m))
+    summed = gdpo_loss(w, w, lose, lose, alpha, gamma, 1e3, "sum")[0].item()
+    assert summed == pytest.approx(gamma.sum(1).mean().item() * math.log(2))
+    same = gamma[:, :1].expand_as(gamma)
+    pair = gdpo_loss(w, w, lose, lose, alpha, same, 1e3, "pair", seeded(0))[0].item()
+    assert pair == pytest.approx(m * gamma[:, 0].mean().item() * math.log(2))
+
+
+def test_the_sum_is_at_least_the_exact_loss() -> None:
+    """Inequality 7, group by group, also with the smallest gamma that is allowed and with alpha = gamma = 1."""
+    for seed in range(200):
+        m = 1 + seed % 5
+        errors, (alpha, gamma) = random_errors(seed, m=m), random_weights(seed, m=m)
+        beta_T = 10.0 ** (seed % 4)
+        for weights in ((alpha, gamma), (alpha, 1 / alpha), (torch.ones_like(alpha),) * 2):
+            for b in range(5):
+                one = [part[b : b + 1] for part in (*errors, *weights)]
+                exact, upper = (gdpo_loss(*one, beta_T, mode)[0] for mode in ("exact", "sum"))
+                assert exact <= upper * (1 + 1e-12) + 1e-15
+
+
+def test_with_gamma_too_small_the_bound_fails() -> None:
+    """x = 0, alpha = 1/2, gamma = 1, m = 1 is equal; at x = 1: log(1 + e) > log(1 + sqrt e)."""
+    errors = (torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([[0.0]]), torch.tensor([[0.0]]))
+    exact, summed = (gdpo_loss(*errors, 0.5 * ONE, ONE, 1.0, mode)[0] for mode in ("exact", "sum"))
+    assert exact > summed
+
+
+def test_the_mean_of_pair_is_the_sum() -> None:
+    """Over 4,000 draws, within four standard errors; and each draw is one of the terms."""
+    errors, weights = random_errors(2, batch=1), random_weights(3, batch=1)
+    summed = gdpo_loss(*errors, *weights, 3.0, "sum")[0].item()
+    generator = seeded(4)
+    draws = np.array([gdpo_loss(*errors, *weights, 3.0, "pair", generator)[0].item() for _ in range(4000)])
+    assert abs(draws.mean() - summed) < 4 * draws.std() / len(draws) ** 0.5
+    terms = [
+        gdpo_loss(*errors[:2], *(t[:, j : j + 1] for t in (*errors[2:], *weights)), 3.0, "sum")[0] for j in range(3)
+    ]
+    assert sorted(set(draws.round(9))) == sorted((3 * np.array([t.item() for t in terms])).round(9))
+
+
+@pytest.mark.parametrize("mode", ["sum", "exact", "pair"])
+def test_gradients_in_float64(mode: gdpo.Mode) -> None:
+    errors = [part.requires_grad_() for part in random_errors(5)]
+    weights = random_weights(6)
+
+    def loss(w: Tensor, lose: Tensor) -> Tensor:
+        return gdpo_loss(w, errors[1].detach(), lose, errors[3].detach(), *weights, 4.0, mode, seeded(0))[0]
+
+    assert torch.autograd.gradcheck(loss, (errors[0], errors[2]))
+
+
+@pytest.mark.parametrize("mode", ["sum", "exact"])
+def test_brute_force(mode: gdpo.Mode) -> None:
+    """Loops of Python's own floats."""
+    errors, (alpha, gamma) = random_errors(7), random_weights(8)
+    w, w_ref, lose, l_ref = (part.tolist() for part in errors)
+    total = 0.0
+    for b in range(5):
+        x = [6.0 * ((w[b] - w_ref[b]) - (lose[b][j] - l_ref[b][j])) for j in range(3)]
+        if mode == "exact":
+            total += math.log(1 + sum(map(math.exp, x)))
+        else:
+            total -= sum(gamma[b, j].item() * math.log(1 / (1 + math.exp(alpha[b, j].item() * x[j]))) for j in range(3))
+    assert gdpo_loss(*errors, alpha, gamma, 6.0, mode)[0].item() == pytest.approx(total / 5, rel=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["sum", "exact", "pair"])
+def test_half_precision_and_large_margins(mode: gdpo.Mode) -> None:
+    """The arithmetic is float32 whatever comes in, and no margin makes it infinite or without a gradient."""
+    halves = [part.bfloat16() for part in random_errors(9)]
+    alpha, gamma = (part.float() for part in random_weights(10))
+    loss, metrics = gdpo_loss(*halves, alpha, gamma, 1000.0, mode, seeded(0))
+    exact, _ = gdpo_loss(*(part.double() for part in halves), alpha.double(), gamma.double(), 1000.0, mode, seeded(0))
+    assert loss.dtype == metrics["margin"].dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+    for sign in (1.0, -1.0):
+        w, zero = torch.full((1,), 1e4 * sign, requires_grad=True), torch.zeros(1)
+        loss, _ = gdpo_loss(w, zero, zero[None], zero[None], ONE, ONE, 1000.0, mode)
+        (slope,) = torch.autograd.grad(loss, w)
+        assert loss.isfinite()
+        assert slope.item() == pytest.approx(1000.0 if sign > 0 else 0.0)
+
+
+# ---------------------------------------------------------------- the loop
+
+
+class Pairs:
+    """Four groups of latents, or fewer: the winners all alike, three losers of noise; the first frame is the same."""
+
+    key = "pairs"
+
+    def __init__(self, text_LD: Tensor, count: int = 4) -> None:
+        self.text_LD, self.ids = text_LD, tuple("abcd"[:count])
+        self.z0_BCFHW = torch.linspace(-2, 2, 8)[:, None, None, None].expand(4, 8, 3, 4, 4)
+        self.losers_BMCFHW = torch.randn(4, 3, 8, 3, 4, 4, generator=seeded(0))
+        self.losers_BMCFHW[:, :, :, 0] = self.z0_BCFHW[:, None, :, 0]
+        self.scores_BM2 = torch.rand(4, 3, 2, generator=seeded(1))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def load(self, indices: Sequence[int]) -> Batch:
+        some, text_BLD = list(indices), self.text_LD.expand(len(indices), -1, -1)
+        sa_BM, pc_BM = self.scores_BM2[some].unbind(-1)
+        ids = tuple(self.ids[i] for i in some)
+        return Batch(
+            ids, self.z0_BCFHW[some], text_BLD, losers_BMCFHW=self.losers_BMCFHW[some], sa_BM=sa_BM, pc_BM=pc_BM
+        )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wan_folder(tmp_path_factory.mktemp("tiny") / "wan")
+
+
+def adapted(folder: Path, **config: Any) -> Wan:
+    return load(ModelConfig(path=str(folder), **{"adapter": AdapterConfig(rank=4)} | config))
+
+
+def disturb(wan: Wan) -> None:
+    """Stand in for training: B is no longer zero."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(9)
+        for name, parameter in wan.module.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.1)
+
+
+@contextmanager
+def gradients_of_each_step() -> Iterator[list[list[Tensor]]]:
+    seen: list[list[Tensor]] = []
+
+    def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        seen.append([p.grad.clone() for p in optimizer.param_groups[0]["params"]])
+
+    hook = register_optimizer_step_pre_hook(look)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def trained(
+    out: Path, wan: Wan, config: Config, disturbed: bool = False, groups: int = 4, **train: Any
+) -> tuple[list[dict[str, Any]], list[list[Tensor]]]:
+    """The log, and the gradients that AdamW got."""
+    settings = {"steps": 3, "batch": 2, "lr": 1e-3, "clip": 1e9} | train
+    base = gdpo.start(wan, config)
+    if disturbed:
+        disturb(wan)
+    run = Run(out, wan.module, Pairs(wan.encode_text(["a ball."])[0], groups), TrainConfig(**settings))
+    wan.module = run.module
+    with gradients_of_each_step() as seen:
+        gdpo.train(run, wan, config, base)
+    return read_jsonl(out / "log.jsonl"), seen
+
+
+def start_of(config: Config) -> float:
+    """What the loss is where policy and reference agree, without physics rewarding: of a batch, so gamma is 1."""
+    return {"pair": 3 * math.log(2), "sum": 3 * math.log(2), "exact": math.log(4)}[config.mode]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("mode", ["pair", "sum", "exact"])
+def test_it_starts_where_it_must(folder: Path, tmp_path: Path, mode: str, precision: str) -> None:
+    """Also in bf16: the new adapter adds zero, so that the two errors are the same bits."""
+    config = Config(mode=mode, physics=None)
+    rows, _ = trained(tmp_path, adapted(folder), config, precision=precision, steps=1)
+    assert rows[0]["loss"] == pytest.approx(start_of(config), rel=1e-6)
+    assert (rows[0]["margin"], rows[0]["accuracy"]) == (0, 0)
+    assert rows[0]["err_w"] == rows[0]["err_w_ref"] > 0
+    assert rows[0]["err_l"] == rows[0]["err_l_ref"] != rows[0]["err_w"]
+    assert rows[0]["grad_norm"] > 0
+
+
+def test_physics_rewarding_reaches_the_loss(folder: Path, tmp_path: Path) -> None:
+    rows, _ = trained(tmp_path, adapted(folder), Config(mode="sum"), steps=1, batch=4)
+    _, gamma = physics_weights(*Pairs(torch.zeros(1, 1)).scores_BM2.unbind(-1))
+    assert rows[0]["loss"] == pytest.approx(gamma.sum(1).mean().item() * math.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("block_checkpointing", [False, True])
+def test_the_reference_is_the_base_to_the_bit(
+    folder: Path, tmp_path: Path, precision: str, block_checkpointing: bool
+) -> None:
+    """While the adapter and its average move on: that of a copy made at the start."""
+    options = {"precision": precision, "block_checkpointing": block_checkpointing, "ema": 0.9, "lr": 1e-2}
+    rows, _ = trained(tmp_path / "lora", adapted(folder), Config(mode="sum"), steps=5, **options)
+    copied, _ = trained(
+        tmp_path / "copy", adapted(folder), Config(mode="sum", reference="full_copy"), steps=5, **options
+    )
+    for name in ("err_w_ref", "err_l_ref", "err_w", "err_l", "loss"):
+        assert [row[name] for row in copied] == [row[name] for row in rows], name
+    assert all(row["err_l"] != row["err_l_ref"] for row in rows[1:])
+
+
+def test_the_reference_stays(folder: Path, tmp_path: Path) -> None:
+    """One group with one draw of (t, eps), each step asked anew."""
+    wan, config = adapted(folder), Config(mode="sum", cached_draws=1)
+    run = Run(tmp_path, wan.module, Pairs(wan.encode_text(["a ball."])[0], 1), TrainConfig(steps=4, batch=1, lr=1e-2))
+    wan.module, seen, own = run.module, [], []
+    for batch in run.batches():
+        drawn = gdpo.draw(wan, batch, config, run)
+        with torch.no_grad(), gdpo.reference(wan, None, "fp32"):
+            seen.append(gdpo.errors(wan, drawn, config))
+        own.append(gdpo.errors(wan, drawn, config))
+        run.step(gdpo.compare(own[-1], seen[-1], drawn, config)[0])
+    assert torch.equal(seen[0], own[0])
+    assert all(torch.equal(seen[0], later) for later in seen)
+    assert not any(torch.equal(seen[0], later) for later in own[1:])
+
+
+def test_the_losses_gradient_is_the_adapters_alone(folder: Path, tmp_path: Path) -> None:
+    wan = adapted(folder)
+    frozen = {name: p.clone() for name, p in wan.module.named_parameters() if not p.requires_grad}
+    trained(tmp_path, wan, Config())
+    assert all(torch.equal(p, frozen[name]) for name, p in wan.module.named_parameters() if name in frozen)
+
+
+@pytest.mark.parametrize("mode", ["pair", "sum", "exact"])
+@pytest.mark.parametrize(
+    "options", [{}, {"precision": "bf16", "block_checkpointing": True}, {"accumulate": 2}], ids=str
+)
+def test_in_turn_has_the_gradients_of_together(
+    folder: Path, tmp_path: Path, mode: str, options: dict[str, Any]
+) -> None:
+    """From a disturbed adapter, where the coefficients are all different."""
+    found = {}
+    for backward in ("together", "in_turn"):
+        config = Config(mode=mode, backward=backward, beta_T=10.0)
+        found[backward] = trained(tmp_path / backward, adapted(folder), config, disturbed=True, batch=4, **options)
+    (rows, together), (others, in_turn) = found["together"], found["in_turn"]
+    tolerance = 2e-2 if "precision" in options else 1e-4  # a batch of another size is rounded in another way
+    for row, other in zip(rows, others, strict=True):
+        assert other["loss"] == pytest.approx(row["loss"], rel=tolerance)
+        assert other["margin"] == pytest.approx(row["margin"], rel=tolerance, abs=tolerance / 10)
+    norm = torch.cat([g.flatten() for g in together[0]]).norm()
+    apart = torch.cat([(a - b).flatten() for a, b in zip(together[0], in_turn[0], strict=True)]).norm()
+    assert norm > 1e-3
+    assert apart < tolerance * norm
+
+
+def test_cached_errors_are_those_that_would_be_asked_for(folder: Path, tmp_path: Path) -> None:
+    """Of 2 draws each, over 3 epochs: every loss is that of asking again, and the reference is asked 8 times."""
+    config, wan = Config(mode="exact", cached_draws=2), adapted(folder)
+    run = Run(tmp_path, wan.module, Pairs(wan.encode_text(["a ball."])[0]), TrainConfig(steps=6, batch=2, lr=1e-2))
+    wan.module, cache, names = run.module, {}, set()
+    for batch in run.batches():
+        drawn = gdpo.draw(wan, batch, config, run)
+        with torch.no_grad(), gdpo.reference(wan, None, "fp32"):
+            kept = gdpo.cached_errors(wan, drawn, config, cache)
+            asked = gdpo.errors(wan, drawn, config)
+        torch.testing.assert_close(kept, asked, rtol=1e-6, atol=0)
+        names |= set(drawn.names)
+        run.step(*gdpo.compare(gdpo.errors(wan, drawn, config), kept, drawn, config)[:1])
+    assert set(cache) == names
+    assert len(cache) <= 8
+    assert {name[0] for name in names} == set("abcd")
+    assert {name[1] for name in names} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    "config", [Config(), Config(cached_draws=2), Config(backward="in_turn")], ids=["new draws", "cached", "in turn"]
+)
+def test_a_run_that_was_cut_off_ends_the_same(folder: Path, tmp_path: Path, config: Config) -> None:
+    options = {"steps": 6, "checkpoint_every": 2}
+    whole, _ = trained(tmp_path / "whole", adapted(folder), config, **options)
+
+    class CutOff(Exception):
+        pass
+
+    wan = adapted(folder)
+    run = Run(
+        tmp_path / "cut",
+        wan.module,
+        Pairs(wan.encode_text(["a ball."])[0]),
+        TrainConfig(batch=2, lr=1e-3, clip=1e9, **options),
+    )
+    wan.module, calls = run.module, 0
+
+    def stop(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise CutOff
+
+    hook = register_optimizer_step_pre_hook(stop)
+    with pytest.raises(CutOff):
+        gdpo.train(run, wan, config)
+    hook.remove()
+    rows, _ = trained(tmp_path / "cut", adapted(folder), config, **options)
+    assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
+
+
+def test_it_learns_what_to_prefer(folder: Path, tmp_path: Path) -> None:
+    rows, _ = trained(tmp_path, adapted(folder), Config(beta_T=100.0), steps=30, batch=4, lr=1e-2, clip=1.0)
+    assert rows[-1]["loss"] < rows[0]["loss"] / 2
+    assert np.mean([row["accuracy"] for row in rows[-5:]]) > 0.9
+    assert rows[-1]["margin"] > 0
+
+
+def test_what_pair_draws_is_pair_of_all(folder: Path, tmp_path: Path) -> None:
+    """The loop runs only the loser that it draws; with all errors, the loss of that one is the same."""
+    wan, config = adapted(folder), Config(mode="pair")
+    run = Run(tmp_path, wan.module, Pairs(wan.encode_text(["a ball."])[0]), TrainConfig(steps=4, batch=4, lr=1e-2))
+    disturb(wan)
+    batch, chosen = next(run.batches()), set()
+    drawn = gdpo.draw(wan, batch, config, run)
+    assert drawn.z0_BNCFHW.shape[1] == 2
+    for b, name in enumerate(drawn.names):
+        assert torch.equal(drawn.z0_BNCFHW[b, 1], batch.losers_BMCFHW[b, name[2]])
+        alpha, gamma = physics_weights(batch.sa_BM[b, name[2]], batch.pc_BM[b, name[2]])
+        assert drawn.alpha_BM[b].item() == alpha.item()
+        assert drawn.gamma_BM[b].item() == pytest.approx(3 * gamma.item())
+        chosen.add(name[2])
+    assert len(chosen) > 1
+    assert torch.equal(drawn.eps_BNCFHW[:, 0], drawn.eps_BNCFHW[:, 1])
+
+
+def test_independent_noise_has_the_same_time(folder: Path, tmp_path: Path) -> None:
+    wan = adapted(folder)
+    run = Run(tmp_path, wan.module, Pairs(wan.encode_text(["a ball."])[0]), TrainConfig(steps=1, batch=4, lr=1e-2))
+    drawn = gdpo.draw(wan, next(run.batches()), Config(mode="sum", noise="independent"), run)
+    assert drawn.t_B.shape == (4,)
+    assert len({drawn.eps_BNCFHW[b, n].sum().item() for b in range(4) for n in range(4)}) == 16
+
+
+def test_all_members_have_the_winners_first_frame_and_it_bears_no_loss(folder: Path, tmp_path: Path) -> None:
+    """Where a loser has another one, as a sample through the autoencoder has, nothing changes."""
+    wan, config, found = adapted(folder), Config(mode="sum", noise="independent"), []
+    for first in (0.0, 1e3):
+        data = Pairs(wan.encode_text(["a ball."])[0])
+        data.losers_BMCFHW[:, :, :, 0] = first
+        run = Run(tmp_path / str(first), wan.module, data, TrainConfig(steps=1, batch=4, lr=1e-2))
+        drawn = gdpo.draw(wan, next(run.batches()), config, run)
+        found.append(gdpo.errors(wan, drawn, config))
+        drawn.eps_BNCFHW[:, :, :, 0] = 1e3
+        found.append(gdpo.errors(wan, drawn, config))
+    assert found[0].shape == (4, 4)
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+def test_the_bell_has_mean_one_and_no_weight_at_the_ends() -> None:
+    t = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    assert gdpo.bell(t).mean().item() == pytest.approx(1, abs=1e-6)
+    assert gdpo.bell(torch.tensor([0.0, 1.0])).abs().max() < 1e-6
+    assert gdpo.bell(t).argmax() in (49_999, 50_000)
+
+
+def test_without_scores_there_is_no_physics_rewarding(folder: Path, tmp_path: Path) -> None:
+    wan = adapted(folder)
+    run = Run(tmp_path, wan.module, Pairs(wan.encode_text(["a ball."])[0]), TrainConfig(steps=1, batch=4, lr=1e-2))
+    batch = next(run.batches())
+    bare = Batch(batch.ids, batch.z0_BCFHW, batch.text_BLD, losers_BMCFHW=batch.losers_BMCFHW)
+    with pytest.raises(UserError, match=r"method.physics: needs scores"):
+        gdpo.draw(wan, bare, Config(), run)
+    assert (gdpo.draw(wan, bare, Config(physics=None), run).alpha_BM == 1).all()
+
+
+def test_a_reference_that_is_not_the_start_is_refused(folder: Path) -> None:
+    wan = adapted(folder)
+    disturb(wan)
+    with pytest.raises(UserError, match=r"model.start: .* model.merge"):
+        gdpo.start(wan, Config())
+    bare = load(ModelConfig(path=str(folder)))
+    with pytest.raises(UserError, match=r"model.adapter: is missing.*full_copy"):
+        gdpo.start(bare, Config())
+    copied = gdpo.start(bare, Config(reference="full_copy"))
+    assert not any(p.requires_grad for p in copied.parameters())
+    assert all(p.requires_grad for p in bare.module.parameters())
+
+
+def test_all_weights_train_beside_a_copy(folder: Path, tmp_path: Path) -> None:
+    config = Config(mode="sum", reference="full_copy", cached_draws=1)
+    rows, _ = trained(tmp_path, adapted(folder, adapter=None), config, steps=4, batch=1, groups=1)
+    assert len({row["err_l_ref"] for row in rows}) == 1
+    assert len({row["err_l"] for row in rows}) == 4

@@ -1,0 +1,323 @@
+"""Groups of a true clip and its losers: which there are, what a batch holds, and what is refused."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from falling import FPS, film, rows_of, write_clip, write_dataset, write_groups
+from PIL import Image
+from tiny import wan_folder
+
+from posttrain import cli, recipe
+from posttrain.data.clips import Clips, DataConfig, GroupsConfig, read_video
+from posttrain.data.groups import Groups, Members, gather
+from posttrain.data.latents import Latents
+from posttrain.experiment import Recipe
+from posttrain.files import UserError, read_jsonl
+from posttrain.models.base import ModelConfig
+from posttrain.models.wan import Wan, load
+from posttrain.sample import write_video
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Wan:
+    return load(ModelConfig(path=str(wan_folder(tmp_path_factory.mktemp("tiny") / "wan"))))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_groups(tmp_path / "drops")
+    return tmp_path / "drops"
+
+
+def samples(out: Path, scores: bool = True, seeds: int = 2, **change: Any) -> Path:
+    """What a model made of the first pictures of `write_groups`: falls that never end, twice compressed."""
+    rows = []
+    for group in range(2):
+        for seed in range(seeds):
+            options = {"frames": 5, "column": 4 + 12 * group, "fps": FPS} | change
+            video, _ = film(rows_of(2, options["frames"]) + seed, options["column"], 200)
+            video[0] = film(rows_of(2, 1), options["column"], 200)[0][0]
+            path = out / f"{group:05d}-0-s{seed}-base.mp4"
+            write_video(path, video, options["fps"])
+            rows.append({"file_name": path.name, "sa": 0.25 * seed, "pc": 0.5})
+    if scores:
+        (out / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return out
+
+
+def gathered(folder: Path, pictured: bool = True, **groups: Any) -> tuple[Members, list[tuple[str, list[str]]]]:
+    """The members, and the groups by the members' names."""
+    config = DataConfig(clips=str(folder), groups=GroupsConfig(**groups))
+    clips = Clips(config, preload=False, violated=config.groups.counterfactuals)
+    members, found = gather(clips, config.groups, pictured)
+    names = [Path(name).stem for name in members.ids]
+    return members, [(names[group.winner], [names[i] for i in group.losers]) for group in found]
+
+
+def test_counterfactuals_with_their_severity(folder: Path) -> None:
+    members, groups = gathered(folder, losers=3, counterfactuals=True)
+    assert [winner for winner, _ in groups] == ["00000-0", "00001-0"]
+    for winner, losers in groups:
+        assert sorted(losers) == [f"{winner[:-1]}{i}" for i in (1, 2, 3)]
+    scores = {members.ids[i]: members.scores(i) for i in range(len(members)) if members.clips.row(i)["violation"]}
+    assert scores["00000-1"] == (1.0, 0.75)
+    assert scores["00001-3"] == (1.0, 0.25)
+
+
+def test_counterfactuals_that_came_out_alike_are_one(folder: Path) -> None:
+    train = folder / "train"
+    rows = read_jsonl(train / "metadata.jsonl")
+    shutil.copy(train / "00000-1.mp4", train / "00000-2.mp4")
+    rows[2]["sha256"] = rows[1]["sha256"]
+    (train / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, groups = gathered(folder, losers=2, counterfactuals=True)
+    assert sorted(groups[0][1]) == ["00000-1", "00000-3"]
+    assert len(groups) == 3
+
+
+def test_samples_with_their_scores(folder: Path, tmp_path: Path) -> None:
+    place = str(samples(tmp_path / "made"))
+    members, groups = gathered(folder, losers=2, samples=(place,))
+    assert [(winner, sorted(losers)) for winner, losers in groups] == [
+        (f"0000{g}-0", [f"0000{g}-0-s0-base", f"0000{g}-0-s1-base"]) for g in (0, 1)
+    ]
+    assert [members.scores(i) for i in range(2, 6)] == [(0.0, 0.5), (0.25, 0.5)] * 2
+    assert members.row(4)["caption"] == "square 1 falls."
+    assert len(members.read(3)[0]) == 5
+
+
+def test_both_together_and_more_losers_than_a_group_takes(folder: Path, tmp_path: Path) -> None:
+    """Five losers in groups of two: three groups, in which each is at least once and none twice."""
+    place = str(samples(tmp_path / "made"))
+    _, groups = gathered(folder, losers=2, counterfactuals=True, samples=(place,))
+    assert [winner for winner, _ in groups] == ["00000-0"] * 3 + ["00001-0"] * 3
+    used = [loser for winner, losers in groups for loser in losers if winner == "00000-0"]
+    assert len(set(used)) == 5
+    assert all(len(set(losers)) == 2 for _, losers in groups)
+    assert groups == gathered(folder, losers=2, counterfactuals=True, samples=(place,))[1]
+    assert groups != gathered(folder, losers=2, counterfactuals=True, samples=(place,), seed=1)[1]
+
+
+def test_limit_counts_true_clips(folder: Path) -> None:
+    config = DataConfig(clips=str(folder), limit=1)
+    assert Clips(config, preload=False).ids == ["00000-0"]
+    assert Clips(config, preload=False, violated=True).ids == [f"00000-{i}" for i in range(4)]
+
+
+def test_a_clip_with_too_few_losers_is_left_out_and_it_is_said(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = samples(tmp_path / "made", scores=False)
+    (place / "00001-0-s1-base.mp4").unlink()
+    _, groups = gathered(folder, losers=2, samples=(str(place),))
+    assert [winner for winner, _ in groups] == ["00000-0"]
+    assert "1 of 2 clips are left out, with fewer than 2 losers" in capsys.readouterr().err
+
+
+def refusal(folder: Path, **groups: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        gathered(folder, **groups)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_not_comparable_is_refused(folder: Path, tmp_path: Path) -> None:
+    def made(name: str, **change: Any) -> tuple[str, ...]:
+        return (str(samples(tmp_path / name, scores=False, **change)),)
+
+    assert "no clip has 4 losers" in refusal(folder, losers=4, counterfactuals=True)
+    assert "missing does not exist" in refusal(folder, samples=(str(tmp_path / "missing"),))
+    assert "frames is 7, but 5 in" in refusal(folder, losers=2, samples=made("long", frames=7))
+    assert "fps is 8.0, but 16 in" in refusal(folder, losers=2, samples=made("slow", fps=8))
+    [same] = made("same")
+    shutil.copy(Path(same) / "00000-0-s0-base.mp4", Path(same) / "00000-0-s7-base.mp4")
+    assert "is the same file as" in refusal(folder, losers=2, samples=(same,))
+
+
+def test_another_first_picture_is_refused_unless_words_alone_were_given(folder: Path, tmp_path: Path) -> None:
+    """The squares of the two scenes stand in other columns."""
+    [swapped] = (str(samples(tmp_path / "swapped", scores=False)),)
+    for seed in range(2):
+        a, b = (Path(swapped) / f"0000{group}-0-s{seed}-base.mp4" for group in (0, 1))
+        content = a.read_bytes()
+        a.write_bytes(b.read_bytes())
+        b.write_bytes(content)
+    assert "its first picture is not that of" in refusal(folder, losers=2, samples=(swapped,))
+    assert len(gathered(folder, pictured=False, losers=2, samples=(swapped,))[1]) == 2
+    path = folder / "train" / "00000-2.mp4"
+    rows = read_jsonl(folder / "train" / "metadata.jsonl")
+    video, instances = film(rows_of(2, 5), 20, 200)
+    rows[2] |= write_clip(path, video, instances)
+    (folder / "train" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for pictured in (True, False):
+        with pytest.raises(UserError, match=r"00000-2.mp4: its first picture is not that of"):
+            gathered(folder, pictured, counterfactuals=True)
+
+
+@pytest.mark.parametrize("value", [None, 1.5, -0.1, True, "good", float("nan")])
+def test_scores_out_of_range_are_refused(folder: Path, tmp_path: Path, value: Any) -> None:
+    place = samples(tmp_path / "made")
+    rows = read_jsonl(place / "scores.jsonl")
+    rows[2]["pc"] = value
+    (place / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "00001-0-s0-base.mp4: pc is" in refusal(folder, losers=2, samples=(str(place),))
+
+
+def test_a_sample_without_a_score_among_scored_ones_is_refused(folder: Path, tmp_path: Path) -> None:
+    place = samples(tmp_path / "made")
+    rows = read_jsonl(place / "scores.jsonl")[1:]
+    (place / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "has no row for 00000-0-s0-base.mp4" in refusal(folder, losers=2, samples=(str(place),))
+
+
+def test_a_batch(wan: Wan, folder: Path, tmp_path: Path) -> None:
+    """Latents are those that each clip has by itself, in the order of the scores; another batch of it is the same."""
+    groups = GroupsConfig(losers=3, counterfactuals=True)
+    config = DataConfig(clips=str(folder), groups=groups)
+    data = Groups(wan, Clips(config, preload=False, violated=True), groups, tmp_path / "cache")
+    batch = data.load([1, 0])
+    assert batch.ids == ("00001-0/1", "00000-0/1")
+    assert list(data.ids) == ["00000-0/1", "00001-0/1"]
+    assert batch.losers_BMCFHW.shape == (2, 3, *batch.z0_BCFHW.shape[1:])
+    assert batch.sa_BM.shape == batch.pc_BM.shape == (2, 3)
+    every = Latents(wan, Clips(config, preload=False, violated=True), tmp_path / "cache")
+    order = [round((1 - pc) * 4) for pc in batch.pc_BM[1].tolist()]
+    assert sorted(order) == [1, 2, 3]
+    assert torch.equal(batch.losers_BMCFHW[1], every.load(order).z0_BCFHW)
+    assert torch.equal(batch.z0_BCFHW[1], every.load([0]).z0_BCFHW[0])
+    torch.testing.assert_close(  # the autoencoder is causal
+        batch.losers_BMCFHW[:, :, :, 0], batch.z0_BCFHW[:, None, :, 0].expand(-1, 3, -1, -1, -1), rtol=0, atol=1e-5
+    )
+    again = Groups(wan, Clips(config, preload=False, violated=True), groups, tmp_path / "cache")
+    assert again.key == data.key
+    other = Groups(
+        wan, Clips(config, preload=False, violated=True), GroupsConfig(losers=2, counterfactuals=True), tmp_path / "c"
+    )
+    assert other.key != data.key
+    assert len(other) == 4
+
+
+def test_without_scores_a_batch_has_none(wan: Wan, folder: Path, tmp_path: Path) -> None:
+    groups = GroupsConfig(losers=2, samples=(str(samples(tmp_path / "made", scores=False)),))
+    clips = Clips(DataConfig(clips=str(folder)), preload=False)
+    batch = Groups(wan, clips, groups, tmp_path / "cache").load([0, 1])
+    assert batch.sa_BM is None
+    assert batch.pc_BM is None
+    assert batch.losers_BMCFHW.shape[:2] == (2, 2)
+
+
+# ---------------------------------------------------------------- the whole command
+
+RECIPE: dict[str, Any] = {
+    "run": "try",
+    "model": {"path": "wan", "adapter": {"rank": 2}},
+    "data": {"clips": "drops", "groups": {"losers": 3, "counterfactuals": True}},
+    "method": {"name": "gdpo", "mode": "sum"},
+    "train": {"steps": 2, "batch": 2, "lr": 0.01},
+    "export": ["diffusers"],
+}
+
+
+@pytest.fixture
+def home(folder: Path, tmp_path: Path) -> Iterator[Path]:
+    wan_folder(tmp_path / "wan")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    with contextlib.chdir(tmp_path):
+        yield tmp_path
+
+
+def test_a_recipe_runs(home: Path) -> None:
+    assert cli.main(["run", "recipe.yaml"]) == 0
+    rows = read_jsonl(home / "runs" / "try" / "log.jsonl")
+    from posttrain.methods.gdpo import physics_weights
+
+    _, gamma = physics_weights(torch.ones(3), torch.tensor([0.75, 0.5, 0.25]))
+    assert rows[0]["loss"] == pytest.approx(gamma.sum().item() * np.log(2), rel=1e-5)
+    assert rows[1]["loss"] != rows[0]["loss"]
+    assert (home / "runs" / "try" / "adapter" / "pytorch_lora_weights.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.groups=null"], "data.groups: is missing; say what gdpo compares true clips with"),
+        (["method={name: psft}"], "data.groups: is not for psft"),
+        (["data.groups={losers: 3}"], "there are no losers; set counterfactuals: true, or name samples"),
+        (["data.groups={lossers: 3}"], "unknown key, did you mean 'losers'?"),
+        (["model.adapter=null"], "model.adapter: is missing"),
+    ],
+)
+def test_recipes_that_do_not_go_together_are_refused(
+    home: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], said: str
+) -> None:
+    assert cli.main(["train", "recipe.yaml", *overrides]) == 1
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_resolved_recipe_reads_back(home: Path) -> None:
+    plan = recipe.load(home / "recipe.yaml", [], Recipe)
+    (home / "again.yaml").write_text(recipe.dump(plan))
+    assert recipe.load(home / "again.yaml", [], Recipe) == plan
+
+
+def test_folders_without_groups_have_no_counterfactuals(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "plain", ["train"], clips=3, frames=5)
+    assert "no clip has 3 losers" in refusal(tmp_path / "plain", counterfactuals=True)
+
+
+# ---------------------------------------------------------------- looked at, and sampled for
+
+
+def test_groups_are_sampled_for_and_shown(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The base makes what is missing and nothing twice; the samples have the shape of the true clips."""
+    words = "model.conditioning=text"  # what the tiny autoencoder gives back is nothing like a first picture
+    command = ["groups", "recipe.yaml", "data.groups={losers: 2, samples: [made]}", "run=shown", words, "--seeds", "2"]
+    assert cli.main(command) == 0, capsys.readouterr().err
+    made = sorted(path.name for path in (home / "made").iterdir())
+    assert made == [f"0000{group}-0-s{seed}.mp4" for group in (0, 1) for seed in (0, 1)]
+    assert "groups: 2 of 2 losers each" in capsys.readouterr().out
+    sheet = Image.open(home / "runs" / "shown" / "groups.png")
+    assert sheet.height == 2 * 3 * (128 + 14)  # of each group the true clip and two more, 32 pixels four times as high
+
+    kept = {name: (home / "made" / name).stat().st_mtime_ns for name in made[1:]}
+    before, other = (read_video(home / "made" / name).astype(int) for name in made[:2])
+    (home / "made" / made[0]).unlink()
+    assert cli.main(command) == 0
+    again = read_video(home / "made" / made[0])
+    assert np.abs(again - before).mean() < 4  # x264 does not write a noisy video twice the same
+    assert np.abs(again - other).mean() > 10  # that of another seed
+    assert {name: (home / "made" / name).stat().st_mtime_ns for name in made[1:]} == kept
+
+
+def test_counterfactuals_are_shown(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["groups", "recipe.yaml"]) == 0
+    assert "groups: 2 of 3 losers each" in capsys.readouterr().out
+    assert Image.open(home / "runs" / "try" / "groups.png").height == 2 * 4 * (128 + 14)
+    assert cli.main(["groups", "recipe.yaml", "--seeds", "2"]) == 1
+    assert "data.groups.samples: is missing" in capsys.readouterr().err
+
+
+def test_videos_of_any_kind_win_against_samples(home: Path) -> None:
+    """Without masks or a metadata.jsonl, retimed and cropped; the model is told the caption alone."""
+    (home / "own").mkdir()
+    for name in ("cup", "ball"):
+        video, _ = film(rows_of(2, 20), 8, 200)
+        write_video(home / "own" / f"{name}.mp4", video, 2 * FPS)
+        (home / "own" / f"{name}.txt").write_text(f"a {name} falls.")
+    overrides = [
+        "data={clips: own, frames: 5, fps: 16, size: [32, 32], groups: {losers: 2, samples: [made]}}",
+        "model.conditioning=text",
+        "method.physics=null",
+        "run=own",
+    ]
+    assert cli.main(["groups", "recipe.yaml", *overrides, "--seeds", "2"]) == 0
+    assert cli.main(["train", "recipe.yaml", *overrides]) == 0
+    assert read_jsonl(home / "runs" / "own" / "log.jsonl")[0]["loss"] == pytest.approx(2 * np.log(2), rel=1e-5)
