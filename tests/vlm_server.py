@@ -58,7 +58,7 @@ class Handler(BaseHTTPRequestHandler):
         content = json.dumps(value).encode()
         self.send_response(status)
         if status == 429:
-            self.send_header("Retry-After", "0")
+            self.send_header("Retry-After", "1")
         self.send_header("Content-Length", str(promised or len(content)))
         self.end_headers()
         self.wfile.write(content)

@@ -15,15 +15,14 @@ def load(path: str, device: torch.device) -> Ask:
     "Yes" and "No" are all tokens that say so, with or without a space around them.
 
     Raises:
-        UserError: it is no such model, cannot be had, has no chat template or no such tokens, or needs torchvision.
+        UserError: it is no such model, cannot be had, has no chat template or no such tokens, or needs a library more.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         processor = AutoProcessor.from_pretrained(path)
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
     except ImportError as error:
-        remedy = "`.venv/bin/python -m pip install torchvision`"
-        raise UserError(f"--model: {path} cannot be loaded ({_line(error)}); {remedy} may be what it lacks") from error
+        raise UserError(f"--model: {path} cannot be loaded ({_line(error)}); install what it lacks") from error
     except (OSError, ValueError) as error:
         remedy = "name a model that takes pictures and text, as Qwen/Qwen2.5-VL-3B-Instruct"
         raise UserError(f"--model: {path} cannot be loaded ({_line(error)}); {remedy}") from error
