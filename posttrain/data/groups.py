@@ -155,7 +155,7 @@ def _samples(folder: Path, clips: Clips, true: Sequence[int]) -> list[tuple[int,
 
 def _scores(path: Path, name: str, rows: dict[Any, dict[str, Any]]) -> Scores:
     if name not in rows:
-        raise UserError(f"{path}: has no row for {name}; score it, or remove the file")
+        raise UserError(f"{path}: has no row for {name}; `posttrain score` it, or remove the file")
     for field in Scores._fields:
         value = rows[name].get(field)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
