@@ -105,7 +105,7 @@ def train(plan: Recipe, folder: Path) -> None:
     model, method = load_model(plan.model), plan.method.module
     if plan.eval and not hasattr(model, "transformer"):
         raise UserError(f"eval: is for video models; leave it out of a {plan.model.family}'s recipe")
-    clips = Clips(plan.data, preload=False)
+    clips = Clips(plan.data, preload=False, truths=getattr(method, "TRUTHS", ()))
     tell(clips, folder)
     if method.DATA == "clips" and not clips.annotated:
         bare = next(split.folder for split in clips.splits if not split.annotated)

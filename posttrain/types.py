@@ -34,6 +34,8 @@ class Batch:
     video_BCFHW: Tensor | None = None  # pixels in [-1, 1]
     instances_BFHW: Tensor | None = None  # uint8, 0 background, i + 1 body i
     target_B: Tensor | None = None  # int64, the instance id (body index + 1) that metrics score
+    flow_BFCHW: Tensor | None = None  # pixels (x right, y down) to the next frame; the last frame's lies past the clip
+    depth_BFHW: Tensor | None = None  # metres along the optical axis, inf where there is nothing
     condition: dict[str, Tensor] = field(default_factory=dict)  # what VideoModel.condition made of the first picture
 
     def to(self, device: torch.device) -> "Batch":
