@@ -76,7 +76,7 @@ def build(sizes: dict[str, Any]) -> raft.RAFT:
 
     def encoder(outputs: int, norm: Any) -> raft.FeatureEncoder:
         layers = (*sizes["encoder"], outputs)
-        return raft.FeatureEncoder(block=raft.BottleneckBlock, layers=layers, norm_layer=norm)
+        return raft.FeatureEncoder(block=raft.ResidualBlock, layers=layers, norm_layer=norm)
 
     corr = raft.CorrBlock(num_levels=sizes["levels"], radius=sizes["radius"])
     motion = raft.MotionEncoder(
