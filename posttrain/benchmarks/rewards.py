@@ -218,7 +218,7 @@ def impostors(batch: Batch) -> dict[str, Tensor]:
 
 
 def table(judged: Mapping[str, list[Judged]], declared: Mapping[str, Sequence[str]]) -> str:
-    """A line per kind, a column per reward: rho, then the shares of gradients that point towards the truth and nearer."""
+    """A line per kind, a column per reward: rho, and the shares of gradients that point towards and nearer."""
     kinds = dict.fromkeys(clip.kind for clips in judged.values() for clip in clips if clip.kind != TRUE)
 
     def cell(name: str, kind: str) -> str:

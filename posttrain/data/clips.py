@@ -243,8 +243,8 @@ class Clips:
         for split in self.splits if truths else ():
             if not split.annotated or any(view is not None for view in split.views):
                 raise UserError(
-                    f"{split.folder}: {' and '.join(truths)} are known of clips that `sim make` filmed, as they are; drop "
-                    "data.frames, data.fps and data.size, or use such clips"
+                    f"{split.folder}: {' and '.join(truths)} are known of clips that `sim make` filmed, as they are; "
+                    "drop data.frames, data.fps and data.size, or use such clips"
                 )
         self._truths = truths
         check_same_kind(self.splits)
@@ -335,7 +335,7 @@ class Clips:
         return video, instances
 
     def read_truths(self, index: int) -> dict[str, np.ndarray]:
-        """Of one clip what was asked for: flow (F, H, W, 2) in pixels, depth (F, H, W) in metres, as they are stored."""
+        """Of one clip what was asked for: flow (F, H, W, 2) in pixels, depth (F, H, W) in metres, as stored."""
         if index in self._annotations or not self._truths:
             return self._annotations.get(index, {})
         split, number = self._entries[index]
@@ -343,7 +343,9 @@ class Clips:
         arrays = read_annotations(path, self._truths)
         for name, array in arrays.items():
             if array.shape[:3] != (split.frames, *split.size):
-                raise UserError(f"{path}: {name} is {array.shape}, the video {split.frames, *split.size}; make it again")
+                raise UserError(
+                    f"{path}: {name} is {array.shape}, the video {split.frames, *split.size}; make it again"
+                )
         return arrays
 
     def load(self, indices: Sequence[int]) -> Batch:

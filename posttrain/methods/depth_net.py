@@ -57,7 +57,7 @@ def draw(batch: Batch, config: Config, random: Random, decode: Decode | None = N
                 strength = worse / config.degrade
                 picture = blur(picture, strength) + config.noise * strength * noise[i, k, :, None].to(picture)
             seen = (picture[:, 0].clamp(-1, 1), 1 / batch.depth_BFHW[i, t], bodies)
-            found.append(tuple(part.flip(-1) for part in seen) if left < 0.5 else seen)
+            found.append((seen[0].flip(-1), seen[1].flip(-1), seen[2].flip(-1)) if left < 0.5 else seen)
     pictures, truths, masks = zip(*found, strict=True)
     return torch.stack(pictures), torch.stack(truths), torch.stack(masks)
 

@@ -62,9 +62,17 @@ def draw(batch: Batch, config: Config, random: Random, decode: Decode | None = N
                 pair = blur(pair, strength) + config.noise * strength * noise[i, k].to(pair)
             bodies = bodies.any(0)
             if left < 0.5:
-                pair, true, bodies = pair.flip(-1), true.flip(-1) * true.new_tensor([-1, 1]).view(2, 1, 1), bodies.flip(-1)
+                pair, true, bodies = (
+                    pair.flip(-1),
+                    true.flip(-1) * true.new_tensor([-1, 1]).view(2, 1, 1),
+                    bodies.flip(-1),
+                )
             if down < 0.5:
-                pair, true, bodies = pair.flip(-2), true.flip(-2) * true.new_tensor([1, -1]).view(2, 1, 1), bodies.flip(-2)
+                pair, true, bodies = (
+                    pair.flip(-2),
+                    true.flip(-2) * true.new_tensor([1, -1]).view(2, 1, 1),
+                    bodies.flip(-2),
+                )
             found.append((pair.clamp(-1, 1), true, bodies))
     pairs, flows, masks = zip(*found, strict=True)
     return torch.stack(pairs), torch.stack(flows), torch.stack(masks)

@@ -161,7 +161,12 @@ def from_original(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _encoder(parts: list[str]) -> str:
     """An encoder's name: its stem, two residual blocks in each of three layers, and a last convolution."""
-    inner = {"conv1": "convnormrelu1.0", "norm1": "convnormrelu1.1", "conv2": "convnormrelu2.0", "norm2": "convnormrelu2.1"}
+    inner = {
+        "conv1": "convnormrelu1.0",
+        "norm1": "convnormrelu1.1",
+        "conv2": "convnormrelu2.0",
+        "norm2": "convnormrelu2.1",
+    }
     encoder, first, *rest = parts
     if first == "conv2":
         return ".".join([encoder, "conv", *rest])

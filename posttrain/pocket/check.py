@@ -9,7 +9,7 @@
 segmenter  IoU after frame 0 by size, by motion and by company, on the clips and as the VAE shows them.
 vae        what the tracker sees of true clips through the VAE, and how close the pictures are.
 base       the model's own clips and the first picture held, both against the truth.
-flow       RAFT's endpoint error in pixels, everywhere and where a body moves by half a pixel or more, and what zero flow has.
+flow       RAFT's endpoint error in pixels, everywhere and where a body moves by half a pixel or more; zero flow's.
 depth      Depth Anything's error in metres as a share of the true depth, everywhere (but in the sky) and on bodies.
 """
 

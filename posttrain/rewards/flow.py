@@ -1,6 +1,6 @@
 """RAFT's optical flow against the true one (PISA, arXiv 2503.09595, section 4.4).
 
-With f the flow that RAFT sees from each picture to the next, f* the simulator's, in pixels of the clip, and W the width:
+With f the flow that RAFT sees from each picture to the next, f* the simulator's, in pixels, and W the clip's width:
 
     R = -mean_{t, pixels of the region, x and y} [ u |f - f*| + (1 - u) W ]
 
@@ -8,11 +8,11 @@ where u is how much of the true pictures' contrast the later one has (rewards/ba
 nothing, and it would tie with one that is frozen.
 
 The trap. Over the whole image, what moves in the wrong place is charged twice, where it is and where it should be, and
-what does not move only once: hovering beats almost right (a disc of 64 pixels' width: frozen -.0167, released one frame
-late -.0190, falling at 0.7 g -.0221). In `region: objects`, the pixels in which the true clip has a body in one of the
-two pictures, only where it should be counts, and a frozen clip is the worst but for one that moves the wrong way: this
-is the default. Both are blind to where an object is while it lies still, so a clip that has vanished after landing costs
-little: use it beside `segmentation` and `trajectory`, which know.
+what does not move only once: hovering beats almost right (a disc in 64 x 64: frozen -.0167, one frame late -.0190,
+falling at 0.7 g -.0221). In `region: objects`, the default, only those pixels count in which the true clip has a body
+in one of the two pictures: a frozen clip is then the worst but for one that moves the wrong way. Both are blind to
+where an object is while it lies still, and a clip in which it vanishes after landing costs little: use it beside
+`segmentation` and `trajectory`, which know.
 
 Departures from the paper: the truth is the simulator's flow, not RAFT's of the true clip; the region; u.
 """

@@ -5,14 +5,14 @@ of the true mask in frame 0, in pixels:
 
     R = mean_{t > 0} (sum p m + a e) / (sum (p + m - p m) + a e),   e = 1 where m is empty, else 0
 
-which is a soft IoU where the object is in the picture; where it is not (hidden, or gone out of sight) it is 1 for an
-empty mask and falls with what p covers. In [0, 1].
+which is a soft IoU where the object is in the picture. Where it is not (hidden, or out of sight), it is 1 for an empty
+mask and falls with what p covers. In [0, 1].
 
-Departure from the paper's code: when SAM 2 takes the object for gone it sets its logits to a constant, and a vanished
-object gets no gradient. Here it is never taken for gone (models/sam2.py: `always_there`).
+Departure from the paper's code: there, where SAM 2 takes the object for gone, its logits are a constant, and what has
+vanished gets no gradient. Here it is never taken for gone (models/sam2.py: `always_there`).
 
-What it does not see: how far a mask is off, once it and the true one are disjoint. From a clip that hovers there is then
-no way downhill; add `trajectory`.
+What it does not see: how far a mask is off, once it and the true one are disjoint. From a clip that hovers there is
+then no way downhill; add `trajectory`.
 """
 
 from collections.abc import Callable
