@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import DepthAnythingConfig
 
 from posttrain.benchmarks import rewards as matrix
 from posttrain.data.clips import Split, open_split
@@ -20,7 +19,6 @@ from posttrain.metrics import pisa
 from posttrain.models import depth as depth_model
 from posttrain.models import raft, sam2
 from posttrain.models.base import ModelConfig
-from posttrain.pocket import folder
 from posttrain.recipe import Part, resolve
 from posttrain.rewards import depth, flow, segmentation, trajectory
 from posttrain.rewards.base import Reward, contrast, load_all, truths
@@ -32,7 +30,13 @@ KINDS = {kind for name in NAMES for kind in resolve("rewards", name).RANKS}
 FIELDS = ("instances_BFHW", "target_B", "flow_BFCHW", "depth_BFHW")
 WEIGHTS = (("depth", 2.0), ("flow", -0.5))
 SIZE = 64
-GENERATOR = torch.Generator().manual_seed(0)
+GENERATOR = torch.Generator()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Each test draws the same numbers, whatever ran before it."""
+    GENERATOR.manual_seed(0)
 
 
 def square(*corners: tuple[int, int] | None, side: int = 8) -> Tensor:
@@ -219,38 +223,34 @@ def scene(frames: int) -> Batch:
 
 
 def test_depth_gradient_in_double_precision() -> None:
-    """The whole reward through Depth Anything against finite differences."""
-    config = DepthAnythingConfig.from_pretrained(folder("depth"))
-    net, batch = depth_model.new(config, seed=3).double(), scene(3)
-    torch.manual_seed(0)
-    for p in net.parameters():
-        p.data.add_(0.03 * torch.randn_like(p))
-    video, way = 0.5 * random(1, 3, 3, SIZE, SIZE), random(1, 3, 3, SIZE, SIZE) - 0.5
+    """The whole way through Depth Anything against finite differences."""
+    net, batch = depth_model.load(ModelConfig(family="depth", path="pocket")).module.double(), scene(3)
+    video, way = batch.video_BCFHW.double(), random(1, 3, 3, SIZE, SIZE) - 0.5
 
     def reward(x: Tensor) -> Tensor:
-        return depth.depth_error(net(x), batch.depth_BFHW.double(), contrast(x, 2 * x.detach()).new_ones(1, 3))
+        return depth.depth_error(net(x), 1 / batch.depth_BFHW.double(), torch.ones(1, 3))
 
     _, gradient = matrix.with_gradient(lambda x, _: reward(x), video, batch)
-    assert (gradient * way).sum().item() == pytest.approx(slope(reward, video, way, 1e-6), rel=1e-5)
+    assert (gradient * way).sum().item() == pytest.approx(slope(reward, video, way, 1e-7), rel=1e-4)
 
 
-@pytest.mark.parametrize("frame", [1, 2])
-def test_segmentation_and_trajectory_gradients_in_double_precision(frame: int) -> None:
-    """Through SAM 2, along changes of one picture. Of the last one, memories are not asked, which SAM 2 rounds to bf16;
-    of the one before, they are, and the rounding (relative 2^-8) shows in the difference."""
+def test_segmentation_and_trajectory_gradients_in_double_precision() -> None:
+    """Through SAM 2, along changes of the last picture: it is never remembered, and memories are rounded to bf16, so
+    that differences along changes of the others are those of a staircase. transformers keeps softmax and rotations in
+    single precision, which leaves 0.3%.
+    """
     net, batch = sam2.load(ModelConfig(family="sam2", path="pocket")).tracker.double(), scene(3)
     m = batch.instances_BFHW > 0
     video = batch.video_BCFHW.double() + 0.1 * random(1, 3, 3, SIZE, SIZE)
     way = torch.zeros_like(video)
-    way[:, :, frame] = random(1, 3, SIZE, SIZE) - 0.5
+    way[:, :, 2] = random(1, 3, SIZE, SIZE) - 0.5
     for value in (segmentation.soft_iou, trajectory.path_error):
 
         def reward(x: Tensor, value: Callable[..., Tensor] = value) -> Tensor:
-            return value(net(x, m[:, 0]).sigmoid()[:, 1:].double(), m[:, 1:], m[:, 0])
+            return value(net(x, m[:, 0]).sigmoid()[:, 1:], m[:, 1:], m[:, 0])
 
         _, gradient = matrix.with_gradient(lambda x, _: reward(x), video, batch)
-        expected = slope(reward, video, way, 1e-3)
-        assert (gradient * way).sum().item() == pytest.approx(expected, rel=1e-3 if frame == 2 else 0.1)
+        assert (gradient * way).sum().item() == pytest.approx(slope(reward, video, way, 1e-5), rel=1e-2)
 
 
 def test_flow_gradient_of_one_update() -> None:

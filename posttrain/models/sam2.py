@@ -122,7 +122,8 @@ class Sam2Tracker(nn.Module):
             kept = session.output_dict_per_obj[0]["cond_frame_outputs" if given else "non_cond_frame_outputs"]
             kept[t] |= {"maskmem_features": features_t, "maskmem_pos_enc": position}
             kept.pop(t - memory, None)
-            yield F.interpolate(out["pred_masks"].float(), (height, width), mode="bilinear")
+            logits = out["pred_masks"].to(torch.promote_types(out["pred_masks"].dtype, torch.float32))
+            yield F.interpolate(logits, (height, width), mode="bilinear")
 
 
 def new(config: Sam2VideoConfig, seed: int = 0) -> Sam2Tracker:
