@@ -77,10 +77,11 @@ def true_masks(batch: Batch) -> Tensor:
 
 
 def contrast(video_BCFHW: Tensor, true_BCFHW: Tensor) -> Tensor:
-    """How much of the true pictures' contrast (standard deviation) these have, (B, F - 1) in [0, 1], after frame 0.
+    """How much of the true pictures' contrast these have, (B, F - 1) in [0, 1], after frame 0: the standard deviation
+    over pixels, mean over channels.
 
     What flow and depth networks see in a flat picture is what they were used to see. A reward made of them charges the
     share that is missing with its largest error.
     """
-    shown, true = (video.movedim(2, 1)[:, 1:].flatten(2).std(2) for video in (video_BCFHW, true_BCFHW))
+    shown, true = (video[:, :, 1:].flatten(3).std(3).mean(1) for video in (video_BCFHW, true_BCFHW))
     return (shown / true.clamp_min(1e-6)).clamp_max(1.0)
