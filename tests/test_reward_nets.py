@@ -16,7 +16,7 @@ from posttrain.models.base import ModelConfig
 from posttrain.types import Batch, Random
 
 FRAMES, SIDE = 6, 32
-FLOW = flow_net.Config(recolour=0, degrade=0, pairs=2)
+FLOW = flow_net.Config(recolour=0, degrade=0, pairs=2, shifted=0)
 DEPTH = depth_net.Config(recolour=0, degrade=0, pictures=3)
 
 
@@ -50,6 +50,15 @@ def test_mirrored_pairs_have_mirrored_flow() -> None:
             assert torch.equal(b, first | second)
             directions.add((x, y))
     assert directions == {(3, 1), (-3, 1), (3, -1), (-3, -1)}
+
+
+def test_a_shifted_picture_has_its_shift_in_the_flow() -> None:
+    """Every pixel that stays inside is found where the flow says."""
+    pair = torch.rand(3, 1, 7, 9, generator=torch.Generator().manual_seed(0)).repeat(1, 2, 1, 1)
+    moved, flow = flow_net.shift(pair, torch.zeros(2, 7, 9), x=2, y=-3)
+    assert torch.equal(flow, torch.tensor([2.0, -3.0]).view(2, 1, 1).expand(2, 7, 9))
+    assert torch.equal(moved[:, 0], pair[:, 0])
+    assert torch.equal(moved[:, 1, :4, 2:], pair[:, 0, 3:, :7])
 
 
 def test_the_flow_loss_by_hand() -> None:

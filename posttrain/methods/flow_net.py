@@ -5,8 +5,9 @@ Loss (RAFT, arXiv 2003.12039, eq. 7), for the estimates f_1 ... f_N after each o
     L = sum_i 0.8^(N - i) mean[w |f_i - f|_1],   w = 1 + b where a body is in either picture, divided by its mean
 
 in pixels of the clip. Bodies are few pixels and most pictures have none that moves: without w, and unless the pair that
-moves most is taken of several, zero is a good answer. Departures: w, no limit to the flow, and L1 on the clip's own
-pixels, not on the enlarged ones that the network sees.
+moves most is taken of several, zero is a good answer. The second picture of a share of the pairs is shifted as a whole:
+all of it has then to be matched. Departures: w, no limit to the flow, and L1 on the clip's own pixels, not on the
+enlarged ones that the network sees.
 
 A pair of pictures is mirrored and recoloured, degraded by noise and blur, and a share of the clips is seen through a
 video autoencoder, for that is what generated clips look like.
@@ -30,6 +31,8 @@ class Config(Strict):
     pairs: int = 2
     tries: int = 4
     bodies: float = 8.0  # b
+    shifted: float = 0.5  # the share of the pairs whose second picture is shifted
+    max_shift: int = 8  # pixels, in each axis
     recolour: float = 0.5
     degrade: float = 0.4  # noise and blur
     noise: float = 0.1  # largest standard deviation, pixels in [-1, 1]
@@ -42,14 +45,14 @@ def draw(batch: Batch, config: Config, random: Random, decode: Decode | None = N
     assert batch.instances_BFHW is not None
     assert batch.flow_BFCHW is not None
     total, size = batch.video_BCFHW.shape[2], batch.video_BCFHW.shape[3:]
-    tries, draws = random.uniform(config.pairs, 1 + config.tries), random.uniform(config.pairs, 4)
+    tries, draws = random.uniform(config.pairs, 1 + config.tries), random.uniform(config.pairs, 7)
     colours, noise = random.uniform(config.pairs, 12), random.normal(config.pairs, 3, 2, *size)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for i in range(len(draws)):
         video, instances, flow = batch.video_BCFHW[i], batch.instances_BFHW[i], batch.flow_BFCHW[i]
         if decode is not None and config.decoded is not None and lot(batch.ids[i]) < config.decoded.share:
             video = decode(batch.ids[i], video)
-        for k, (left, down, painted, worse) in enumerate(draws[i].tolist()):
+        for k, (left, down, painted, worse, shifted, *way) in enumerate(draws[i].tolist()):
             count, *places = tries[i, k].tolist()
             starts = [int(place * (total - 1)) for place in places[: 1 + int(count * config.tries)]]
             t = max(starts, key=lambda start: float(flow[start].abs().sum()))
@@ -61,6 +64,9 @@ def draw(batch: Batch, config: Config, random: Random, decode: Decode | None = N
                 strength = worse / config.degrade
                 pair = blur(pair, strength) + config.noise * strength * noise[i, k].to(pair)
             bodies = bodies.any(0)
+            if shifted < config.shifted:
+                x, y = (round((2 * part - 1) * config.max_shift) for part in way)
+                pair, true = shift(pair, true, x, y)
             if left < 0.5:
                 pair, true, bodies = (
                     pair.flip(-1),
@@ -76,6 +82,15 @@ def draw(batch: Batch, config: Config, random: Random, decode: Decode | None = N
             found.append((pair.clamp(-1, 1), true, bodies))
     pairs, flows, masks = zip(*found, strict=True)
     return torch.stack(pairs), torch.stack(flows), torch.stack(masks)
+
+
+def shift(pair_C2HW: Tensor, flow_2HW: Tensor, x: int, y: int) -> tuple[Tensor, Tensor]:
+    """The second picture moved by (x, y) pixels, its rim repeated where it would be bare, and the flow with it."""
+    height, width = flow_2HW.shape[1:]
+    rows = (torch.arange(height) - y).clamp(0, height - 1)
+    columns = (torch.arange(width) - x).clamp(0, width - 1)
+    moved = pair_C2HW[:, 1][:, rows][:, :, columns]
+    return torch.stack([pair_C2HW[:, 0], moved], 1), flow_2HW + flow_2HW.new_tensor([x, y]).view(2, 1, 1)
 
 
 def flow_loss(
