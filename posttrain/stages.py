@@ -108,7 +108,8 @@ def train(plan: Recipe, folder: Path) -> None:
     if plan.eval and not hasattr(model, "transformer"):
         raise UserError(f"eval: is for video models; leave it out of a {plan.model.family}'s recipe")
     groups = check_groups(plan)
-    clips = Clips(plan.data, preload=False, violated=bool(groups and groups.counterfactuals))
+    truths = method.truths(plan.method.config) if hasattr(method, "truths") else ()
+    clips = Clips(plan.data, preload=False, violated=bool(groups and groups.counterfactuals), truths=truths)
     tell(clips, folder)
     if method.DATA in ("clips", "annotated latents") and not clips.annotated:
         bare = next(split.folder for split in clips.splits if not split.annotated)
