@@ -4,7 +4,7 @@ With f the flow that RAFT sees from each picture to the next, f* the simulator's
 
     R = -mean_{t, pixels of the region, x and y} [ u |f - f*| + (1 - u) W ]
 
-where u is how much of the true pictures' contrast the later one has (rewards/base.py): of a blank picture flow says
+where u is 1 unless the later picture has lost most of its contrast (rewards/base.py): of a blank picture flow says
 nothing, and it would tie with one that is frozen.
 
 The trap. Over the whole image, what moves in the wrong place is charged twice, where it is and where it should be, and
