@@ -7,8 +7,8 @@ and D the picture's diagonal, all in pixels:
 
 with a the area of the true mask in frame 0, and u 1 unless the picture has lost most of its contrast (rewards/base.py).
 So what has vanished, is smeared all over a noisy picture, or is dreamt into a blank one, is as far off as anything can
-be, and is called back by w; between half its area and twice, w is 1. In [-1, 0]; 0 where m is always empty. It is PISA's
-L2 (posttrain/metrics/pisa.py) made differentiable.
+be, and is called back by w; between half its area and twice, w is 1. In [-1, 0]; 0 where m is always empty. It is
+PISA's L2 (posttrain/metrics/pisa.py) made differentiable.
 
 What it does not see: shape and turning, and size within that factor; use it beside `segmentation`.
 """
