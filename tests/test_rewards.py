@@ -261,17 +261,22 @@ def test_segmentation_and_trajectory_gradients_in_double_precision() -> None:
         assert (gradient * way).sum().item() == pytest.approx(slope(reward, video, way, 1e-5), rel=1e-2)
 
 
-def test_flow_gradient_of_one_update() -> None:
-    """RAFT is in single precision and cuts the gradient before every update: with one update it is the true one."""
+def test_flow_is_torchvisions_with_the_whole_gradient() -> None:
+    """The same flow; and the gradient is its derivative, which torchvision's, cut before every update, is not."""
     net = raft.load(ModelConfig(family="raft", path="pocket")).flow
-    net.updates = 1
-    video, way = scene(3).video_BCFHW, torch.randn(1, 3, 3, SIZE, SIZE, generator=GENERATOR)
+    video, way = scene(3).video_BCFHW, random(1, 3, 3, SIZE, SIZE) - 0.5
+    with torch.no_grad():
+        torch.testing.assert_close(net.see(video), net(video)[-1], atol=1e-4, rtol=1e-4)
 
-    def reward(x: Tensor) -> Tensor:
-        return (net(x)[-1].double() * torch.linspace(-1, 1, SIZE, dtype=torch.float64)).sum((1, 2, 3, 4))
+    def weighed(flow_BFCHW: Tensor) -> Tensor:
+        return (flow_BFCHW * torch.linspace(-1, 1, SIZE)).sum((1, 2, 3, 4))
 
-    _, gradient = matrix.with_gradient(lambda x, _: reward(x), video, Batch(()))
-    assert (gradient * way).sum().item() == pytest.approx(slope(reward, video, way, 1e-3), rel=1e-2)
+    _, cut = matrix.with_gradient(lambda x, _: weighed(net(x)[-1]), video, Batch(()))
+    net, video = net.double(), video.double()
+    expected = slope(lambda x: weighed(net.see(x)), video, way, 1e-7)
+    _, whole = matrix.with_gradient(lambda x, _: weighed(net.see(x)), video, Batch(()))
+    assert (whole * way).sum().item() == pytest.approx(expected, rel=1e-4)
+    assert (cut * way).sum().item() != pytest.approx(expected, rel=0.1)
 
 
 # ---------------------------------------------------------------------- on filmed violations
@@ -481,10 +486,10 @@ def test_flow_of_a_small_clip_is_in_its_own_pixels() -> None:
     picture = torch.rand(1, 3, 2, 128, 160, generator=GENERATOR) * 2 - 1
     small = torch.nn.functional.interpolate(picture[:, :, 0], (64, 80), mode="bilinear", antialias=True)
     with torch.no_grad():
-        assert net(picture)[-1].shape == (1, 1, 2, 128, 160)
-        half = net(torch.stack([small, small.roll(2, 3)], 2))[-1]
+        assert net.see(picture).shape == (1, 1, 2, 128, 160)
+        half = net.see(torch.stack([small, small.roll(2, 3)], 2))
         enlarged = torch.nn.functional.interpolate(torch.cat([small, small.roll(2, 3)]), (128, 160), mode="bilinear")
-        whole = net(enlarged.unflatten(0, (1, 2)).transpose(1, 2))[-1]
+        whole = net.see(enlarged.unflatten(0, (1, 2)).transpose(1, 2))
     expected = torch.nn.functional.interpolate(whole[:, 0] / 2, (64, 80), mode="bilinear", antialias=True)
     torch.testing.assert_close(half[:, 0], expected)
 
