@@ -132,7 +132,7 @@ def test_training_lowers_the_loss_and_what_is_saved_loads(
         flow = np.zeros((*inside.shape, 2), np.float16)
         flow[..., 1] = inside * np.diff(tops, append=tops[-1])[:, None, None]
         np.savez(path, instances=inside.astype(np.uint8), flow=flow, depth=np.where(inside, 1.5, 3.0))
-    method = {"raft": "flow_net", "depth": "depth_net"}[family]
+    method = {"raft": "flow_net, shifted: 0", "depth": "depth_net"}[family]
     (tmp_path / "recipe.yaml").write_text(
         f"run: net\nmodel: {{family: {family}, path: pocket, init: random}}\ndata: {{clips: drops}}\n"
         f"method: {{name: {method}}}\ntrain: {{steps: 8, batch: 3, lr: 2.0e-3}}\n"

@@ -52,6 +52,11 @@ def random(*shape: int) -> Tensor:
     return torch.rand(shape, dtype=torch.float64, generator=GENERATOR)
 
 
+def path_error(p_BFHW: Tensor, m_BFHW: Tensor, mask0_BHW: Tensor) -> Tensor:
+    """In pictures whose contrast is not in question."""
+    return trajectory.path_error(p_BFHW, m_BFHW, mask0_BHW, torch.ones(p_BFHW.shape[:2]))
+
+
 def slope(function: Callable[[Tensor], Tensor], x: Tensor, way: Tensor, step: float) -> float:
     """The derivative of `function` along `way`, by central differences."""
     with torch.no_grad():
@@ -88,24 +93,27 @@ def test_soft_iou_of_hard_masks_is_the_metrics() -> None:
 def test_path_error_is_the_metrics_l2() -> None:
     """A mask 3 and 4 pixels away on 64 x 64: 5 / (64 sqrt 2)."""
     true, found = square((10, 10), (20, 10)), square((13, 14), (20, 10))
-    got = trajectory.path_error(found.double(), true, true[:, 0]).item()
+    got = path_error(found.double(), true, true[:, 0]).item()
     assert got == pytest.approx(-5 / (64 * 2**0.5) / 2)
     true, found = square((10, 10), (20, 10), (30, 12)), square((10, 10), (22, 10), (35, 20))
     expected = pisa.score(found[0].numpy(), true[0].numpy(), 16, 16)["l2"]
-    assert -trajectory.path_error(found.double(), true, true[:, 0]).item() == pytest.approx(expected)
+    assert -path_error(found.double(), true, true[:, 0]).item() == pytest.approx(expected)
 
 
 def test_path_error_of_what_is_gone_is_the_largest() -> None:
     true = square((10, 10), (20, 10))
-    assert trajectory.path_error(torch.zeros(true.shape), true, true[:, 0]).item() == -1
+    assert path_error(torch.zeros(true.shape), true, true[:, 0]).item() == -1
     # a quarter of its area at the right place: half of it counts as gone
-    assert trajectory.path_error(0.25 * true.double(), true, true[:, 0]).item() == pytest.approx(-0.5)
+    assert path_error(0.25 * true.double(), true, true[:, 0]).item() == pytest.approx(-0.5)
     # all over the picture: 2 x 64 of 4096 pixels count
     everywhere = torch.ones(true.shape, dtype=torch.float64)
-    got = trajectory.path_error(everywhere, true, true[:, 0]).item()
+    got = path_error(everywhere, true, true[:, 0]).item()
     assert -1 < got < -1 + 2 * 64 / 4096
+    # in a picture of half the contrast that is asked for
+    dim = trajectory.path_error(true.double(), true, true[:, 0], torch.tensor([[1.0, 0.5]]))
+    assert dim.item() == -0.25
     # where the true object is hidden nothing is asked
-    assert trajectory.path_error(everywhere[:, :1], square(None), true[:, 0]).item() == 0
+    assert path_error(everywhere[:, :1], square(None), true[:, 0]).item() == 0
 
 
 def test_path_error_points_downhill_from_any_distance() -> None:
@@ -115,7 +123,7 @@ def test_path_error_points_downhill_from_any_distance() -> None:
         p = square((row, 30)).double()
         change = p.roll(1, 2) - p
         p.requires_grad_()
-        (along,) = torch.autograd.grad(trajectory.path_error(p, true, true[:, 0]).sum(), p)
+        (along,) = torch.autograd.grad(path_error(p, true, true[:, 0]).sum(), p)
         assert (along * change).sum() > 0.5 / (64 * 2**0.5)
         (along,) = torch.autograd.grad(segmentation.soft_iou(p, true, true[:, 0]).sum(), p)
         assert (along * change).sum() == 0
@@ -179,7 +187,7 @@ def test_scale_and_shift_are_least_squares() -> None:
 
 def test_contrast_is_that_of_the_true_pictures() -> None:
     true = random(1, 3, 4, 8, 8)
-    shown = torch.stack([true[:, :, 0], true[:, :, 1], 0.5 * true[:, :, 2] + 0.3, 0 * true[:, :, 3]], 2)
+    shown = torch.stack([true[:, :, 0], true[:, :, 1], 0.25 * true[:, :, 2] + 0.3, 0 * true[:, :, 3]], 2)
     torch.testing.assert_close(contrast(shown, true), torch.tensor([[1, 0.5, 0]], dtype=torch.float64))
 
 
@@ -189,11 +197,11 @@ def test_gradients_are_exact_in_double_precision(name: str) -> None:
     maps, moved, shown = (random(2, 3, 6, 6), random(2, 3)), random(2, 3, 2, 6, 6), random(1, 3, 3, 4, 4)
     cases: dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ...]], Tensor]] = {
         "soft_iou": (lambda p: segmentation.soft_iou(p, m, m[:, 0]), random(2, 3, 6, 6)),
-        "path_error": (lambda p: trajectory.path_error(p, m, m[:, 0]), random(2, 3, 6, 6) ** 4),
+        "path_error": (lambda p: path_error(p, m, m[:, 0]), random(2, 3, 6, 6) ** 4),
         "flow_error": (lambda f: flow.flow_error(f, moved, m, maps[1]), random(2, 3, 2, 6, 6)),
         "depth_error": (lambda q: depth.depth_error(q, maps[0], maps[1]), random(2, 3, 6, 6)),
         "fit": (lambda q: depth.fit(q, maps[0][:, 0]), random(2, 6, 6)),
-        "contrast": (lambda v: contrast(0.5 * v, shown), random(1, 3, 3, 4, 4)),
+        "contrast": (lambda v: contrast(0.25 * v, shown), random(1, 3, 3, 4, 4)),
     }
     function, x = cases[name]
     assert torch.autograd.gradcheck(function, x.requires_grad_())
@@ -244,7 +252,7 @@ def test_segmentation_and_trajectory_gradients_in_double_precision() -> None:
     video = batch.video_BCFHW.double() + 0.1 * random(1, 3, 3, SIZE, SIZE)
     way = torch.zeros_like(video)
     way[:, :, 2] = random(1, 3, SIZE, SIZE) - 0.5
-    for value in (segmentation.soft_iou, trajectory.path_error):
+    for value in (segmentation.soft_iou, path_error):
 
         def reward(x: Tensor, value: Callable[..., Tensor] = value) -> Tensor:
             return value(net(x, m[:, 0]).sigmoid()[:, 1:], m[:, 1:], m[:, 0])
@@ -253,17 +261,22 @@ def test_segmentation_and_trajectory_gradients_in_double_precision() -> None:
         assert (gradient * way).sum().item() == pytest.approx(slope(reward, video, way, 1e-5), rel=1e-2)
 
 
-def test_flow_gradient_of_one_update() -> None:
-    """RAFT is in single precision and cuts the gradient before every update: with one update it is the true one."""
+def test_flow_is_torchvisions_with_the_whole_gradient() -> None:
+    """The same flow; and the gradient is its derivative, which torchvision's, cut before every update, is not."""
     net = raft.load(ModelConfig(family="raft", path="pocket")).flow
-    net.updates = 1
-    video, way = scene(3).video_BCFHW, torch.randn(1, 3, 3, SIZE, SIZE, generator=GENERATOR)
+    video, way = scene(3).video_BCFHW, random(1, 3, 3, SIZE, SIZE) - 0.5
+    with torch.no_grad():
+        torch.testing.assert_close(net.see(video), net(video)[-1], atol=1e-4, rtol=1e-4)
 
-    def reward(x: Tensor) -> Tensor:
-        return (net(x)[-1].double() * torch.linspace(-1, 1, SIZE, dtype=torch.float64)).sum((1, 2, 3, 4))
+    def weighed(flow_BFCHW: Tensor) -> Tensor:
+        return (flow_BFCHW * torch.linspace(-1, 1, SIZE)).sum((1, 2, 3, 4))
 
-    _, gradient = matrix.with_gradient(lambda x, _: reward(x), video, Batch(()))
-    assert (gradient * way).sum().item() == pytest.approx(slope(reward, video, way, 1e-3), rel=1e-2)
+    _, cut = matrix.with_gradient(lambda x, _: weighed(net(x)[-1]), video, Batch(()))
+    net, video = net.double(), video.double()
+    expected = slope(lambda x: weighed(net.see(x)), video, way, 1e-7)
+    _, whole = matrix.with_gradient(lambda x, _: weighed(net.see(x)), video, Batch(()))
+    assert (whole * way).sum().item() == pytest.approx(expected, rel=1e-4)
+    assert (cut * way).sum().item() != pytest.approx(expected, rel=0.1)
 
 
 # ---------------------------------------------------------------------- on filmed violations
@@ -276,16 +289,16 @@ def rewards() -> dict[str, Reward]:
 
 @pytest.fixture(scope="module")
 def filmed(tmp_path_factory: pytest.TempPathFactory) -> Split:
-    """Two groups of recipes/pocket/violations.yaml's kind, 17 frames each."""
+    """A group of recipes/pocket/violations.yaml's kind, but short."""
     config = counterfactual.Config(
-        width=64, height=64, frames=17, dropped=(1, 1), pile=(0, 0), drop=(0.5, 0.8), size=(0.3, 0.35),
+        width=64, height=64, frames=13, dropped=(1, 1), pile=(0, 0), drop=(0.5, 0.8), size=(0.3, 0.35),
         region=(0.7, 0.0), camera_gap=1.6, camera_height=(0.5, 0.5), camera_step=(0.0, 0.0), target_pixels=(9, 24),
         texture=0.0, studio=True, contrast=0.4, sun=(82.0, 90.0), restitution=(0.2, 0.3),
         shapes=("ball", "barrel", "box"),
         violations={kind: sweep for kind, (_, _, sweep) in counterfactual.KINDS.items() if kind in KINDS},
     )  # fmt: skip
     out = tmp_path_factory.mktemp("filmed")
-    dataset.write(out, dataset.Film("counterfactual", config, seed=5), {"test_unseen": 2}, workers=1)
+    dataset.write(out, dataset.Film("counterfactual", config, seed=5), {"test_unseen": 1}, workers=1)
     return open_split(out, "test_unseen")
 
 
@@ -301,7 +314,9 @@ def test_every_declared_kind_is_ranked(filmed: Split, rewards: dict[str, Reward]
                 for other in matrix.violated(filmed, group, ranked):
                     value = rewards[name](other.video_BCFHW, batch).item()
                     clips.append(matrix.Judged(group, other.kind, other.severity, value))
-        assert {kind: matrix.rho(clips, kind) for kind in ranked if matrix.rho(clips, kind) > -matrix.ASKED} == {}, name
+        assert {
+            kind: matrix.rho(clips, kind) for kind in ranked if matrix.rho(clips, kind) > 1e-6 - matrix.ASKED
+        } == {}, name
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -471,10 +486,10 @@ def test_flow_of_a_small_clip_is_in_its_own_pixels() -> None:
     picture = torch.rand(1, 3, 2, 128, 160, generator=GENERATOR) * 2 - 1
     small = torch.nn.functional.interpolate(picture[:, :, 0], (64, 80), mode="bilinear", antialias=True)
     with torch.no_grad():
-        assert net(picture)[-1].shape == (1, 1, 2, 128, 160)
-        half = net(torch.stack([small, small.roll(2, 3)], 2))[-1]
+        assert net.see(picture).shape == (1, 1, 2, 128, 160)
+        half = net.see(torch.stack([small, small.roll(2, 3)], 2))
         enlarged = torch.nn.functional.interpolate(torch.cat([small, small.roll(2, 3)]), (128, 160), mode="bilinear")
-        whole = net(enlarged.unflatten(0, (1, 2)).transpose(1, 2))[-1]
+        whole = net.see(enlarged.unflatten(0, (1, 2)).transpose(1, 2))
     expected = torch.nn.functional.interpolate(whole[:, 0] / 2, (64, 80), mode="bilinear", antialias=True)
     torch.testing.assert_close(half[:, 0], expected)
 

@@ -20,6 +20,7 @@ Shape letters: B batch, C channels, F frames, H W pixels.
 """
 
 import argparse
+import math
 import pkgutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -186,7 +187,7 @@ def total(judged: Mapping[str, list[Judged]], weights: Mapping[str, float]) -> l
 
 
 def rho(clips: Sequence[Judged], kind: str) -> float:
-    """Spearman's between reward and severity, the median over groups; nan where no group has the kind."""
+    """Spearman's between reward and severity, the median over groups; nan where none has it at several severities."""
     found = []
     for group in dict.fromkeys(clip.group for clip in clips):
         chosen = [clip for clip in clips if clip.group == group and clip.kind in (TRUE, kind)]
@@ -223,7 +224,8 @@ def table(judged: Mapping[str, list[Judged]], declared: Mapping[str, Sequence[st
 
     def cell(name: str, kind: str) -> str:
         clips = judged[name]
-        text = f"{rho(clips, kind):+.2f}"
+        order = rho(clips, kind)
+        text = "–" if math.isnan(order) else f"{order:+.2f}"
         ways = " ".join(right(clips, kind, way) for way in ("towards", "nearer"))
         return (f"**{text}**" if kind in declared.get(name, ()) else text) + f" {ways}"
 

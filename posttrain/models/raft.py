@@ -2,8 +2,10 @@
 
 Where weights come from: `pocket` (embedded), `raft_large` and `raft_small` (those that torchvision publishes), a folder
 as `Model.save` writes it, or a file: torchvision's state dict (.pth, .safetensors) or one of the original code
-(raft-things.pth and its kin), whose names are mapped. A gradient goes to the pictures through features and the last
-update only: RAFT detaches its estimate before each update, as published.
+(raft-things.pth and its kin), whose names are mapped.
+
+torchvision's forward cuts the gradient before each update, as the paper does for training; what is left is not the
+derivative of the flow and may point elsewhere. `Flow.see` runs the same parts without the cut.
 """
 
 import math
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.models import optical_flow
 from torchvision.models.optical_flow import raft
+from torchvision.models.optical_flow._utils import upsample_flow
 
 from posttrain.files import UserError, read_json, replacing, write_json
 from posttrain.models.base import ModelConfig
@@ -57,17 +60,47 @@ class Flow(nn.Module):
         """The estimates after each update, the best last, each flow_BFCHW (F - 1 frames; x to the right, y down).
 
         It is in pixels, from each picture in [-1, 1] to the next one. Pictures whose sides are below 128 pixels, or no
-        multiples of 8, are enlarged, and flow is scaled back.
+        multiples of 8, are enlarged, and flow is scaled back. For training: torchvision's forward.
         """
+        shown = self._enlarged(video_BCFHW)
+        pairs = (shown[:, :-1].flatten(0, 1), shown[:, 1:].flatten(0, 1))
+        return [self._scaled(flow, video_BCFHW) for flow in self.net(*pairs, num_flow_updates=self.updates)]
+
+    def see(self, video_BCFHW: Tensor) -> Tensor:
+        """The last of them alone, with the whole gradient; every picture is encoded once for both of its pairs."""
+        shown = self._enlarged(video_BCFHW)
+        features = self.net.feature_encoder(shown.flatten(0, 1)).unflatten(0, shown.shape[:2])
+        first, second = features[:, :-1].flatten(0, 1), features[:, 1:].flatten(0, 1)
+        context = self.net.context_encoder(shown[:, :-1].flatten(0, 1))
+        hidden = self.net.update_block.hidden_state_size
+        state, context = context[:, :hidden].tanh(), context[:, hidden:].relu()
+        self.net.corr_block.build_pyramid(first, second)
+        rows, columns = (torch.arange(side).to(first) for side in first.shape[2:])
+        start = torch.stack(torch.meshgrid(columns, rows, indexing="xy")).expand(len(first), -1, -1, -1)
+        flow = torch.zeros_like(start)
+        for _ in range(self.updates):
+            seen = self.net.corr_block.index_pyramid(centroids_coords=start + flow)
+            state, change = self.net.update_block(state, context, seen, flow)
+            flow = flow + change
+        mask = None if self.net.mask_predictor is None else self.net.mask_predictor(state)
+        return self._scaled(upsample_flow(flow, mask), video_BCFHW)
+
+    def _enlarged(self, video_BCFHW: Tensor) -> Tensor:
+        """The pictures as the network takes them, (B, F, C, H, W)."""
         batch, _, frames, height, width = video_BCFHW.shape
         times = max(1.0, SMALLEST / min(height, width))
         size = [8 * math.ceil(side * times / 8) for side in (height, width)]
         pictures = video_BCFHW.transpose(1, 2).flatten(0, 1)
-        shown = F.interpolate(pictures, size, mode="bilinear").unflatten(0, (batch, frames))
-        found = self.net(shown[:, :-1].flatten(0, 1), shown[:, 1:].flatten(0, 1), num_flow_updates=self.updates)
-        scale = video_BCFHW.new_tensor([width / size[1], height / size[0]]).view(2, 1, 1)
-        seen = (F.interpolate(flow, (height, width), mode="bilinear", antialias=True) for flow in found)
-        return [(scale * flow).unflatten(0, (batch, frames - 1)) for flow in seen]
+        return F.interpolate(pictures, size, mode="bilinear").unflatten(0, (batch, frames))
+
+    def _scaled(self, flow_NCHW: Tensor, video_BCFHW: Tensor) -> Tensor:
+        """The flow of enlarged pictures in pixels of the video."""
+        batch, _, frames, height, width = video_BCFHW.shape
+        tall, wide = flow_NCHW.shape[-2:]
+        seen = F.interpolate(flow_NCHW, (height, width), mode="bilinear", antialias=True)
+        return (flow_NCHW.new_tensor([width / wide, height / tall]).view(2, 1, 1) * seen).unflatten(
+            0, (batch, frames - 1)
+        )
 
 
 def build(sizes: dict[str, Any]) -> raft.RAFT:
@@ -107,7 +140,7 @@ class Model:
 
     def __call__(self, video_BCFHW: Tensor) -> Tensor:
         """flow_BFCHW of F - 1 frames."""
-        return self.module(video_BCFHW)[-1]
+        return self.flow.see(video_BCFHW)
 
     def save(self, path: Path) -> None:
         """Write config.json and model.safetensors into the folder `path`."""

@@ -80,11 +80,11 @@ def true_masks(batch: Batch) -> Tensor:
 
 
 def contrast(video_BCFHW: Tensor, true_BCFHW: Tensor) -> Tensor:
-    """How much of the true pictures' contrast these have, (B, F - 1) in [0, 1], after frame 0: the standard deviation
-    over pixels, mean over channels.
+    """Whether these pictures have the contrast of the true ones, (B, F - 1), after frame 0: 1 from half of it on, 0
+    where there is none. Contrast is the standard deviation over pixels, mean over channels.
 
-    What flow and depth networks see in a flat picture is what they were used to see. A reward made of them charges the
-    share that is missing with its largest error.
+    What a network sees in a flat picture is what it was used to see: rewards charge such a picture with their largest
+    error. Nothing is asked from half on, where clips differ in what they show.
     """
     shown, true = (video[:, :, 1:].flatten(3).std(3).mean(1) for video in (video_BCFHW, true_BCFHW))
-    return (shown / true.clamp_min(1e-6)).clamp_max(1.0)
+    return (2 * shown / true.clamp_min(1e-6)).clamp_max(1.0)

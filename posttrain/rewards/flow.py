@@ -4,7 +4,7 @@ With f the flow that RAFT sees from each picture to the next, f* the simulator's
 
     R = -mean_{t, pixels of the region, x and y} [ u |f - f*| + (1 - u) W ]
 
-where u is how much of the true pictures' contrast the later one has (rewards/base.py): of a blank picture flow says
+where u is 1 unless the later picture has lost most of its contrast (rewards/base.py): of a blank picture flow says
 nothing, and it would tie with one that is frozen.
 
 The trap. Over the whole image, what moves in the wrong place is charged twice, where it is and where it should be, and
@@ -14,7 +14,8 @@ in one of the two pictures: a frozen clip is then the worst but for one that mov
 where an object is while it lies still, and a clip in which it vanishes after landing costs little: use it beside
 `segmentation` and `trajectory`, which know.
 
-Departures from the paper: the truth is the simulator's flow, not RAFT's of the true clip; the region; u.
+Departures from the paper: the truth is the simulator's flow, not RAFT's of the true clip; the region; u; the whole
+gradient (models/raft.py: `see`).
 """
 
 from typing import Literal
@@ -28,7 +29,7 @@ from posttrain.rewards.base import Reward, RewardConfig, contrast, frozen
 from posttrain.types import Batch
 
 TRUTHS: tuple[str, ...] = ("flow",)
-RANKS: tuple[str, ...] = ()
+RANKS: tuple[str, ...] = ("weak_gravity", "hover")
 
 
 class Config(RewardConfig):
@@ -40,7 +41,8 @@ class Config(RewardConfig):
 
 def load(config: Config, device: torch.device | str = "cpu") -> Reward:
     """The reward above. Raises UserError where there is no such RAFT."""
-    net = frozen(raft.load(ModelConfig(family="raft", path=config.path), str(device)).flow)
+    net = raft.load(ModelConfig(family="raft", path=config.path), str(device)).flow
+    frozen(net)
 
     def reward(video_BCFHW: Tensor, batch: Batch) -> Tensor:
         assert batch.video_BCFHW is not None
@@ -51,7 +53,7 @@ def load(config: Config, device: torch.device | str = "cpu") -> Reward:
         if config.region == "image":
             region = torch.ones_like(region)
         seen = contrast(video_BCFHW, batch.video_BCFHW)
-        return flow_error(net(video_BCFHW)[-1], batch.flow_BFCHW[:, :-1], region, seen)
+        return flow_error(net.see(video_BCFHW), batch.flow_BFCHW[:, :-1], region, seen)
 
     return reward
 

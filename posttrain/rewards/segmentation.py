@@ -26,7 +26,7 @@ from posttrain.rewards.base import Reward, RewardConfig, frozen, true_masks
 from posttrain.types import Batch
 
 TRUTHS: tuple[str, ...] = ()
-RANKS: tuple[str, ...] = ()
+RANKS: tuple[str, ...] = ("weak_gravity", "hover", "delay", "vanish", "melt", "slow_motion")
 
 
 class Config(RewardConfig):
