@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tool.add_argument("--processes", type=positive, default=1, metavar="N", help=among)
     _add_compare(parsers)
     _add_sample(parsers)
+    _add_score(parsers)
     options = recipe.arguments(parser, arguments)
     try:
         if options.command == "doctor":
@@ -66,6 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.height is not None:
                 wishes["size"] = options.height, options.width
             commands.sample(options.target, options.image, wishes, options.scale, options.output)
+            return 0
+        if options.command == "score":
+            asked = {name: getattr(options, name) for name in JUDGING if getattr(options, name) is not None}
+            commands.judge(options.folder, options.judge, options.clips, options.split, asked)
             return 0
         if options.command == "eval" and (options.clips or options.run):
             if options.overrides:
@@ -141,6 +146,7 @@ def _add_compare(parsers: Any) -> None:
 
 ASKED = ("steps", "guidance", "seeds")  # options of `eval --run`
 SCORING = ("tracker", "fps", "out", *ASKED)  # and of `eval --clips`
+JUDGING = ("model", "frames", "url", "rate", "tracker")  # options of `score`
 WISHES = ("prompt", "negative", "seeds", "frames", "fps", "steps", "guidance", "guidance_low")  # see gallery.Wish
 
 
@@ -165,6 +171,24 @@ def _add_sample(parsers: Any) -> None:
     command.add_argument("--guidance-low", type=float, help="of the second of two experts, where it differs")
     command.add_argument("--scale", type=float, default=1.0, help="how much the run's adapter counts (default 1)")
     command.add_argument("--output", type=Path, help="folder (default: samples/asked in the run's)")
+
+
+def _add_score(parsers: Any) -> None:
+    text = "let a judge score videos: do they follow their text (sa), and physics (pc)"
+    more = "Scores of 0 to 1 lie in scores.jsonl beside the videos, where data.groups.samples looks for them."
+    command = parsers.add_parser("score", help=text, description=f"{text}. {more}")
+    folder = "samples, as `posttrain groups --seeds` makes them; or, without --clips, a dataset folder"
+    command.add_argument("folder", type=Path, metavar="FOLDER", help=folder)
+    judges = "what the simulator knows, a model of transformers, or one behind an OpenAI-compatible server"
+    command.add_argument("--judge", choices=("simulator", "vlm", "endpoint"), required=True, help=judges)
+    command.add_argument("--clips", type=Path, metavar="DATASET", help="whose clips the samples continue")
+    command.add_argument("--split", default="train", help="of the dataset (default train)")
+    command.add_argument("--model", metavar="FOLDER|HUB|NAME", help="for vlm, as Qwen/Qwen2.5-VL-7B-Instruct; endpoint")
+    command.add_argument("--frames", type=positive, help="pictures of each video, for vlm and endpoint (default 16)")
+    url = "for endpoint, as http://localhost:8000/v1; a key is taken from OPENAI_API_KEY"
+    command.add_argument("--url", help=url)
+    command.add_argument("--rate", type=rate, metavar="N", help="for endpoint, requests per minute at most")
+    command.add_argument("--tracker", metavar="FOLDER|HUB", help="for simulator with --clips, as in `posttrain eval`")
 
 
 def positive(text: str) -> int:

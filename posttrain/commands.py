@@ -1,4 +1,4 @@
-"""What is asked of models and finished runs beside a recipe's stages: compare, sample, score."""
+"""What is asked of models and finished runs beside a recipe's stages: compare, sample, score, judge."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from posttrain import files
-from posttrain.data.clips import Clips, open_splits
+from posttrain.data.clips import Clips, DataConfig, open_splits
 from posttrain.evaluate import EvalConfig
 from posttrain.experiment import ADAPTER, RUNS, TRAINED, Recipe, need_training, open_run
 from posttrain.files import UserError
@@ -30,6 +30,8 @@ from posttrain.stages import (
     tuned_model,
     wait,
 )
+
+FRAMES = 16  # of a video that a model is shown
 
 
 def compare(targets: Sequence[str]) -> None:
@@ -261,6 +263,65 @@ def score(
         print_table(records, released=True)
         print("report:", report(folder)[1])
     wait()
+
+
+JUDGES = {  # what each may be asked, and what it must be
+    "simulator": (("tracker",), ()),
+    "vlm": (("model", "frames"), ("model",)),
+    "endpoint": (("model", "frames", "url", "rate"), ("model", "url")),
+}
+
+
+@memory("scoring", "take a smaller --model, or fewer --frames")
+def judge(folder: Path, by: str, clips: Path | None, split: str, asked: Mapping[str, Any]) -> None:
+    """Score the videos of a folder, as far as they are not; the scores lie beside them, where groups look for them.
+
+    Args:
+        by: one of JUDGES, see posttrain/judges.
+        clips: the dataset whose clips the videos continue; None: `folder` has captions itself.
+        asked: what is left out is as usual: the embedded tracker, 16 frames, any rate.
+
+    Raises:
+        UserError: the folder, the dataset, the judge or what it is asked are not what they should be.
+    """
+    from posttrain.judges.folder import find, score
+
+    may, must = JUDGES[by]
+    if wrong := [name for name in asked if name not in may]:
+        raise UserError(f"--{wrong[0]}: is not for --judge {by}; leave it out")
+    if missing := [name for name in must if name not in asked]:
+        raise UserError(f"--{missing[0]}: is missing; --judge {by} needs it")
+    found, path = find(folder, clips, split)
+    if main_process():
+        rows = score(found, path, *_judge(folder, by, clips, split, asked))
+        sa, pc = (float(np.mean([row[key] for row in rows])) for key in ("sa", "pc"))
+        print(f"scores: {len(rows)} videos, on average sa {sa:.3f}, pc {pc:.3f}; they are in {path}")
+    wait()
+
+
+def _judge(folder: Path, by: str, clips: Path | None, split: str, asked: Mapping[str, Any]) -> tuple[Any, str]:
+    """What makes a judge ready, and its name, which changes with what its scores depend on."""
+    from posttrain.evaluate import weights_fingerprint
+    from posttrain.judges import endpoint, simulator
+    from posttrain.judges.questions import asking
+
+    if by == "simulator":
+        truths = Clips(DataConfig(clips=str(clips or folder), split=split), preload=False, violated=clips is None)
+        if clips is None:
+            return lambda: simulator.counterfactuals(truths), "simulator"
+        tracker = load_tracker(asked.get("tracker", "pocket"))
+        name = f"simulator with tracker {weights_fingerprint(tracker.module)[:8]}, clips {truths.key[:8]}"
+        return lambda: simulator.samples(truths, tracker, device()), name
+    model, frames = asked["model"], asked.get("frames", FRAMES)
+
+    def ready() -> Any:
+        if by == "endpoint":
+            return asking(endpoint.connect(asked["url"], model, CACHE / "judges", asked.get("rate")), frames)
+        from posttrain.judges import vlm  # takes seconds, for transformers
+
+        return asking(vlm.load(model, device()), frames)
+
+    return ready, f"{by} {model}, {frames} frames"
 
 
 @memory("sampling", "lower eval.batch in the run's recipe; its videos have the size and frames of its clips")

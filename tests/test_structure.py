@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "posttrain.methods.oro": [*CONTRACT, *ROOMS, "posttrain.recipe"],  # its rewards are named parts
     "posttrain.benchmarks": [*CONTRACT, "posttrain.metrics", "posttrain.data"],
     "posttrain.benchmarks.rewards": [*CONTRACT, "posttrain.data", "posttrain.rewards", "posttrain.recipe"],
+    "posttrain.judges": [*CONTRACT, "posttrain.metrics", "posttrain.data"],
     "posttrain.sample": [*CONTRACT, "posttrain.flow", "posttrain.data", "posttrain.models.base"],
     "posttrain.gallery": [*CONTRACT, "posttrain.models.base", "posttrain.sample"],
     "posttrain.evaluate": [
@@ -65,7 +66,7 @@ MAY_IMPORT = {
     ],
     "posttrain.commands": [
         *(*CONTRACT, *ROOMS, "posttrain.benchmarks", "posttrain.experiment", "posttrain.evaluate", "posttrain.score"),
-        *("posttrain.gallery", "posttrain.report", "posttrain.stages"),
+        *("posttrain.gallery", "posttrain.report", "posttrain.stages", "posttrain.judges"),
     ],
     "posttrain.cli": ["posttrain", "sim"],
     "posttrain.__main__": ["posttrain.cli"],

@@ -29,6 +29,7 @@ from posttrain.progress import track
 from posttrain.types import Batch
 
 SCORES = "scores.jsonl"
+SAMPLE = re.compile(r"(.+?)-s\d+(-.+)?")  # how the files of samples are called: the clip, the seed, and the model
 # How much first pictures may differ: of 255, in the mean of any of 8 x 8 fields and colours. The pocket's autoencoder
 # and H.264 change up to 19 (120 clips of three datasets, mean 9.5); the most alike of 30 scenes differ by 33 to 64.
 SAME_PICTURE = 25.0
@@ -146,7 +147,7 @@ def _samples(folder: Path, clips: Clips, true: Sequence[int]) -> list[tuple[int,
         raise UserError("data.clips: two clips have one name, and samples go by names; rename one of them")
     found = []
     for video in sorted(folder.glob("*.mp4")):
-        name = re.fullmatch(r"(.+?)-s\d+(-.+)?", video.stem)
+        name = SAMPLE.fullmatch(video.stem)
         if name and name[1] in places:
             found.append((places[name[1]], video, None if rows is None else _scores(path, video.name, rows)))
     return found
@@ -154,7 +155,7 @@ def _samples(folder: Path, clips: Clips, true: Sequence[int]) -> list[tuple[int,
 
 def _scores(path: Path, name: str, rows: dict[Any, dict[str, Any]]) -> Scores:
     if name not in rows:
-        raise UserError(f"{path}: has no row for {name}; score it, or remove the file")
+        raise UserError(f"{path}: has no row for {name}; `posttrain score` it, or remove the file")
     for field in Scores._fields:
         value = rows[name].get(field)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:

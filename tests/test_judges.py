@@ -1,0 +1,421 @@
+"""Judges: what a score is worth by hand, a tiny LLaVA asked in this process and behind a server, and whole folders."""
+
+import contextlib
+import http.client
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from falling import FPS, SIZE, RedTracker, film, rows_of, write_clip, write_dataset, write_groups
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from posttrain import cli
+from posttrain.data.clips import Clips, DataConfig, GroupsConfig
+from posttrain.data.groups import Scores, gather
+from posttrain.files import UserError, read_jsonl
+from posttrain.judges import endpoint, simulator, vlm
+from posttrain.judges.questions import asking, pictures, questions, ratio, spread
+from posttrain.sample import write_video
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+TEMPLATE = (
+    "{% for message in messages %}user: {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %} assistant:"
+)
+
+
+def llava_folder(out: Path) -> Path:
+    """A LLaVA of random weights that likes to begin its answers with Yes or No."""
+    text = " ".join(questions("square 0 1 falls.")) + " user : assistant"
+    words = [*dict.fromkeys(word for word, _ in pre_tokenizers.Whitespace().pre_tokenize_str(text))]
+    vocabulary = ["<unk>", "<pad>", "<s>", "</s>", "<image>", "Yes", " Yes", "No", *words, *map(str, range(2, 30))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, additional_special_tokens=["<image>"])
+    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    sees = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    LlavaProcessor(images, fast, **sees, chat_template=TEMPLATE).save_pretrained(out)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**size, image_size=16, patch_size=8, initializer_range=0.3)
+    language = LlamaConfig(
+        **size, vocab_size=len(vocabulary), initializer_range=0.3, bos_token_id=2, eos_token_id=3, pad_token_id=1
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = LlavaForConditionalGeneration(
+            LlavaConfig(
+                vision_config=vision,
+                text_config=language,
+                image_token_index=vocabulary.index("<image>"),
+                vision_feature_layer=-1,
+            )
+        )
+        last_D = model.get_input_embeddings().weight[vocabulary.index(":")]  # the prompt's last token
+        last_D *= 8 / last_D.norm()  # so that it tells in the end
+        model.lm_head.weight[5:8] += last_D / 4
+    model.save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return llava_folder(tmp_path_factory.mktemp("judges") / "llava")
+
+
+@pytest.fixture(scope="module")
+def port(llava: Path) -> Iterator[int]:
+    """Of a server in a process of its own."""
+    command = [sys.executable, str(ROOT / "tests" / "vlm_server.py"), str(llava)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        yield int(server.stdout.readline())
+        server.kill()
+
+
+def count(port: int) -> int:
+    """How many requests the server had."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("GET", "/count")
+    return int(connection.getresponse().read())
+
+
+def url(port: int, kind: str = "good") -> str:
+    return f"http://127.0.0.1:{port}/{kind}/v1"
+
+
+def samples(out: Path, seeds: int = 2) -> Path:
+    """What a model made of the first pictures of `write_groups`."""
+    for group, seed in itertools.product(range(2), range(seeds)):
+        video, _ = film(rows_of(2, 5), 4 + 12 * group, 120 + 40 * seed)
+        video[0] = film([2], 4 + 12 * group, 200)[0][0]
+        write_video(out / f"{group:05d}-0-s{seed}.mp4", video, FPS)
+    return out
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    """With drops, a dataset folder of groups, and made, a folder of samples."""
+    write_groups(tmp_path / "drops")
+    samples(tmp_path / "made")
+    with contextlib.chdir(tmp_path):
+        yield tmp_path
+
+
+# ---------------------------------------------------------------- questions
+
+
+def test_the_questions_are_those_of_videocon_physics() -> None:
+    assert questions("a cup falls.") == (
+        'Does this video entail the description: "a cup falls."?',
+        "Does this video follow the physical laws?",
+    )
+
+
+def test_ratio_by_hand() -> None:
+    assert ratio(0.3, 0.1) == pytest.approx(0.75)
+    assert ratio(0.0, 0.1) == 0
+    assert ratio(1e-30, 3e-30) == pytest.approx(0.25)
+
+
+def test_pictures_are_evenly_spread(tmp_path: Path) -> None:
+    assert spread(33, 5).tolist() == [0, 8, 16, 24, 32]
+    assert spread(10, 4).tolist() == [0, 3, 6, 9]
+    assert spread(3, 16).tolist() == [0, 1, 2]
+    assert spread(9, 1).tolist() == [0]
+    video, instances = film(rows_of(2, 9), 8, 200)
+    write_clip(tmp_path / "a.mp4", video, instances)
+    assert (pictures(tmp_path / "a.mp4", 3) == video[[0, 4, 8]]).all()
+
+
+# ---------------------------------------------------------------- the simulator
+
+
+def test_severity_and_metrics_by_hand() -> None:
+    assert simulator.of_severity(0.25) == (1.0, 0.75)
+    assert simulator.of_metrics(l2=0.02, l2_frozen=0.08, vanished=0.1) == pytest.approx((0.9, 0.75))
+    assert simulator.of_metrics(l2=0.0, l2_frozen=0.3, vanished=0.0) == (1.0, 1.0)
+    assert simulator.of_metrics(l2=0.3, l2_frozen=0.3, vanished=0.0) == (1.0, 0.0)
+    assert simulator.of_metrics(l2=0.0, l2_frozen=0.0, vanished=0.0) == (1.0, 1.0)  # nothing moves, in neither
+    assert simulator.of_metrics(l2=0.01, l2_frozen=0.0, vanished=0.0) == (1.0, 0.0)
+
+
+def test_laws_of_the_mapping() -> None:
+    """Scores are in [0, 1], and no better for what is worse."""
+    random = np.random.default_rng(0)
+    for l2, more, frozen, vanished in random.random((200, 4)):
+        some, worse = (simulator.of_metrics(value, frozen, vanished) for value in (l2, l2 + more))
+        assert all(0 <= score <= 1 for score in (*some, *worse))
+        assert worse.pc <= some.pc
+    severities = np.linspace(0, 1, 11)
+    found = [simulator.of_severity(severity).pc for severity in severities]
+    assert found == sorted(found, reverse=True)
+    assert (found[0], found[-1]) == (1.0, 0.0)
+
+
+def test_samples_against_their_truth(tmp_path: Path) -> None:
+    """The truth itself; two rows too low; frozen; gone in the last quarter; twice as large and at half the rate."""
+    write_dataset(tmp_path / "drops", ["train"], clips=1, frames=16)
+    (tmp_path / "made").mkdir()
+    true = rows_of(2, 16)
+    low = np.minimum(true + 2, SIZE - 6)
+    low[0] = 2
+    shown = {"s0": film(true, 4, 200), "s1": film(low, 4, 200), "s2": film([2] * 16, 4, 200), "s3": film(true, 4, 200)}
+    shown["s3"][0][12:] = 90
+    for name, (video, instances) in shown.items():
+        write_clip(tmp_path / "made" / f"00000-{name}.mp4", video, instances)
+    large = film(true, 4, 200)[0][::2].repeat(2, 1).repeat(2, 2)
+    write_video(tmp_path / "made" / "00000-s4.mp4", large, FPS / 2)
+
+    clips = Clips(DataConfig(clips=str(tmp_path / "drops")), preload=False)
+    judge = simulator.samples(clips, RedTracker(), CPU)
+    found = [judge(tmp_path / "made" / f"00000-s{seed}.mp4", "") for seed in range(5)]
+    assert found[0] == (1.0, 1.0)
+    assert found[1] == pytest.approx((1.0, 1 - (low - true).mean() / (true - 2).mean()))
+    assert found[2] == (1.0, 0.0)
+    frozen = (true - 2).mean() / (math.sqrt(2) * SIZE)
+    assert found[3] == pytest.approx((0.75, max(0.0, 1 - 0.25 / frozen)))  # where it vanished, L2 is 1
+    assert found[4].sa == 1
+    assert found[4].pc > 0.95  # compressed with loss
+
+
+# ---------------------------------------------------------------- a model, here and behind a server
+
+
+def test_a_model_and_its_server_agree(llava: Path, port: int, home: Path) -> None:
+    """A plain forward pass there, `generate` here; the likeliest 20 of 55 tokens there, all here."""
+    here = asking(vlm.load(str(llava), CPU), frames=3)
+    there = asking(endpoint.connect(url(port), "tiny", home / "cache"), frames=3)
+    found = []
+    for path in sorted((home / "made").iterdir()):
+        scores = here(path, "square 0 falls.")
+        assert there(path, "square 0 falls.") == pytest.approx(scores, abs=1e-6)
+        found.append(scores)
+    assert all(0.001 < score < 0.999 for scores in found for score in scores)
+    assert len({round(score, 4) for scores in found for score in scores}) == 2 * len(found)
+    assert here(path, "square 1 falls.").sa != scores.sa
+    assert here(path, "square 1 falls.").pc == scores.pc
+
+
+def test_likeliest_tokens_of_an_answer() -> None:
+    """ln .5, ln .1 and ln .2: (.5 + .1) / (.5 + .1 + .2)."""
+    top = [
+        {"token": t, "logprob": math.log(p)} for t, p in ((" Yes", 0.5), ("No", 0.2), ("Yes", 0.1), ("Yesterday", 0.2))
+    ]
+    answer = {"choices": [{"logprobs": {"content": [{"top_logprobs": top}]}}]}
+    assert endpoint.likeliest(answer, "") == [(t["token"], t["logprob"]) for t in top]
+    broken: list[Any] = [{}, [], None, {"choices": []}, {"choices": [{"logprobs": {"content": []}}]}]
+    for answer in broken:
+        with pytest.raises(UserError, match="me answers without logprobs"):
+            endpoint.likeliest(answer, "me")
+
+
+PICTURES = film([2, 20], 8, 200)[0]
+
+
+def test_nothing_is_asked_twice(port: int, tmp_path: Path) -> None:
+    """Other pictures, another question and another name of the model are asked for, the same is not."""
+    ask, before = endpoint.connect(url(port), "tiny", tmp_path), count(port)
+    first = ask(PICTURES, "a?")
+    assert ask(PICTURES, "a?") == first
+    assert endpoint.connect(url(port, "down"), "tiny", tmp_path)(PICTURES.copy(), "a?") == first
+    assert count(port) == before + 1
+    ask(PICTURES[::-1], "a?")
+    ask(PICTURES, "b?")
+    assert count(port) == before + 3
+    with pytest.raises(UserError, match="refuses"):
+        endpoint.connect(url(port), "other", tmp_path)(PICTURES, "a?")
+
+
+def test_what_may_pass_is_tried_again(port: int, tmp_path: Path) -> None:
+    """429, 503 and an answer cut off are not the last word, and 503 for ever is one clear error."""
+    expected = endpoint.connect(url(port), "tiny", tmp_path / "good")(PICTURES, "a?")
+    started = time.monotonic()
+    assert endpoint.connect(url(port, "busy"), "tiny", tmp_path / "busy", wait=0.01)(PICTURES, "a?") == expected
+    assert time.monotonic() - started >= 1  # as the server asks
+    before = count(port)
+    with pytest.raises(UserError, match=r"no answer in 3 tries \(503 .*overloaded.*\); see that the server runs"):
+        endpoint.connect(url(port, "down"), "tiny", tmp_path, tries=3, wait=0.01)(PICTURES, "a?")
+    assert count(port) == before + 3
+
+
+def test_waits_grow(port: int, tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(UserError, match="no answer in 4 tries"):
+        endpoint.connect(url(port, "down"), "tiny", tmp_path, tries=4, wait=0.05)(PICTURES, "a?")
+    assert time.monotonic() - started >= 0.05 * (1 + 2 + 4)
+
+
+def test_the_rate_is_kept(port: int, tmp_path: Path) -> None:
+    ask, started = endpoint.connect(url(port), "tiny", tmp_path, per_minute=300), time.monotonic()
+    for question in ("1?", "2?", "3?"):
+        ask(PICTURES, question)
+    assert time.monotonic() - started >= 2 * 60 / 300
+
+
+def test_a_server_that_cannot_serve_is_one_clear_error(port: int, tmp_path: Path) -> None:
+    def said(address: str, model: str = "tiny") -> str:
+        with pytest.raises(UserError) as caught:
+            endpoint.connect(address, model, tmp_path, tries=2, wait=0.01)(PICTURES, "a?")
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    before = count(port)
+    assert "tiny answers without logprobs (top_logprobs)" in said(url(port, "mute"))
+    assert count(port) == before + 1
+    assert not list(tmp_path.iterdir())
+    assert "refuses (404 Not Found: " in said(url(port), "other")
+    assert "no answer in 2 tries" in said("http://127.0.0.1:1/v1")
+    assert "--url: file:///etc is no address" in said("file:///etc")
+
+
+def test_an_answer_of_neither_word(port: int, tmp_path: Path) -> None:
+    ask = endpoint.connect(url(port), "tiny", tmp_path)
+    ask(PICTURES, "a?")
+    [path] = tmp_path.iterdir()
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps(kept | {"top": [["The", -0.1], ["Maybe", -3.0]]}))
+    with pytest.raises(UserError, match='tiny: begins its answer to "a\\?" with neither Yes nor No'):
+        ask(PICTURES, "a?")
+
+
+def test_models_that_are_none_are_refused(llava: Path, tmp_path: Path) -> None:
+    for name, gone in (("bare", "chat_template.jinja"), ("torn", "model.safetensors")):
+        (tmp_path / name).mkdir()
+        for path in llava.iterdir():
+            if path.name != gone:
+                os.link(path, tmp_path / name / path.name)
+    for path, said in (("bare", "has no chat template"), ("torn", "cannot be loaded"), ("missing", "cannot be loaded")):
+        with pytest.raises(UserError, match=f"--model: .*{path} {said}") as caught:
+            vlm.load(str(tmp_path / path), CPU)
+        assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- whole folders
+
+
+def test_a_folder_of_groups_by_severity(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["score", "drops", "--judge", "simulator"]) == 0
+    rows = read_jsonl(home / "drops" / "train" / "scores.jsonl")
+    assert [row["file_name"] for row in rows] == [f"0000{g}-{i}.mp4" for g in (0, 1) for i in range(4)]
+    assert [(row["sa"], row["pc"]) for row in rows] == [(1.0, 1.0), (1.0, 0.75), (1.0, 0.5), (1.0, 0.25)] * 2
+    assert "scores: 8 videos, on average sa 1.000, pc 0.625" in capsys.readouterr().out
+    clips = Clips(DataConfig(clips="drops"), preload=False, violated=True)
+    members, _ = gather(clips, GroupsConfig(counterfactuals=True))
+    for row, index in zip(rows, range(8), strict=True):
+        if clips.row(index)["violation"]:
+            assert members.scores(index) == (row["sa"], row["pc"])  # what groups take it for
+
+
+def test_samples_are_scored_where_groups_look(home: Path, llava: Path, port: int) -> None:
+    """By a model and by its server, with the same result; what is no sample of a true clip is left alone."""
+    write_video(home / "made" / "other-s0.mp4", film(rows_of(2, 5), 8, 200)[0], FPS)
+    common = ["score", "made", "--clips", "drops", "--frames", "2"]
+    assert cli.main([*common, "--judge", "vlm", "--model", str(llava)]) == 0
+    config = GroupsConfig(losers=2, samples=("made",))
+    members, groups = gather(Clips(DataConfig(clips="drops"), preload=False), config)
+    found = [members.scores(index) for group in groups for index in sorted(group.losers)]
+    assert len(set(found)) == 4
+    rows = read_jsonl(home / "made" / "scores.jsonl")
+    assert [Scores(row["sa"], row["pc"]) for row in rows] == found
+    assert {row["judge"] for row in rows} == {f"vlm {llava}, 2 frames"}
+    (home / "made" / "scores.jsonl").unlink()
+    before = count(port)
+    assert cli.main([*common, "--judge", "endpoint", "--model", "tiny", "--url", url(port)]) == 0
+    assert count(port) == before + 8
+    again = read_jsonl(home / "made" / "scores.jsonl")
+    assert [row["file_name"] for row in again] == [row["file_name"] for row in rows]
+    for old, new in zip(rows, again, strict=True):
+        assert (new["sa"], new["pc"]) == pytest.approx((old["sa"], old["pc"]), abs=1e-6)
+
+
+def test_samples_by_the_embedded_tracker(home: Path) -> None:
+    assert cli.main(["score", "made", "--clips", "drops", "--judge", "simulator"]) == 0
+    rows = read_jsonl(home / "made" / "scores.jsonl")
+    assert len(rows) == 4
+    assert all(0 <= row[key] <= 1 for row in rows for key in ("sa", "pc"))
+
+
+def test_what_changed_is_scored_again_and_judges_are_not_mixed(
+    home: Path, port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["score", "made", "--clips", "drops", "--frames", "2"]
+    command = [*common, "--judge", "endpoint", "--model", "tiny", "--url", url(port)]
+    assert cli.main(command) == 0
+    rows, before = read_jsonl(home / "made" / "scores.jsonl"), count(port)
+    assert cli.main(command) == 0
+    assert count(port) == before
+    write_video(home / "made" / "00001-0-s0.mp4", film([2, 2, 3, 4, 9], 16, 250)[0], FPS)
+    assert cli.main(command) == 0
+    assert count(port) == before + 2
+    again = read_jsonl(home / "made" / "scores.jsonl")
+    assert [row["file_name"] for row in again] == [row["file_name"] for row in rows]
+    assert [old == new for old, new in zip(rows, again, strict=True)] == [True, True, False, True]
+    capsys.readouterr()
+    assert cli.main([*command, "--frames", "3"]) == 1
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("made/scores.jsonl: has scores by endpoint tiny, 2 frames, not by endpoint tiny, 3 frames")
+    assert read_jsonl(home / "made" / "scores.jsonl") == again
+
+
+def test_a_killed_scoring_continues(home: Path, port: int) -> None:
+    """SIGKILL after the second row of eight; then only what is missing is asked, at most one clip's answers twice."""
+    command = ["score", "drops", "--judge", "endpoint", "--model", "tiny", "--url", url(port, "slow"), "--frames", "2"]
+    path, before = home / "drops" / "train" / "scores.jsonl", count(port)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", "posttrain", *command], env=environment)
+    while not path.exists() or len(read_jsonl(path)) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = read_jsonl(path)
+    assert 2 <= len(kept) < 8
+    command[7] = url(port)
+    assert cli.main(command) == 0
+    rows = read_jsonl(path)
+    assert rows[: len(kept)] == kept
+    assert len(rows) == 8
+    assert 16 <= count(port) - before <= 17
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["made", "--judge", "vlm", "--clips", "drops"], "--model: is missing; --judge vlm needs it"),
+        (["made", "--judge", "endpoint", "--model", "m"], "--url: is missing; --judge endpoint needs it"),
+        (["drops", "--judge", "simulator", "--model", "m"], "--model: is not for --judge simulator; leave it out"),
+        (["made", "--judge", "vlm", "--model", "m", "--rate", "3"], "--rate: is not for --judge vlm; leave it out"),
+        (["drops", "--judge", "simulator", "--clips", "drops"], "drops: has no samples of the clips in drops, train"),
+        (["made", "--judge", "simulator"], "made/00000-0-s0.mp4: has no caption"),
+        (["missing", "--judge", "simulator"], "missing: has no videos with captions in train"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    home: Path, capsys: pytest.CaptureFixture[str], command: list[str], said: str
+) -> None:
+    assert cli.main(["score", *command]) == 1
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1

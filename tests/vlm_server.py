@@ -1,0 +1,93 @@
+"""An OpenAI-compatible server of a tiny model, for the tests of judges: python tests/vlm_server.py FOLDER.
+
+It says its port and answers POST <kind>/v1/chat/completions: `good` at once, `slow` after a quarter of a second, `busy`
+with 429, 503 and a torn answer before each good one, `down` with 503 always, and `mute` without logprobs. GET /count is
+how many requests it had.
+"""
+
+import base64
+import io
+import json
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+MODEL = AutoModelForImageTextToText.from_pretrained(sys.argv[1]).eval()
+PROCESSOR = AutoProcessor.from_pretrained(sys.argv[1])
+
+
+def complete(asked: dict[str, Any]) -> dict[str, Any]:
+    """One token, by a plain forward pass."""
+    assert asked["max_tokens"] == 1
+    images, chat = [], []
+    for message in asked["messages"]:
+        content = []
+        for part in message["content"]:
+            if part["type"] == "image_url":
+                kind, _, data = part["image_url"]["url"].partition(",")
+                assert kind == "data:image/png;base64"
+                images.append(Image.open(io.BytesIO(base64.b64decode(data))))
+                content.append({"type": "image"})
+            else:
+                content.append(part)
+        chat.append({"role": message["role"], "content": content})
+    text = PROCESSOR.apply_chat_template(chat, add_generation_prompt=True)
+    with torch.no_grad():
+        logits_V = MODEL(**PROCESSOR(text=[text], images=images, return_tensors="pt")).logits[0, -1]
+    values, tokens = (logits_V / asked["temperature"]).log_softmax(-1).topk(asked["top_logprobs"])
+    top = [
+        {"token": PROCESSOR.tokenizer.decode([token]), "logprob": value}
+        for token, value in zip(tokens.tolist(), values.tolist(), strict=True)
+    ]
+    choice = {"index": 0, "message": {"role": "assistant", "content": top[0]["token"]}, "finish_reason": "length"}
+    return {
+        "object": "chat.completion",
+        "choices": [choice | {"logprobs": {"content": [top[0] | {"top_logprobs": top}]}}],
+    }
+
+
+class Handler(BaseHTTPRequestHandler):
+    requests = 0
+
+    def reply(self, status: int, value: Any, promised: int | None = None) -> None:
+        content = json.dumps(value).encode()
+        self.send_response(status)
+        if status == 429:
+            self.send_header("Retry-After", "1")
+        self.send_header("Content-Length", str(promised or len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self) -> None:
+        self.reply(200, Handler.requests)
+
+    def do_POST(self) -> None:
+        kind, _, rest = self.path[1:].partition("/")
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if rest != "v1/chat/completions" or asked["model"] != "tiny":
+            return self.reply(404, {"error": {"message": f"no model {asked['model']}"}})
+        Handler.requests += 1
+        if kind == "down" or (kind == "busy" and Handler.requests % 4 == 2):
+            return self.reply(503, {"error": {"message": "overloaded"}})
+        if kind == "busy" and Handler.requests % 4 == 1:
+            return self.reply(429, {"error": {"message": "too many requests"}})
+        if kind == "busy" and Handler.requests % 4 == 3:
+            return self.reply(200, "torn", promised=1000)
+        if kind == "slow":
+            time.sleep(0.25)
+        answer = complete(asked)
+        if kind == "mute":
+            answer["choices"][0]["logprobs"] = None
+        self.reply(200, answer)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+with HTTPServer(("127.0.0.1", 0), Handler) as server:
+    print(server.server_port, flush=True)
+    server.serve_forever()
