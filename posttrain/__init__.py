@@ -29,6 +29,8 @@ class _BeforeTorchvision:
         try:
             torch.ops.load_library(Path(spec.origin).parent / "_C.so")
         except OSError:
+            if hasattr(torch.ops.torchvision, "nms"):
+                return  # declared by setup.sh's copy of this file
             operators = torch.library.Library(name, "DEF")
             for operator in ("nms", "qnms"):
                 operators.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
