@@ -105,8 +105,13 @@ def oro_loss(
     return loss, {"saturated": saturated} | {f"reward_{name}": mean.detach() for name, mean in means.items()}
 
 
+def load_rewards(config: Config, device: torch.device) -> dict[str, tuple[float, Reward]]:
+    """Weight and function of each reward."""
+    return {t.reward.name: (t.weight, t.reward.module.load(t.reward.config, device)) for t in config.rewards}
+
+
 def train(run: Run, model: VideoModel, config: Config) -> None:
-    rewards = {t.reward.name: (t.weight, t.reward.module.load(t.reward.config, model.device)) for t in config.rewards}
+    rewards = load_rewards(config, model.device)
     negative_1LD = model.encode_text([""]) if config.sampler.guided else None
     model.unload()
     run.module.eval()
