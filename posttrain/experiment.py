@@ -24,7 +24,7 @@ from posttrain.models.base import Merged, ModelConfig
 from posttrain.models.published import sampler
 from posttrain.recipe import In, Part
 from posttrain.run import TrainConfig
-from posttrain.tripwires import TripwiresConfig
+from posttrain.tripwires import TripwiresConfig, chooses_by_the_test
 from posttrain.types import Strict
 
 RUNS = Path("runs")
@@ -78,7 +78,7 @@ class Recipe(Strict):
                 "are for a method that trains rewards, and {name} is none; leave them out",
                 {"name": method.name},
             )
-        if wires.on_trip == "roll_back" and (wires.split or measured.splits[-1]) in measured.splits:
+        if chooses_by_the_test(wires, measured):
             raise PydanticCustomError(
                 "part", "choose weights with roll_back, so their split must not be measured; take it from eval.splits"
             )

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from posttrain import files
 from posttrain.benchmarks.pisa import finite, mean
 from posttrain.data.clips import Clips, to_float
-from posttrain.evaluate import Look, Tracker, interval
+from posttrain.evaluate import EvalConfig, Look, Tracker, interval
 from posttrain.files import UserError
 from posttrain.metrics.masks import segment
 from posttrain.models.base import VideoModel
@@ -63,6 +63,11 @@ class TripwiresConfig(Strict):
     clips: int = Field(16, ge=LEAST)  # the first so many
     # roll_back: training ends where a wire is tripped, and the best look's weights are what it leaves
     on_trip: Literal["warn", "roll_back"] = "warn"
+
+
+def chooses_by_the_test(wires: TripwiresConfig, measured: EvalConfig) -> bool:
+    """Whether the clips by which weights are chosen are among those that evaluation measures them on."""
+    return wires.on_trip == "roll_back" and (wires.split or measured.splits[-1]) in measured.splits
 
 
 def watching(
