@@ -398,7 +398,7 @@ def position(record: dict[str, Any]) -> tuple[bool, str, int]:
 
 def interval(
     values: Sequence[float | None], statistic: Literal["mean", "median"] = "mean", level: float = 0.95
-) -> dict[str, float | int | None]:
+) -> dict[str, Any]:
     """Mean of the values that exist, its percentile bootstrap interval (10,000 resamples, seeded), their number.
 
     Or their median, and its interval. `level` is the interval's.

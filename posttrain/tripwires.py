@@ -19,9 +19,10 @@ wire of q is tripped where, over the clips,
 
     mean d(reward) > 0  and  mean d(q) < 0,
 
-both beyond their paired bootstrap intervals. Those hold at level 1 - 0.05 / wires, so that chance trips any of them in
-at most 5% of the looks (Bonferroni). The best look is the one with the highest reward among those where no wire is
-tripped; its weights lie in runs/<run>/best, which `model.start` takes.
+both beyond their paired bootstrap intervals, and q by more than `tolerance`, for what is seen by an interval may be too
+little to matter. The intervals hold at level 1 - 0.05 / wires, so that chance trips any wire in at most 5% of the looks
+(Bonferroni). The best look is the one with the highest reward among those where no wire is tripped; its weights lie in
+runs/<run>/best, which `model.start` takes.
 
 All that is known stands in runs/<run>/tripwires.jsonl, a row for each look. A look reads the rows of earlier steps and
 writes them with its own, so that a run that was killed goes on as if it had not been.
@@ -50,6 +51,7 @@ from posttrain.recipe import In, Part
 from posttrain.types import Batch, Strict
 
 LOOKS, BEST = "tripwires.jsonl", "best"  # in the run's folder
+RATIOS = ("motion", "sharpness", "size")
 LEAST = 4  # clips; fewer pairs say nothing
 Reward = Callable[[Tensor, Batch], Tensor]
 Values = dict[str, list[float | None]]  # by quantity, clip by clip
@@ -61,6 +63,7 @@ class TripwiresConfig(Strict):
     watch: tuple[Annotated[Part, In("rewards")], ...] = ()  # rewards that are not trained
     split: str | None = None  # of eval.clips; None: the last of eval.splits
     clips: int = Field(16, ge=LEAST)  # the first so many
+    tolerance: float = Field(0.05, ge=0)  # share of the first look's mean; of a ratio, its logarithm
     # roll_back: training ends where a wire is tripped, and the best look's weights are what it leaves
     on_trip: Literal["warn", "roll_back"] = "warn"
 
@@ -114,7 +117,7 @@ def watching(
         values: Values = {name: [row[name] for row in rows] for name in rows[0]}
         earlier = [row for row in read_looks(run) if row["step"] < step]
         first = earlier[0]["values"] if earlier else values
-        wires = tripped(first, values)
+        wires = tripped(first, values, config.tolerance)
         row = {"step": step, "tripped": wires, "values": values}
         best = best_look([*earlier, row])
         if best is row:
@@ -149,22 +152,25 @@ def best_look(looks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return max((row for row in looks if not row["tripped"]), key=lambda row: mean(row["values"]["reward"]) or -math.inf)
 
 
-def tripped(first: Values, now: Values) -> list[str]:
+def tripped(first: Values, now: Values, tolerance: float) -> list[str]:
     """The wires that are tripped (see the file's head)."""
     wires = [name for name in now if name != "reward"]
     level = 1 - 0.05 / len(wires)
 
-    def moved(name: str, sign: int) -> bool:
+    def moved(name: str, sign: int, least: float) -> bool:
         pairs = [(a, b) for a, b in zip(first[name], now[name], strict=True) if a is not None and b is not None]
-        low = interval([sign * (goodness(name, b) - goodness(name, a)) for a, b in pairs], level=level)["low"]
-        return len(pairs) >= LEAST and low is not None and low > 0
+        if len(pairs) < LEAST:
+            return False
+        scale = 1.0 if name in RATIOS else abs(float(np.mean([a for a, _ in pairs])))
+        gain = interval([sign * (goodness(name, b) - goodness(name, a)) for a, b in pairs], level=level)
+        return bool(gain["low"] > 0 and gain["mean"] > least * scale)
 
-    return [name for name in wires if moved(name, -1)] if moved("reward", 1) else []
+    return [name for name in wires if moved(name, -1, tolerance)] if moved("reward", 1, 0.0) else []
 
 
 def goodness(name: str, value: float) -> float:
     """The quantity turned so that more is better."""
-    if name in ("motion", "sharpness", "size"):
+    if name in RATIOS:
         return -abs(math.log(max(value, 1e-3)))
     return -value if name in ("l2", "g_error", "colour") else value
 

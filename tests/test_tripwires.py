@@ -1,4 +1,4 @@
-"""Tripwires: quantities and wires by hand, chance, and a reward that is hacked: a warning, the best weights, a way back."""
+"""Tripwires: quantities and wires by hand, chance, and a hacked reward: a warning, the best weights, a way back."""
 
 import contextlib
 import math
@@ -36,6 +36,7 @@ from posttrain.tripwires import (
     distance,
     ended,
     read_looks,
+    trainable,
     tripped,
     watching,
 )
@@ -59,7 +60,7 @@ def test_the_truth_looks_like_itself() -> None:
 
 
 def test_appearance_by_hand() -> None:
-    """Half the contrast is half the motion and a quarter of the Laplacian's variance; frame 0 has no say in the rest."""
+    """Half the contrast is half the motion and a quarter of the Laplacian's variance; frame 0 is not looked at."""
     video, masks = moving()
     dull = (100 + (video.astype(int) - 100) // 2).astype(np.uint8)
     found = appearance(dull, masks, video, masks)
@@ -91,6 +92,8 @@ def values(**changed: list[float | None]) -> dict[str, list[float | None]]:
         (values(reward=[0.2, 0.4, 0.4, 0.5]), []),
         (values(iou=[0.4, 0.3, 0.2, 0.4]), []),  # the reward does not rise
         (values(reward=[0.2, 0.4, 0.4, 0.5], iou=[0.4, 0.3, 0.2, 0.4]), ["iou"]),
+        (values(reward=[0.2, 0.4, 0.4, 0.5], iou=[0.48, 0.47, 0.48, 0.48]), []),  # by 4.5%
+        (values(reward=[0.2, 0.4, 0.4, 0.5], iou=[0.48, 0.46, 0.47, 0.48]), ["iou"]),  # by 5.5%
         (values(reward=[0.2, 0.4, 0.4, 0.5], iou=[0.6, 0.3, 0.7, 0.4]), []),  # now so, now so
         (values(reward=[0.2, 0.4, 0.4, 0.1], iou=[0.4, 0.3, 0.2, 0.4]), []),  # so the reward
         (values(reward=[0.2, 0.4, 0.4, 0.5], l2=[0.2, 0.3, 0.2, 0.15]), ["l2"]),
@@ -102,7 +105,7 @@ def values(**changed: list[float | None]) -> dict[str, list[float | None]]:
     ],
 )
 def test_wires_by_hand(now: dict[str, list[float | None]], wires: list[str]) -> None:
-    assert tripped(values(), now) == wires
+    assert tripped(values(), now, 0.05) == wires
 
 
 def test_chance_seldom_trips() -> None:
@@ -111,8 +114,8 @@ def test_chance_seldom_trips() -> None:
     names = ["l2", "iou", "g_error", *(f"reward_{k}" for k in range(6))]
     for _ in range(60):
         first = {name: list(random.normal(size=16)) for name in names}
-        now = {name: [value + change for value, change in zip(first[name], random.normal(size=16))] for name in names}
-        alarms += bool(tripped(first | {"reward": [0.0] * 16}, now | {"reward": [1.0] * 16}))
+        now = {name: [value + float(random.normal()) for value in first[name]] for name in names}
+        alarms += bool(tripped(first | {"reward": [0.0] * 16}, now | {"reward": [1.0] * 16}, 0.0))
     assert alarms <= 8
 
 
@@ -170,7 +173,7 @@ def hack(
         model=ModelConfig(path="pocket", adapter=AdapterConfig(rank=4)),
         data=DataConfig(clips="drops"),
         method=Part("oro", oro, method),
-        train=TrainConfig(steps=8, batch=2, lr=2e-2, warmup=8, checkpoint_every=3),
+        train=TrainConfig(steps=6, batch=2, lr=3e-2, warmup=6, checkpoint_every=3),
         eval=measured,
         tripwires=TripwiresConfig(split="test_seen", clips=4, on_trip=on_trip) if on_trip else None,
     )
@@ -199,23 +202,21 @@ def same(a: Path, b: Path) -> bool:
 
 
 def test_a_hacked_reward_trips_wires(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two looks while the rate warms up are quiet; then the picture is brighter and the rest of it is lost."""
+    """While the rate warms up, a look is quiet; then the picture is brighter and the rest of it is lost."""
     run = hack(home, "warned")
     looks, rows = read_looks(run), {row["step"]: row for row in log(run)}
-    assert [row["step"] for row in looks] == [0, 2, 4, 6, 8]
-    assert [bool(row["tripped"]) for row in looks] == [False, False, False, True, True]
+    assert [row["step"] for row in looks] == [0, 2, 4, 6]
+    assert [bool(row["tripped"]) for row in looks] == [False, False, True, True]
     assert {"iou", "l2", "motion", "colour"} <= set(looks[-1]["tripped"])
-    rewards = [rows[step]["val_reward"] for step in (0, 2, 4, 6, 8)]
+    rewards = [rows[step]["val_reward"] for step in (0, 2, 4, 6)]
     assert rewards == sorted(rewards)
-    assert rows[8]["val_iou"] < rows[0]["val_iou"] / 2
-    assert rows[8]["val_tripped"] == len(looks[-1]["tripped"])
-    assert rows[0]["val_distance"] == 0 < rows[2]["val_distance"] < rows[8]["val_distance"]
+    assert rows[6]["val_iou"] < rows[0]["val_iou"] / 1.5
+    assert rows[6]["val_tripped"] == len(looks[-1]["tripped"])
+    assert rows[0]["val_distance"] == 0 < rows[2]["val_distance"] < rows[6]["val_distance"]
     assert set(rows[0]) == {key for key in rows[2] if key.startswith("val_")} | {"step"}
     lines = [line for line in capsys.readouterr().err.splitlines() if "tripped" in line]
     assert len(lines) == 2
-    assert re.search(
-        r"warned: step 6: a wire is tripped: reward -\S+ -> \S+, but l2 .*; the weights of step 4", lines[0]
-    )
+    assert re.search(r"warned: step 4: a wire is tripped: reward -\S+ -> \S+, but .*; the weights of step 2", lines[0])
     assert is_trained(run)
     assert not same(run / ADAPTER, run / BEST)
 
@@ -225,10 +226,10 @@ def test_looks_change_nothing_that_is_trained(home: Path) -> None:
 
 
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(home: Path) -> None:
-    """It dies in step 6, after the look of step 4 and before its checkpoint, and begins again at step 3."""
+    """It dies in step 5, after the look of step 4 and before its checkpoint, and begins again at step 3."""
     whole = hack(home, "warned")
     with pytest.raises(KeyboardInterrupt):
-        hack(home, "killed", die_at=6)
+        hack(home, "killed", die_at=5)
     assert [row["step"] for row in read_looks(home / "runs" / "killed")] == [0, 2, 4]
     again = hack(home, "killed")
     assert (again / LOOKS).read_bytes() == (whole / LOOKS).read_bytes()
@@ -240,26 +241,24 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(home: Path) -> None
 def test_it_rolls_back(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Training ends with the look that trips, and leaves the best look's weights; so it does when cut off meanwhile."""
     run, whole = hack(home, "back", "roll_back"), hack(home, "warned")
-    assert "training: rolled back from step 6 to step 4" in capsys.readouterr().err
-    assert log(run) == log(whole)[:7]  # steps 0 to 6
+    assert "training: rolled back from step 4 to step 2" in capsys.readouterr().err
+    assert log(run) == log(whole)[:5]  # steps 0 to 4
     assert same(run / ADAPTER, whole / BEST)
     (run / TRAINED).unlink()
     shutil.rmtree(run / ADAPTER)
     hack(home, "back", "roll_back")
-    assert log(run) == log(whole)[:7]
+    assert log(run) == log(whole)[:5]
     assert same(run / ADAPTER, whole / BEST)
 
 
-def test_the_best_weights_start_another_run(home: Path) -> None:
-    best = hack(home, "warned") / BEST
-    config = ModelConfig(path="pocket", adapter=AdapterConfig(rank=4), start=str(best))
-    with contextlib.chdir(home):
-        model = stages.load_model(config)
-    started = {name: p for name, p in model.transformer.named_parameters() if p.requires_grad}
-    assert len(started) == len(weights(best))
-    assert {p.double().sum().item() for p in started.values()} == {
-        p.double().sum().item() for p in weights(best).values()
-    }
+def test_the_best_weights_are_those_of_their_look(home: Path) -> None:
+    """They lie as far from the start as the log says of that step."""
+    run = hack(home, "warned")
+    model = stages.load_model(ModelConfig(path="pocket", adapter=AdapterConfig(rank=4)))
+    start = [p.detach().clone() for p in trainable(model)]
+    model.restore(run / BEST)
+    told = {row["step"]: row["val_distance"] for row in log(run) if "val_distance" in row}
+    assert distance(start, trainable(model)) == pytest.approx(told[best_look(read_looks(run))["step"]])
 
 
 def test_other_wires_are_another_run(home: Path) -> None:
