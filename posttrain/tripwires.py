@@ -20,9 +20,9 @@ wire of q is tripped where, over the clips,
     mean d(reward) > 0  and  mean d(q) < 0,
 
 both beyond their paired bootstrap intervals, and q by more than `tolerance`, for what is seen by an interval may be too
-little to matter. The intervals have level 1 - 0.05 / wires (Bonferroni): of looks in which nothing but the reward changes,
-chance trips some wire in about one of twenty. The best look is the one with the highest reward among those where no
-wire is tripped; its weights lie in runs/<run>/best, which `model.start` takes.
+little to matter. The intervals have level 1 - 0.05 / wires (Bonferroni): where nothing but the reward changes, chance
+trips some wire in about one look of twenty. The best look is the one with the highest reward among those where no wire
+is tripped; its weights lie in runs/<run>/best, which `model.start` takes.
 
 All that is known stands in runs/<run>/tripwires.jsonl, a row for each look. A look reads the rows of earlier steps and
 writes them with its own, so that a run that was killed goes on as if it had not been.
