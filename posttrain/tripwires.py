@@ -6,7 +6,7 @@ same held-out clips are sampled from the same noise (a look), and of each clip a
     reward          1      what is trained, the weighted sum
     reward_*        1      its summands where there are several, and the rewards of `watch`
     l2, iou         1      PISA's, of the tracker that scores (metrics/pisa.py)
-    g_error         m/s^2  |g - G|, of the scorecard (metrics/physics.py); None where nothing falls
+    g_error         m/s^2  |g - G|, of the scorecard (metrics/physics.py), where the clips' rows tell the distance
     motion          ratio  mean |x_(f+1) - x_f| of the pictures
     sharpness       ratio  variance of the pictures' Laplacian
     size            ratio  area of the object's mask, geometric mean over the frames in which both have one
