@@ -59,10 +59,11 @@ MAY_IMPORT = {
     "posttrain.doctor": [*CONTRACT, "posttrain.pocket"],
     "posttrain.dry": [*CONTRACT, *ROOMS, "posttrain.methods"],
     "posttrain.bench": [*CONTRACT, *ROOMS, "posttrain.methods", "posttrain.sample"],
-    "posttrain.experiment": [*CONTRACT, *ROOMS, "posttrain.recipe", "posttrain.evaluate"],
+    "posttrain.tripwires": [*CONTRACT, *ROOMS, "posttrain.recipe", "posttrain.benchmarks", "posttrain.evaluate"],
+    "posttrain.experiment": [*CONTRACT, *ROOMS, "posttrain.recipe", "posttrain.evaluate", "posttrain.tripwires"],
     "posttrain.stages": [
         *(*CONTRACT, *ROOMS, "posttrain.recipe", "posttrain.experiment", "posttrain.evaluate", "posttrain.report"),
-        *("posttrain.export", "posttrain.distributed", "posttrain.trackers"),
+        *("posttrain.export", "posttrain.distributed", "posttrain.trackers", "posttrain.tripwires"),
     ],
     "posttrain.commands": [
         *(*CONTRACT, *ROOMS, "posttrain.benchmarks", "posttrain.experiment", "posttrain.evaluate", "posttrain.score"),

@@ -101,8 +101,13 @@ def oro_loss(
     return -reward_B.mean(), {"saturated": saturated} | metrics
 
 
+def load_rewards(config: Config, device: torch.device) -> dict[str, tuple[float, base.Reward]]:
+    """Weight and function of each reward."""
+    return base.load(config.rewards, device)
+
+
 def train(run: Run, model: VideoModel, config: Config) -> None:
-    reward = base.load_all(config.rewards, model.device)
+    reward = base.total(load_rewards(config, model.device))
     negative_1LD = model.encode_text([""]) if config.sampler.guided else None
     model.unload()
     run.module.eval()

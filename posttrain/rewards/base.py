@@ -52,9 +52,9 @@ def truths(parts: Sequence[Part]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(truth for part in parts for truth in part.module.TRUTHS))
 
 
-def load_all(parts: Sequence[Part], device: torch.device | str = "cpu") -> Total:
-    """The weighted sum of the rewards that a recipe names."""
-    return total({part.name: (part.config.weight, part.module.load(part.config, device)) for part in parts})
+def load(parts: Sequence[Part], device: torch.device | str = "cpu") -> dict[str, tuple[float, Reward]]:
+    """Weight and function of the rewards that a recipe names."""
+    return {part.name: (part.config.weight, part.module.load(part.config, device)) for part in parts}
 
 
 def total(rewards: Mapping[str, tuple[float, Reward]]) -> Total:
