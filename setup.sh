@@ -65,6 +65,15 @@ install_torch() {
   $python -m pip install -q "$torch"
 }
 
+# PyPI's torchvision is built for CUDA, and beside a CPU torch whatever looks for it fails. posttrain/__init__.py mends that
+# where it is imported; its copy does so for all that runs in this .venv, as a script that only uses diffusers.
+mend_torchvision() {
+  if $python -c 'import torchvision' 2>/dev/null; then return; fi
+  site=$($python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  cp posttrain/__init__.py "$site/torchvision_beside_cpu_torch.py"
+  echo 'import torchvision_beside_cpu_torch' >"$site/torchvision_beside_cpu_torch.pth"
+}
+
 install_packages() {
   wanted=$( (cat pyproject.toml constraints.txt setup.sh && pwd) | cksum)
   found=$(cat $state 2>/dev/null || true)
@@ -79,6 +88,7 @@ install_packages() {
   fi
   say "installing the packages at the versions of constraints.txt"
   $python -m pip install -q -e '.[dev]' -c constraints.txt
+  mend_torchvision
   echo "$wanted" >$state
   say "done; the commands are .venv/bin/posttrain and .venv/bin/sim"
 }

@@ -13,6 +13,14 @@ TITLES = {
     "val_l2": "Validation: L2",
     "val_iou": "Validation: IoU",
     "val_vanished": "Validation: vanished",
+    "val_reward": "Validation: reward",
+    "val_g_error": "Validation: error of g, m/s²",
+    "val_motion": "Validation: motion, of the truth's",
+    "val_sharpness": "Validation: sharpness, of the truth's",
+    "val_size": "Validation: size, of the truth's",
+    "val_colour": "Validation: error of colour",
+    "val_distance": "Distance from the start",
+    "val_tripped": "Wires tripped",
 }
 Point = tuple[float, float]
 

@@ -48,6 +48,7 @@ REFERENCES = ("truth", "truth_vae", "frozen")  # nothing random in them, so one 
 FIXED = (*REFERENCES, "base")  # the same for all runs of one base
 GRID, FALLS = "grid", "falls"  # beside the splits
 TOLD = {GRID: ("id",), FALLS: ("group", "beta", "depths", "contact_time", "gravity", "camera", "fps")}  # of their rows
+Look = Callable[[int, Clips, Sequence[np.ndarray], Sequence[dict[str, Any]]], dict[str, float]]
 Models = Mapping[str, Callable[[], AbstractContextManager[VideoModel]]]
 
 
@@ -296,27 +297,39 @@ def generate(
 
 
 def validation(
-    run: Path | str, config: EvalConfig, model: VideoModel, tracker: Tracker, clips: int = 8
+    run: Path | str,
+    config: EvalConfig,
+    model: VideoModel,
+    tracker: Tracker,
+    clips: int = 8,
+    split: str | None = None,
+    look: Look | None = None,
+    truths: Sequence[str] = (),
 ) -> Callable[[int], tuple[dict[str, float], dict[str, Path]]]:
     """A function of the step for `Run(validate=...)` that gives val_l2, val_iou and val_vanished, and the videos.
 
-    It samples the first clips of the last split once and saves them under samples/validation/. Nothing is chosen by
-    these numbers, so that the clips may be those of the test.
+    It samples the first clips of the split (None: the last) once and saves them under samples/validation/. Nothing is
+    chosen by these numbers, so that the clips may be those of the test; `look` may measure more, of which
+    the clips tell `truths` (tripwires.py).
     """
-    some = Clips(DataConfig(clips=config.clips, split=config.splits[-1], limit=clips))
-    folder, indices = Path(run) / "samples" / "validation", range(len(some))
-    truths = [some.row(i) for i in indices]
+    some = Clips(DataConfig(clips=config.clips, split=split or config.splits[-1], limit=clips), truths=truths)
+    folder, fps = Path(run) / "samples" / "validation", some.row(0)["fps"]
     texts = read_captions(model, [some], config.sampler) if config.every else {}  # while the transformer is not there
 
     def validate(step: int) -> tuple[dict[str, float], dict[str, Path]]:
-        batch = some.load(indices).to(model.device)
-        videos = generate("validation", model, batch, truths, 0, config.sampler, texts)
-        paths = {f"validation/{name}": folder / f"step-{step:06d}" / f"{name}.mp4" for name in batch.ids}
+        videos, scores = list[np.ndarray](), list[dict[str, Any]]()
+        for first in range(0, len(some), config.batch):
+            indices = range(first, min(first + config.batch, len(some)))
+            batch, truths = some.load(indices).to(model.device), [some.row(i) for i in indices]
+            made = generate("validation", model, batch, truths, 0, config.sampler, texts)
+            scores += pisa.score_videos(made, batch, truths, tracker, fps)
+            videos += [*made]
+        paths = {f"validation/{name}": folder / f"step-{step:06d}" / f"{name}.mp4" for name in some.ids}
         for path, video in zip(paths.values(), videos, strict=True):
-            sample.write_video(path, video, truths[0]["fps"])
-        scores = pisa.score_videos(videos, batch, truths, tracker, truths[0]["fps"])
+            sample.write_video(path, video, fps)
         means = {key: pisa.mean([score[key] for score in scores]) for key in ("l2", "iou", "vanished")}
-        return {f"val_{key}": value for key, value in means.items() if value is not None}, paths
+        told = {f"val_{key}": value for key, value in means.items() if value is not None}
+        return told | (look(step, some, videos, scores) if look else {}), paths
 
     return validate
 
@@ -386,11 +399,11 @@ def position(record: dict[str, Any]) -> tuple[bool, str, int]:
 
 
 def interval(
-    values: Sequence[float | None], statistic: Literal["mean", "median"] = "mean"
-) -> dict[str, float | int | None]:
-    """Mean of the values that exist, its 95% percentile bootstrap interval (10,000 resamples, seeded), their number.
+    values: Sequence[float | None], statistic: Literal["mean", "median"] = "mean", level: float = 0.95
+) -> dict[str, Any]:
+    """Mean of the values that exist, its percentile bootstrap interval (10,000 resamples, seeded), their number.
 
-    Or their median, and its interval.
+    Or their median, and its interval. `level` is the interval's.
     """
     present = np.array([value for value in values if value is not None], dtype=float)
     if not len(present):
@@ -401,6 +414,7 @@ def interval(
             (present,),
             getattr(np, statistic),
             n_resamples=10_000,
+            confidence_level=level,
             method="percentile",
             rng=np.random.default_rng(0),
             batch=1000,

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from posttrain import files, recipe
 from posttrain.data.clips import DataConfig
@@ -23,6 +24,7 @@ from posttrain.models.base import Merged, ModelConfig
 from posttrain.models.published import sampler
 from posttrain.recipe import In, Part
 from posttrain.run import TrainConfig
+from posttrain.tripwires import TripwiresConfig, chooses_by_the_test
 from posttrain.types import Strict
 
 RUNS = Path("runs")
@@ -44,6 +46,7 @@ class Recipe(Strict):
     method: Annotated[Part, In("methods")]
     train: TrainConfig
     eval: EvalConfig | None = None
+    tripwires: TripwiresConfig | None = None
     export: tuple[Literal["diffusers", "comfyui", "merged"], ...] = ()
     sweep: Annotated[dict[str, Values], Field(min_length=1, max_length=1)] | None = None
 
@@ -60,6 +63,26 @@ class Recipe(Strict):
                     if isinstance(asked := part.get("sampler", {}), dict):
                         values = values | {key: part | {"sampler": asked | sampler(path, asked)}}
         return values
+
+    @field_validator("tripwires")
+    @classmethod
+    def _in_place(cls, wires: TripwiresConfig | None, info: ValidationInfo) -> TripwiresConfig | None:
+        measured, method = info.data.get("eval"), info.data.get("method")
+        if wires is None or method is None or "eval" not in info.data:  # what is wrong with those is said elsewhere
+            return wires
+        if not measured or not measured.every:
+            raise PydanticCustomError("part", "look at eval.clips every eval.every steps; set both")
+        if not hasattr(method.module, "load_rewards"):
+            raise PydanticCustomError(
+                "part",
+                "are for a method that trains rewards, and {name} is none; leave them out",
+                {"name": method.name},
+            )
+        if chooses_by_the_test(wires, measured):
+            raise PydanticCustomError(
+                "part", "choose weights with roll_back, so their split must not be measured; take it from eval.splits"
+            )
+        return wires
 
 
 def _samples(method: Any) -> bool:

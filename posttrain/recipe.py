@@ -205,10 +205,13 @@ def _keys(schema: type[BaseModel], place: Place, values: Any) -> list[str]:
     if isinstance(place[0], int):  # an item of a list
         return _keys(schema, place[1:], values[place[0]])
     field = schema.model_fields[place[0]]
-    room = next((m for m in field.metadata if isinstance(m, In)), None)
-    inner = values[place[0]]
-    if room is not None:
-        return ["name", *_keys(resolve(room.room, inner["name"]).Config, place[1:], inner)]
     kinds = [field.annotation, *get_args(field.annotation)]
+    marks = [*field.metadata, *(mark for kind in kinds for mark in getattr(kind, "__metadata__", ()))]
+    room = next((mark for mark in marks if isinstance(mark, In)), None)
+    inner, rest = values[place[0]], place[1:]
+    if room is not None:
+        if rest and isinstance(rest[0], int):  # one of several parts
+            inner, rest = inner[rest[0]], rest[1:]
+        return ["name", *_keys(resolve(room.room, inner["name"]).Config, rest, inner)]
     models = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
-    return _keys(models[0], place[1:], inner) if models else []
+    return _keys(models[0], rest, inner) if models else []

@@ -112,6 +112,8 @@ class Run:
         validate: called with the step number and averaged weights in place every `validate_every` steps; the numbers
             that it returns join that step's row of the log, and the video files, by name, go to the trackers.
         depends: what else the trained weights depend on, by name; values that JSON can hold.
+        ends: asked with the step number after each validation, of which there is then one before the first step too,
+            and on every process: whether training ends here.
 
     Attributes:
         module: the module to call in the loss; the caller puts it back where its model looks for it.
@@ -131,6 +133,7 @@ class Run:
         validate: Callable[[int], tuple[dict[str, float], Mapping[str, Path]]] | None = None,
         validate_every: int = 0,
         depends: dict[str, Any] | None = None,
+        ends: Callable[[int], bool] | None = None,
     ) -> None:
         # these take seconds to import
         from accelerate import Accelerator
@@ -149,6 +152,7 @@ class Run:
             raise UserError("data: has no clips")
         self.folder, self.data, self.train = Path(folder), data, train
         self._validate, self._validate_every, self._depends = validate, validate_every, depends or {}
+        self._ends = ends
         self._share = train.batch // (train.accumulate * ranks)
 
         AcceleratorState._reset_state()  # it would refuse another precision later in the same process
@@ -199,19 +203,22 @@ class Run:
         with files.explain(self.folder):
             self._checkpoints.mkdir(parents=True, exist_ok=True)
         self._log_bytes = self._resume()
+        self._ended = bool(ends and ends(self.steps))
 
     # ------------------------------------------------------------------ the loop
 
     def batches(self) -> Iterator[Batch]:
         """Micro-batches of the steps still to do; call `step` once for each."""
         self._cut_log()
-        if self.steps == self.train.steps:
+        if self.done:
             return
         bar = progress("training", self.train.steps, self.steps)
         tracked = tracking(self.accelerator, self.folder, self.steps, self.meaning)
         shown = bar if self.accelerator.is_main_process else nullcontext(_silent)
         with self._signals(), tracked, shown as self._advance:
-            while self.steps < self.train.steps:
+            if self._ends and not self.steps:
+                self._log({"step": 0, **self._look()})
+            while not self.done:
                 self._started = time.monotonic()
                 for part in range(self.train.accumulate):
                     ranks = self.accelerator.num_processes
@@ -270,19 +277,20 @@ class Run:
         row["seconds"] = time.monotonic() - self._started
         last = self.steps == self.train.steps
         if self._validate and self._validate_every and (last or self.steps % self._validate_every == 0):
-            with self.weights():
-                scores, videos = self._validate(self.steps)
-            row |= scores
-            log_videos(self.accelerator, videos, self.steps)
+            row |= self._look()
         self._log({"step": self.steps, **row})
         self._advance(f"loss {row['loss']:.4g}")
         stop = self._asked_to_stop()
-        if last or stop or self.steps % self.train.checkpoint_every == 0:
+        if self.done or stop or self.steps % self.train.checkpoint_every == 0:
             self._save()
-        if stop and not last:
+        if stop and not self.done:
             name = signal.Signals(stop).name
             print(f"{name}: saved step {self.steps} of {self.train.steps}; start again to continue", file=sys.stderr)
             raise Stopped(128 + stop)
+
+    @property
+    def done(self) -> bool:
+        return self._ended or self.steps == self.train.steps
 
     def finish(self) -> nn.Module:
         """Put the averaged weights into the module for good, take off what accelerate wrapped around it, return it."""
@@ -305,6 +313,17 @@ class Run:
             self._ema.restore(self._parameters)
 
     # ------------------------------------------------------------------ what a step needs
+
+    def _look(self) -> dict[str, float]:
+        """Validate: the numbers, while the videos go to the trackers; and whether training ends here."""
+        assert self._validate is not None
+        with self.weights():
+            scores, videos = self._validate(self.steps)
+        log_videos(self.accelerator, videos, self.steps)
+        if self._ends:
+            self.accelerator.wait_for_everyone()  # what it reads, one process has written
+            self._ended = self._ends(self.steps)
+        return scores
 
     @property
     def _parameters(self) -> list[nn.Parameter]:

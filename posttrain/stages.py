@@ -6,13 +6,16 @@ Stages meet in files. Each looks at what is there, says what it reuses, does the
     runs/cache/              latents and rows of evaluation that runs share, by content
     runs/<run>/clips.jsonl   which files are retimed, cropped or left out, and why (where any is)
     runs/<run>/...           recipe and trained weights (see experiment.py)
+    runs/<run>/best/         of a run with tripwires, the weights of its best look (see tripwires.py)
     runs/<run>/merged/       the adapter folded into its base, where `export:` lists it
 """
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,10 @@ from posttrain.evaluate import EvalConfig
 from posttrain.experiment import ADAPTER, RUNS, TRAINED, Recipe, is_trained, members, need_training, resolved
 from posttrain.files import UserError
 from posttrain.models.base import Merged, ModelConfig
+from posttrain.rewards import base
 from posttrain.run import Run, start_fingerprint
 from posttrain.trackers import check_trackers
+from posttrain.tripwires import BEST, best_look, ended, read_looks, watching
 
 CACHE = RUNS / "cache"
 CLIPS = "clips.jsonl"
@@ -108,7 +113,8 @@ def train(plan: Recipe, folder: Path) -> None:
     if plan.eval and not hasattr(model, "transformer"):
         raise UserError(f"eval: is for video models; leave it out of a {plan.model.family}'s recipe")
     groups = check_groups(plan)
-    clips = Clips(plan.data, preload=False, violated=bool(groups and groups.counterfactuals))
+    truths = method.truths(plan.method.config) if hasattr(method, "truths") else ()
+    clips = Clips(plan.data, False, bool(groups and groups.counterfactuals), truths)
     tell(clips, folder)
     if method.DATA in ("clips", "annotated latents") and not clips.annotated:
         bare = next(split.folder for split in clips.splits if not split.annotated)
@@ -125,17 +131,24 @@ def train(plan: Recipe, folder: Path) -> None:
         from posttrain.data.groups import Groups
 
         data = Groups(model, clips, groups, CACHE / "latents", pictured=plan.model.conditioning == "image")
-    validate = None
+    depends = method.depends(plan.method.config) if hasattr(method, "depends") else {}
+    validate, ends, every = None, None, plan.eval.every if plan.eval else 0
     if plan.eval:
         from posttrain.evaluate import validation
 
+        tracker, watched = load_tracker(plan.eval.tracker), dict[str, Any]()
+        if wires := plan.tripwires:
+            rewards, ends = method.load_rewards(plan.method.config, model.device), partial(ended, folder, wires)
+            look = watching(folder, wires, rewards, model, tracker) if main_process() else None
+            watched = {"clips": wires.clips, "split": wires.split, "look": look}
+            watched["truths"] = tuple(dict.fromkeys((*truths, *base.truths(wires.watch))))
+            how = plan.eval.model_dump(mode="json", include={"clips", "splits", "every", "sampler", "tracker"})
+            depends |= {"tripwires": wires.model_dump(mode="json"), "eval": how}
         # also where it is not used, so that what evaluation will lack is said before training
-        validate = validation(folder, plan.eval, model, load_tracker(plan.eval.tracker))
+        validate = validation(folder, plan.eval, model, tracker, **watched)
         model.unload()  # captions are read
-    every = plan.eval.every if plan.eval else 0
-    depends = method.depends(plan.method.config) if hasattr(method, "depends") else {}
     started = [method.start(model, plan.method.config)] if hasattr(method, "start") else []
-    run = Run(folder, model.module, data, plan.train, validate, every, depends)
+    run = Run(folder, model.module, data, plan.train, validate, every, depends, ends)
     if is_trained(folder, run.meaning):
         print(f"training: {folder / ADAPTER} is complete", file=sys.stderr)
         return
@@ -147,7 +160,13 @@ def train(plan: Recipe, folder: Path) -> None:
     if main_process():
         files.sweep(folder)
         files.sweep(folder / ADAPTER)
-        model.save(folder / ADAPTER)
+        if ends and ends(run.steps):
+            step = best_look(read_looks(folder))["step"]
+            print(f"training: rolled back from step {run.steps} to step {step}", file=sys.stderr)
+            with files.replacing(folder / ADAPTER) as temporary:
+                shutil.copytree(folder / BEST, temporary)
+        else:
+            model.save(folder / ADAPTER)
         files.write_json(folder / TRAINED, run.meaning)
     wait()
 

@@ -37,6 +37,8 @@ class Batch:
     losers_BMCFHW: Tensor | None = None  # latents of M clips that should lose against z0, of the same first picture
     sa_BM: Tensor | None = None  # how well each of them follows the text, 0 to 1
     pc_BM: Tensor | None = None  # how well it obeys physics, 0 to 1
+    flow_BFCHW: Tensor | None = None  # pixels (x right, y down) to the next frame; the last frame's lies past the clip
+    depth_BFHW: Tensor | None = None  # metres along the optical axis, inf where there is nothing
     condition: dict[str, Tensor] = field(default_factory=dict)  # what VideoModel.condition made of the first picture
 
     def to(self, device: torch.device) -> "Batch":

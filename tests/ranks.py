@@ -12,6 +12,7 @@ from posttrain.flow import SamplerConfig
 from posttrain.methods import gdpo, oro, psft
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan import load
+from posttrain.rewards.base import total
 from posttrain.run import Run, TrainConfig
 from posttrain.types import Batch
 
@@ -56,7 +57,7 @@ def gradients(folder: Path, wan_folder: Path, rewarded: bool = False) -> dict[st
     if rewarded:
         how = oro.Sampling(sampler=SamplerConfig(steps=3))
         for batch in run.batches():
-            run.step(oro.oro_loss(wan, batch, {"bright": (1.0, bright)}, how, run.random)[0])
+            run.step(oro.oro_loss(wan, batch, total({"bright": (1.0, bright)}), how, run.random)[0])
     else:
         psft.train(run, wan, psft.Config())
     hook.remove()

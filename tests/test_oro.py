@@ -27,6 +27,7 @@ from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan import Wan, load
 from posttrain.recipe import Part
 from posttrain.recipe import load as load_recipe
+from posttrain.rewards.base import RewardConfig, total
 from posttrain.run import Run, TrainConfig
 from posttrain.types import Batch, Random
 
@@ -45,6 +46,10 @@ def wan(folder: Path) -> Wan:
 
 def brightness(video_BCFHW: Tensor, batch: Batch) -> Tensor:
     return video_BCFHW.flatten(1).mean(1)
+
+
+def energy(video_BCFHW: Tensor, batch: Batch) -> Tensor:
+    return video_BCFHW.square().flatten(1).mean(1)
 
 
 def contrast(video_BCFHW: Tensor, batch: Batch) -> Tensor:
@@ -80,7 +85,9 @@ def test_hand_value() -> None:
     """Brightness is mean(eps) - v, so L = -(2 (mean(eps) - v) - 0.5 mean((eps - v)^2)), dL/dv = 2 - mean(eps - v)."""
     v = torch.tensor(0.25, requires_grad=True)
     batch = Batch(("a", "b"), z0_BCFHW=torch.zeros(2, 3, 2, 2, 2), text_BLD=torch.zeros(2, 1, 1))
-    rewards = {"bright": (2.0, brightness), "energy": (-0.5, lambda video, batch: video.square().flatten(1).mean(1))}
+    rewards = total(
+        {"bright": (2.0, brightness), "energy": (-0.5, lambda video, batch: video.square().flatten(1).mean(1))}
+    )
     loss, metrics = oro_loss(Drift(v), batch, rewards, Sampling(sampler=SamplerConfig(steps=3)), Random(5, 0, [0, 1]))
     x = Random(5, 0, [0, 1]).normal(3, 2, 2, 2).double() - 0.25
     assert loss.item() == pytest.approx(float(-(2 * x.mean() - 0.5 * x.square().mean())), rel=1e-5)
@@ -104,7 +111,7 @@ def test_what_is_rewarded_is_what_the_stock_pipeline_makes(wan: Wan, folder: Pat
         z0 = torch.cat([wan.encode(pixels), torch.zeros(1, 8, 2, 4, 4)], dim=2)
     batch = Batch(("x",), z0_BCFHW=z0, text_BLD=wan.encode_text([CAPTION]))
     config = Sampling(sampler=SamplerConfig(steps=4, guidance=3.0))
-    oro_loss(wan, batch, {"watch": (1.0, watch)}, config, Random(3, 7, [0]), wan.encode_text([""]))
+    oro_loss(wan, batch, total({"watch": (1.0, watch)}), config, Random(3, 7, [0]), wan.encode_text([""]))
     pipe = WanImageToVideoPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(
@@ -137,7 +144,7 @@ def test_the_derivative_is_that_of_finite_differences(tmp_path: Path, family: st
 
     def loss() -> Tensor:
         config = Sampling(sampler=SamplerConfig(steps=4, guidance=1.5))
-        value, metrics = oro_loss(wan, batch, {"contrast": (1.0, contrast)}, config, Random(0, 0, [0]), negative)
+        value, metrics = oro_loss(wan, batch, total({"contrast": (1.0, contrast)}), config, Random(0, 0, [0]), negative)
         assert metrics["saturated"] == 0
         return value
 
@@ -173,14 +180,14 @@ def test_the_first_pictures_alone(wan: Wan) -> None:
 
     batch = replace(clips(wan), instances_BFHW=torch.zeros(1, 9, 32, 32, dtype=torch.uint8))
     how = {"sampler": SamplerConfig(steps=2)}
-    part, _ = oro_loss(wan, batch, {"watch": (1.0, watch)}, Sampling(**how, frames=5), Random(0, 0, [0]))
-    whole, _ = oro_loss(wan, batch, {"five": (1.0, five)}, Sampling(**how), Random(0, 0, [0]))
+    part, _ = oro_loss(wan, batch, total({"watch": (1.0, watch)}), Sampling(**how, frames=5), Random(0, 0, [0]))
+    whole, _ = oro_loss(wan, batch, total({"five": (1.0, five)}), Sampling(**how), Random(0, 0, [0]))
     assert seen == [(5, 5)]
     assert torch.equal(part, whole)
     parameters = list(wan.transformer.parameters())
     for a, b in zip(torch.autograd.grad(part, parameters), torch.autograd.grad(whole, parameters), strict=True):
         torch.testing.assert_close(a, b)
-    oro_loss(wan, batch, {"watch": (1.0, watch)}, Sampling(**how, frames=6), Random(0, 0, [0]))
+    oro_loss(wan, batch, total({"watch": (1.0, watch)}), Sampling(**how, frames=6), Random(0, 0, [0]))
     assert seen[1] == (6, 6)
 
 
@@ -191,7 +198,7 @@ def test_twenty_steps_cost_the_memory_of_two(wan: Wan) -> None:
         for steps in (2, 20):
             config = Sampling(sampler=SamplerConfig(steps=steps), recompute=recompute)
             with Meter() as meter:
-                loss, _ = oro_loss(wan, batch, {"bright": (1.0, brightness)}, config, Random(0, 0, [0]))
+                loss, _ = oro_loss(wan, batch, total({"bright": (1.0, brightness)}), config, Random(0, 0, [0]))
                 loss.backward()
             wan.transformer.zero_grad()
             peaks.setdefault(recompute, {})[steps] = meter.peak
@@ -206,7 +213,7 @@ def test_steps_of_an_expert_that_is_not_trained_are_refused(tmp_path: Path) -> N
     wan = load(ModelConfig(path=str(wan_folder(tmp_path / "wan", family)), expert="high"))
     config = Sampling(sampler=SamplerConfig(steps=6), grad=Last(last=1))
     with pytest.raises(UserError, match=r"method\.grad: at these steps no weight that is trained is asked"):
-        oro_loss(wan, clips(wan, size=(5, 32, 32)), {"bright": (1.0, brightness)}, config, Random(0, 0, [0]))
+        oro_loss(wan, clips(wan, size=(5, 32, 32)), total({"bright": (1.0, brightness)}), config, Random(0, 0, [0]))
 
 
 class Same:
@@ -228,7 +235,7 @@ def part(reward: Callable[[Tensor, Batch], Tensor]) -> Part:
     """What a recipe makes of a file in rewards/: a module with `load`."""
     module = ModuleType(reward.__name__)
     vars(module)["load"] = lambda config, device: reward
-    return Part(reward.__name__, module, None)
+    return Part(reward.__name__, module, RewardConfig())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -241,10 +248,13 @@ def test_it_learns(folder: Path, tmp_path: Path, precision: str) -> None:
         train = TrainConfig(steps=12, batch=2, lr=2e-2, precision=precision)
         run = Run(tmp_path / f"run-{len(recompute)}", wan.module, Same(batch), train)
         wan.module = run.module
-        terms = (oro.Term.model_construct(reward=part(brightness), weight=1.0),)
-        before, _ = oro_loss(wan, batch, {"bright": (1.0, brightness)}, config, Random(1, 0, [0, 1]))
-        oro.train(run, wan, oro.Config.model_construct(rewards=terms, sampler=config.sampler, recompute=recompute))
-        after, _ = oro_loss(wan, batch, {"bright": (1.0, brightness)}, config, Random(1, 0, [0, 1]))
+        before, _ = oro_loss(wan, batch, total({"bright": (1.0, brightness)}), config, Random(1, 0, [0, 1]))
+        oro.train(
+            run,
+            wan,
+            oro.Config.model_construct(rewards=(part(brightness),), sampler=config.sampler, recompute=recompute),
+        )
+        after, _ = oro_loss(wan, batch, total({"bright": (1.0, brightness)}), config, Random(1, 0, [0, 1]))
         assert after < before - 0.01
         assert not run.module.training
         weights.append([p.detach() for p in wan.module.parameters() if p.requires_grad])
@@ -278,7 +288,7 @@ RECIPE = {
     "run": "try",
     "model": {"path": "pocket", "adapter": {"rank": 2}},
     "data": {"clips": "drops"},
-    "method": {"name": "oro", "rewards": [{"reward": {"name": "none"}}]},
+    "method": {"name": "oro", "rewards": [{"name": "none"}]},
     "train": {"steps": 1, "batch": 1, "lr": 1e-3},
 }
 
@@ -286,7 +296,7 @@ RECIPE = {
 def test_a_recipe_names_its_rewards_and_its_sampler(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(RECIPE))
-    with pytest.raises(UserError, match=r"method\.rewards\.0\.reward: .*posttrain/rewards: has no 'none'"):
+    with pytest.raises(UserError, match=r"method\.rewards\.0: .*posttrain/rewards: has no 'none'"):
         load_recipe(path, [], Recipe)
     with pytest.raises(UserError, match=r"method\.rewards: .*at least 1 item"):
         load_recipe(path, ["method.rewards=[]"], Recipe)

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "posttrain.recipe": ["posttrain.files"],
     "posttrain.flow": CONTRACT,
     "posttrain.models": [*CONTRACT, "posttrain.flow", "posttrain.pocket"],
-    "posttrain.rewards": [*CONTRACT, "posttrain.flow"],
+    "posttrain.rewards": [*CONTRACT, "posttrain.models"],
     "posttrain.data": [*CONTRACT, "posttrain.flow", "posttrain.models.base"],
     "posttrain.metrics": [*CONTRACT, "posttrain.flow"],
     "posttrain.distributed": CONTRACT,
@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "posttrain.methods": [*CONTRACT, *ROOMS],
     "posttrain.methods.oro": [*CONTRACT, *ROOMS, "posttrain.recipe"],  # its rewards are named parts
     "posttrain.benchmarks": [*CONTRACT, "posttrain.metrics", "posttrain.data"],
+    "posttrain.benchmarks.rewards": [*CONTRACT, "posttrain.data", "posttrain.rewards", "posttrain.recipe"],
     "posttrain.judges": [*CONTRACT, "posttrain.metrics", "posttrain.data"],
     "posttrain.sample": [*CONTRACT, "posttrain.flow", "posttrain.data", "posttrain.models.base"],
     "posttrain.gallery": [*CONTRACT, "posttrain.models.base", "posttrain.sample"],
@@ -58,10 +59,11 @@ MAY_IMPORT = {
     "posttrain.doctor": [*CONTRACT, "posttrain.pocket"],
     "posttrain.dry": [*CONTRACT, *ROOMS, "posttrain.methods"],
     "posttrain.bench": [*CONTRACT, *ROOMS, "posttrain.methods", "posttrain.sample"],
-    "posttrain.experiment": [*CONTRACT, *ROOMS, "posttrain.recipe", "posttrain.evaluate"],
+    "posttrain.tripwires": [*CONTRACT, *ROOMS, "posttrain.recipe", "posttrain.benchmarks", "posttrain.evaluate"],
+    "posttrain.experiment": [*CONTRACT, *ROOMS, "posttrain.recipe", "posttrain.evaluate", "posttrain.tripwires"],
     "posttrain.stages": [
         *(*CONTRACT, *ROOMS, "posttrain.recipe", "posttrain.experiment", "posttrain.evaluate", "posttrain.report"),
-        *("posttrain.export", "posttrain.distributed", "posttrain.trackers"),
+        *("posttrain.export", "posttrain.distributed", "posttrain.trackers", "posttrain.tripwires"),
     ],
     "posttrain.commands": [
         *(*CONTRACT, *ROOMS, "posttrain.benchmarks", "posttrain.experiment", "posttrain.evaluate", "posttrain.score"),

@@ -252,12 +252,24 @@ class Clips:
 
     Of groups these are the true clips alone, unless `violated` asks for those too that break a law.
 
+    Args:
+        truths: what batches shall hold besides: "flow", "depth" or both, of clips that are taken as they are.
+
     Raises:
         UserError: a clip is missing, torn, changed since it was made, or of another kind than the others.
     """
 
-    def __init__(self, config: DataConfig, preload: bool = True, violated: bool = False) -> None:
+    def __init__(
+        self, config: DataConfig, preload: bool = True, violated: bool = False, truths: Sequence[str] = ()
+    ) -> None:
         self.splits = open_splits(config)
+        for split in self.splits if truths else ():
+            if not split.annotated or any(view is not None for view in split.views):
+                raise UserError(
+                    f"{split.folder}: {' and '.join(truths)} are known of clips that `sim make` filmed, as they are; "
+                    "drop data.frames, data.fps and data.size, or use such clips"
+                )
+        self._truths = truths
         check_same_kind(self.splits)
         self._entries = [(split, index) for split in self.splits for index in _chosen(split, config.limit, violated)]
         several = len(self.splits) > 1
@@ -268,6 +280,7 @@ class Clips:
         if self.annotated and len(set(self.ids)) < len(self.ids):  # a list of any videos may name one twice
             raise UserError(f"data.clips: {', '.join(config.folders)}: clips share a name; rename one of the folders")
         self._decoded: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
+        self._annotations: dict[int, dict[str, np.ndarray]] = {}
         if preload:
             self.preload()
 
@@ -276,6 +289,7 @@ class Clips:
         with ThreadPoolExecutor() as pool:
             videos = track(pool.map(self.read, range(len(self))), "reading clips", len(self))
             self._decoded = dict(enumerate(videos))
+            self._annotations = dict(enumerate(pool.map(self.read_truths, range(len(self)))))
 
     @property
     def annotated(self) -> bool:
@@ -350,10 +364,28 @@ class Clips:
             instances = np.stack([videos.scale_ids(instances[frame], view) for frame in view.frames])
         return video, instances
 
+    def read_truths(self, index: int) -> dict[str, np.ndarray]:
+        """Of one clip what was asked for: flow (F, H, W, 2) in pixels, depth (F, H, W) in metres, as stored."""
+        if index in self._annotations or not self._truths:
+            return self._annotations.get(index, {})
+        split, number = self._entries[index]
+        path = split.annotations(number)
+        arrays = read_annotations(path, self._truths)
+        for name, array in arrays.items():
+            if array.shape[:3] != (split.frames, *split.size):
+                raise UserError(
+                    f"{path}: {name} is {array.shape}, the video {split.frames, *split.size}; make it again"
+                )
+        return arrays
+
     def load(self, indices: Sequence[int]) -> Batch:
         """The clips at `indices`, in pixels; where all have them, instances and the scored object's id beside them."""
         pixels, instances = zip(*(self.read(index) for index in indices), strict=True)
+        truths = [self.read_truths(index) for index in indices]
+        stored = {name: torch.from_numpy(np.stack([t[name] for t in truths])).float() for name in self._truths}
         return Batch(
+            flow_BFCHW=stored["flow"].movedim(-1, 2) if "flow" in stored else None,
+            depth_BFHW=stored.get("depth"),
             ids=tuple(self.ids[index] for index in indices),
             video_BCFHW=torch.stack([to_float(video) for video in pixels]),
             instances_BFHW=torch.from_numpy(np.stack(instances)) if self.annotated else None,

@@ -13,7 +13,6 @@ picture is differentiated (`grad` and `frames` take fewer), in the memory of one
 backward pass computes them again (flow.py, models/decode.py). Pixels beyond the range get the gradient that leads back.
 """
 
-from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -25,12 +24,11 @@ from posttrain.files import UserError
 from posttrain.flow import Grad, SamplerConfig, sample
 from posttrain.models.base import VideoModel
 from posttrain.recipe import In, Part
+from posttrain.rewards import base
 from posttrain.run import Run
 from posttrain.types import Batch, Random, Strict
 
 DATA = "annotated latents"
-
-Reward = Callable[[Tensor, Batch], Tensor]  # (video_BCFHW in [-1, 1], the truth) -> (B,), differentiable in the video
 
 
 class Sampling(Strict):
@@ -43,27 +41,25 @@ class Sampling(Strict):
     offload: bool = False  # what the decoder keeps for the backward pass waits in main memory
 
 
-class Term(Strict):
-    """A summand of the reward: {weight: 0.5, reward: {name: flow, ...}} is half of rewards/flow.py."""
-
-    reward: Annotated[Part, In("rewards")]
-    weight: float = 1.0
-
-
 class Config(Sampling):
-    rewards: Annotated[tuple[Term, ...], Field(min_length=1)]
+    rewards: Annotated[tuple[Annotated[Part, In("rewards")], ...], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _once(self) -> "Config":
-        if len({term.reward.name for term in self.rewards}) < len(self.rewards):
+        if len({part.name for part in self.rewards}) < len(self.rewards):
             raise PydanticCustomError("part", "a reward stands in rewards twice; keep one")
         return self
+
+
+def truths(config: Config) -> tuple[str, ...]:
+    """What the rewards must be told of the clips beside their pictures and masks."""
+    return base.truths(config.rewards)
 
 
 def oro_loss(
     model: VideoModel,
     batch: Batch,
-    rewards: Mapping[str, tuple[float, Reward]],
+    reward: base.Total,
     config: Sampling,
     random: Random,
     negative_1LD: Tensor | None = None,
@@ -71,7 +67,7 @@ def oro_loss(
     """The loss of one batch (scalar), and what to log.
 
     Args:
-        rewards: weight and function of each.
+        reward: gives the clips' rewards (B,), and what they are the sum of (rewards/base.py).
         negative_1LD: the text of the unwanted prompt; needed where the sampler has guidance.
 
     Metrics:
@@ -99,17 +95,22 @@ def oro_loss(
     if config.frames is not None:
         z0_BCFHW, batch = z0_BCFHW[:, :, : model.latent_frames(config.frames)], batch.until(config.frames)
     video_BCFHW = model.decode(z0_BCFHW, "decoder" in config.recompute, config.offload)[:, :, : config.frames]
-    means = {name: reward(video_BCFHW, batch).mean() for name, (_, reward) in rewards.items()}
-    loss = -torch.stack([weight * means[name] for name, (weight, _) in rewards.items()]).sum()
+    reward_B, found = reward(video_BCFHW, batch)
     saturated = (video_BCFHW.detach().abs() == 1).float().mean()
-    return loss, {"saturated": saturated} | {f"reward_{name}": mean.detach() for name, mean in means.items()}
+    metrics = {f"reward_{name}": each_B.detach().mean() for name, each_B in found.items()}
+    return -reward_B.mean(), {"saturated": saturated} | metrics
+
+
+def load_rewards(config: Config, device: torch.device) -> dict[str, tuple[float, base.Reward]]:
+    """Weight and function of each reward."""
+    return base.load(config.rewards, device)
 
 
 def train(run: Run, model: VideoModel, config: Config) -> None:
-    rewards = {t.reward.name: (t.weight, t.reward.module.load(t.reward.config, model.device)) for t in config.rewards}
+    reward = base.total(load_rewards(config, model.device))
     negative_1LD = model.encode_text([""]) if config.sampler.guided else None
     model.unload()
     run.module.eval()
     for batch in run.batches():
-        loss, metrics = oro_loss(model, batch, rewards, config, run.random, negative_1LD)
+        loss, metrics = oro_loss(model, batch, reward, config, run.random, negative_1LD)
         run.step(loss, **metrics)

@@ -122,7 +122,8 @@ class Sam2Tracker(nn.Module):
             kept = session.output_dict_per_obj[0]["cond_frame_outputs" if given else "non_cond_frame_outputs"]
             kept[t] |= {"maskmem_features": features_t, "maskmem_pos_enc": position}
             kept.pop(t - memory, None)
-            yield F.interpolate(out["pred_masks"].float(), (height, width), mode="bilinear")
+            logits = out["pred_masks"].to(torch.promote_types(out["pred_masks"].dtype, torch.float32))
+            yield F.interpolate(logits, (height, width), mode="bilinear")
 
 
 def new(config: Sam2VideoConfig, seed: int = 0) -> Sam2Tracker:
@@ -133,11 +134,16 @@ def new(config: Sam2VideoConfig, seed: int = 0) -> Sam2Tracker:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        sam = Sam2VideoModel(config)
-    score = sam.mask_decoder.pred_obj_score_head.proj_out
+        tracker = Sam2Tracker(Sam2VideoModel(config))
+    return always_there(tracker)
+
+
+def always_there(tracker: Sam2Tracker) -> Sam2Tracker:
+    """The same with its object score fixed at +10: it never takes the object for gone, and logits keep a gradient."""
+    score = tracker.sam.mask_decoder.pred_obj_score_head.proj_out
     nn.init.zeros_(score.weight)
     nn.init.constant_(score.bias, 10.0)
-    return Sam2Tracker(sam)
+    return tracker
 
 
 class Model:
@@ -145,7 +151,7 @@ class Model:
 
     def __init__(self, module: Sam2Tracker) -> None:
         self.module: nn.Module = module
-        self._tracker = module
+        self.tracker = module
 
     def __call__(self, video_BCFHW: Tensor, mask0_BHW: Tensor) -> Tensor:
         return self.module(video_BCFHW, mask0_BHW)
@@ -158,13 +164,13 @@ class Model:
         device = next(self.module.parameters()).device
         shown = (torch.tensor(p, device=device).permute(2, 0, 1)[None].float() / 127.5 - 1 for p in pictures)
         points, labels = torch.from_numpy(points_P2), torch.from_numpy(labels_P)
-        for logits in self._tracker.follow(shown, frames, points_P2=points, labels_P=labels):
+        for logits in self.tracker.follow(shown, frames, points_P2=points, labels_P=labels):
             yield (logits[0, 0] > 0).cpu().numpy()
 
     def save(self, path: Path) -> None:
         """Write the transformers folder (config.json, model.safetensors) `path`."""
         with replacing(path) as temporary:
-            self._tracker.sam.save_pretrained(temporary)
+            self.tracker.sam.save_pretrained(temporary)
 
 
 def load(config: ModelConfig, device: str = "cpu") -> Model:

@@ -4,5 +4,5 @@ from pathlib import Path
 
 
 def folder(part: str) -> Path:
-    """Where an embedded part lives: `wan` (the diffusers folder), `tracker` or `sam2`."""
+    """Where an embedded part lives: `wan` (the diffusers folder), `tracker`, `sam2`, `raft` or `depth`."""
     return Path(__file__).parent / part

@@ -1,7 +1,7 @@
 """Assemble the embedded base `posttrain/pocket/wan`, a diffusers folder for WanImageToVideoPipeline.
 
     python -m posttrain.pocket.build [--vae FOLDER] [--transformer FOLDER] [--captions METADATA ...] [--out FOLDER]
-    python -m posttrain.pocket.build --sam2 FOLDER
+    python -m posttrain.pocket.build --sam2 FOLDER | --raft FOLDER | --depth FOLDER
 
 Parts that are not given are drawn from a fixed seed. The text encoder always is: an untrained UMT5 of two layers
 tells words and their order apart, which is all that the transformer needs to learn what a caption means.
@@ -11,12 +11,15 @@ import argparse
 import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from transformers import Sam2VideoModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from posttrain.files import read_jsonl, replacing, sha256, write_json, write_text
+from posttrain.models import depth, raft
+from posttrain.models.base import ModelConfig
 from posttrain.models.wan import initialise
 from posttrain.pocket import folder
 
@@ -136,6 +139,14 @@ def embed_sam2(trained: Path) -> Path:
     return folder("sam2")
 
 
+def embed(part: str, trained: Path) -> Path:
+    """The reward network `part` (raft, depth) of the folder `trained` in half precision, which is read as float32."""
+    model: Any = {"raft": raft, "depth": depth}[part].load(ModelConfig(family=part, path=str(trained)))
+    model.module.half()
+    model.save(folder(part))
+    return folder(part)
+
+
 def write_checksums() -> None:
     """SHA256SUMS of all embedded weights, which `posttrain doctor` compares them with."""
     root = folder("")
@@ -150,9 +161,15 @@ def main() -> None:
     parser.add_argument("--captions", type=Path, nargs="*", default=[])
     parser.add_argument("--out", type=Path, default=folder("wan"))
     parser.add_argument("--sam2", type=Path, help="a trained SAM 2 to embed; the base is left as it is")
+    parser.add_argument("--raft", type=Path, help="a trained RAFT to embed, likewise")
+    parser.add_argument("--depth", type=Path, help="a trained Depth Anything to embed, likewise")
     options = parser.parse_args()
     if options.sam2:
         print(embed_sam2(options.sam2))
+    elif options.raft:
+        print(embed("raft", options.raft))
+    elif options.depth:
+        print(embed("depth", options.depth))
     else:
         print(build(options.out, options.vae, options.transformer, options.captions))
     write_checksums()

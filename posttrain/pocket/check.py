@@ -3,10 +3,14 @@
     python -m posttrain.pocket.check segmenter --family tracker --clips data/pocket-drop data/pocket-motion
     python -m posttrain.pocket.check vae --clips data/pocket-drop
     python -m posttrain.pocket.check base --clips data/pocket-motion
+    python -m posttrain.pocket.check flow --clips data/pocket-drop data/pocket-company-motion
+    python -m posttrain.pocket.check depth --clips data/pocket-drop data/pocket-company-motion
 
 segmenter  IoU after frame 0 by size, by motion and by company, on the clips and as the VAE shows them.
 vae        what the tracker sees of true clips through the VAE, and how close the pictures are.
 base       the model's own clips and the first picture held, both against the truth.
+flow       RAFT's endpoint error in pixels, everywhere and where a body moves by half a pixel or more; zero flow's.
+depth      Depth Anything's error in metres as a share of the true depth, everywhere (but in the sky) and on bodies.
 """
 
 import argparse
@@ -22,7 +26,7 @@ from posttrain.benchmarks import pisa as benchmark
 from posttrain.data.clips import Clips, DataConfig
 from posttrain.files import UserError
 from posttrain.metrics import masks, pisa
-from posttrain.models import sam2, tracker, wan
+from posttrain.models import depth, raft, sam2, tracker, wan
 from posttrain.models.base import ModelConfig
 from posttrain.progress import markdown
 from posttrain.progress import track as progress
@@ -31,6 +35,8 @@ from posttrain.types import Batch
 
 SIZES = (6, 8, 11, 15)  # pixels, root of the object's area in frame 0
 BATCH = 8
+MOVING = 0.5  # pixels a frame
+FARTHEST = 0.02  # 1 / metres, the least inverse depth that is turned over
 Row = dict[str, Any]
 Show = Callable[[Batch], Tensor]  # the pictures to measure, video_BCFHW in [-1, 1]
 
@@ -146,24 +152,73 @@ def check_base(model: wan.Wan, track: masks.Track, data: Sequence[Clips], steps:
     return markdown(["clips", "row", "L2", "chamfer", "IoU", "vanished"], lines)
 
 
+@torch.no_grad()
+def check_flow(net: raft.Model, data: Sequence[Clips], shows: dict[str, Show]) -> str:
+    """A line per data set and way to show it: endpoint errors in pixels, means over pixels."""
+    lines = []
+    for clips in data:
+        for kind, show in shows.items():
+            sums = np.zeros(5)
+            for index in progress(range(len(clips)), "measuring", len(clips)):
+                batch = clips.load([index])
+                assert batch.flow_BFCHW is not None
+                true = batch.flow_BFCHW[:, :-1]
+                error, speed = (net(show(batch)) - true).norm(dim=2), true.norm(dim=2)
+                moving = speed >= MOVING
+                sums += [t.sum().item() for t in (error, error[moving], speed[moving], moving, torch.ones_like(error))]
+            everywhere, on_moving, zero, moving_pixels, pixels = sums
+            errors = (everywhere / pixels, on_moving / moving_pixels, zero / moving_pixels)
+            lines.append([clips.splits[0].folder.parent.name, kind, str(len(clips)), *(f"{e:.3f}" for e in errors)])
+    return markdown(["clips", "pictures", "n", "everywhere", "moving", "moving, zero flow"], lines)
+
+
+@torch.no_grad()
+def check_depth(net: depth.Model, data: Sequence[Clips], shows: dict[str, Show]) -> str:
+    """A line per data set and way to show it: |z - z*| / z*, means over pixels."""
+    lines = []
+    for clips in data:
+        for kind, show in shows.items():
+            sums = np.zeros(4)
+            for index in progress(range(len(clips)), "measuring", len(clips)):
+                batch = clips.load([index])
+                assert batch.depth_BFHW is not None
+                assert batch.instances_BFHW is not None
+                true, bodies = batch.depth_BFHW, batch.instances_BFHW > 0
+                known = true.isfinite()
+                error = (1 / net(show(batch)).clamp_min(FARTHEST) - true).abs() / true
+                sums += [t.sum().item() for t in (error[known], error[bodies], known, bodies)]
+            shares = (sums[0] / sums[2], sums[1] / sums[3])
+            lines.append([clips.splits[0].folder.parent.name, kind, str(len(clips)), *(f"{e:.3f}" for e in shares)])
+    return markdown(["clips", "pictures", "n", "everywhere", "bodies"], lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="measure the pocket's parts")
-    parser.add_argument("part", choices=["segmenter", "vae", "base"])
+    parser.add_argument("part", choices=["segmenter", "vae", "base", "flow", "depth"])
     parser.add_argument("--clips", nargs="+", required=True, help="dataset folders")
     parser.add_argument("--split", default="test_unseen")
     parser.add_argument("--limit", type=int, help="clips of each folder")
     parser.add_argument("--model", default="pocket", help="the diffusers folder of VAE and transformer")
     parser.add_argument("--family", choices=["tracker", "sam2"], default="tracker", help="the segmenter")
     parser.add_argument("--segmenter", default="pocket", help="the segmenter's folder")
+    parser.add_argument("--net", default="pocket", help="the folder of the flow's or the depth's network")
     parser.add_argument("--steps", type=int, default=12, help="of the sampler")
     options = parser.parse_args(arguments)
     try:
         family = {"tracker": tracker, "sam2": sam2}[options.family]
         track = family.load(ModelConfig(family=options.family, path=options.segmenter))
-        data = [Clips(DataConfig(clips=c, split=options.split, limit=options.limit)) for c in options.clips]
+        truths = [options.part] if options.part in ("flow", "depth") else []
+        kinds = [DataConfig(clips=c, split=options.split, limit=options.limit) for c in options.clips]
+        data = [Clips(kind, truths=truths) for kind in kinds]
         model = wan.load(ModelConfig(path=options.model))
         if options.part == "segmenter":
             print(check_segmenter(track, data, {"true": truth, "through the VAE": through(model)}))
+        elif options.part == "flow":
+            net = raft.load(ModelConfig(family="raft", path=options.net))
+            print(check_flow(net, data, {"true": truth, "through the VAE": through(model)}))
+        elif options.part == "depth":
+            eyes = depth.load(ModelConfig(family="depth", path=options.net))
+            print(check_depth(eyes, data, {"true": truth, "through the VAE": through(model)}))
         elif options.part == "vae":
             print(check_vae(track, data, through(model)))
         else:

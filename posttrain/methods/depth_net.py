@@ -1,0 +1,94 @@
+"""Train a Depth Anything (models/depth.py) on the simulator's depth.
+
+Loss, for the network's answer q and the true inverse depth 1/z (0 where there is nothing), in 1 / metres:
+
+    L = mean[w |q - 1/z|] + g mean[|d(q - 1/z)|],   w = 1 + b where a body is, divided by its mean
+
+where d are the differences to the right and lower neighbours (edges, at which a small body begins). The published model
+is trained on relative depth, with a loss that no scale and shift change; the pocket's camera has one focal length, so
+that metres can be told, and they are asked for.
+
+Pictures are mirrored, recoloured and degraded, and a share of the clips is seen through a video autoencoder.
+"""
+
+import torch
+from torch import Tensor
+
+from posttrain.methods.segmenter import Decode, DecodedConfig, autoencoder, blur, decoder, lot, recolour
+from posttrain.models.depth import Model
+from posttrain.run import Run, start_fingerprint
+from posttrain.types import Batch, Random, Strict
+
+DATA = "clips"
+
+
+class Config(Strict):
+    """`pictures` are taken of each clip."""
+
+    pictures: int = 2
+    bodies: float = 8.0  # b
+    difference: float = 1.0  # g
+    recolour: float = 0.5
+    degrade: float = 0.4  # noise and blur
+    noise: float = 0.1  # largest standard deviation, pixels in [-1, 1]
+    decoded: DecodedConfig | None = None
+
+
+def truths(config: Config) -> tuple[str, ...]:
+    return ("depth",)
+
+
+def draw(batch: Batch, config: Config, random: Random, decode: Decode | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures (N, C, H, W) in [-1, 1], their inverse depth (N, H, W), and where there are bodies, bool (N, H, W)."""
+    assert batch.video_BCFHW is not None
+    assert batch.instances_BFHW is not None
+    assert batch.depth_BFHW is not None
+    total, size = batch.video_BCFHW.shape[2], batch.video_BCFHW.shape[3:]
+    draws, colours = random.uniform(config.pictures, 4), random.uniform(config.pictures, 12)
+    noise = random.normal(config.pictures, 3, *size)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for i in range(len(draws)):
+        video = batch.video_BCFHW[i]
+        if decode is not None and config.decoded is not None and lot(batch.ids[i]) < config.decoded.share:
+            video = decode(batch.ids[i], video)
+        for k, (place, left, painted, worse) in enumerate(draws[i].tolist()):
+            t = int(place * total)
+            picture, bodies = video[:, t : t + 1], batch.instances_BFHW[i, t] > 0
+            if painted < config.recolour:
+                mask = bodies if painted < config.recolour / 2 else torch.ones_like(bodies)
+                picture = recolour(picture, mask, colours[i, k])
+            if worse < config.degrade:
+                strength = worse / config.degrade
+                picture = blur(picture, strength) + config.noise * strength * noise[i, k, :, None].to(picture)
+            seen = (picture[:, 0].clamp(-1, 1), 1 / batch.depth_BFHW[i, t], bodies)
+            found.append((seen[0].flip(-1), seen[1].flip(-1), seen[2].flip(-1)) if left < 0.5 else seen)
+    pictures, truths, masks = zip(*found, strict=True)
+    return torch.stack(pictures), torch.stack(truths), torch.stack(masks)
+
+
+def depth_loss(
+    answer_NHW: Tensor, inverse_NHW: Tensor, bodies_NHW: Tensor, config: Config
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss above, a scalar; `error` is the mean error in 1 / metres, `error_bodies` that on bodies."""
+    w = 1 + config.bodies * bodies_NHW.to(inverse_NHW.dtype)
+    error = answer_NHW - inverse_NHW
+    edges = (error.diff(dim=1).abs().mean() + error.diff(dim=2).abs().mean()) / 2
+    loss = (w * error.abs()).mean() / w.mean() + config.difference * edges
+    size = error.detach().abs()
+    on_bodies = (size * bodies_NHW).sum() / bodies_NHW.sum().clamp_min(1)
+    return loss, {"error": size.mean().item(), "error_bodies": on_bodies.item()}
+
+
+def depends(config: Config) -> dict[str, str]:
+    """What the trained weights depend on beside clips and settings: the autoencoder's weights."""
+    return {} if config.decoded is None else {"method.decoded": start_fingerprint(autoencoder(config.decoded))}
+
+
+def train(run: Run, model: Model, config: Config) -> None:
+    """The loop."""
+    decode = decoder(config.decoded, run.accelerator.device) if config.decoded else None
+    for batch in run.batches():
+        pictures, inverse, bodies = draw(batch, config, run.random, decode)
+        answer = run.module(pictures[:, :, None])[:, 0]
+        loss, metrics = depth_loss(answer, inverse, bodies, config)
+        run.step(loss, **metrics)

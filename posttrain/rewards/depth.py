@@ -1,0 +1,64 @@
+"""Depth Anything's depth against the true one (PISA, arXiv 2503.09595, section 4.4).
+
+With q the inverse depth that Depth Anything V2 sees, z the simulator's depth in metres, and r the range of 1/z over the
+true clip:
+
+    R = -mean_{t > 0, pixels} [ u |s q + o - 1/z| / r + (1 - u) ],   s, o = argmin sum (s q*_0 + o - 1/z_0)^2
+
+The scale s and the shift o are fitted once, to the true first picture, which is given to the model: they depend on
+nothing that is generated, so that no clip can bend them, and one scale for all pictures keeps what the paper's
+normalisation by each picture's range loses, that what comes nearer grows. u is the contrast (rewards/base.py).
+
+What to know: an object in the wrong place is charged twice, where it is and where it should be, and not more when it is
+farther off; one that is gone only once. So a clip without the object is better here than one in which it hovers: use it
+beside `segmentation` and `trajectory`.
+"""
+
+import torch
+from torch import Tensor
+
+from posttrain.models import depth
+from posttrain.models.base import ModelConfig
+from posttrain.rewards.base import Reward, RewardConfig, contrast, frozen
+from posttrain.types import Batch
+
+TRUTHS: tuple[str, ...] = ("depth",)
+RANKS: tuple[str, ...] = ()
+
+
+class Config(RewardConfig):
+    """`path`: "pocket", a local folder, or a hub id as depth-anything/Depth-Anything-V2-Small-hf."""
+
+    path: str = "pocket"
+
+
+def load(config: Config, device: torch.device | str = "cpu") -> Reward:
+    """The reward above. Raises UserError where there is no such Depth Anything."""
+    net = frozen(depth.load(ModelConfig(family="depth", path=config.path), str(device)).module)
+
+    def reward(video_BCFHW: Tensor, batch: Batch) -> Tensor:
+        assert batch.video_BCFHW is not None
+        assert batch.depth_BFHW is not None
+        inverse = 1 / batch.depth_BFHW
+        with torch.no_grad():
+            s_B, o_B = fit(net(batch.video_BCFHW[:, :, :1])[:, 0], inverse[:, 0])
+        scaled = s_B.view(-1, 1, 1, 1) * net(video_BCFHW[:, :, 1:]) + o_B.view(-1, 1, 1, 1)
+        return depth_error(scaled, inverse[:, 1:], contrast(video_BCFHW, batch.video_BCFHW))
+
+    return reward
+
+
+def fit(q_BHW: Tensor, inverse_BHW: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale and the shift (B,) by which q is nearest to the truth; 0 and the truth's mean where q is flat."""
+    q, true = q_BHW.flatten(1), inverse_BHW.flatten(1)
+    spread = q - q.mean(1, keepdim=True)
+    s = (spread * true).mean(1) / spread.square().mean(1).clamp_min(1e-8)
+    return s, true.mean(1) - s * q.mean(1)
+
+
+def depth_error(inverse_BFHW: Tensor, true_BFHW: Tensor, u_BF: Tensor) -> Tensor:
+    """The equation above, (B,), of frames after the first."""
+    flat = true_BFHW.flatten(1)
+    reach = (flat.amax(1) - flat.amin(1)).clamp_min(1e-6)[:, None]
+    error = (inverse_BFHW - true_BFHW).abs().mean((2, 3)) / reach
+    return -(u_BF * error + 1 - u_BF).mean(1)

@@ -1,0 +1,60 @@
+"""SAM 2's soft masks against the true ones (PISA, arXiv 2503.09595, section 4.4), aware of absence.
+
+SAM 2 follows the scored object from its true mask in frame 0. With p its sigmoid mask, m the true one, and a the area
+of the true mask in frame 0, in pixels:
+
+    R = mean_{t > 0} (sum p m + a e) / (sum (p + m - p m) + a e),   e = 1 where m is empty, else 0
+
+which is a soft IoU where the object is in the picture. Where it is not (hidden, or out of sight), it is 1 for an empty
+mask and falls with what p covers. In [0, 1].
+
+Departure from the paper's code: there, where SAM 2 takes the object for gone, its logits are a constant, and what has
+vanished gets no gradient. Here it is never taken for gone (models/sam2.py: `always_there`).
+
+What it does not see: how far a mask is off, once it and the true one are disjoint. From a clip that hovers there is
+then no way downhill; add `trajectory`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from posttrain.models import sam2
+from posttrain.models.base import ModelConfig
+from posttrain.rewards.base import Reward, RewardConfig, frozen, true_masks
+from posttrain.types import Batch
+
+TRUTHS: tuple[str, ...] = ()
+RANKS: tuple[str, ...] = ("weak_gravity", "hover", "delay", "vanish", "melt", "slow_motion")
+
+
+class Config(RewardConfig):
+    """`path`: "pocket", a local folder, or a hub id as facebook/sam2.1-hiera-tiny."""
+
+    path: str = "pocket"
+
+
+def load(config: Config, device: torch.device | str = "cpu") -> Reward:
+    """The reward above. Raises UserError where there is no such SAM 2."""
+    masks = load_masks(config.path, device)
+
+    def reward(video_BCFHW: Tensor, batch: Batch) -> Tensor:
+        m = true_masks(batch)
+        return soft_iou(masks(video_BCFHW, m[:, 0])[:, 1:], m[:, 1:], m[:, 0])
+
+    return reward
+
+
+def load_masks(path: str, device: torch.device | str) -> Callable[[Tensor, Tensor], Tensor]:
+    """SAM 2's soft masks (B, F, H, W) of a video in [-1, 1], from the object's true mask in frame 0."""
+    follow = frozen(sam2.always_there(sam2.load(ModelConfig(family="sam2", path=path), str(device)).tracker))
+    return lambda video_BCFHW, mask0_BHW: follow(video_BCFHW, mask0_BHW).sigmoid()
+
+
+def soft_iou(p_BFHW: Tensor, m_BFHW: Tensor, mask0_BHW: Tensor) -> Tensor:
+    """The equation above, (B,); `mask0_BHW` is frame 0's mask, and frame 0 is not among the others."""
+    m = m_BFHW.to(p_BFHW.dtype)
+    both, either = (p_BFHW * m).sum((2, 3)), (p_BFHW + m - p_BFHW * m).sum((2, 3))
+    absent = (m.sum((2, 3)) == 0) * mask0_BHW.sum((1, 2))[:, None].to(p_BFHW.dtype)
+    return ((both + absent) / (either + absent).clamp_min(1e-6)).mean(1)

@@ -1,0 +1,62 @@
+"""Where the object is: the path of its soft mask's centre, whose gradient points downhill from any distance.
+
+SAM 2 follows the scored object as in `segmentation`. With c the centre of its soft mask p, c* that of the true mask m,
+and D the picture's diagonal, all in pixels:
+
+    R = -mean_t [ w |c - c*| / D + (1 - w) ],   w = u min(1, 2 sum p / sum m, 2 a / sum p),   t > 0 with m not empty
+
+with a the area of the true mask in frame 0, and u 1 unless the picture has lost most of its contrast (rewards/base.py).
+So what has vanished, is smeared all over a noisy picture, or is dreamt into a blank one, is as far off as anything can
+be, and is called back by w; between half its area and twice, w is 1. In [-1, 0]; 0 where m is always empty. It is
+PISA's L2 (posttrain/metrics/pisa.py) made differentiable.
+
+What it does not see: shape and turning, and size within that factor; use it beside `segmentation`.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from posttrain.rewards.base import Reward, RewardConfig, contrast, true_masks
+from posttrain.rewards.segmentation import load_masks
+from posttrain.types import Batch
+
+TRUTHS: tuple[str, ...] = ()
+RANKS: tuple[str, ...] = ("weak_gravity", "hover", "delay", "vanish", "slow_motion")
+
+
+class Config(RewardConfig):
+    """`path`: "pocket", a local folder, or a hub id as facebook/sam2.1-hiera-tiny."""
+
+    path: str = "pocket"
+
+
+def load(config: Config, device: torch.device | str = "cpu") -> Reward:
+    """The reward above. Raises UserError where there is no such SAM 2."""
+    masks = load_masks(config.path, device)
+
+    def reward(video_BCFHW: Tensor, batch: Batch) -> Tensor:
+        assert batch.video_BCFHW is not None
+        m, u_BF = true_masks(batch), contrast(video_BCFHW, batch.video_BCFHW)
+        return path_error(masks(video_BCFHW, m[:, 0])[:, 1:], m[:, 1:], m[:, 0], u_BF)
+
+    return reward
+
+
+def path_error(p_BFHW: Tensor, m_BFHW: Tensor, mask0_BHW: Tensor, u_BF: Tensor) -> Tensor:
+    """The equation above, (B,); `mask0_BHW` is frame 0's mask, and frame 0 is not among the others."""
+    m = m_BFHW.to(p_BFHW.dtype)
+    away = (centre(p_BFHW) - centre(m)).norm(dim=2) / math.hypot(*m.shape[2:])
+    found, true, first = p_BFHW.sum((2, 3)), m.sum((2, 3)), mask0_BHW.sum((1, 2))[:, None].to(m.dtype)
+    w = torch.minimum(2 * found / true.clamp_min(1), 2 * first / found.clamp_min(1e-6)).clamp_max(1) * u_BF
+    there = (true > 0).to(m.dtype)
+    return -((w * away + 1 - w) * there).sum(1) / there.sum(1).clamp_min(1)
+
+
+def centre(p_BFHW: Tensor) -> Tensor:
+    """Row and column of a soft mask's centre in pixels, (B, F, 2); where there is no mask, 0."""
+    mass = p_BFHW.sum((2, 3)).clamp_min(1e-6)
+    rows, columns = (torch.arange(side).to(p_BFHW) for side in p_BFHW.shape[2:])
+    y, x = p_BFHW.sum(3) @ rows, p_BFHW.sum(2) @ columns
+    return torch.stack([y / mass, x / mass], 2)

@@ -1,0 +1,344 @@
+"""Tripwires: quantities and wires by hand, chance, and a hacked reward: a warning, the best weights, a way back."""
+
+import contextlib
+import math
+import re
+import shlex
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from falling import write_dataset
+from safetensors.torch import load_file
+from torch import Tensor
+
+from posttrain import files, recipe, stages
+from posttrain.data.clips import DataConfig
+from posttrain.evaluate import EvalConfig
+from posttrain.experiment import ADAPTER, TRAINED, Recipe, is_trained
+from posttrain.files import UserError
+from posttrain.flow import SamplerConfig
+from posttrain.methods import oro
+from posttrain.models.base import AdapterConfig, ModelConfig
+from posttrain.recipe import Part
+from posttrain.rewards.base import RewardConfig
+from posttrain.run import TrainConfig
+from posttrain.tripwires import (
+    BEST,
+    LOOKS,
+    TripwiresConfig,
+    appearance,
+    best_look,
+    chooses_by_the_test,
+    distance,
+    ended,
+    read_looks,
+    trainable,
+    tripped,
+    watching,
+)
+from posttrain.types import Batch
+
+SIDE = 16
+
+
+def moving(frames: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """A square of 4 pixels (200, 100, 60) that falls a pixel a frame before grey 100; uint8 video, bool masks."""
+    video, masks = np.full((frames, SIDE, SIDE, 3), 100, np.uint8), np.zeros((frames, SIDE, SIDE), bool)
+    for k in range(frames):
+        masks[k, 2 + k : 6 + k, 6:10] = True
+    video[masks] = (200, 100, 60)
+    return video, masks
+
+
+def test_the_truth_looks_like_itself() -> None:
+    video, masks = moving()
+    assert appearance(video, masks, video, masks) == {"motion": 1.0, "sharpness": 1.0, "size": 1.0, "colour": 0.0}
+
+
+def test_appearance_by_hand() -> None:
+    """Half the contrast is half the motion and a quarter of the Laplacian's variance; frame 0 is not looked at."""
+    video, masks = moving()
+    dull = (100 + (video.astype(int) - 100) // 2).astype(np.uint8)
+    found = appearance(dull, masks, video, masks)
+    assert found["motion"] == pytest.approx(0.5)
+    assert found["sharpness"] == pytest.approx(0.25)
+    assert found["colour"] == pytest.approx(math.sqrt((50**2 + 0 + 20**2) / 3) / 255)
+    held = np.repeat(video[:1], 5, axis=0)
+    assert appearance(held, np.repeat(masks[:1], 5, axis=0), video, masks)["motion"] == 0
+    halves = masks.copy()
+    halves[1::2, :, 8:] = False  # frames 1 and 3 of 1 to 4
+    assert appearance(video, halves, video, masks)["size"] == pytest.approx(0.5**0.5)
+    seen_at_first = masks.copy()
+    seen_at_first[1:] = False
+    gone = appearance(held, seen_at_first, video, masks)
+    assert gone["size"] is None
+    assert gone["colour"] is None
+    assert appearance(video, masks, held, masks)["motion"] is None
+
+
+def values(**changed: list[float | None]) -> dict[str, list[float | None]]:
+    start: dict[str, list[float | None]] = {"reward": [0.1, 0.2, 0.3, 0.4], "l2": [0.1] * 4, "iou": [0.5] * 4}
+    return start | {"sharpness": [0.8, 0.9, 1.0, 1.2], "g_error": [None, 1.0, 2.0, 3.0]} | changed
+
+
+@pytest.mark.parametrize(
+    ("now", "wires"),
+    [
+        (values(), []),
+        (values(reward=[0.2, 0.4, 0.4, 0.5]), []),
+        (values(iou=[0.4, 0.3, 0.2, 0.4]), []),  # the reward does not rise
+        (values(reward=[0.2, 0.4, 0.4, 0.5], iou=[0.4, 0.3, 0.2, 0.4]), ["iou"]),
+        (values(reward=[0.2, 0.4, 0.4, 0.5], iou=[0.48, 0.47, 0.48, 0.48]), []),  # by 4.5%
+        (values(reward=[0.2, 0.4, 0.4, 0.5], iou=[0.48, 0.46, 0.47, 0.48]), ["iou"]),  # by 5.5%
+        (values(reward=[0.2, 0.4, 0.4, 0.5], iou=[0.6, 0.3, 0.7, 0.4]), []),  # now so, now so
+        (values(reward=[0.2, 0.4, 0.4, 0.1], iou=[0.4, 0.3, 0.2, 0.4]), []),  # so the reward
+        (values(reward=[0.2, 0.4, 0.4, 0.5], l2=[0.2, 0.3, 0.2, 0.15]), ["l2"]),
+        (values(reward=[0.2, 0.4, 0.4, 0.5], l2=[0.0, 0.05, 0.0, 0.05]), []),
+        (values(reward=[0.2, 0.4, 0.4, 0.5], sharpness=[0.4, 0.5, 0.6, 0.7]), ["sharpness"]),
+        (values(reward=[0.2, 0.4, 0.4, 0.5], sharpness=[1.9, 1.9, 1.9, 1.9]), ["sharpness"]),
+        (values(reward=[0.2, 0.4, 0.4, 0.5], sharpness=[1.1, 1.1, 1.0, 1.0]), []),  # nearer to the truth's
+        (values(reward=[0.2, 0.4, 0.4, 0.5], g_error=[9.0, 9.0, 9.0, 9.0]), []),  # three pairs
+    ],
+)
+def test_wires_by_hand(now: dict[str, list[float | None]], wires: list[str]) -> None:
+    assert tripped(values(), now, 0.05) == wires
+
+
+def test_chance_seldom_trips() -> None:
+    """Nine wires of pure noise over 16 clips beside a reward that rises: one in twenty looks or so."""
+    random, alarms = np.random.default_rng(0), 0
+    names = ["l2", "iou", "g_error", *(f"reward_{k}" for k in range(6))]
+    for _ in range(60):
+        first = {name: list(random.normal(size=16)) for name in names}
+        now = {name: [value + float(random.normal()) for value in first[name]] for name in names}
+        alarms += bool(tripped(first | {"reward": [0.0] * 16}, now | {"reward": [1.0] * 16}, 0.0))
+    assert alarms <= 8
+
+
+def test_what_the_rows_say(tmp_path: Path) -> None:
+    rows = [(0, 0.1, []), (4, 0.3, []), (8, 0.2, []), (12, 0.5, ["iou"]), (16, 0.3, [])]
+    looks = [{"step": step, "tripped": wires, "values": {"reward": [mean] * 2}} for step, mean, wires in rows]
+    assert best_look(looks)["step"] == 4
+    assert best_look(looks[:1])["step"] == 0
+    back, on = TripwiresConfig(on_trip="roll_back"), TripwiresConfig()
+    assert not ended(tmp_path, back, 16)
+    files.write_jsonl(tmp_path / LOOKS, looks)
+    assert [ended(tmp_path, back, step) for step in (0, 8, 11, 12)] == [False, False, False, True]
+    assert not ended(tmp_path, on, 16)
+
+
+def test_distance_by_hand() -> None:
+    start = [torch.tensor([3.0, 4.0]), torch.tensor([[12.0]])]
+    assert distance(start, [torch.tensor([3.0, 4.0 + 5.0]), torch.tensor([[0.0]])]) == pytest.approx(1.0)
+    assert distance(start, start) == 0
+
+
+# ---------------------------------------------------------------- a reward that is hacked
+
+
+def brightness(die_at: int | None = None) -> Part:
+    """The mean of all pixels, as a recipe would name it; the training ends without a word at call `die_at`."""
+    calls = 0
+
+    def reward(video_BCFHW: Tensor, batch: Batch) -> Tensor:
+        nonlocal calls
+        calls += video_BCFHW.requires_grad
+        if calls == die_at:
+            raise KeyboardInterrupt
+        return video_BCFHW.flatten(1).mean(1)
+
+    module = ModuleType("brightness")
+    vars(module).update(TRUTHS=(), load=lambda config, device: reward)
+    return Part("brightness", module, RewardConfig())
+
+
+def hack(
+    home: Path, run: str, on_trip: Literal["warn", "roll_back"] | None = "warn", die_at: int | None = None
+) -> Path:
+    """The run's folder, after the pocket model was trained for the brightness of clips of 5 small pictures.
+
+    Called again, it finds that done. `on_trip` None: without tripwires.
+    """
+    sampler = SamplerConfig(steps=2)
+    method = oro.Config.model_construct(rewards=(brightness(die_at),), sampler=sampler)
+    measured = EvalConfig(clips="drops", splits=("test_unseen",), every=2, sampler=sampler)
+    plan = Recipe.model_construct(
+        run=run,
+        model=ModelConfig(path="pocket", adapter=AdapterConfig(rank=4)),
+        data=DataConfig(clips="drops"),
+        method=Part("oro", oro, method),
+        train=TrainConfig(steps=6, batch=2, lr=3e-2, warmup=6, checkpoint_every=3),
+        eval=measured,
+        tripwires=TripwiresConfig(split="test_seen", clips=4, on_trip=on_trip) if on_trip else None,
+    )
+    with contextlib.chdir(home):
+        stages.train(plan, home / "runs" / run)
+    return home / "runs" / run
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("home")
+    write_dataset(path / "drops", ["train", "test_seen", "test_unseen"], clips=4, frames=5)
+    return path
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in files.read_jsonl(run / "log.jsonl")]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "pytorch_lora_weights.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values(), strict=True))
+
+
+def test_a_hacked_reward_trips_wires(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """While the rate warms up, a look is quiet; then the picture is brighter and the rest of it is lost."""
+    run = hack(home, "warned")
+    looks, rows = read_looks(run), {row["step"]: row for row in log(run)}
+    assert [row["step"] for row in looks] == [0, 2, 4, 6]
+    assert [bool(row["tripped"]) for row in looks] == [False, False, True, True]
+    assert {"iou", "l2", "motion", "colour"} <= set(looks[-1]["tripped"])
+    rewards = [rows[step]["val_reward"] for step in (0, 2, 4, 6)]
+    assert rewards == sorted(rewards)
+    assert rows[6]["val_iou"] < rows[0]["val_iou"] / 1.5
+    assert rows[6]["val_tripped"] == len(looks[-1]["tripped"])
+    assert rows[0]["val_distance"] == 0 < rows[2]["val_distance"] < rows[6]["val_distance"]
+    assert set(rows[0]) == {key for key in rows[2] if key.startswith("val_")} | {"step"}
+    lines = [line for line in capsys.readouterr().err.splitlines() if "tripped" in line]
+    assert len(lines) == 2
+    assert re.search(r"warned: step 4: a wire is tripped: reward -\S+ -> \S+, but .*; the weights of step 2", lines[0])
+    assert is_trained(run)
+    assert not same(run / ADAPTER, run / BEST)
+
+
+def test_looks_change_nothing_that_is_trained(home: Path) -> None:
+    assert same(hack(home, "warned") / ADAPTER, hack(home, "unwatched", None) / ADAPTER)
+
+
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(home: Path) -> None:
+    """It dies in step 5, after the look of step 4 and before its checkpoint, and begins again at step 3."""
+    whole = hack(home, "warned")
+    with pytest.raises(KeyboardInterrupt):
+        hack(home, "killed", die_at=5)
+    assert [row["step"] for row in read_looks(home / "runs" / "killed")] == [0, 2, 4]
+    again = hack(home, "killed")
+    assert (again / LOOKS).read_bytes() == (whole / LOOKS).read_bytes()
+    assert log(again) == log(whole)
+    assert same(again / ADAPTER, whole / ADAPTER)
+    assert same(again / BEST, whole / BEST)
+
+
+def test_it_rolls_back(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training ends with the look that trips, and leaves the best look's weights; so it does when cut off meanwhile."""
+    run, whole = hack(home, "back", "roll_back"), hack(home, "warned")
+    assert "training: rolled back from step 4 to step 2" in capsys.readouterr().err
+    assert log(run) == log(whole)[:5]  # steps 0 to 4
+    assert same(run / ADAPTER, whole / BEST)
+    (run / TRAINED).unlink()
+    shutil.rmtree(run / ADAPTER)
+    hack(home, "back", "roll_back")
+    assert log(run) == log(whole)[:5]
+    assert same(run / ADAPTER, whole / BEST)
+
+
+def test_the_best_weights_are_those_of_their_look(home: Path) -> None:
+    """They lie as far from the start as the log says of that step."""
+    run = hack(home, "warned")
+    model = stages.load_model(ModelConfig(path="pocket", adapter=AdapterConfig(rank=4)))
+    start = [p.detach().clone() for p in trainable(model)]
+    model.restore(run / BEST)
+    told = {row["step"]: row["val_distance"] for row in log(run) if "val_distance" in row}
+    assert distance(start, trainable(model)) == pytest.approx(told[best_look(read_looks(run))["step"]])
+
+
+def test_other_wires_are_another_run(home: Path) -> None:
+    hack(home, "warned")
+    with pytest.raises(UserError, match="another tripwires"):
+        hack(home, "warned", "roll_back")
+
+
+# ---------------------------------------------------------------- in a recipe
+
+RECIPE: dict[str, Any] = {
+    "run": "try",
+    "model": {"path": "pocket", "adapter": {"rank": 2}},
+    "data": {"clips": "drops"},
+    "method": {"name": "psft"},
+    "train": {"steps": 1, "batch": 1, "lr": 1e-3},
+    "eval": {"clips": "drops", "every": 5, "splits": ["test_unseen"]},
+    "tripwires": {"split": "test_seen"},
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], r"tripwires: are for a method that trains rewards, and psft is none"),
+        (["eval=null"], r"tripwires: look at eval\.clips every eval\.every steps; set both"),
+        (["eval.every=0"], r"tripwires: look at eval\.clips every eval\.every steps; set both"),
+        (["tripwires.clips=3"], r"tripwires\.clips: .*greater than or equal to 4"),
+        (["tripwires.on_trip=stop"], r"tripwires\.on_trip: .*'warn' or 'roll_back'"),
+        (
+            ["tripwires.watch=[{name: trajectory}, {name: depth, pth: x}]"],
+            r"watch\.1\.pth: unknown key, did you mean 'path'",
+        ),
+        (["tripwires.watch=[{name: none}]"], r"tripwires\.watch\.0: .*has no 'none'"),
+    ],
+)
+def test_what_a_recipe_may_not_say(tmp_path: Path, words: list[str], said: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    with pytest.raises(UserError, match=said) as refused:
+        recipe.load(path, words, Recipe)
+    assert "\n" not in str(refused.value)
+
+
+def test_clips_that_choose_weights_do_not_measure_them(home: Path) -> None:
+    wires, measured = TripwiresConfig(on_trip="roll_back"), EvalConfig(clips="drops", every=2)
+    assert not chooses_by_the_test(wires.model_copy(update={"split": "validation"}), measured)
+    assert chooses_by_the_test(wires, measured)
+    assert chooses_by_the_test(wires.model_copy(update={"split": "test_seen"}), measured)
+    assert not chooses_by_the_test(TripwiresConfig(), measured)
+
+
+def test_what_is_trained_is_not_watched_besides(home: Path) -> None:
+    wires = TripwiresConfig.model_construct(watch=(brightness(),))
+    with pytest.raises(UserError, match=r"tripwires\.watch: brightness is trained"):
+        watching(home, wires, {"brightness": (1.0, brightness().module.load(None, "cpu"))}, None, None)
+
+
+VARIANTS = [
+    (path, shlex.split(words.replace("\n#  ", "")))
+    for path in sorted((Path(__file__).parent.parent / "recipes").glob("wan*/oro.yaml"))
+    for words in re.findall(r"^#   (run=.*(?:\n#   (?!run=).*)*)", path.read_text(), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize(("path", "words"), VARIANTS, ids=[words[0] for _, words in VARIANTS])
+def test_what_a_header_of_oro_offers(path: Path, words: list[str]) -> None:
+    """Each variant loads, with the paper's rates for all weights and ten times those for an adapter."""
+    plan = recipe.load(path, words, Recipe)
+    (term,) = plan.method.config.rewards
+    rate = {"segmentation": 1e-6, "depth": 1e-6, "flow": 1e-5}[term.reward.name]
+    assert plan.train.lr == pytest.approx(rate * (10 if plan.model.adapter else 1))
+    assert (plan.model.start is None) == (plan.model.adapter is None) == bool(plan.model.merge)
+    assert plan.model.dtype == ("fp32" if plan.model.adapter is None else "bf16")  # bf16 weights are not trained
+    assert plan.tripwires is not None
+    assert plan.eval is not None
+    assert term.reward.name not in {part.name for part in plan.tripwires.watch}
+    assert plan.tripwires.split not in plan.eval.splits
+    assert plan.method.config.sampler == plan.eval.sampler
+
+
+def test_every_header_of_oro_offers_three() -> None:
+    assert [path.parent.name for path, _ in VARIANTS] == sorted(3 * ["wan2.1-1.3b", "wan2.1-14b", "wan2.2-ti2v-5b"])
