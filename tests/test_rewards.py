@@ -21,7 +21,7 @@ from posttrain.models import raft, sam2
 from posttrain.models.base import ModelConfig
 from posttrain.recipe import Part, resolve
 from posttrain.rewards import depth, flow, segmentation, trajectory
-from posttrain.rewards.base import Reward, contrast, load, total, truths
+from posttrain.rewards.base import Reward, contrast, load_all, total, truths
 from posttrain.types import Batch
 from sim import counterfactual, dataset
 
@@ -365,7 +365,7 @@ def test_a_weighted_sum_is_one_line_of_a_recipe() -> None:
     assert truths(parts) == ("depth", "flow")
     batch = scene(3)
     with torch.no_grad():
-        value, found = total(load(parts))(batch.video_BCFHW, batch)
+        value, found = total(load_all(parts))(batch.video_BCFHW, batch)
     assert list(found) == ["depth", "flow"]
     torch.testing.assert_close(value, 2 * found["depth"] - 0.5 * found["flow"])
 
@@ -395,7 +395,7 @@ from posttrain.types import Batch, Strict
 class Recipe(Strict):
     rewards: tuple[Annotated[Part, In("rewards")], ...]
 
-reward = base.total(base.load(load("recipe.yaml", [], Recipe).rewards))
+reward = base.total(base.load_all(load("recipe.yaml", [], Recipe).rewards))
 total, found = reward(torch.full((2, 3, 4, 5, 6), 0.25), Batch(("a", "b")))
 print(total.tolist(), list(found))
 """

@@ -103,7 +103,7 @@ def oro_loss(
 
 def load_rewards(config: Config, device: torch.device) -> dict[str, tuple[float, base.Reward]]:
     """Weight and function of each reward."""
-    return base.load(config.rewards, device)
+    return base.load_all(config.rewards, device)
 
 
 def train(run: Run, model: VideoModel, config: Config) -> None:

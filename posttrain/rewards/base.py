@@ -52,7 +52,7 @@ def truths(parts: Sequence[Part]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(truth for part in parts for truth in part.module.TRUTHS))
 
 
-def load(parts: Sequence[Part], device: torch.device | str = "cpu") -> dict[str, tuple[float, Reward]]:
+def load_all(parts: Sequence[Part], device: torch.device | str = "cpu") -> dict[str, tuple[float, Reward]]:
     """Weight and function of the rewards that a recipe names."""
     return {part.name: (part.config.weight, part.module.load(part.config, device)) for part in parts}
 
