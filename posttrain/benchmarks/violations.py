@@ -162,9 +162,7 @@ def figure(clips: Sequence[Measured], path: Path) -> None:
     true, columns = [clip for clip in clips if clip.kind is None], (*PISA, *QUANTITIES)
     kinds = sorted({clip.kind for clip in clips if clip.kind is not None})
     size = (0.95 * len(columns) + 1.6, 0.62 * len(kinds) + 1.0)
-    drawing, axes = plt.subplots(
-        len(kinds), len(columns), sharex=True, sharey="col", squeeze=False, figsize=size, layout="constrained"
-    )
+    drawing, axes = plt.subplots(len(kinds), len(columns), sharex=True, sharey="col", squeeze=False, figsize=size)
     for j, name in enumerate(columns):
         usual = [number for clip in true if (number := quantity(clip, name)) is not None]
         low, middle, high = np.quantile(usual, (0.25, 0.5, 0.75))
