@@ -474,7 +474,7 @@ def test_what_is_no_raft_or_depth_anything_is_named(tmp_path: Path) -> None:
     (tmp_path / "code.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(UserError, match=r"code\.pth: cannot be read as weights"):
         raft.load(ModelConfig(family="raft", path=str(tmp_path / "code.pth")))
-    with pytest.raises(UserError, match=r"nowhere/config\.json: does not exist; name a Depth Anything's folder"):
+    with pytest.raises(UserError, match=r"nowhere/config\.json: does not exist; name the folder of a DepthAnything"):
         depth_model.load(ModelConfig(family="depth", path=str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match=r"^owner/name: cannot be loaded as a DepthAnything"):  # no network in tests
         depth_model.load(ModelConfig(family="depth", path="owner/name"))

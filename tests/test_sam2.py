@@ -192,7 +192,7 @@ def test_what_is_no_sam2_is_named(net: sam2.Sam2Tracker, tmp_path: Path) -> None
         sam2.load(ModelConfig(family="sam2", path=str(path)))
 
     with pytest.raises(
-        UserError, match=r"nowhere/config\.json: does not exist; name a Sam2VideoModel's folder or a hub"
+        UserError, match=r"nowhere/config\.json: does not exist; name the folder of a Sam2VideoModel or a hub"
     ):
         load(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"^owner/name: cannot be loaded as a Sam2VideoModel"):  # no network in tests

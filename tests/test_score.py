@@ -416,11 +416,11 @@ def test_the_command_lets_a_run_make_the_videos(tmp_path) -> None:
         code, _, said = command(tmp_path, "eval", "sim", "--run", "try", "--out", "usual", "--tracker", "pocket")
     assert code == 0, said
     made = 2 * 2  # base and tuned, of two splits
-    assert len(usual) == made * 50 * 2  # there is no `eval` in the recipe: 50 steps, with and without the caption
+    assert len(usual) == made * 50  # there is no `eval` in the recipe: 50 steps, guidance in the same call
     options = ("--steps", "2", "--guidance", "3", "--seeds", "2", "--out", "asked")
     with calls() as asked:
         assert command(tmp_path, "eval", "sim", "--run", "try", *options)[0] == 0
-    assert len(asked) == made * 2 * 2 * 2
+    assert len(asked) == made * 2 * 2
     assert len(list((tmp_path / "asked" / "videos").rglob("00-s1.mp4"))) == 4
     with calls() as plain:
         code, _, said = command(tmp_path, "eval", "sim", "--run", "try", "--steps", "2", "--guidance", "1")
@@ -455,7 +455,7 @@ def test_the_command_refuses_in_one_line(tmp_path) -> None:
         ),
         (
             ("drops", "--clips", "v", "--tracker", "no"),
-            "no/config.json: does not exist; name a Sam2VideoModel's folder",
+            "no/config.json: does not exist; name the folder of a Sam2VideoModel",
         ),
         (("drops", "--clips", "v"), "v: has no video of any clip; name them by the clips, as in test_seen/00000.mp4\n"),
     ):

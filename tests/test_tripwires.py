@@ -329,13 +329,13 @@ def test_what_a_header_of_oro_offers(path: Path, words: list[str]) -> None:
     """Each variant loads, with the paper's rates for all weights and ten times those for an adapter."""
     plan = recipe.load(path, words, Recipe)
     (term,) = plan.method.config.rewards
-    rate = {"segmentation": 1e-6, "depth": 1e-6, "flow": 1e-5}[term.reward.name]
+    rate = {"segmentation": 1e-6, "depth": 1e-6, "flow": 1e-5}[term.name]
     assert plan.train.lr == pytest.approx(rate * (10 if plan.model.adapter else 1))
     assert (plan.model.start is None) == (plan.model.adapter is None) == bool(plan.model.merge)
     assert plan.model.dtype == ("fp32" if plan.model.adapter is None else "bf16")  # bf16 weights are not trained
     assert plan.tripwires is not None
     assert plan.eval is not None
-    assert term.reward.name not in {part.name for part in plan.tripwires.watch}
+    assert term.name not in {part.name for part in plan.tripwires.watch}
     assert plan.tripwires.split not in plan.eval.splits
     assert plan.method.config.sampler == plan.eval.sampler
 

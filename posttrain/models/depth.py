@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation
 
-from posttrain.files import UserError, replacing
+from posttrain.files import replacing
 from posttrain.models.base import ModelConfig
+from posttrain.models.folders import network
 from posttrain.models.sam2 import MEAN, STD
-from posttrain.pocket import folder
 
 NEAREST = 0.01  # metres, where a metric model's answer is turned over
 
@@ -87,17 +87,6 @@ def load(config: ModelConfig, device: str = "cpu") -> Model:
     Raises:
         UserError: it is no DepthAnythingForDepthEstimation, or not a whole one.
     """
-    local = Path(config.path).exists() or config.path.startswith((".", "/", "~")) or config.path.count("/") != 1
-    path = str(folder("depth")) if config.path == "pocket" else config.path
-    if local and not (Path(path) / "config.json").exists():
-        raise UserError(f"{Path(path) / 'config.json'}: does not exist; name a Depth Anything's folder or a hub id")
-    try:
-        if config.init == "random":
-            return Model(new(DepthAnythingConfig.from_pretrained(path), config.seed).to(device))
-        net, info = DepthAnythingForDepthEstimation.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # transformers, huggingface_hub and safetensors each raise their own kinds
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: cannot be loaded as a DepthAnythingForDepthEstimation ({reason})") from error
-    if info["missing_keys"]:  # transformers would leave these random and only warn
-        raise UserError(f"{path}: lacks {sorted(info['missing_keys'])[0]}; it is no whole Depth Anything")
-    return Model(Depth(net).to(device))
+    found = network(DepthAnythingForDepthEstimation, config, "depth")
+    module = new(found, config.seed) if config.init == "random" else Depth(found)
+    return Model(module.to(device))

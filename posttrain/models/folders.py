@@ -1,12 +1,16 @@
-"""Diffusers folders: where `model.path` leads, and reading a part, with whatever is wrong with it said in one line."""
+"""Folders of diffusers and transformers: where `model.path` leads, and reading a part or a network of its own, with
+whatever is wrong with it said in one line."""
 
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedModel
 
 from posttrain.files import UserError, read_json
+from posttrain.models.base import ModelConfig
 from posttrain.models.published import PUBLISHED
 from posttrain.pocket import folder
 
@@ -38,6 +42,29 @@ def find(path: str, revision: str | None = None) -> Path:
             f"model.path: {path}{at} is no folder and cannot be got from the hub ({_reason(error)}); check its name, "
             "model.revision, the network and the login (hf auth login), or give a folder"
         ) from error
+
+
+def network(kind: type[PreTrainedModel], config: ModelConfig, part: str) -> Any:
+    """A network of `kind` with the weights that `config.path` names, float32; of `init: random` its config alone.
+
+    The path is a transformers folder, a hub id, or "pocket": the embedded folder `part`.
+
+    Raises:
+        UserError: it is no such network, or not a whole one.
+    """
+    local = Path(config.path).exists() or config.path.startswith((".", "/", "~")) or config.path.count("/") != 1
+    path, name = str(folder(part)) if config.path == "pocket" else config.path, kind.__name__
+    if local and not (Path(path) / "config.json").exists():
+        raise UserError(f"{Path(path) / 'config.json'}: does not exist; name the folder of a {name} or a hub id")
+    try:
+        if config.init == "random":
+            return kind.config_class.from_pretrained(path)
+        net, info = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # transformers, huggingface_hub and safetensors each raise their own kinds
+        raise UserError(f"{path}: cannot be loaded as a {name} ({_reason(error)})") from error
+    if info["missing_keys"]:  # transformers would leave these random and only warn
+        raise UserError(f"{path}: lacks {sorted(info['missing_keys'])[0]}; it is no whole {name}")
+    return net
 
 
 def _reason(error: Exception) -> str:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import Sam2VideoConfig, Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
 
-from posttrain.files import UserError, replacing
+from posttrain.files import replacing
 from posttrain.models.base import ModelConfig
-from posttrain.pocket import folder
+from posttrain.models.folders import network
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # SAM 2's normalisation of pixels in [0, 1]
 
@@ -181,17 +181,6 @@ def load(config: ModelConfig, device: str = "cpu") -> Model:
     Raises:
         UserError: it is no Sam2VideoModel, or not a whole one.
     """
-    local = Path(config.path).exists() or config.path.startswith((".", "/", "~")) or config.path.count("/") != 1
-    path = str(folder("sam2")) if config.path == "pocket" else config.path
-    if local and not (Path(path) / "config.json").exists():
-        raise UserError(f"{Path(path) / 'config.json'}: does not exist; name a Sam2VideoModel's folder or a hub id")
-    try:
-        if config.init == "random":
-            return Model(new(Sam2VideoConfig.from_pretrained(path), config.seed).to(device))
-        sam, info = Sam2VideoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # transformers, huggingface_hub and safetensors each raise their own kinds
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: cannot be loaded as a Sam2VideoModel ({reason})") from error
-    if info["missing_keys"]:  # transformers would leave these random and only warn
-        raise UserError(f"{path}: lacks {sorted(info['missing_keys'])[0]}; it is no whole Sam2VideoModel")
-    return Model(Sam2Tracker(sam).to(device))
+    found = network(Sam2VideoModel, config, "sam2")
+    module = new(found, config.seed) if config.init == "random" else Sam2Tracker(found)
+    return Model(module.to(device))
