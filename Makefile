@@ -1,12 +1,21 @@
 # Every target is one command. `make psft` goes from an empty machine to a tuned model; `make test` checks everything.
 python := .venv/bin/python
-.PHONY: setup psft sim report bench test lint
+.PHONY: setup psft oro gdpo sim report bench test lint
 
 setup: # .venv with everything in it; does only what is missing
 	@./setup.sh
 
 psft: setup # film drops, fine-tune the pocket model, measure it, export the adapter
 	@$(python) -m posttrain run recipes/pocket/psft.yaml
+
+oro: setup runs/pocket-psft/trained.json # train rewards' gradients through the sampler, from the adapter of `make psft`
+	@$(python) -m posttrain run recipes/pocket/oro.yaml
+
+gdpo: setup # learn from preferences between true clips and clips that break a law
+	@$(python) -m posttrain run recipes/pocket/gdpo.yaml
+
+runs/pocket-psft/trained.json: | setup
+	@$(python) -m posttrain train recipes/pocket/psft.yaml
 
 sim: setup # film the drop scenes alone
 	@$(python) -m sim make recipes/pocket/drop.yaml
