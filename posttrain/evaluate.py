@@ -7,7 +7,8 @@
     others     the model after it, named by its method
 
 Beside the splits there may be the grid, whose clips are told as two splits, `id` with depths and heights as in training
-and `ood` with others, and the falls, which test p(t|y); see benchmarks/distribution.py.
+and `ood` with others, and the falls, which test p(t|y) and of the references need `truth` alone; see
+benchmarks/distribution.py.
 
 A row is a file evaluation/<row>-<split>.json with a key, the hash of all that it depends on: weights, clips, tracker,
 settings, the source of the metric. It is reused where the key is the same and made again where it is not. It grows by a
@@ -90,6 +91,7 @@ class Tracker(Protocol):
 class TestSet(NamedTuple):
     clips: Clips
     seeds: int  # videos of each
+    references: tuple[str, ...] = REFERENCES
 
 
 def tests(config: EvalConfig) -> dict[str, TestSet]:
@@ -106,7 +108,7 @@ def tests(config: EvalConfig) -> dict[str, TestSet]:
     if config.grid:
         found[GRID] = TestSet(some(config.grid, "test_unseen"), config.seeds)
     if config.falls:
-        found[FALLS] = TestSet(some(config.falls.clips, "test_unseen"), config.falls.seeds)
+        found[FALLS] = TestSet(some(config.falls.clips, "test_unseen"), config.falls.seeds, ("truth",))
     for name, world in ((GRID, "grid"), (FALLS, "ambiguous")):
         if name in found and not found[name].clips.row(0).keys() >= set(TOLD[name]):
             folder, needed = found[name].clips.splits[0].folder, ", ".join(TOLD[name])
@@ -133,22 +135,25 @@ def evaluate(
     """
     run = Path(run)
     splits = tests(config)
-    asked = {file_name(row, split) for row in (*REFERENCES, *models) for split in splits}
+    asked = [(split, row) for split, each in splits.items() for row in (*each.references, *models)]
+    names = {file_name(row, split) for split, row in asked}
     for path in (run / "evaluation").glob("*.json"):
-        if path.name not in asked:
+        if path.name not in names:
             path.unlink()  # the table shows what this recipe asks for
     records, pending = {}, [*REFERENCES]
     for name, ready in models.items():
         with ready() as model:
             texts = read_captions(model, [each.clips for each in splits.values()], config.sampler)
             for row in (*pending, name):
-                for split, (clips, seeds) in splits.items():
+                for split, (clips, seeds, _) in splits.items():
+                    if (split, row) not in asked:
+                        continue
                     record = blank(row, split, config, model, clips, tracker, seeds)
                     shared = None if cache is None or row not in FIXED else Path(cache) / record["key"][:16]
                     records[split, row] = complete(run, record, config, model, clips, tracker, texts, shared)
             pending = []
         del model  # before the next one is loaded
-    return [records[split, row] for split in splits for row in (*REFERENCES, *models)]
+    return [records[each] for each in asked]
 
 
 def blank(

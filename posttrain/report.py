@@ -32,7 +32,6 @@ from posttrain.gallery import animation
 
 SHOWN = 4  # clips in report.gif
 UNSHOWN = ("truth_vae", "frozen")  # these are told by their numbers
-UNTESTED = (*UNSHOWN, "truth")  # for p(t|y): of each first picture they have too few videos
 PLAYERS = {"unseen": 8}  # cards per split, 4 for others: the first clips, not chosen ones
 BUDGET = 4_000_000  # bytes of video in the page
 PACKAGES = ("posttrain", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "scipy", "av")
@@ -117,7 +116,7 @@ def summarise(
     Rows, paired differences from `base`, the tests of p(t|y), versions, machine, times (seconds), recipe.
     """
     truth = next((record for record in falls if record["model"] == "truth"), None)
-    tested = [record for record in falls if record["model"] not in UNTESTED]
+    tested = [record for record in falls if record["model"] not in REFERENCES]  # these have too few of each picture
     base = {record["split"]: record for record in records if record["model"] == "base"}
     return {
         "run": name,

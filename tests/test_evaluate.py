@@ -152,7 +152,8 @@ def test_falls_are_kept_apart_with_their_impact_frames(tmp_path: Path, data: Pat
     evaluate(run, config.model_copy(update=asked), models(), RedTracker())
     assert {record["split"] for record in room.read_records(run)} == {"unseen"}
     falls = {record["model"]: record for record in room.read_falls(run)}
-    assert list(falls) == [*room.REFERENCES, "base", "psft"]
+    assert list(falls) == ["truth", "base", "psft"]
+    assert not (run / "samples" / "frozen" / "falls").exists()
     for clip in range(CLIPS):
         true, late = (falls[name]["clips"][clip]["impact_frames"] for name in ("truth", "psft"))
         assert falls["base"]["clips"][clip]["impact_frames"] == [None] * 3
