@@ -27,8 +27,8 @@ from posttrain import fall_times, files
 from posttrain.benchmarks import distribution
 from posttrain.charts import Point, chart, curves, nice_ticks, path_d
 from posttrain.data.clips import read_video
-from posttrain.evaluate import FIXED, REFERENCES, difference, position, read_falls, read_records, summary
 from posttrain.gallery import animation
+from posttrain.records import FIXED, REFERENCES, difference, position, read_falls, read_records, summary
 
 SHOWN = 4  # clips in report.gif
 UNSHOWN = ("truth_vae", "frozen")  # these are told by their numbers
