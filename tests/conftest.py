@@ -4,8 +4,6 @@ import os
 
 import pytest
 
-import posttrain  # noqa: F401  before any library looks for torchvision
-
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: a test that reaches for the hub fails at once
 
 
