@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 stages.report(plan, folder)
             else:
                 stages.export(plan, folder, options.check)
-        if whole[0].sweep and (options.command == "report" or (options.command == "run" and whole[0].eval)):
+        if whole[0].divided and (options.command == "report" or (options.command == "run" and whole[0].eval)):
             stages.report(*whole)
     except UserError as error:
         print(error, file=sys.stderr)

@@ -51,7 +51,7 @@ def compare(targets: Sequence[str]) -> None:
         if plan.run in folders:
             raise UserError(f"{folder}: is named twice; name each run once")
         folders[plan.run], names[plan.run] = folder, f"{plan.method.name} {plan.run}"
-    records = gather(folders)
+    records = gather({run: [folder] for run, folder in folders.items()})
     splits = {record["split"]: {r["model"]: r for r in records if r["split"] == record["split"]} for record in records}
     splits = {split: rows for split, rows in splits.items() if all(name in rows for name in names.values())}
     if not splits:

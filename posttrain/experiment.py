@@ -34,10 +34,18 @@ FREE = ("run", "data.make", "train.checkpoint_every", "train.trackers", "eval", 
 Values = Annotated[tuple[int | float | str, ...], Field(min_length=1)]
 
 
+class Table(Strict):
+    """Rows of one report, each by what it changes in the recipe, as in `flow: {method.rewards: [{name: flow}]}`."""
+
+    rows: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)  # of training; a row is their mean, clip by clip
+
+
 class Recipe(Strict):
     """A whole experiment. `run` names its folder in runs/.
 
-    `sweep: {data.limit: [30, 100]}` makes it a run for each value, runs/<run>/<value>, and one report of them all.
+    `sweep: {data.limit: [30, 100]}` makes it a run for each value, runs/<run>/<value>, and one report of them all;
+    `table` a run for each row and seed, runs/<run>/<row>/<seed>, and one report.
     """
 
     run: str
@@ -49,6 +57,12 @@ class Recipe(Strict):
     tripwires: TripwiresConfig | None = None
     export: tuple[Literal["diffusers", "comfyui", "merged"], ...] = ()
     sweep: Annotated[dict[str, Values], Field(min_length=1, max_length=1)] | None = None
+    table: Table | None = None
+
+    @property
+    def divided(self) -> bool:
+        """Whether it is several runs with one report."""
+        return bool(self.sweep or self.table)
 
     @model_validator(mode="before")
     @classmethod
@@ -63,6 +77,13 @@ class Recipe(Strict):
                     if isinstance(asked := part.get("sampler", {}), dict):
                         values = values | {key: part | {"sampler": asked | sampler(path, asked)}}
         return values
+
+    @field_validator("table")
+    @classmethod
+    def _one_of_both(cls, table: Table | None, info: ValidationInfo) -> Table | None:
+        if table and info.data.get("sweep"):
+            raise PydanticCustomError("part", "stands beside a sweep; keep one")
+        return table
 
     @field_validator("tripwires")
     @classmethod
@@ -135,18 +156,24 @@ def claim(plan: Recipe, folder: Path, name: str) -> None:
 
 
 def members(plan: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
-    """The runs of an experiment: the one, or with `sweep` one for each value, in a folder below that is named by it.
+    """The runs of an experiment: the one, or those of `sweep` or `table`, each in a folder below that is named by it.
 
     Raises:
         UserError: a value makes no recipe, or its folder holds a run of another one.
     """
-    if plan.sweep is None:
+    changes: dict[str, dict[str, Any]] = {}
+    if plan.table:
+        for row, values in plan.table.rows.items():
+            changes |= {f"{row}/{seed}": values | {"train.seed": seed} for seed in plan.table.seeds}
+    elif plan.sweep:
+        ((key, swept),) = plan.sweep.items()
+        changes = {str(value).replace("/", "-"): {key: value} for value in swept}
+    else:
         return [(plan, folder)]
-    ((key, values),) = plan.sweep.items()
     path, found = folder / "recipe.yaml", {}
-    for value in values:
-        name = str(value).replace("/", "-")
-        found[name] = recipe.load(path, [f"{key}={json.dumps(value)}", f"run={plan.run}/{name}", "sweep=null"], Recipe)
+    for name, values in changes.items():
+        words = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+        found[name] = recipe.load(path, [*words, f"run={plan.run}/{name}", "sweep=null", "table=null"], Recipe)
         claim(found[name], folder / name, str(path))
     return [(member, folder / name) for name, member in found.items()]
 

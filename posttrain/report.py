@@ -66,19 +66,20 @@ CARD = (  # quantity of metrics/physics.py, heading, unit, decimals
 Shown = tuple[list[dict[str, Any]], list[dict[str, Any]], list[np.ndarray]]
 
 
-def report(run: Path | str, runs: Mapping[str, Path] | None = None) -> tuple[Path, Path]:
+def report(run: Path | str, runs: Mapping[str, Sequence[Path]] | None = None) -> tuple[Path, Path]:
     """Write report.json, report.html and report.gif of the run folder `run`; returns the paths of the first two.
 
     Args:
-        runs: the folders of a sweep by its values, where `run` holds one.
+        runs: the folders of each value of a sweep or row of a table, where `run` holds one.
 
     Raises:
         UserError: the run has no finished evaluation, or a sample that the page shows is missing.
     """
     run = Path(run)
     records = gather(runs) if runs else read_records(run)
+    places = [place for each in runs.values() for place in each] if runs else [run]
     recipe = yaml.safe_load((run / "recipe.yaml").read_text()) if (run / "recipe.yaml").exists() else {}
-    logs = [files.read_jsonl(path) for place in (runs or {"": run}).values() if (path := place / "log.jsonl").exists()]
+    logs = [files.read_jsonl(path) for place in places if (path := place / "log.jsonl").exists()]
     falls = [] if runs else read_falls(run)
     facts = summarise(run.name, records, recipe, [row for log in logs for row in log], falls)
     files.write_json(run / "report.json", facts)
@@ -92,16 +93,49 @@ def report(run: Path | str, runs: Mapping[str, Path] | None = None) -> tuple[Pat
     return run / "report.json", run / "report.html"
 
 
-def gather(runs: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """The records of a sweep's runs, named by its values; references and base, where all share them, once."""
+def gather(runs: Mapping[str, Sequence[Path]]) -> list[dict[str, Any]]:
+    """The records of several runs, named by the value of a sweep or the row of a table that they are of.
+
+    References and base, where all share them, are there once. `row` is None of these. Runs of one row are pooled.
+    """
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for value, run in runs.items():
-        for record in read_records(run):
-            name, split = record["model"], record["split"]
+    for row, folders in runs.items():
+        alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for folder in folders:
+            for record in read_records(folder):
+                samples = str(folder / "samples" / record["model"])
+                alike.setdefault((record["model"], record["split"]), []).append(record | {"samples": samples})
+        for (name, split), records in alike.items():
+            record = records[0] if name in FIXED else pooled(records)
             shared = name in FIXED and found.get((name, split), record)["key"] == record["key"]
-            label = name if shared else f"{name} {value}"
-            found[label, split] = record | {"model": label, "samples": str(run / "samples" / name)}
+            label = name if shared else f"{name} {row}"
+            found[label, split] = record | {"model": label, "row": None if name in FIXED else row}
     return sorted(found.values(), key=position)
+
+
+def pooled(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One record of a row's runs: clip by clip the mean of each number that is there, and the paths of all samples."""
+    if len(records) == 1:
+        return records[0]
+    clips = []
+    for same in zip(*(record["clips"] for record in records), strict=True):
+        assert len({clip["id"] for clip in same}) == 1
+        clips.append(average(same) | {"paths": [path for clip in same for path in clip["paths"]]})
+    return records[0] | {"clips": clips, "seconds": sum(record["seconds"] for record in records)}
+
+
+def average(values: Sequence[Any]) -> Any:
+    """The mean of numbers that are not None, place by place in lists and mappings; what is the same in all stays."""
+    present = [value for value in values if value is not None]
+    if all(value == present[0] for value in present):
+        return present[0] if present else None
+    match present[0]:
+        case dict() as first:
+            return {key: average([value[key] for value in present]) for key in first}
+        case list():
+            return [average(same) for same in zip(*present, strict=True)]
+        case _:
+            return sum(present) / len(present)
 
 
 def summarise(

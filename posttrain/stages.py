@@ -217,14 +217,20 @@ def evaluate(plan: Recipe, folder: Path) -> None:
 
 
 def report(plan: Recipe, folder: Path) -> None:
-    """Write report.json and report.html from what was measured; of a sweep, those of all its runs together."""
-    from posttrain.records import print_table
+    """Write report.json and report.html from what was measured; of several runs, those of all of them together."""
+    from posttrain.records import print_differences, print_table
     from posttrain.report import gather, report
 
     if main_process():
-        runs = {place.name: place for _, place in members(plan, folder)} if plan.sweep else {}
+        runs: dict[str, list[Path]] = {}
+        for _, place in members(plan, folder) if plan.divided else ():
+            runs.setdefault(place.relative_to(folder).parts[0], []).append(place)
         if runs:
-            print_table(gather(runs))
+            print_table(records := gather(runs))
+        if plan.table:
+            trained = [record for record in records if record["row"] in runs]
+            splits = dict.fromkeys(record["split"] for record in trained)
+            print_differences([[record for record in trained if record["split"] == split] for split in splits])
         print("report:", report(folder, runs)[1])
 
 

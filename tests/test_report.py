@@ -287,7 +287,8 @@ def test_a_sweeps_rows_are_named_by_its_values(run: Path, tmp_path: Path) -> Non
         for clip in record["clips"]:
             clip["l2"] += 1
         path.write_text(json.dumps(record))
-    records = [record for record in room.gather(runs) if record["split"] == "unseen"]
+    each = {value: [folder] for value, folder in runs.items()}
+    records = [record for record in room.gather(each) if record["split"] == "unseen"]
     shared = ["truth", "truth_vae", "frozen", "base"]
     assert [record["model"] for record in records] == [*shared, "psft 30", "psft 100", "base 7", "psft 7"]
     found = {record["model"]: np.mean([clip["l2"] for clip in record["clips"]]) for record in records}
@@ -296,11 +297,34 @@ def test_a_sweeps_rows_are_named_by_its_values(run: Path, tmp_path: Path) -> Non
     assert found["base 7"] == pytest.approx(found["base"] + 1)
     recipe = yaml.safe_load((run / "recipe.yaml").read_text()) | {"sweep": {"data.limit": [30, 100, 7]}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    (as_json, as_html) = report(tmp_path, runs)
+    (as_json, as_html) = report(tmp_path, each)
     assert json.loads(as_json.read_text())["times"]["train"] == pytest.approx(3 * trained(run), abs=0.2)
     (figures,) = re.findall(r'<section id="sweep"><h2>Over data.limit</h2>(.*?)</section>', as_html.read_text())
     assert re.findall(r'<span class="x[^>]*>(\d+)</span>', figures) == ["30", "100", "7"] * 2
     assert figures.count('class="base"') == 2
+
+
+def test_runs_of_a_row_are_pooled(run: Path, tmp_path: Path) -> None:
+    """Clip by clip: means of what is there, the samples of all; the base once."""
+    folders = [Path(shutil.copytree(run, tmp_path / str(seed))) for seed in range(3)]
+    for seed, folder in enumerate(folders):
+        path = folder / "evaluation" / "psft-test_unseen.json"
+        record = json.loads(path.read_text())
+        for clip in record["clips"]:
+            clip["l2"], clip["released"]["iou"] = float(seed), seed / 10
+            clip["time_error"] = None if seed else 0.5
+            clip["physics"]["g"] = [9.0 + seed, 0.3] if seed else None
+        path.write_text(json.dumps(record))
+    found = {record["model"]: record for record in room.gather({"best": folders}) if record["split"] == "unseen"}
+    assert list(found) == ["truth", "truth_vae", "frozen", "base", "psft best"]
+    assert [record["row"] for record in found.values()] == [None] * 4 + ["best"]
+    one = next(r for r in room.gather({"": folders[:1]}) if (r["model"], r["split"]) == ("psft ", "unseen"))
+    for clip, alone in zip(found["psft best"]["clips"], one["clips"], strict=True):
+        assert (clip["l2"], clip["time_error"]) == (1.0, 0.5)
+        assert clip["released"]["iou"] == pytest.approx(0.1)
+        assert clip["physics"]["g"] == [10.5, 0.3]
+        assert clip["paths"] == alone["paths"] * 3
+        assert (clip["id"], clip["true_path"], clip["chamfer"]) == (alone["id"], alone["true_path"], alone["chamfer"])
 
 
 def trained(run: Path) -> float:

@@ -380,3 +380,24 @@ def test_a_sweep_is_a_run_for_each_value_and_one_report(home):
     said = refused(home, "run", *base, "sweep={data.limt: [3]}")
     assert said == "data.limt=3: data.limt: unknown key, did you mean 'limit'?\n"
     assert "sweep: dictionary should have at most 1 item" in refused(home, "run", *base, "sweep={a: [1], b: [2]}")
+
+
+def test_a_table_is_a_run_for_each_row_and_seed_and_one_report(home):
+    base = ("recipe.yaml", "run=rows", "train.steps=1", "eval.every=0", "eval.splits=[test_unseen]", "export=[]")
+    table = "table={rows: {few: {data.limit: 1}, fast: {train.lr: 0.5, train.steps: 2}}, seeds: [0, 3]}"
+    code, out, said = command(home, "run", *base, table)
+    assert code == 0, said
+    folder = home / "runs" / "rows"
+    for row, seed, limit, steps in (("few", 0, 1, 1), ("few", 3, 1, 1), ("fast", 0, None, 2), ("fast", 3, None, 2)):
+        plan = yaml.safe_load((folder / row / str(seed) / "recipe.yaml").read_text())
+        assert (plan["run"], plan["table"], plan["train"]["seed"]) == (f"rows/{row}/{seed}", None, seed)
+        assert (plan["data"]["limit"], plan["train"]["steps"]) == (limit, steps)
+    report = files.read_json(folder / "report.json")
+    assert [row["model"] for row in report["rows"]] == ["truth", "truth_vae", "frozen", "base", "psft few", "psft fast"]
+    alone = [files.read_json(folder / "fast" / seed / "report.json")["rows"][-1]["l2"]["mean"] for seed in ("0", "3")]
+    assert report["rows"][-1]["l2"]["mean"] == pytest.approx(sum(alone) / 2)
+    assert "Minus psft few" in out
+    said = refused(home, "run", *base, table, "sweep={data.limit: [3]}")
+    assert said.endswith("table: stands beside a sweep; keep one\n")
+    said = refused(home, "run", *base, "table={rows: {few: {data.limt: 1}}}")
+    assert said == "data.limt=1: data.limt: unknown key, did you mean 'limit'?\n"

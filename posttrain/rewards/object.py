@@ -1,0 +1,38 @@
+"""The scored object's shape and place together, from one look of SAM 2, which is most of what a reward costs:
+
+    R = R_segmentation + `distance` R_trajectory
+
+as the files of those names have them. A sum of the two in a recipe is the same, and runs SAM 2 twice.
+"""
+
+import torch
+from pydantic import PositiveFloat
+from torch import Tensor
+
+from posttrain.rewards.base import Reward, RewardConfig, contrast, true_masks
+from posttrain.rewards.segmentation import load_masks, soft_iou
+from posttrain.rewards.trajectory import path_error
+from posttrain.types import Batch
+
+TRUTHS: tuple[str, ...] = ()
+RANKS: tuple[str, ...] = ("weak_gravity", "hover", "delay", "vanish", "slow_motion")
+
+
+class Config(RewardConfig):
+    """`path`: "pocket", a local folder, or a hub id as facebook/sam2.1-hiera-tiny."""
+
+    path: str = "pocket"
+    distance: PositiveFloat = 4.0  # at which an object that is half covered is pulled by both about alike
+
+
+def load(config: Config, device: torch.device | str = "cpu") -> Reward:
+    """The reward above. Raises UserError where there is no such SAM 2."""
+    masks = load_masks(config.path, device)
+
+    def reward(video_BCFHW: Tensor, batch: Batch) -> Tensor:
+        assert batch.video_BCFHW is not None
+        m, u_BF = true_masks(batch), contrast(video_BCFHW, batch.video_BCFHW)
+        p_BFHW, seen = masks(video_BCFHW, m[:, 0])[:, 1:], (m[:, 1:], m[:, 0])
+        return soft_iou(p_BFHW, *seen) + config.distance * path_error(p_BFHW, *seen, u_BF)
+
+    return reward
