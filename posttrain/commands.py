@@ -42,7 +42,7 @@ def compare(targets: Sequence[str]) -> None:
     Raises:
         UserError: a run is named twice, was not measured, or on other clips, or in another way.
     """
-    from posttrain.evaluate import print_differences, print_table
+    from posttrain.records import print_differences, print_table
     from posttrain.report import gather
 
     folders: dict[str, Path] = {}
@@ -234,7 +234,8 @@ def score(
         UserError: the benchmark, a folder or a run is not what it should be; the line says how.
     """
     from posttrain.benchmarks.pisabench import open_benchmark
-    from posttrain.evaluate import print_table, weights_fingerprint
+    from posttrain.evaluate import weights_fingerprint
+    from posttrain.records import print_table
     from posttrain.report import report
     from posttrain.score import score
 

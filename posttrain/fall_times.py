@@ -14,7 +14,7 @@ def section(records: Sequence[Mapping[str, Any]], falls: Sequence[Mapping[str, A
     """A table of the tests, the distributions for three first pictures, and the falls in metres.
 
     Args:
-        records: of evaluate.read_falls.
+        records: of records.read_falls.
         falls: of benchmarks.distribution.falls, for each of them.
     """
     if not falls:

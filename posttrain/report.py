@@ -27,12 +27,11 @@ from posttrain import fall_times, files
 from posttrain.benchmarks import distribution
 from posttrain.charts import Point, chart, curves, nice_ticks, path_d
 from posttrain.data.clips import read_video
-from posttrain.evaluate import FIXED, REFERENCES, difference, position, read_falls, read_records, summary
 from posttrain.gallery import animation
+from posttrain.records import FIXED, REFERENCES, difference, position, read_falls, read_records, summary
 
 SHOWN = 4  # clips in report.gif
 UNSHOWN = ("truth_vae", "frozen")  # these are told by their numbers
-UNTESTED = (*UNSHOWN, "truth")  # for p(t|y): of each first picture they have too few videos
 PLAYERS = {"unseen": 8}  # cards per split, 4 for others: the first clips, not chosen ones
 BUDGET = 4_000_000  # bytes of video in the page
 PACKAGES = ("posttrain", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "scipy", "av")
@@ -151,7 +150,7 @@ def summarise(
     Rows, paired differences from `base`, the tests of p(t|y), versions, machine, times (seconds), recipe.
     """
     truth = next((record for record in falls if record["model"] == "truth"), None)
-    tested = [record for record in falls if record["model"] not in UNTESTED]
+    tested = [record for record in falls if record["model"] not in REFERENCES]  # these have too few of each picture
     base = {record["split"]: record for record in records if record["model"] == "base"}
     return {
         "run": name,

@@ -28,13 +28,14 @@ from posttrain import files, sample
 from posttrain.benchmarks import pisa
 from posttrain.benchmarks.pisabench import NEGATIVE, Truth
 from posttrain.data import videos
-from posttrain.evaluate import Tracker, read_records, tell, weights_fingerprint
+from posttrain.evaluate import Tracker, tell, weights_fingerprint
 from posttrain.files import UserError
 from posttrain.metrics import masks as masks_module
 from posttrain.metrics import physics
 from posttrain.metrics import pisa as metric
 from posttrain.models.base import VideoModel
 from posttrain.progress import progress
+from posttrain.records import read_records
 from posttrain.types import Batch
 
 LARGEST = 256  # pixels on the shorter side

@@ -199,7 +199,8 @@ def evaluate(plan: Recipe, folder: Path) -> None:
     Raises:
         UserError: the recipe has no `eval` or too small a tracker, or training is not complete.
     """
-    from posttrain.evaluate import evaluate, print_table, read_records
+    from posttrain.evaluate import evaluate
+    from posttrain.records import print_table, read_records
 
     if plan.eval is None:
         raise UserError(f"{folder / 'recipe.yaml'}: eval: is missing; say what to measure, as in eval.clips=data/drops")
@@ -217,7 +218,7 @@ def evaluate(plan: Recipe, folder: Path) -> None:
 
 def report(plan: Recipe, folder: Path) -> None:
     """Write report.json and report.html from what was measured; of several runs, those of all of them together."""
-    from posttrain.evaluate import print_differences, print_table
+    from posttrain.records import print_differences, print_table
     from posttrain.report import gather, report
 
     if main_process():

@@ -43,11 +43,12 @@ from torch import Tensor, nn
 from posttrain import files
 from posttrain.benchmarks.pisa import finite, mean
 from posttrain.data.clips import Clips, to_float
-from posttrain.evaluate import EvalConfig, Look, Tracker, interval
+from posttrain.evaluate import EvalConfig, Look, Tracker
 from posttrain.files import UserError
 from posttrain.metrics.masks import segment
 from posttrain.models.base import VideoModel
 from posttrain.recipe import In, Part
+from posttrain.records import interval
 from posttrain.types import Batch, Strict
 
 LOOKS, BEST = "tripwires.jsonl", "best"  # in the run's folder

@@ -1,10 +1,10 @@
-"""What all tests share: no network, and GPU tests only where there is a GPU."""
+"""What all tests share: no network, GPU tests only where there is a GPU, and a tiny Wan."""
 
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
-
-import posttrain  # noqa: F401  before any library looks for torchvision
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: a test that reaches for the hub fails at once
 
@@ -19,3 +19,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Wan of tiny.py, to be read: a test that changes it takes a copy."""
+    from tiny import wan_folder  # here, as the simulator's tests need no such heavy libraries
+
+    return wan_folder(tmp_path_factory.mktemp("tiny") / "wan")
+
+
+@pytest.fixture(scope="module")
+def wan(folder: Path) -> Any:
+    """It, loaded once for the tests of a file."""
+    from posttrain.models.base import ModelConfig
+    from posttrain.models.wan import load
+
+    return load(ModelConfig(path=str(folder)))

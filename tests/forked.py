@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 HEAVY = (
-    "posttrain",  # before any of the others looks for torchvision
     "accelerate",
     "peft",
     "diffusers.training_utils",

@@ -21,17 +21,14 @@ from posttrain.benchmarks import pisa
 from posttrain.data.clips import Clips, DataConfig, read_video
 from posttrain.evaluate import (
     EvalConfig,
-    difference,
     evaluate,
-    interval,
-    print_table,
-    summary,
     validation,
     weights_fingerprint,
 )
 from posttrain.files import UserError
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan import load
+from posttrain.records import REFERENCES, print_table, read_falls, read_records, summary
 
 FRAMES, CLIPS = 17, 3
 
@@ -108,7 +105,7 @@ def test_numbers_are_those_of_the_videos(tmp_path: Path, config: EvalConfig) -> 
             assert found["iou"] == pytest.approx((overlap / (2 * SIDE - overlap)).mean())
             assert found["vanished"] == 0
             assert found["true_path"][5] == [column + (SIDE - 1) / 2, true[5] + (SIDE - 1) / 2]
-            assert len(found["paths"]) == (1 if name in room.REFERENCES else 2)
+            assert len(found["paths"]) == (1 if name in REFERENCES else 2)
     assert summary(rows["base"])["no_contact"]["mean"] == 1
     assert summary(rows["base"])["time_error"] == {"mean": None, "low": None, "high": None, "n": 0}
     assert summary(rows["truth"])["time_error"]["mean"] <= 0.5 / FPS
@@ -133,7 +130,7 @@ def test_a_grid_is_two_splits(tmp_path: Path, data: Path, config: EvalConfig) ->
     grid = tell(data, tmp_path / "grid", lambda i: {"id": i != 1})
     run, both = tmp_path / "run", config.model_copy(update={"splits": ("test_unseen",), "grid": str(grid)})
     evaluate(run, both, models(), RedTracker())
-    records = room.read_records(run)
+    records = read_records(run)
     assert [r["split"] for r in records] == ["unseen"] * 5 + ["id"] * 5 + ["ood"] * 5
     for name, record in by_row(records, "ood").items():
         known = by_row(records)[name]["clips"][1]
@@ -150,9 +147,10 @@ def test_falls_are_kept_apart_with_their_impact_frames(tmp_path: Path, data: Pat
     asked = {"splits": ("test_unseen",), "falls": room.FallsConfig(clips=str(folder), seeds=3)}
     run = tmp_path / "run"
     evaluate(run, config.model_copy(update=asked), models(), RedTracker())
-    assert {record["split"] for record in room.read_records(run)} == {"unseen"}
-    falls = {record["model"]: record for record in room.read_falls(run)}
-    assert list(falls) == [*room.REFERENCES, "base", "psft"]
+    assert {record["split"] for record in read_records(run)} == {"unseen"}
+    falls = {record["model"]: record for record in read_falls(run)}
+    assert list(falls) == ["truth", "base", "psft"]
+    assert not (run / "samples" / "frozen" / "falls").exists()
     for clip in range(CLIPS):
         true, late = (falls[name]["clips"][clip]["impact_frames"] for name in ("truth", "psft"))
         assert falls["base"]["clips"][clip]["impact_frames"] == [None] * 3
@@ -280,39 +278,10 @@ def test_an_adapter_does_not_change_the_fingerprint_of_the_base() -> None:
     assert weights_fingerprint(adapted, base=True) == weights_fingerprint(bare, base=True)
 
 
-def test_interval_is_the_95_percent_interval_of_the_mean() -> None:
-    random = np.random.default_rng(0)
-    values = random.normal(3, 2, 400)
-    found = interval([*values, None])
-    assert found["n"] == 400
-    assert found["mean"] == pytest.approx(values.mean())
-    half = 1.96 * values.std() / math.sqrt(400)
-    assert found["low"] == pytest.approx(values.mean() - half, abs=0.1 * half)
-    assert found["high"] == pytest.approx(values.mean() + half, abs=0.1 * half)
-    assert interval([*values, None]) == found
-    assert interval([1.5]) == {"mean": 1.5, "low": 1.5, "high": 1.5, "n": 1}
-    assert interval([None]) == {"mean": None, "low": None, "high": None, "n": 0}
-
-
-def test_difference_is_paired() -> None:
-    """Clips differ far more than the models do: only pairs show that one is better by 0.1 everywhere."""
-
-    def record(name: str, offset: float, ids: range) -> dict[str, Any]:
-        clips = [{"id": str(i)} | dict.fromkeys(pisa.METRICS, i + offset) for i in ids]
-        clips[0]["time_error"] = None
-        return {"model": name, "split": "unseen", "clips": clips}
-
-    found = difference(record("psft", -0.1, range(1, 20)), record("base", 0.0, range(0, 18)))
-    assert (found["model"], found["against"], found["split"]) == ("psft", "base", "unseen")
-    assert found["l2"]["n"] == 17
-    assert found["time_error"]["n"] == 16
-    assert [found["l2"][key] for key in ("mean", "low", "high")] == pytest.approx([-0.1] * 3)
-
-
 def test_table_shows_the_headline(tmp_path: Path, config: EvalConfig) -> None:
     records = evaluate(tmp_path, config, models(psft=FALL), RedTracker())
     console = Console(width=80, file=io.StringIO())
-    print_table(room.read_records(tmp_path), console)
+    print_table(read_records(tmp_path), console)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert lines[0].split()[:4] == ["Model", "Clips", "L2", "[95%]"]
     assert any(line.startswith("psft") and "unseen" in line and "0.000 [0.000, 0.000]" in line for line in lines)
@@ -351,4 +320,4 @@ def test_nothing_to_measure_is_said(tmp_path: Path, config: EvalConfig) -> None:
     with pytest.raises(UserError, match=r"test_ood/metadata\.jsonl: does not exist"):
         evaluate(tmp_path, config.model_copy(update={"splits": ("test_ood",)}), models(), RedTracker())
     with pytest.raises(UserError, match="no finished evaluation"):
-        room.read_records(tmp_path)
+        read_records(tmp_path)

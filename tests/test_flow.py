@@ -32,16 +32,6 @@ from posttrain.types import Random
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return wan_folder(tmp_path_factory.mktemp("tiny") / "wan")
-
-
-@pytest.fixture(scope="module")
-def wan(folder: Path) -> Wan:
-    return load(ModelConfig(path=str(folder)))
-
-
-@pytest.fixture(scope="module")
 def pipe(folder: Path) -> WanImageToVideoPipeline:
     pipe = WanImageToVideoPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)

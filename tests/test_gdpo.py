@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import wan_folder
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -215,11 +214,6 @@ class Pairs:
         return Batch(
             ids, self.z0_BCFHW[some], text_BLD, losers_BMCFHW=self.losers_BMCFHW[some], sa_BM=sa_BM, pc_BM=pc_BM
         )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return wan_folder(tmp_path_factory.mktemp("tiny") / "wan")
 
 
 def adapted(folder: Path, **config: Any) -> Wan:

@@ -10,7 +10,7 @@ from diffusers import WanImageToVideoPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import TINY_TRANSFORMER, wan_folder
+from tiny import TINY_TRANSFORMER
 from torch import Tensor
 
 from posttrain.files import UserError
@@ -18,11 +18,6 @@ from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, Merged, ModelConfig
 from posttrain.models.wan import Wan, initialise, load
 from posttrain.sample import sample_clips
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return wan_folder(tmp_path_factory.mktemp("tiny") / "wan")
 
 
 def adapted(folder: Path, rank: int = 4, alpha: int | None = None, seed: int = 0) -> Wan:

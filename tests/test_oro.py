@@ -34,16 +34,6 @@ from posttrain.types import Batch, Random
 CAPTION = "a red ball falls."
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return wan_folder(tmp_path_factory.mktemp("tiny") / "wan")
-
-
-@pytest.fixture(scope="module")
-def wan(folder: Path) -> Wan:
-    return load(ModelConfig(path=str(folder)))
-
-
 def brightness(video_BCFHW: Tensor, batch: Batch) -> Tensor:
     return video_BCFHW.flatten(1).mean(1)
 

@@ -144,3 +144,10 @@ def test_training_lowers_the_loss_and_what_is_saved_loads(family: str, tmp_path:
     with torch.no_grad():
         seen = loaded(torch.zeros(1, 3, 2, SIZE, SIZE))
     assert seen.shape == {"raft": (1, 1, 2, SIZE, SIZE), "depth": (1, 2, SIZE, SIZE)}[family]
+
+
+def test_what_is_no_depth_anything_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere/config\.json: does not exist; name the folder of a DepthAnything"):
+        depth.load(ModelConfig(family="depth", path=str(tmp_path / "nowhere")))
+    with pytest.raises(UserError, match=r"^owner/name: cannot be loaded as a DepthAnything"):  # no network in tests
+        depth.load(ModelConfig(family="depth", path="owner/name"))

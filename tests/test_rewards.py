@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import posttrain
 from posttrain.benchmarks import rewards as matrix
 from posttrain.data.clips import Split, open_split
-from posttrain.files import UserError
 from posttrain.metrics import pisa
 from posttrain.models import depth as depth_model
-from posttrain.models import raft, sam2
+from posttrain.models import sam2
 from posttrain.models.base import ModelConfig
 from posttrain.recipe import Part, resolve
 from posttrain.rewards import depth, flow, segmentation, trajectory
@@ -261,24 +261,6 @@ def test_segmentation_and_trajectory_gradients_in_double_precision() -> None:
         assert (gradient * way).sum().item() == pytest.approx(slope(reward, video, way, 1e-5), rel=1e-2)
 
 
-def test_flow_is_torchvisions_with_the_whole_gradient() -> None:
-    """The same flow; and the gradient is its derivative, which torchvision's, cut before every update, is not."""
-    net = raft.load(ModelConfig(family="raft", path="pocket")).flow
-    video, way = scene(3).video_BCFHW, random(1, 3, 3, SIZE, SIZE) - 0.5
-    with torch.no_grad():
-        torch.testing.assert_close(net.see(video), net(video)[-1], atol=1e-4, rtol=1e-4)
-
-    def weighed(flow_BFCHW: Tensor) -> Tensor:
-        return (flow_BFCHW * torch.linspace(-1, 1, SIZE)).sum((1, 2, 3, 4))
-
-    _, cut = matrix.with_gradient(lambda x, _: weighed(net(x)[-1]), video, Batch(()))
-    net, video = net.double(), video.double()
-    expected = slope(lambda x: weighed(net.see(x)), video, way, 1e-7)
-    _, whole = matrix.with_gradient(lambda x, _: weighed(net.see(x)), video, Batch(()))
-    assert (whole * way).sum().item() == pytest.approx(expected, rel=1e-4)
-    assert (cut * way).sum().item() != pytest.approx(expected, rel=0.1)
-
-
 # ---------------------------------------------------------------------- on filmed violations
 
 
@@ -404,7 +386,7 @@ print(total.tolist(), list(found))
 def test_adding_a_reward_is_one_file_and_one_line(tmp_path: Path) -> None:
     """As README.md says it, in a copy of the package."""
     weights = shutil.ignore_patterns("*.safetensors", "__pycache__")
-    shutil.copytree(Path(raft.__file__).parent.parent, tmp_path / "posttrain", ignore=weights)
+    shutil.copytree(Path(posttrain.__file__).parent, tmp_path / "posttrain", ignore=weights)
     (tmp_path / "posttrain" / "rewards" / "brightness.py").write_text(BRIGHTNESS)
     (tmp_path / "recipe.yaml").write_text("rewards: [{name: brightness, weight: 2.0, bias: 0.5}]\n")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
@@ -412,86 +394,6 @@ def test_adding_a_reward_is_one_file_and_one_line(tmp_path: Path) -> None:
         [sys.executable, "-c", USE], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout == "[1.5, 1.5] ['brightness']\n"
-
-
-# ---------------------------------------------------------------------- RAFT's weights
-
-
-def original(net: raft.raft.RAFT) -> dict[str, Tensor]:
-    """The large RAFT's weights under the names of the original code, written from its source: the inverse map."""
-    named = {}
-    for name, value in net.state_dict().items():
-        for ours, theirs in (
-            ("feature_encoder.", "fnet."), ("context_encoder.", "cnet."), ("convnormrelu1.0.", "conv1."),
-            ("convnormrelu1.1.", "norm1."), ("convnormrelu2.0.", "conv2."), ("convnormrelu2.1.", "norm2."),
-            ("convnormrelu.0.", "conv1."), ("convnormrelu.1.", "norm1."), ("net.conv.", "net.conv2."),
-            ("motion_encoder.convcorr1.0", "encoder.convc1"), ("motion_encoder.convcorr2.0", "encoder.convc2"),
-            ("motion_encoder.convflow1.0", "encoder.convf1"), ("motion_encoder.convflow2.0", "encoder.convf2"),
-            ("motion_encoder.conv.0", "encoder.conv"), ("mask_predictor.convrelu.0", "update_block.mask.0"),
-            ("mask_predictor.conv", "update_block.mask.2"),
-            *((f"recurrent_block.convgru{n}.conv{g}", f"gru.conv{g}{n}") for n in "12" for g in "zrq"),
-        ):  # fmt: skip
-            name = name.replace(ours, theirs)
-        named[f"module.{name}"] = value
-        if ".downsample.1." in name:  # the same norm under two names
-            named["module." + name.replace("downsample.1", "norm3")] = value
-    return named
-
-
-def test_the_original_codes_weights_load(tmp_path: Path) -> None:
-    """raft-things.pth has 179 tensors under these names; each finds its place, and none is left over."""
-    net = raft.optical_flow.raft_large(weights=None)
-    torch.manual_seed(1)
-    weights = {name: torch.randn_like(value.float()).to(value.dtype) for name, value in net.state_dict().items()}
-    net.load_state_dict(weights)
-    theirs = original(net)
-    assert len(theirs) == 179
-    assert "module.cnet.layer2.0.norm3.running_mean" in theirs
-    assert "module.update_block.gru.convq2.bias" in theirs
-    torch.save(theirs, tmp_path / "things.pth")
-    loaded = raft.load(ModelConfig(family="raft", path=str(tmp_path / "things.pth"))).flow.net.state_dict()
-    assert loaded.keys() == weights.keys()
-    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
-
-
-def test_torchvisions_weights_load_from_a_file(tmp_path: Path) -> None:
-    for name in ("raft_large", "raft_small"):
-        net = getattr(raft.optical_flow, name)(weights=None)
-        torch.save(net.state_dict(), tmp_path / f"{name}.pth")
-        loaded = raft.load(ModelConfig(family="raft", path=str(tmp_path / f"{name}.pth"))).flow.net
-        assert all(torch.equal(a, b) for a, b in zip(net.parameters(), loaded.parameters(), strict=True))
-
-
-def test_what_is_no_raft_or_depth_anything_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere: is no RAFT; name pocket, raft_large, raft_small, a folder"):
-        raft.load(ModelConfig(family="raft", path=str(tmp_path / "nowhere")))
-    torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"other\.pth: does not fit RAFT \("):
-        raft.load(ModelConfig(family="raft", path=str(tmp_path / "other.pth")))
-    torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(UserError, match=r"list\.pth: holds no state dict"):
-        raft.load(ModelConfig(family="raft", path=str(tmp_path / "list.pth")))
-    (tmp_path / "code.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    with pytest.raises(UserError, match=r"code\.pth: cannot be read as weights"):
-        raft.load(ModelConfig(family="raft", path=str(tmp_path / "code.pth")))
-    with pytest.raises(UserError, match=r"nowhere/config\.json: does not exist; name the folder of a DepthAnything"):
-        depth_model.load(ModelConfig(family="depth", path=str(tmp_path / "nowhere")))
-    with pytest.raises(UserError, match=r"^owner/name: cannot be loaded as a DepthAnything"):  # no network in tests
-        depth_model.load(ModelConfig(family="depth", path="owner/name"))
-
-
-def test_flow_of_a_small_clip_is_in_its_own_pixels() -> None:
-    """Whatever its size, RAFT sees at least 128 pixels, and what it answers is scaled back, each axis by its own."""
-    net = raft.load(ModelConfig(family="raft", path="pocket")).flow
-    picture = torch.rand(1, 3, 2, 128, 160, generator=GENERATOR) * 2 - 1
-    small = torch.nn.functional.interpolate(picture[:, :, 0], (64, 80), mode="bilinear", antialias=True)
-    with torch.no_grad():
-        assert net.see(picture).shape == (1, 1, 2, 128, 160)
-        half = net.see(torch.stack([small, small.roll(2, 3)], 2))
-        enlarged = torch.nn.functional.interpolate(torch.cat([small, small.roll(2, 3)]), (128, 160), mode="bilinear")
-        whole = net.see(enlarged.unflatten(0, (1, 2)).transpose(1, 2))
-    expected = torch.nn.functional.interpolate(whole[:, 0] / 2, (64, 80), mode="bilinear", antialias=True)
-    torch.testing.assert_close(half[:, 0], expected)
 
 
 # ---------------------------------------------------------------------- the command

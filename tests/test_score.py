@@ -23,10 +23,10 @@ from transformers import Sam2VideoConfig
 from posttrain import files, score
 from posttrain.benchmarks.pisabench import open_benchmark
 from posttrain.data.videos import centred
-from posttrain.evaluate import summary
 from posttrain.files import UserError
 from posttrain.models import sam2
 from posttrain.pocket import folder as pocket
+from posttrain.records import summary
 
 UNIT = math.sqrt(2) * SIZE
 COLUMN = 12

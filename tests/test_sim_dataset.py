@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 
 from posttrain.files import UserError
 from sim import assets, cli, dataset, drop
+from sim.render import gl
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """
@@ -99,6 +101,22 @@ def test_the_folder_holds_what_the_page_says(made: Path):
         }
         np.testing.assert_array_equal(stored["depth"], clip.depth)
         np.testing.assert_array_equal(stored["positions"], trajectory.positions_TN3)
+
+
+def test_what_passes_the_camera_has_the_largest_flow_that_fits(tmp_path: Path):
+    """A point of the body comes within a micrometre of the camera's plane: it moves by millions of pixels."""
+    scene, trajectory, clip = dataset.make(FILM, "train", 0)
+    row, column = np.argwhere(clip.instances[0] == scene.target + 1)[0]
+    positions = trajectory.positions_TN3.copy()
+    positions[1:, scene.target, 1] -= clip.depth[0, row, column] - 1e-6
+    passing = replace(trajectory, positions_TN3=positions)
+    clip = gl.render(scene, passing, supersample=1)
+    assert np.abs(clip.flow[0, row, column]).max() > 1e6
+    assert np.isfinite(clip.flow).all()
+    (tmp_path / "train").mkdir()
+    dataset.write_take(tmp_path, FILM, "train", dataset.Take("00000", scene, passing, clip, {}))
+    with np.load(tmp_path / "train/00000.npz", allow_pickle=False) as stored:
+        np.testing.assert_allclose(stored["flow"], clip.flow.clip(-65504, 65504), rtol=2**-11, atol=2**-25)
 
 
 def test_contact_times_give_drop_heights():

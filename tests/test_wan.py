@@ -23,16 +23,6 @@ from posttrain.run import Run, TrainConfig
 CAPTIONS = ["a red ball falls.", "  A  duck &amp; a wooden box\nfall. ", "", "ball " * 600]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return wan_folder(tmp_path_factory.mktemp("tiny") / "wan")
-
-
-@pytest.fixture(scope="module")
-def wan(folder: Path) -> Wan:
-    return load(ModelConfig(path=str(folder)))
-
-
 @pytest.fixture
 def copy(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "wan"))

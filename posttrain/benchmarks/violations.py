@@ -155,14 +155,13 @@ def figure(clips: Sequence[Measured], path: Path) -> None:
 
     Grey: the median of the true clips, and where the middle half of them lies. Bold: |rho| with severity over MOVED.
     """
-    import matplotlib as mpl
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")  # no display
     true, columns = [clip for clip in clips if clip.kind is None], (*PISA, *QUANTITIES)
     kinds = sorted({clip.kind for clip in clips if clip.kind is not None})
     size = (0.95 * len(columns) + 1.6, 0.62 * len(kinds) + 1.0)
-    drawing, axes = plt.subplots(len(kinds), len(columns), sharex=True, sharey="col", squeeze=False, figsize=size)
+    drawing = Figure(size)
+    axes = drawing.subplots(len(kinds), len(columns), sharex=True, sharey="col", squeeze=False)
     for j, name in enumerate(columns):
         usual = [number for clip in true if (number := quantity(clip, name)) is not None]
         low, middle, high = np.quantile(usual, (0.25, 0.5, 0.75))
@@ -191,7 +190,6 @@ def figure(clips: Sequence[Measured], path: Path) -> None:
     drawing.subplots_adjust(left, bottom, 0.995, 1 - 0.5 / size[1], wspace=0.35, hspace=0.25)
     with replacing(path) as temporary:
         drawing.savefig(temporary, dpi=110, format="png")
-    plt.close(drawing)
 
 
 def quantity(clip: Measured, name: str) -> float | None:

@@ -14,31 +14,30 @@ Pictures are mirrored, recoloured and degraded, and a share of the clips is seen
 import torch
 from torch import Tensor
 
-from posttrain.methods.segmenter import Decode, DecodedConfig, autoencoder, blur, decoder, lot, recolour
+from posttrain.methods import appearance
 from posttrain.models.depth import Model
-from posttrain.run import Run, start_fingerprint
-from posttrain.types import Batch, Random, Strict
+from posttrain.run import Run
+from posttrain.types import Batch, Random
 
 DATA = "clips"
+depends = appearance.depends
 
 
-class Config(Strict):
+class Config(appearance.AppearanceConfig):
     """`pictures` are taken of each clip."""
 
     pictures: int = 2
     bodies: float = 8.0  # b
     difference: float = 1.0  # g
-    recolour: float = 0.5
-    degrade: float = 0.4  # noise and blur
-    noise: float = 0.1  # largest standard deviation, pixels in [-1, 1]
-    decoded: DecodedConfig | None = None
 
 
 def truths(config: Config) -> tuple[str, ...]:
     return ("depth",)
 
 
-def draw(batch: Batch, config: Config, random: Random, decode: Decode | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def draw(
+    batch: Batch, config: Config, random: Random, show: appearance.Show = appearance.as_filmed
+) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures (N, C, H, W) in [-1, 1], their inverse depth (N, H, W), and where there are bodies, bool (N, H, W)."""
     assert batch.video_BCFHW is not None
     assert batch.instances_BFHW is not None
@@ -48,19 +47,13 @@ def draw(batch: Batch, config: Config, random: Random, decode: Decode | None = N
     noise = random.normal(config.pictures, 3, *size)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for i in range(len(draws)):
-        video = batch.video_BCFHW[i]
-        if decode is not None and config.decoded is not None and lot(batch.ids[i]) < config.decoded.share:
-            video = decode(batch.ids[i], video)
+        video = show(batch.ids[i], batch.video_BCFHW[i])
         for k, (place, left, painted, worse) in enumerate(draws[i].tolist()):
             t = int(place * total)
             picture, bodies = video[:, t : t + 1], batch.instances_BFHW[i, t] > 0
-            if painted < config.recolour:
-                mask = bodies if painted < config.recolour / 2 else torch.ones_like(bodies)
-                picture = recolour(picture, mask, colours[i, k])
-            if worse < config.degrade:
-                strength = worse / config.degrade
-                picture = blur(picture, strength) + config.noise * strength * noise[i, k, :, None].to(picture)
-            seen = (picture[:, 0].clamp(-1, 1), 1 / batch.depth_BFHW[i, t], bodies)
+            grain = noise[i, k, :, None]
+            picture = appearance.altered(picture, bodies[None], painted, worse, colours[i, k], grain, config)
+            seen = (picture[:, 0], 1 / batch.depth_BFHW[i, t], bodies)
             found.append((seen[0].flip(-1), seen[1].flip(-1), seen[2].flip(-1)) if left < 0.5 else seen)
     pictures, truths, masks = zip(*found, strict=True)
     return torch.stack(pictures), torch.stack(truths), torch.stack(masks)
@@ -79,16 +72,11 @@ def depth_loss(
     return loss, {"error": size.mean().item(), "error_bodies": on_bodies.item()}
 
 
-def depends(config: Config) -> dict[str, str]:
-    """What the trained weights depend on beside clips and settings: the autoencoder's weights."""
-    return {} if config.decoded is None else {"method.decoded": start_fingerprint(autoencoder(config.decoded))}
-
-
 def train(run: Run, model: Model, config: Config) -> None:
     """The loop."""
-    decode = decoder(config.decoded, run.accelerator.device) if config.decoded else None
+    show = appearance.shown(config.decoded, run.accelerator.device)
     for batch in run.batches():
-        pictures, inverse, bodies = draw(batch, config, run.random, decode)
+        pictures, inverse, bodies = draw(batch, config, run.random, show)
         answer = run.module(pictures[:, :, None])[:, 0]
         loss, metrics = depth_loss(answer, inverse, bodies, config)
         run.step(loss, **metrics)

@@ -16,16 +16,17 @@ video autoencoder, for that is what generated clips look like.
 import torch
 from torch import Tensor
 
-from posttrain.methods.segmenter import Decode, DecodedConfig, autoencoder, blur, decoder, lot, recolour
+from posttrain.methods import appearance
 from posttrain.models.raft import Model
-from posttrain.run import Run, start_fingerprint
-from posttrain.types import Batch, Random, Strict
+from posttrain.run import Run
+from posttrain.types import Batch, Random
 
 DATA = "clips"
+depends = appearance.depends
 DECAY = 0.8
 
 
-class Config(Strict):
+class Config(appearance.AppearanceConfig):
     """`pairs` of neighbouring pictures are taken of each clip, each the most moving one of at most `tries`."""
 
     pairs: int = 2
@@ -33,17 +34,15 @@ class Config(Strict):
     bodies: float = 8.0  # b
     shifted: float = 0.5  # the share of the pairs whose second picture is shifted
     max_shift: int = 8  # pixels, in each axis
-    recolour: float = 0.5
-    degrade: float = 0.4  # noise and blur
-    noise: float = 0.1  # largest standard deviation, pixels in [-1, 1]
-    decoded: DecodedConfig | None = None
 
 
 def truths(config: Config) -> tuple[str, ...]:
     return ("flow",)
 
 
-def draw(batch: Batch, config: Config, random: Random, decode: Decode | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def draw(
+    batch: Batch, config: Config, random: Random, show: appearance.Show = appearance.as_filmed
+) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs (N, C, 2, H, W) in [-1, 1], their true flow (N, 2, H, W), and where there are bodies, bool (N, H, W)."""
     assert batch.video_BCFHW is not None
     assert batch.instances_BFHW is not None
@@ -53,20 +52,14 @@ def draw(batch: Batch, config: Config, random: Random, decode: Decode | None = N
     colours, noise = random.uniform(config.pairs, 12), random.normal(config.pairs, 3, 2, *size)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for i in range(len(draws)):
-        video, instances, flow = batch.video_BCFHW[i], batch.instances_BFHW[i], batch.flow_BFCHW[i]
-        if decode is not None and config.decoded is not None and lot(batch.ids[i]) < config.decoded.share:
-            video = decode(batch.ids[i], video)
+        video, flow = show(batch.ids[i], batch.video_BCFHW[i]), batch.flow_BFCHW[i]
+        instances = batch.instances_BFHW[i]
         for k, (left, down, painted, worse, shifted, *way) in enumerate(draws[i].tolist()):
             count, *places = tries[i, k].tolist()
             starts = [int(place * (total - 1)) for place in places[: 1 + int(count * config.tries)]]
             t = max(starts, key=lambda start: float(flow[start].abs().sum()))
-            pair, true, bodies = video[:, t : t + 2], flow[t], (instances[t : t + 2] > 0)
-            if painted < config.recolour:
-                mask = bodies if painted < config.recolour / 2 else torch.ones_like(bodies)
-                pair = recolour(pair, mask, colours[i, k])
-            if worse < config.degrade:
-                strength = worse / config.degrade
-                pair = blur(pair, strength) + config.noise * strength * noise[i, k].to(pair)
+            true, bodies = flow[t], instances[t : t + 2] > 0
+            pair = appearance.altered(video[:, t : t + 2], bodies, painted, worse, colours[i, k], noise[i, k], config)
             bodies = bodies.any(0)
             if shifted < config.shifted:
                 x, y = (round((2 * part - 1) * config.max_shift) for part in way)
@@ -83,7 +76,7 @@ def draw(batch: Batch, config: Config, random: Random, decode: Decode | None = N
                     true.flip(-2) * true.new_tensor([1, -1]).view(2, 1, 1),
                     bodies.flip(-2),
                 )
-            found.append((pair.clamp(-1, 1), true, bodies))
+            found.append((pair, true, bodies))
     pairs, flows, masks = zip(*found, strict=True)
     return torch.stack(pairs), torch.stack(flows), torch.stack(masks)
 
@@ -110,16 +103,11 @@ def flow_loss(
     return (decay * errors).sum(), {"epe": epe.mean().item(), "epe_bodies": on_bodies.item()}
 
 
-def depends(config: Config) -> dict[str, str]:
-    """What the trained weights depend on beside clips and settings: the autoencoder's weights."""
-    return {} if config.decoded is None else {"method.decoded": start_fingerprint(autoencoder(config.decoded))}
-
-
 def train(run: Run, model: Model, config: Config) -> None:
     """The loop."""
-    decode = decoder(config.decoded, run.accelerator.device) if config.decoded else None
+    show = appearance.shown(config.decoded, run.accelerator.device)
     for batch in run.batches():
-        pair, flow, bodies = draw(batch, config, run.random, decode)
+        pair, flow, bodies = draw(batch, config, run.random, show)
         estimates = [estimate[:, 0] for estimate in run.module(pair)]
         loss, metrics = flow_loss(estimates, flow, bodies, config.bodies)
         run.step(loss, **metrics)

@@ -11,32 +11,21 @@ clips has to follow.
 With a given probability the step remembers true masks in place of the segmenter's own.
 """
 
-import zlib
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
+from posttrain.methods import appearance
 from posttrain.metrics import masks
-from posttrain.models import sam2, tracker, vae
-from posttrain.models.base import ModelConfig
-from posttrain.run import Run, start_fingerprint
-from posttrain.types import Batch, Random, Strict
+from posttrain.models import sam2, tracker
+from posttrain.run import Run
+from posttrain.types import Batch, Random
 
 DATA = "clips"
-Decode = Callable[[str, Tensor], Tensor]  # (clip id, its video_CFHW) -> the same through an autoencoder
+depends = appearance.depends
 
 
-class DecodedConfig(Strict):
-    """Which share of the clips is seen through the autoencoder of which model folder ("pocket": the embedded one)."""
-
-    path: str = "pocket"
-    share: float = 0.3
-
-
-class Config(Strict):
+class Config(appearance.AppearanceConfig):
     """`lengths` of windows in frames, one drawn per step; `teacher` and the others below are probabilities."""
 
     lengths: tuple[int, ...] = (2, 4, 7)
@@ -46,14 +35,14 @@ class Config(Strict):
     crowded: float = 0.0  # that of the tries the one counts in which the body touches others most, not moves farthest
     teacher: float = 0.3
     twin: float = 0.3  # a copy of the body elsewhere in the picture
-    recolour: float = 0.3  # of the body that is followed, or of the whole picture
-    degrade: float = 0.4  # noise and blur
-    noise: float = 0.15  # largest standard deviation, pixels in [-1, 1]
+    recolour: float = 0.3
+    noise: float = 0.15
     bce: float = 4.0
-    decoded: DecodedConfig | None = None
 
 
-def windows(batch: Batch, config: Config, random: Random, decode: Decode | None = None) -> tuple[Tensor, Tensor]:
+def windows(
+    batch: Batch, config: Config, random: Random, show: appearance.Show = appearance.as_filmed
+) -> tuple[Tensor, Tensor]:
     """Training windows: video (B, C, F', H, W) in [-1, 1] and the followed body's masks (B, F', H, W), bool."""
     assert batch.video_BCFHW is not None
     assert batch.instances_BFHW is not None
@@ -62,10 +51,10 @@ def windows(batch: Batch, config: Config, random: Random, decode: Decode | None 
     shifts = random.uniform(2)
     length = min(config.lengths[int(random.shared().item() * len(config.lengths))], total)
     longest_stride = min(config.max_stride, (total - 1) // (length - 1))
-    noise = random.normal(3, length, *size).to(batch.video_BCFHW)
+    noise = random.normal(3, length, *size)
     videos, followed = [], []
     for i, (speed, reverse, count, near, left, down, doubled, painted, worse) in enumerate(draws.tolist()):
-        video, instances = batch.video_BCFHW[i], batch.instances_BFHW[i]
+        instances = batch.instances_BFHW[i]
         offsets = (1 + int(speed * longest_stride)) * torch.arange(length)
         # most of the time most things lie still: of a few windows and bodies, the one that moves farthest
         candidates = []
@@ -76,25 +65,14 @@ def windows(batch: Batch, config: Config, random: Random, decode: Decode | None 
             crowded = near < config.crowded
             candidates.append((touching(mask, instances[frames]) if crowded else distance(mask), frames, mask))
         _, frames, mask = max(candidates, key=lambda candidate: candidate[0])
-        if decode is not None and config.decoded is not None and lot(batch.ids[i]) < config.decoded.share:
-            video = decode(batch.ids[i], video)
-        video = video[:, frames]
+        video = show(batch.ids[i], batch.video_BCFHW[i])[:, frames]
         if doubled < config.twin:
             video = twin(video, mask, shifts[i])
-        if painted < config.recolour:
-            video = recolour(video, mask if painted < config.recolour / 2 else torch.ones_like(mask), colours[i])
-        if worse < config.degrade:
-            strength = worse / config.degrade
-            video = blur(video, strength) + config.noise * strength * noise[i]
+        video = appearance.altered(video, mask, painted, worse, colours[i], noise[i], config)
         flips = [axis for axis, draw in ((-1, left), (-2, down)) if draw < 0.5]
-        videos.append(video.flip(flips).clamp(-1, 1))
+        videos.append(video.flip(flips))
         followed.append(mask.flip(flips))
     return torch.stack(videos), torch.stack(followed)
-
-
-def lot(name: str) -> float:
-    """A number in [0, 1) that is the clip's own: decoding a clip takes longer than a step."""
-    return zlib.crc32(name.encode()) / 2**32
 
 
 def follow(instances_FHW: Tensor, draw: float, min_pixels: int) -> Tensor:
@@ -126,22 +104,6 @@ def twin(video_CFHW: Tensor, mask_FHW: Tensor, draws: Tensor) -> Tensor:
     return torch.where(behind, video_CFHW.roll(shift, (2, 3)), video_CFHW)
 
 
-def recolour(video_CFHW: Tensor, mask_FHW: Tensor, draws: Tensor) -> Tensor:
-    """Mix the colours under the mask by a random matrix near a permutation and shift them; 12 draws in [0, 1)."""
-    order = draws[:3].argsort()
-    draws = draws.to(video_CFHW)
-    permutation = torch.eye(3)[order].to(draws)
-    matrix = permutation * (0.6 + 0.6 * draws[3:6, None]) + 0.2 * (2 * draws[6:9, None] - 1)
-    mixed = torch.einsum("dc,cfhw->dfhw", matrix, video_CFHW) + 0.6 * (draws[9:12].view(3, 1, 1, 1) - 0.5)
-    return torch.where(mask_FHW, mixed, video_CFHW)
-
-
-def blur(video_CFHW: Tensor, strength: float) -> Tensor:
-    """Mix each picture with its 3 x 3 average."""
-    smooth = F.avg_pool2d(F.pad(video_CFHW, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    return video_CFHW + strength * (smooth - video_CFHW)
-
-
 def segmenter_loss(
     module: nn.Module, video_BCFHW: Tensor, mask_BFHW: Tensor, config: Config, teacher: bool
 ) -> tuple[Tensor, dict[str, float]]:
@@ -156,35 +118,11 @@ def segmenter_loss(
     return config.bce * bce + dice, {"bce": bce.item(), "dice": dice.item(), "iou": float(overlap)}
 
 
-def depends(config: Config) -> dict[str, str]:
-    """What the trained weights depend on beside clips and settings: the autoencoder's weights."""
-    return {} if config.decoded is None else {"method.decoded": start_fingerprint(autoencoder(config.decoded))}
-
-
-def autoencoder(config: DecodedConfig) -> AutoencoderKLWan:
-    return vae.load(ModelConfig(family="vae", path=config.path)).vae.eval()
-
-
-def decoder(config: DecodedConfig, device: torch.device) -> Decode:
-    """Clips through the autoencoder, kept as bytes. Whole, and one by one: a picture does not depend on its batch."""
-    loaded = autoencoder(config).to(device)
-    kept: dict[str, Tensor] = {}
-
-    def decode(name: str, video_CFHW: Tensor) -> Tensor:
-        if name not in kept:
-            with torch.no_grad():
-                z = loaded.encode(video_CFHW[None]).latent_dist.mode()
-                kept[name] = ((loaded.decode(z).sample[0] + 1) * 127.5).round().to(torch.uint8)
-        return kept[name].to(video_CFHW.dtype) / 127.5 - 1
-
-    return decode
-
-
 def train(run: Run, model: tracker.Model | sam2.Model, config: Config) -> None:
     """The loop."""
-    decode = decoder(config.decoded, run.accelerator.device) if config.decoded else None
+    show = appearance.shown(config.decoded, run.accelerator.device)
     for batch in run.batches():
-        video, mask = windows(batch, config, run.random, decode)
+        video, mask = windows(batch, config, run.random, show)
         teacher = bool(run.random.shared() < config.teacher)
         loss, metrics = segmenter_loss(run.module, video, mask, config, teacher)
         run.step(loss, **metrics)
