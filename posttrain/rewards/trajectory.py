@@ -3,12 +3,13 @@
 SAM 2 follows the scored object as in `segmentation`. With c the centre of its soft mask p, c* that of the true mask m,
 and D the picture's diagonal, all in pixels:
 
-    R = -mean_t [ w |c - c*| / D + (1 - w) ],   w = u min(1, 2 sum p / sum m, 2 a / sum p),   t > 0 with m not empty
+    R = -mean_t [ w |c - c*| / D + (1 - w) ],   w = u min(1, 2 sum p / sum m, 2 s*^2 / s^2),   t > 0 with m not empty
 
-with a the area of the true mask in frame 0, and u 1 unless the picture has lost most of its contrast (rewards/base.py).
-So what has vanished, is smeared all over a noisy picture, or is dreamt into a blank one, is as far off as anything can
-be, and is called back by w; between half its area and twice, w is 1. In [-1, 0]; 0 where m is always empty. It is
-PISA's L2 (posttrain/metrics/pisa.py) made differentiable.
+with s^2 the mean squared distance of the mask from its centre, s*^2 the larger one of the true masks now and in frame
+0, and u 1 unless the picture has lost most of its contrast (rewards/base.py). So what has vanished, is smeared all over
+a noisy picture, or is dreamt into a blank one, is as far off as anything can be, and is called back by w; between half
+its area and twice, w is 1. In [-1, 0]; 0 where m is always empty. It is PISA's L2 (posttrain/metrics/pisa.py) made
+differentiable.
 
 What it does not see: shape and turning, and size within that factor; use it beside `segmentation`.
 """
@@ -46,17 +47,25 @@ def load(config: Config, device: torch.device | str = "cpu") -> Reward:
 
 def path_error(p_BFHW: Tensor, m_BFHW: Tensor, mask0_BHW: Tensor, u_BF: Tensor) -> Tensor:
     """The equation above, (B,); `mask0_BHW` is frame 0's mask, and frame 0 is not among the others."""
-    m = m_BFHW.to(p_BFHW.dtype)
-    away = (centre(p_BFHW) - centre(m)).norm(dim=2) / math.hypot(*m.shape[2:])
-    found, true, first = p_BFHW.sum((2, 3)), m.sum((2, 3)), mask0_BHW.sum((1, 2))[:, None].to(m.dtype)
-    w = torch.minimum(2 * found / true.clamp_min(1), 2 * first / found.clamp_min(1e-6)).clamp_max(1) * u_BF
+    m, mask0_BFHW = m_BFHW.to(p_BFHW.dtype), mask0_BHW[:, None].to(p_BFHW.dtype)
+    (c, s2), (true_c, true_s2), (_, first_s2) = moments(p_BFHW), moments(m), moments(mask0_BFHW)
+    away = (c - true_c).norm(dim=2) / math.hypot(*m.shape[2:])
+    found, true = p_BFHW.sum((2, 3)), m.sum((2, 3))
+    narrow = 2 * torch.maximum(true_s2, first_s2) / s2.clamp_min(1e-6)
+    w = torch.minimum(2 * found / true.clamp_min(1), narrow).clamp_max(1) * u_BF
     there = (true > 0).to(m.dtype)
     return -((w * away + 1 - w) * there).sum(1) / there.sum(1).clamp_min(1)
 
 
-def centre(p_BFHW: Tensor) -> Tensor:
-    """Row and column of a soft mask's centre in pixels, (B, F, 2); where there is no mask, 0."""
+def moments(p_BFHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of a soft mask's centre in pixels (B, F, 2), and the mean squared distance from it (B, F).
+
+    Where there is no mask, 0.
+    """
     mass = p_BFHW.sum((2, 3)).clamp_min(1e-6)
-    rows, columns = (torch.arange(side).to(p_BFHW) for side in p_BFHW.shape[2:])
-    y, x = p_BFHW.sum(3) @ rows, p_BFHW.sum(2) @ columns
-    return torch.stack([y / mass, x / mass], 2)
+    c, s2 = [], torch.zeros_like(mass)
+    for axis, side in ((3, p_BFHW.shape[2]), (2, p_BFHW.shape[3])):
+        place, share = torch.arange(side).to(p_BFHW), p_BFHW.sum(axis) / mass[..., None]
+        c.append(share @ place)
+        s2 = s2 + (share * (place - c[-1][..., None]).square()).sum(2)
+    return torch.stack(c, 2), s2
