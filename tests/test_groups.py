@@ -106,6 +106,20 @@ def test_both_together_and_more_losers_than_a_group_takes(folder: Path, tmp_path
     assert groups != gathered(folder, losers=2, counterfactuals=True, samples=(place,), seed=1)[1]
 
 
+def test_the_best_sample_wins_where_samples_do(folder: Path, tmp_path: Path) -> None:
+    place = samples(tmp_path / "made", seeds=3)
+    _, groups = gathered(folder, losers=2, samples=(str(place),), winner="sample")
+    assert [(winner, sorted(losers)) for winner, losers in groups] == [
+        (f"0000{g}-0-s2-base", [f"0000{g}-0-s0-base", f"0000{g}-0-s1-base"]) for g in (0, 1)
+    ]
+    assert len(gathered(folder, losers=1, samples=(str(place),), winner="sample")[1]) == 4
+    assert "no clip has 3 losers and a winner" in refusal(folder, losers=3, samples=(str(place),), winner="sample")
+    (place / "scores.jsonl").unlink()
+    assert "the best sample shall win" in refusal(folder, losers=2, samples=(str(place),), winner="sample")
+    with pytest.raises(ValueError, match="samples win against samples"):
+        GroupsConfig(losers=2, counterfactuals=True, samples=("made",), winner="sample")
+
+
 def test_limit_counts_true_clips(folder: Path) -> None:
     config = DataConfig(clips=str(folder), limit=1)
     assert Clips(config, preload=False).ids == ["00000-0"]

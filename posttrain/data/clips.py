@@ -37,10 +37,13 @@ class GroupsConfig(Strict):
     losers: PositiveInt = 3  # m, of each group
     counterfactuals: bool = False  # clips of the same folder that break a law in the true clip's scene
     samples: tuple[str, ...] = ()  # folders of <clip>-s<seed>.mp4, with scores.jsonl
+    winner: Literal["true", "sample"] = "true"  # sample: the one with the best scores wins against the others
     seed: NonNegativeInt = 0  # of the order in which losers are dealt out
 
     @model_validator(mode="after")
     def _any(self) -> "GroupsConfig":
+        if self.winner == "sample" and (self.counterfactuals or not self.samples):
+            raise PydanticCustomError("part", "samples win against samples; name samples, without counterfactuals")
         if not self.counterfactuals and not self.samples:
             raise PydanticCustomError("part", "there are no losers; set counterfactuals: true, or name samples")
         return self

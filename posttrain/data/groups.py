@@ -1,8 +1,9 @@
 """Groups for methods of preference: a true clip, and m losers that continue the same first picture less truly.
 
 Losers are clips of a dataset folder that break a law in the true clip's scene (sim/counterfactual.py), samples that a
-model made under several seeds, or both. Samples lie in any folder, named <clip>-s<seed>.mp4 or <clip>-s<seed>-<model>
-.mp4 as `posttrain sample` does, and what a judge says of them beside them in scores.jsonl:
+model made under several seeds, or both; or the best of the samples wins against the others. Samples lie in any folder,
+named <clip>-s<seed>.mp4 or <clip>-s<seed>-<model>.mp4 as `posttrain sample` does, and what a judge says of them beside
+them in scores.jsonl:
 
     {"file_name": "00012-s0.mp4", "sa": 0.9, "pc": 0.2}     both 0 to 1: follows its text, obeys physics
 
@@ -13,6 +14,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,27 +115,35 @@ def gather(clips: Clips, config: GroupsConfig, pictured: bool = True) -> tuple[M
             others.append(index)
     for number, (winner, _, _) in enumerate(samples, len(clips)):
         losers[winner].append(number)
-    groups = []
+    groups, needed = [], config.losers + (config.winner == "sample")
     for place, winner in enumerate(track(true, "looking at groups", len(true))):
         found = sorted(losers[winner])
-        if len(found) < config.losers:
+        if len(found) < needed:
             continue
         _check(members, Group(winner, tuple(found)), pictured)
+        if config.winner == "sample":
+            winner, *found = sorted(found, key=partial(_merit, members), reverse=True)
         order = np.random.default_rng([config.seed, place]).permutation(found).tolist()
         # the last of several is filled up with the first ones, so that all are used
         for first in range(0, len(found), config.losers):
             some = tuple(order[(first + i) % len(found)] for i in range(config.losers))
             groups.append(Group(winner, some))
-    few = sum(len(some) < config.losers for some in losers.values())
+    few = sum(len(some) < needed for some in losers.values())
+    which = f"{config.losers} losers" + (" and a winner" if config.winner == "sample" else "")
     if not groups:
-        raise UserError(
-            f"data.groups: no clip has {config.losers} losers; film or sample more, or lower data.groups.losers"
-        )
+        raise UserError(f"data.groups: no clip has {which}; film or sample more, or lower data.groups.losers")
     if few:
-        print(
-            f"groups: {few} of {len(true)} clips are left out, with fewer than {config.losers} losers", file=sys.stderr
-        )
+        print(f"groups: {few} of {len(true)} clips are left out, with fewer than {which}", file=sys.stderr)
     return members, groups
+
+
+def _merit(members: Members, index: int) -> float:
+    """By which the winner is chosen where samples win; of equal ones the first."""
+    scores = members.scores(index)
+    if scores is None:
+        path = members.video(index).parent / SCORES
+        raise UserError(f"{path}: does not exist, and the best sample shall win; `posttrain score` them")
+    return scores.sa + scores.pc
 
 
 def _samples(folder: Path, clips: Clips, true: Sequence[int]) -> list[tuple[int, Path, Scores | None]]:
