@@ -1,5 +1,6 @@
 """ORO: its loss by hand, its gradient by finite differences, its memory, and a model that learns with it."""
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
 from falling import write_dataset
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, wan_folder
 from torch import Tensor
 
@@ -22,9 +24,10 @@ from posttrain.experiment import Recipe
 from posttrain.files import UserError, read_jsonl
 from posttrain.flow import Last, SamplerConfig
 from posttrain.methods import oro
-from posttrain.methods.oro import Sampling, oro_loss
+from posttrain.methods.oro import Config, Sampling, depends, oro_loss
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan import Wan, load
+from posttrain.pocket import folder as embedded
 from posttrain.recipe import Part
 from posttrain.recipe import load as load_recipe
 from posttrain.rewards.base import RewardConfig, total
@@ -179,6 +182,22 @@ def test_the_first_pictures_alone(wan: Wan) -> None:
         torch.testing.assert_close(a, b)
     oro_loss(wan, batch, total({"watch": (1.0, watch)}), Sampling(**how, frames=6), Random(0, 0, [0]))
     assert seen[1] == (6, 6)
+    with pytest.raises(UserError, match=r"method\.frames: is 40, more than the clips have; lower it"):
+        oro_loss(wan, batch, total({"watch": (1.0, watch)}), Sampling(**how, frames=40), Random(0, 0, [0]))
+
+
+def test_a_run_depends_on_the_weights_of_its_rewards(tmp_path: Path) -> None:
+    """The same SAM 2 under any path, another one where a weight differs; a reward without a network adds nothing."""
+    shutil.copytree(embedded("sam2"), tmp_path / "same")
+    shutil.copytree(embedded("sam2"), tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    save_file(weights | {(name := sorted(weights)[0]): weights[name] + 1}, tmp_path / "other" / "model.safetensors")
+
+    def told(path: str) -> dict[str, str]:
+        return depends(Config(rewards=[{"name": "segmentation", "path": path}]))
+
+    assert list(told("pocket")) == ["method.rewards.segmentation"]
+    assert told("pocket") == told(str(tmp_path / "same")) != told(str(tmp_path / "other"))
 
 
 def test_twenty_steps_cost_the_memory_of_two(wan: Wan) -> None:

@@ -25,7 +25,7 @@ from posttrain.flow import Grad, SamplerConfig, sample
 from posttrain.models.base import VideoModel
 from posttrain.recipe import In, Part
 from posttrain.rewards import base
-from posttrain.run import Run
+from posttrain.run import Run, start_fingerprint
 from posttrain.types import Batch, Random, Strict
 
 DATA = "annotated latents"
@@ -56,6 +56,12 @@ def truths(config: Config) -> tuple[str, ...]:
     return base.truths(config.rewards)
 
 
+def depends(config: Config) -> dict[str, str]:
+    """What the trained weights depend on beside clips and settings: the weights of the networks that are asked."""
+    asked = {part.name: part for part in config.rewards if hasattr(part.module, "net")}
+    return {f"method.rewards.{name}": start_fingerprint(part.module.net(part.config)) for name, part in asked.items()}
+
+
 def oro_loss(
     model: VideoModel,
     batch: Batch,
@@ -77,6 +83,10 @@ def oro_loss(
     assert batch.z0_BCFHW is not None
     assert batch.text_BLD is not None
     truth_BCFHW, how = batch.z0_BCFHW, config.sampler
+    if config.frames and model.latent_frames(config.frames) > truth_BCFHW.shape[2]:
+        raise UserError(
+            f"method.frames: is {config.frames}, more than the clips have; lower it, or leave it out for all"
+        )
     z0_BCFHW = sample(
         model,
         model.scheduler(),

@@ -9,7 +9,8 @@ and `load(config, device)`, which returns a function of
     video_BCFHW  a generated clip in [-1, 1], frame 0 the given picture
     batch        the true clip: its pictures, masks, scored object, and what TRUTHS names
 
-that gives each clip's reward, float (B,), the more the better, with a gradient to every picture after the first.
+that gives each clip's reward, float (B,), the more the better, with a gradient to every picture after the first. Where
+a network is asked, `net(config)` returns it, so that a run knows by which weights it was trained.
 Truths come from the simulator and are never estimated. Weights of networks get no gradient.
 
 Shape letters: B batch, C channels, F frames, H W pixels.

@@ -15,7 +15,7 @@ beside `segmentation` and `trajectory`.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from posttrain.models import depth
 from posttrain.models.base import ModelConfig
@@ -32,17 +32,22 @@ class Config(RewardConfig):
     path: str = "pocket"
 
 
+def net(config: Config, device: torch.device | str = "cpu") -> nn.Module:
+    """The Depth Anything. Raises UserError where there is none."""
+    return depth.load(ModelConfig(family="depth", path=config.path), str(device)).module
+
+
 def load(config: Config, device: torch.device | str = "cpu") -> Reward:
-    """The reward above. Raises UserError where there is no such Depth Anything."""
-    net = frozen(depth.load(ModelConfig(family="depth", path=config.path), str(device)).module)
+    """The reward above."""
+    see = frozen(net(config, device))
 
     def reward(video_BCFHW: Tensor, batch: Batch) -> Tensor:
         assert batch.video_BCFHW is not None
         assert batch.depth_BFHW is not None
         inverse = 1 / batch.depth_BFHW
         with torch.no_grad():
-            s_B, o_B = fit(net(batch.video_BCFHW[:, :, :1])[:, 0], inverse[:, 0])
-        scaled = s_B.view(-1, 1, 1, 1) * net(video_BCFHW[:, :, 1:]) + o_B.view(-1, 1, 1, 1)
+            s_B, o_B = fit(see(batch.video_BCFHW[:, :, :1])[:, 0], inverse[:, 0])
+        scaled = s_B.view(-1, 1, 1, 1) * see(video_BCFHW[:, :, 1:]) + o_B.view(-1, 1, 1, 1)
         return depth_error(scaled, inverse[:, 1:], contrast(video_BCFHW, batch.video_BCFHW))
 
     return reward

@@ -39,10 +39,15 @@ class Config(RewardConfig):
     region: Literal["image", "objects"] = "objects"
 
 
+def net(config: Config, device: torch.device | str = "cpu") -> raft.Flow:
+    """The RAFT. Raises UserError where there is none."""
+    return raft.load(ModelConfig(family="raft", path=config.path), str(device)).flow
+
+
 def load(config: Config, device: torch.device | str = "cpu") -> Reward:
-    """The reward above. Raises UserError where there is no such RAFT."""
-    net = raft.load(ModelConfig(family="raft", path=config.path), str(device)).flow
-    frozen(net)
+    """The reward above."""
+    flow = net(config, device)
+    frozen(flow)
 
     def reward(video_BCFHW: Tensor, batch: Batch) -> Tensor:
         assert batch.video_BCFHW is not None
@@ -53,7 +58,7 @@ def load(config: Config, device: torch.device | str = "cpu") -> Reward:
         if config.region == "image":
             region = torch.ones_like(region)
         seen = contrast(video_BCFHW, batch.video_BCFHW)
-        return flow_error(net.see(video_BCFHW), batch.flow_BFCHW[:, :-1], region, seen)
+        return flow_error(flow.see(video_BCFHW), batch.flow_BFCHW[:, :-1], region, seen)
 
     return reward
 

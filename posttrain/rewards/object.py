@@ -9,8 +9,9 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from posttrain.rewards.base import Reward, RewardConfig, contrast, true_masks
-from posttrain.rewards.segmentation import load_masks, soft_iou
+from posttrain.rewards import segmentation
+from posttrain.rewards.base import Reward, contrast, true_masks
+from posttrain.rewards.segmentation import soft_iou
 from posttrain.rewards.trajectory import path_error
 from posttrain.types import Batch
 
@@ -18,16 +19,18 @@ TRUTHS: tuple[str, ...] = ()
 RANKS: tuple[str, ...] = ("weak_gravity", "hover", "delay", "vanish", "slow_motion")
 
 
-class Config(RewardConfig):
-    """`path`: "pocket", a local folder, or a hub id as facebook/sam2.1-hiera-tiny."""
+class Config(segmentation.Config):
+    """As in segmentation.py, and the weight of the place beside the shape."""
 
-    path: str = "pocket"
     distance: PositiveFloat = 4.0  # at which an object that is half covered is pulled by both about alike
 
 
+net = segmentation.net
+
+
 def load(config: Config, device: torch.device | str = "cpu") -> Reward:
-    """The reward above. Raises UserError where there is no such SAM 2."""
-    masks = load_masks(config.path, device)
+    """The reward above."""
+    masks = segmentation.load_masks(config, device)
 
     def reward(video_BCFHW: Tensor, batch: Batch) -> Tensor:
         assert batch.video_BCFHW is not None

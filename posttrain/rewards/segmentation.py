@@ -35,9 +35,14 @@ class Config(RewardConfig):
     path: str = "pocket"
 
 
+def net(config: Config, device: torch.device | str = "cpu") -> sam2.Sam2Tracker:
+    """The SAM 2. Raises UserError where there is none."""
+    return sam2.load(ModelConfig(family="sam2", path=config.path), str(device)).tracker
+
+
 def load(config: Config, device: torch.device | str = "cpu") -> Reward:
-    """The reward above. Raises UserError where there is no such SAM 2."""
-    masks = load_masks(config.path, device)
+    """The reward above."""
+    masks = load_masks(config, device)
 
     def reward(video_BCFHW: Tensor, batch: Batch) -> Tensor:
         m = true_masks(batch)
@@ -46,9 +51,9 @@ def load(config: Config, device: torch.device | str = "cpu") -> Reward:
     return reward
 
 
-def load_masks(path: str, device: torch.device | str) -> Callable[[Tensor, Tensor], Tensor]:
+def load_masks(config: Config, device: torch.device | str) -> Callable[[Tensor, Tensor], Tensor]:
     """SAM 2's soft masks (B, F, H, W) of a video in [-1, 1], from the object's true mask in frame 0."""
-    follow = frozen(sam2.always_there(sam2.load(ModelConfig(family="sam2", path=path), str(device)).tracker))
+    follow = frozen(sam2.always_there(net(config, device)))
     return lambda video_BCFHW, mask0_BHW: follow(video_BCFHW, mask0_BHW).sigmoid()
 
 

@@ -19,23 +19,24 @@ import math
 import torch
 from torch import Tensor
 
-from posttrain.rewards.base import Reward, RewardConfig, contrast, true_masks
-from posttrain.rewards.segmentation import load_masks
+from posttrain.rewards import segmentation
+from posttrain.rewards.base import Reward, contrast, true_masks
 from posttrain.types import Batch
 
 TRUTHS: tuple[str, ...] = ()
 RANKS: tuple[str, ...] = ("weak_gravity", "hover", "delay", "vanish", "slow_motion")
 
 
-class Config(RewardConfig):
-    """`path`: "pocket", a local folder, or a hub id as facebook/sam2.1-hiera-tiny."""
+class Config(segmentation.Config):
+    """As in segmentation.py."""
 
-    path: str = "pocket"
+
+net = segmentation.net
 
 
 def load(config: Config, device: torch.device | str = "cpu") -> Reward:
-    """The reward above. Raises UserError where there is no such SAM 2."""
-    masks = load_masks(config.path, device)
+    """The reward above."""
+    masks = segmentation.load_masks(config, device)
 
     def reward(video_BCFHW: Tensor, batch: Batch) -> Tensor:
         assert batch.video_BCFHW is not None
