@@ -242,6 +242,11 @@ def lead(facts: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
             f"{recipe['method']['name']} on {start}{recipe['model']['path']}: {how} trained{took}, "
             f"{train['steps']} steps of {train['batch']} clips, seed {train['seed']}."
         )
+    if started := recipe.get("model", {}).get("start"):
+        sentences.append(f"It goes on from {started}, which is base here.")
+    if table := recipe.get("table"):
+        seeds = ", ".join(map(str, table["seeds"]))
+        sentences.append(f"A row each for {', '.join(table['rows'])}: the means of seeds {seeds}, clip by clip.")
     for key, values in (recipe.get("sweep") or {}).items():
         sentences.append(f"A run for each {key}: {', '.join(map(str, values))}.")
     counts = {record["split"]: len(record["clips"]) for record in records}

@@ -397,6 +397,7 @@ def test_a_table_is_a_run_for_each_row_and_seed_and_one_report(home):
     alone = [files.read_json(folder / "fast" / seed / "report.json")["rows"][-1]["l2"]["mean"] for seed in ("0", "3")]
     assert report["rows"][-1]["l2"]["mean"] == pytest.approx(sum(alone) / 2)
     assert "Minus psft few" in out
+    assert "A row each for few, fast: the means of seeds 0, 3, clip by clip." in (folder / "report.html").read_text()
     said = refused(home, "run", *base, table, "sweep={data.limit: [3]}")
     assert said.endswith("table: stands beside a sweep; keep one\n")
     said = refused(home, "run", *base, "table={rows: {few: {data.limt: 1}}}")
