@@ -422,14 +422,18 @@ class Run:
                 temporary.mkdir()
                 for name, content in contents.items():
                     (temporary / name).write_bytes(content)
-            for old in self._kept()[:-KEPT]:
-                shutil.rmtree(old)
+            self._drop_old()
         self.accelerator.wait_for_everyone()
+
+    def _drop_old(self) -> None:
+        for old in self._kept()[:-KEPT]:
+            shutil.rmtree(old)
 
     def _resume(self) -> int:
         """Continue from the newest whole checkpoint; the length of its log."""
         if self.accelerator.is_main_process:
             files.sweep(self._checkpoints)
+            self._drop_old()  # who was killed after writing the newest had not come to it
         log_bytes = 0
         for path in reversed(self._kept()):
             try:
