@@ -99,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             elif options.command == "eval":
                 stages.evaluate(plan, folder)
             elif options.command == "report":
-                stages.report(plan, folder)
+                if folder == whole[1] or stages.is_measured(folder):
+                    stages.report(plan, folder)
             else:
                 stages.export(plan, folder, options.check)
         if whole[0].divided and (options.command == "report" or (options.command == "run" and whole[0].eval)):

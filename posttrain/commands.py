@@ -42,35 +42,20 @@ def compare(targets: Sequence[str]) -> None:
     Raises:
         UserError: a run is named twice, was not measured, or on other clips, or in another way.
     """
-    from posttrain.records import print_differences, print_table
-    from posttrain.report import gather
+    from posttrain.records import comparable, gather, print_differences, print_table
 
-    folders: dict[str, Path] = {}
-    names: dict[str, str] = {}  # run -> what `gather` calls its trained model
+    folders: dict[str, list[Path]] = {}
     for plan, folder in map(open_run, targets):
         if plan.run in folders:
             raise UserError(f"{folder}: is named twice; name each run once")
-        folders[plan.run], names[plan.run] = folder, f"{plan.method.name} {plan.run}"
-    records = gather({run: [folder] for run, folder in folders.items()})
-    splits = {record["split"]: {r["model"]: r for r in records if r["split"] == record["split"]} for record in records}
-    splits = {split: rows for split, rows in splits.items() if all(name in rows for name in names.values())}
-    if not splits:
-        raise UserError(f"{', '.join(names)}: no split on which all of them were measured; `posttrain eval` each")
-    first = next(iter(names))
-    for rows in splits.values():
-        for run, name in names.items():
-            # what the tracker finds in the true clips is the same where clips, tracker and the code that measures are
-            if f"truth {run}" in rows:
-                raise UserError(f"{run}: was measured on other clips than {first}, by another tracker or by older code")
-            settings, reference = rows[name]["settings"], rows[names[first]]["settings"]
-            if any(settings[key] != reference[key] for key in ("seeds", "sampler")):
-                raise UserError(
-                    f"{run}: was measured with other eval.seeds or eval.sampler than {first}; measure again"
-                )
+        folders[plan.run] = [folder]
+    records = gather(folders)
+    splits = comparable(records, list(folders))
     console = Console()
     console = console if console.is_terminal else Console(width=120)  # the names of runs are long
-    print_table([record for record in records if record["split"] in splits], console)
-    print_differences([[rows[name] for name in names.values()] for rows in splits.values()], console)
+    names = [rows[0]["split"] for rows in splits]
+    print_table([record for record in records if record["split"] in names], console)
+    print_differences(splits, console)
 
 
 @memory("sampling", "ask for fewer pixels (--height, --width) or --frames")
@@ -198,7 +183,8 @@ def groups(plan: Recipe, folder: Path, seeds: int = 0, batch: int = 4, shown: in
     members, found = gather(clips, wanted, plan.model.conditioning == "image")
     rows: dict[str, Any] = {}
     for number, group in enumerate(found[:shown], 1):
-        rows[f"group {number}, true: {members.row(group.winner)['caption']}"] = members.read(group.winner)[0]
+        what = "true" if group.winner == group.true else f"the best, {members.video(group.winner).name}"
+        rows[f"group {number}, {what}: {members.row(group.winner)['caption']}"] = members.read(group.winner)[0]
         for index in group.losers:
             told = (scores := members.scores(index)) and f"sa {scores.sa:.2f}, pc {scores.pc:.2f}"
             name = f"group {number}, {members.video(index).name}: {told or 'no scores'}"

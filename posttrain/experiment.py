@@ -37,8 +37,20 @@ Values = Annotated[tuple[int | float | str, ...], Field(min_length=1)]
 class Table(Strict):
     """Rows of one report, each by what it changes in the recipe, as in `flow: {method.rewards: [{name: flow}]}`."""
 
-    rows: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)  # of training; a row is their mean, clip by clip
+    rows: Annotated[dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], dict[str, Any]], Field(min_length=1)]
+    # of training; a row is their mean, clip by clip. None: the recipe's own
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
+
+    @field_validator("rows")
+    @classmethod
+    def _free(cls, rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for row, changes in rows.items():
+            for key in ("run", "sweep", "table", "train.seed"):
+                if key in changes:
+                    raise PydanticCustomError(
+                        "part", "{row} sets {key}, which the table does; leave it out", {"row": row, "key": key}
+                    )
+        return rows
 
 
 class Recipe(Strict):
@@ -163,8 +175,9 @@ def members(plan: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
     """
     changes: dict[str, dict[str, Any]] = {}
     if plan.table:
+        seeds = plan.table.seeds or (plan.train.seed,)
         for row, values in plan.table.rows.items():
-            changes |= {f"{row}/{seed}": values | {"train.seed": seed} for seed in plan.table.seeds}
+            changes |= {f"{row}/{seed}": values | {"train.seed": seed} for seed in seeds}
     elif plan.sweep:
         ((key, swept),) = plan.sweep.items()
         changes = {str(value).replace("/", "-"): {key: value} for value in swept}
@@ -174,8 +187,14 @@ def members(plan: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
     for name, values in changes.items():
         words = [f"{key}={json.dumps(value)}" for key, value in values.items()]
         found[name] = recipe.load(path, [*words, f"run={plan.run}/{name}", "sweep=null", "table=null"], Recipe)
+        if plan.table and _measured(found[name]) != _measured(plan):
+            raise UserError(f"{path}: table.rows.{name.partition('/')[0]}: changes eval; rows are measured alike")
         claim(found[name], folder / name, str(path))
     return [(member, folder / name) for name, member in found.items()]
+
+
+def _measured(plan: Recipe) -> dict[str, Any] | None:
+    return plan.eval.model_dump(exclude={"every", "batch"}) if plan.eval else None
 
 
 def _flat(value: Any, place: str = "") -> dict[str, Any]:

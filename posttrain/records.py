@@ -1,6 +1,6 @@
 """Records that evaluate.py and score.py write: read, set in order, told as means, intervals, differences and tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,94 @@ def _finished(run: Path) -> list[dict[str, Any]]:
     if any(record.get("settings") != records[0].get("settings") for record in records):
         raise UserError(f"{folder}: an evaluation with other settings was cut off; run `posttrain eval` to its end")
     return records
+
+
+def gather(runs: Mapping[str, Sequence[Path]]) -> list[dict[str, Any]]:
+    """The records of several runs, named by the value of a sweep or the row of a table that they are of.
+
+    References and base, where all share them, are there once. `row` is None of these. Runs of one row are pooled.
+
+    Raises:
+        UserError: runs of one row were measured in different ways, or one of them was not.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row, folders in runs.items():
+        alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for folder in folders:
+            for record in read_records(folder):
+                samples = str(folder / "samples" / record["model"])
+                alike.setdefault((record["model"], record["split"]), []).append(record | {"samples": samples})
+        for (name, split), records in alike.items():
+            fixed = name in FIXED
+            for record, folder in zip(records, folders, strict=False):
+                if record["settings"] != records[0]["settings"] or (fixed and record["key"] != records[0]["key"]):
+                    raise UserError(f"{folder}: was measured otherwise than {folders[0]}; `posttrain eval` both again")
+            if len(records) < len(folders):
+                raise UserError(f"{folders[0].parent}: not all its runs were measured on {split} clips; evaluate them")
+            record = records[0] if fixed else pooled(records)
+            shared = fixed and found.get((name, split), record)["key"] == record["key"]
+            label = name if shared else f"{name} {row}"
+            found[label, split] = record | {"model": label, "row": None if fixed else row}
+    return sorted(found.values(), key=position)
+
+
+def comparable(records: Sequence[dict[str, Any]], rows: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """Of what `gather` gives, the trained models' records by split, where each of `rows` was measured on it.
+
+    Raises:
+        UserError: there is no such split, or they were measured on other clips or in another way.
+    """
+    labels = {(record["model"], record["split"]) for record in records}
+    splits: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        if record["row"] is not None:
+            splits.setdefault(record["split"], []).append(record)
+    splits = {split: found for split, found in splits.items() if len(found) == len(rows)}
+    if not splits:
+        raise UserError(f"{', '.join(rows)}: no split on which all of them were measured; `posttrain eval` each")
+    for split, (first, *others) in splits.items():
+        for record in others:
+            row = record["row"]
+            # what the tracker finds in the true clips is the same where clips, tracker and the code that measures are
+            if (f"truth {row}", split) in labels:
+                raise UserError(f"{row}: was measured on other clips than {rows[0]}, by another tracker or older code")
+            if any(record["settings"][key] != first["settings"][key] for key in ("seeds", "sampler")):
+                raise UserError(
+                    f"{row}: was measured with other eval.seeds or eval.sampler than {rows[0]}; measure again"
+                )
+    return list(splits.values())
+
+
+def pooled(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One record of a row's runs, clip by clip: the mean of each number that is there; the paths of all samples."""
+    if len(records) == 1:
+        return records[0]
+    clips = []
+    for same in zip(*(record["clips"] for record in records), strict=True):
+        assert len({clip["id"] for clip in same}) == 1
+        joined: dict[str, Any] = {
+            key: [each for clip in same for each in clip[key]] for key in ("paths", "impact_frames") if key in same[0]
+        }
+        if "physics" in same[0]:
+            joined["physics"] = {
+                name: pisa.pooled([clip["physics"][name] for clip in same]) for name in same[0]["physics"]
+            }
+        clips.append(average([{k: v for k, v in clip.items() if k not in joined} for clip in same]) | joined)
+    return records[0] | {"clips": clips, "seconds": sum(record["seconds"] for record in records)}
+
+
+def average(values: Sequence[Any]) -> Any:
+    """The mean of numbers that are not None, place by place in lists and mappings; what is the same in all stays."""
+    present = [value for value in values if value is not None]
+    if all(value == present[0] for value in present):
+        return present[0] if present else None
+    match present[0]:
+        case dict() as first:
+            return {key: average([value[key] for value in present]) for key in first}
+        case list():
+            return [average(same) for same in zip(*present, strict=True)]
+        case _:
+            return sum(present) / len(present)
 
 
 def parts(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from posttrain.benchmarks import distribution
 from posttrain.charts import Point, chart, curves, nice_ticks, path_d
 from posttrain.data.clips import read_video
 from posttrain.gallery import animation
-from posttrain.records import FIXED, REFERENCES, difference, position, read_falls, read_records, summary
+from posttrain.records import FIXED, REFERENCES, difference, gather, read_falls, read_records, summary
 
 SHOWN = 4  # clips in report.gif
 UNSHOWN = ("truth_vae", "frozen")  # these are told by their numbers
@@ -93,51 +93,6 @@ def report(run: Path | str, runs: Mapping[str, Sequence[Path]] | None = None) ->
     return run / "report.json", run / "report.html"
 
 
-def gather(runs: Mapping[str, Sequence[Path]]) -> list[dict[str, Any]]:
-    """The records of several runs, named by the value of a sweep or the row of a table that they are of.
-
-    References and base, where all share them, are there once. `row` is None of these. Runs of one row are pooled.
-    """
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for row, folders in runs.items():
-        alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for folder in folders:
-            for record in read_records(folder):
-                samples = str(folder / "samples" / record["model"])
-                alike.setdefault((record["model"], record["split"]), []).append(record | {"samples": samples})
-        for (name, split), records in alike.items():
-            record = records[0] if name in FIXED else pooled(records)
-            shared = name in FIXED and found.get((name, split), record)["key"] == record["key"]
-            label = name if shared else f"{name} {row}"
-            found[label, split] = record | {"model": label, "row": None if name in FIXED else row}
-    return sorted(found.values(), key=position)
-
-
-def pooled(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One record of a row's runs: clip by clip the mean of each number that is there, and the paths of all samples."""
-    if len(records) == 1:
-        return records[0]
-    clips = []
-    for same in zip(*(record["clips"] for record in records), strict=True):
-        assert len({clip["id"] for clip in same}) == 1
-        clips.append(average(same) | {"paths": [path for clip in same for path in clip["paths"]]})
-    return records[0] | {"clips": clips, "seconds": sum(record["seconds"] for record in records)}
-
-
-def average(values: Sequence[Any]) -> Any:
-    """The mean of numbers that are not None, place by place in lists and mappings; what is the same in all stays."""
-    present = [value for value in values if value is not None]
-    if all(value == present[0] for value in present):
-        return present[0] if present else None
-    match present[0]:
-        case dict() as first:
-            return {key: average([value[key] for value in present]) for key in first}
-        case list():
-            return [average(same) for same in zip(*present, strict=True)]
-        case _:
-            return sum(present) / len(present)
-
-
 def summarise(
     name: str,
     records: Sequence[dict[str, Any]],
@@ -151,15 +106,16 @@ def summarise(
     """
     truth = next((record for record in falls if record["model"] == "truth"), None)
     tested = [record for record in falls if record["model"] not in REFERENCES]  # these have too few of each picture
-    base = {record["split"]: record for record in records if record["model"] == "base"}
+    found = {(record["model"], record["split"]): record for record in records}
+    pairs = [
+        (record, found.get((f"base {record.get('row')}", record["split"])) or found.get(("base", record["split"])))
+        for record in records
+        if record["model"] not in FIXED and record.get("row", name) is not None
+    ]
     return {
         "run": name,
         "rows": [summary(record) for record in records],
-        "differences": [
-            difference(record, base[record["split"]])
-            for record in records
-            if record["model"] not in FIXED and record["split"] in base
-        ],
+        "differences": [difference(record, base) for record, base in pairs if base],
         "falls": [distribution.falls(record, truth, np.random.default_rng(0)) for record in tested],
         "versions": {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES},
         "machine": machine(),
@@ -233,7 +189,8 @@ def page(
 def lead(facts: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
     """What was run, in a sentence or two."""
     recipe, sentences = facts["recipe"], []
-    if {"method", "model", "train"} <= recipe.keys():
+    table = recipe.get("table")
+    if {"method", "model", "train"} <= recipe.keys() and not table:
         adapter, train = recipe["model"].get("adapter"), recipe["train"]
         how = f"a rank-{adapter['rank']} adapter" if adapter else "all weights"
         start = "random weights of " if recipe["model"].get("init") == "random" else ""
@@ -244,8 +201,8 @@ def lead(facts: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
         )
     if started := recipe.get("model", {}).get("start"):
         sentences.append(f"It goes on from {started}, which is base here.")
-    if table := recipe.get("table"):
-        seeds = ", ".join(map(str, table["seeds"]))
+    if table:
+        seeds = ", ".join(map(str, table["seeds"] or [recipe["train"]["seed"]]))
         sentences.append(f"A row each for {', '.join(table['rows'])}: the means of seeds {seeds}, clip by clip.")
     for key, values in (recipe.get("sweep") or {}).items():
         sentences.append(f"A run for each {key}: {', '.join(map(str, values))}.")

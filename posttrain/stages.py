@@ -218,20 +218,25 @@ def evaluate(plan: Recipe, folder: Path) -> None:
 
 def report(plan: Recipe, folder: Path) -> None:
     """Write report.json and report.html from what was measured; of several runs, those of all of them together."""
-    from posttrain.records import print_differences, print_table
-    from posttrain.report import gather, report
+    from posttrain.records import comparable, gather, print_differences, print_table
+    from posttrain.report import report
 
     if main_process():
         runs: dict[str, list[Path]] = {}
         for _, place in members(plan, folder) if plan.divided else ():
-            runs.setdefault(place.relative_to(folder).parts[0], []).append(place)
+            if is_measured(place):
+                runs.setdefault(place.relative_to(folder).parts[0], []).append(place)
+            else:
+                print(f"{place}: is left out, for it was not measured; `posttrain run` continues", file=sys.stderr)
         if runs:
             print_table(records := gather(runs))
-        if plan.table:
-            trained = [record for record in records if record["row"] in runs]
-            splits = dict.fromkeys(record["split"] for record in trained)
-            print_differences([[record for record in trained if record["split"] == split] for split in splits])
+            if plan.table and len(runs) > 1:
+                print_differences(comparable(records, list(runs)))
         print("report:", report(folder, runs)[1])
+
+
+def is_measured(folder: Path) -> bool:
+    return any((folder / "evaluation").glob("*.json"))
 
 
 def export(plan: Recipe, folder: Path, checked: bool = False) -> None:

@@ -113,7 +113,10 @@ def test_the_best_sample_wins_where_samples_do(folder: Path, tmp_path: Path) -> 
         (f"0000{g}-0-s2-base", [f"0000{g}-0-s0-base", f"0000{g}-0-s1-base"]) for g in (0, 1)
     ]
     assert len(gathered(folder, losers=1, samples=(str(place),), winner="sample")[1]) == 4
-    assert "no clip has 3 losers and a winner" in refusal(folder, losers=3, samples=(str(place),), winner="sample")
+    assert "no clip has 3 losers and a better one" in refusal(folder, losers=3, samples=(str(place),), winner="sample")
+    rows = read_jsonl(place / "scores.jsonl")
+    (place / "scores.jsonl").write_text("".join(json.dumps(row | {"sa": 0.5}) + "\n" for row in rows))
+    assert "no clip has 1 losers" in refusal(folder, losers=1, samples=(str(place),), winner="sample")  # all alike
     (place / "scores.jsonl").unlink()
     assert "the best sample shall win" in refusal(folder, losers=2, samples=(str(place),), winner="sample")
     with pytest.raises(ValueError, match="samples win against samples"):
@@ -226,6 +229,22 @@ def test_without_scores_a_batch_has_none(wan: Wan, folder: Path, tmp_path: Path)
     assert batch.sa_BM is None
     assert batch.pc_BM is None
     assert batch.losers_BMCFHW.shape[:2] == (2, 2)
+
+
+def test_a_sample_that_wins_continues_the_true_picture(wan: Wan, folder: Path, tmp_path: Path) -> None:
+    """Its own first picture went through the model; what is given, frames, text and condition, is the true clip's."""
+    clips = Clips(DataConfig(clips=str(folder)), preload=False)
+    config = GroupsConfig(losers=2, samples=(str(samples(tmp_path / "made", seeds=3)),), winner="sample")
+    data = Groups(wan, clips, config, tmp_path / "cache")
+    batch, true = data.load([0, 1]), Latents(wan, clips, tmp_path / "cache").load([0, 1])
+    best = Latents(wan, data.members, tmp_path / "cache").load([group.winner for group in data.groups])
+    assert batch.z0_BCFHW is not None
+    assert true.z0_BCFHW is not None
+    assert best.z0_BCFHW is not None
+    assert torch.equal(batch.z0_BCFHW[:, :, : wan.clean], true.z0_BCFHW[:, :, : wan.clean])
+    assert torch.equal(batch.z0_BCFHW[:, :, wan.clean :], best.z0_BCFHW[:, :, wan.clean :])
+    assert not torch.equal(best.z0_BCFHW, batch.z0_BCFHW)
+    assert all(torch.equal(batch.condition[name], value) for name, value in true.condition.items())
 
 
 # ---------------------------------------------------------------- the whole command

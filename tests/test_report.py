@@ -23,6 +23,7 @@ from posttrain.charts import nice_ticks, path_d
 from posttrain.evaluate import EvalConfig, evaluate
 from posttrain.files import UserError
 from posttrain.gallery import LINE
+from posttrain.records import comparable, gather
 from posttrain.report import encode, report
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -288,7 +289,7 @@ def test_a_sweeps_rows_are_named_by_its_values(run: Path, tmp_path: Path) -> Non
             clip["l2"] += 1
         path.write_text(json.dumps(record))
     each = {value: [folder] for value, folder in runs.items()}
-    records = [record for record in room.gather(each) if record["split"] == "unseen"]
+    records = [record for record in gather(each) if record["split"] == "unseen"]
     shared = ["truth", "truth_vae", "frozen", "base"]
     assert [record["model"] for record in records] == [*shared, "psft 30", "psft 100", "base 7", "psft 7"]
     found = {record["model"]: np.mean([clip["l2"] for clip in record["clips"]]) for record in records}
@@ -315,16 +316,30 @@ def test_runs_of_a_row_are_pooled(run: Path, tmp_path: Path) -> None:
             clip["time_error"] = None if seed else 0.5
             clip["physics"]["g"] = [9.0 + seed, 0.3] if seed else None
         path.write_text(json.dumps(record))
-    found = {record["model"]: record for record in room.gather({"best": folders}) if record["split"] == "unseen"}
+    found = {record["model"]: record for record in gather({"best": folders}) if record["split"] == "unseen"}
     assert list(found) == ["truth", "truth_vae", "frozen", "base", "psft best"]
     assert [record["row"] for record in found.values()] == [None] * 4 + ["best"]
-    one = next(r for r in room.gather({"": folders[:1]}) if (r["model"], r["split"]) == ("psft ", "unseen"))
+    one = next(r for r in gather({"": folders[:1]}) if (r["model"], r["split"]) == ("psft ", "unseen"))
     for clip, alone in zip(found["psft best"]["clips"], one["clips"], strict=True):
         assert (clip["l2"], clip["time_error"]) == (1.0, 0.5)
         assert clip["released"]["iou"] == pytest.approx(0.1)
-        assert clip["physics"]["g"] == [10.5, 0.3]
+        assert clip["physics"]["g"] == pytest.approx([10.5, 0.3 / 2**0.5])  # sigma of a mean of two
         assert clip["paths"] == alone["paths"] * 3
         assert (clip["id"], clip["true_path"], clip["chamfer"]) == (alone["id"], alone["true_path"], alone["chamfer"])
+
+    assert [[r["model"] for r in rows] for rows in comparable(gather({"a": folders[:1], "b": folders[1:]}), "ab")] == [
+        ["psft a", "psft b"]
+    ] * 2
+    for path in (folders[2] / "evaluation").glob("*.json"):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"settings": record["settings"] | {"seeds": 9}}))
+    with pytest.raises(UserError, match=r"2: was measured otherwise than .*0; `posttrain eval` both again"):
+        gather({"best": folders})
+    with pytest.raises(UserError, match=r"b: was measured with other eval\.seeds or eval\.sampler than a"):
+        comparable(gather({"a": folders[:1], "b": folders[2:]}), "ab")
+    (folders[1] / "evaluation" / "psft-test_seen.json").unlink()
+    with pytest.raises(UserError, match="not all its runs were measured on seen clips"):
+        gather({"best": folders[:2]})
 
 
 def trained(run: Path) -> float:

@@ -400,5 +400,13 @@ def test_a_table_is_a_run_for_each_row_and_seed_and_one_report(home):
     assert "A row each for few, fast: the means of seeds 0, 3, clip by clip." in (folder / "report.html").read_text()
     said = refused(home, "run", *base, table, "sweep={data.limit: [3]}")
     assert said.endswith("table: stands beside a sweep; keep one\n")
+    said = refused(home, "run", *base, "table={rows: {few: {eval.seeds: 7}}}")
+    assert said == "runs/rows/recipe.yaml: table.rows.few: changes eval; rows are measured alike\n"
+    for row in ("a/b: {}", "..: {}", "few: {train.seed: 3}"):
+        assert "table.rows" in refused(home, "run", *base, f"table={{rows: {{{row}}}}}")
+    shutil.rmtree(folder / "fast" / "3" / "evaluation")
+    code, out, said = command(home, "report", *base, table)
+    assert code == 0, said
+    assert "runs/rows/fast/3: is left out, for it was not measured" in said
     said = refused(home, "run", *base, "table={rows: {few: {data.limt: 1}}}")
     assert said == "data.limt=1: data.limt: unknown key, did you mean 'limit'?\n"

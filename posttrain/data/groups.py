@@ -47,6 +47,7 @@ class Group(NamedTuple):
 
     winner: int
     losers: tuple[int, ...]
+    true: int  # the clip whose first picture they continue; the winner itself unless samples win
 
 
 class Members:
@@ -115,21 +116,23 @@ def gather(clips: Clips, config: GroupsConfig, pictured: bool = True) -> tuple[M
             others.append(index)
     for number, (winner, _, _) in enumerate(samples, len(clips)):
         losers[winner].append(number)
-    groups, needed = [], config.losers + (config.winner == "sample")
-    for place, winner in enumerate(track(true, "looking at groups", len(true))):
-        found = sorted(losers[winner])
-        if len(found) < needed:
+    groups, few = [], 0
+    for place, true_one in enumerate(track(true, "looking at groups", len(true))):
+        winner, found = true_one, sorted(losers[true_one])
+        if len(found) >= config.losers:
+            _check(members, Group(winner, tuple(found), true_one), pictured)
+        if config.winner == "sample" and found:
+            winner = max(found, key=partial(_merit, members))
+            found = [index for index in found if _merit(members, index) < _merit(members, winner)]
+        if len(found) < config.losers:
+            few += 1
             continue
-        _check(members, Group(winner, tuple(found)), pictured)
-        if config.winner == "sample":
-            winner, *found = sorted(found, key=partial(_merit, members), reverse=True)
         order = np.random.default_rng([config.seed, place]).permutation(found).tolist()
         # the last of several is filled up with the first ones, so that all are used
         for first in range(0, len(found), config.losers):
             some = tuple(order[(first + i) % len(found)] for i in range(config.losers))
-            groups.append(Group(winner, some))
-    few = sum(len(some) < needed for some in losers.values())
-    which = f"{config.losers} losers" + (" and a winner" if config.winner == "sample" else "")
+            groups.append(Group(winner, some, true_one))
+    which = f"{config.losers} losers" + (" and a better one" if config.winner == "sample" else "")
     if not groups:
         raise UserError(f"data.groups: no clip has {which}; film or sample more, or lower data.groups.losers")
     if few:
@@ -215,7 +218,7 @@ class Groups:
         self, model: VideoModel, clips: Clips, config: GroupsConfig, folder: Path | str, pictured: bool = True
     ) -> None:
         self.members, self.groups = gather(clips, config, pictured)
-        self._latents = Latents(model, self.members, folder)
+        self._latents, self._clean = Latents(model, self.members, folder), model.clean
         counts: dict[int, int] = {}
         self.ids = []
         for group in self.groups:
@@ -227,7 +230,7 @@ class Groups:
     @property
     def key(self) -> str:
         """One hash of everything that the batches depend on."""
-        keys = [[self._latents.keys[index] for index in (g.winner, *g.losers)] for g in self.groups]
+        keys = [[self._latents.keys[index] for index in (g.true, g.winner, *g.losers)] for g in self.groups]
         return files.sha256_json([keys, None if self._scores is None else self._scores.tolist()])
 
     def __len__(self) -> int:
@@ -236,12 +239,17 @@ class Groups:
     def load(self, indices: Sequence[int]) -> Batch:
         """Winners with their text and condition, the losers' latents, and scores where all losers have some."""
         chosen = [self.groups[index] for index in indices]
-        winners = self._latents.load([group.winner for group in chosen])
+        true = self._latents.load([group.true for group in chosen])
+        winners = self._latents.load([group.winner for group in chosen]).z0_BCFHW
         losers = self._latents.load([index for group in chosen for index in group.losers]).z0_BCFHW
+        assert true.z0_BCFHW is not None
+        assert winners is not None
         assert losers is not None
+        winners[:, :, : self._clean] = true.z0_BCFHW[:, :, : self._clean]  # the first picture as it is given later
         scores = None if self._scores is None else self._scores[list(indices)]
         return replace(
-            winners,
+            true,
+            z0_BCFHW=winners,
             ids=tuple(self.ids[index] for index in indices),
             losers_BMCFHW=losers.unflatten(0, (len(chosen), -1)),
             sa_BM=None if scores is None else scores[..., 0],

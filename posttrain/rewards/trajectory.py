@@ -1,15 +1,15 @@
 """Where the object is: the path of its soft mask's centre, whose gradient points downhill from any distance.
 
-SAM 2 follows the scored object as in `segmentation`. With c the centre of its soft mask p, c* that of the true mask m,
-and D the picture's diagonal, all in pixels:
+SAM 2 follows the scored object as in `segmentation`. With c the centre of its soft mask p, from which .05 is taken off,
+and c* that of the true mask m, and D the picture's diagonal, all in pixels:
 
     R = -mean_t [ w |c - c*| / D + (1 - w) ],   w = u min(1, 2 sum p / sum m, 2 s*^2 / s^2),   t > 0 with m not empty
 
-with s^2 the mean squared distance of the mask from its centre, s*^2 the larger one of the true masks now and in frame
+with s^2 the mean squared distance of that mask from its centre, s*^2 the larger one of the true masks now and in frame
 0, and u 1 unless the picture has lost most of its contrast (rewards/base.py). So what has vanished, is smeared all over
-a noisy picture, or is dreamt into a blank one, is as far off as anything can be, and is called back by w; between half
-its area and twice, w is 1. In [-1, 0]; 0 where m is always empty. It is PISA's L2 (posttrain/metrics/pisa.py) made
-differentiable.
+a noisy picture, or is dreamt into a blank one, is as far off as anything can be, and is called back by w; from half its
+area on, and up to about twice of it in its shape, w is 1. In [-1, 0]; 0 where m is always empty. It is PISA's L2
+(posttrain/metrics/pisa.py) made differentiable.
 
 What it does not see: shape and turning, and size within that factor; use it beside `segmentation`.
 """
@@ -23,6 +23,7 @@ from posttrain.rewards import segmentation
 from posttrain.rewards.base import Reward, contrast, true_masks
 from posttrain.types import Batch
 
+FAINT = 0.05  # a background of so little, all over the picture, would outweigh a small object
 TRUTHS: tuple[str, ...] = ()
 RANKS: tuple[str, ...] = ("weak_gravity", "hover", "delay", "vanish", "slow_motion")
 
@@ -48,12 +49,12 @@ def load(config: Config, device: torch.device | str = "cpu") -> Reward:
 
 def path_error(p_BFHW: Tensor, m_BFHW: Tensor, mask0_BHW: Tensor, u_BF: Tensor) -> Tensor:
     """The equation above, (B,); `mask0_BHW` is frame 0's mask, and frame 0 is not among the others."""
-    m, mask0_BFHW = m_BFHW.to(p_BFHW.dtype), mask0_BHW[:, None].to(p_BFHW.dtype)
-    (c, s2), (true_c, true_s2), (_, first_s2) = moments(p_BFHW), moments(m), moments(mask0_BFHW)
+    p = p_BFHW.to(torch.promote_types(p_BFHW.dtype, torch.float32))
+    m, mask0_BFHW = m_BFHW.to(p.dtype), mask0_BHW[:, None].to(p.dtype)
+    (c, s2), (true_c, true_s2), (_, first_s2) = moments(p), moments(m), moments(mask0_BFHW)
     away = (c - true_c).norm(dim=2) / math.hypot(*m.shape[2:])
-    found, true = p_BFHW.sum((2, 3)), m.sum((2, 3))
-    narrow = 2 * torch.maximum(true_s2, first_s2) / s2.clamp_min(1e-6)
-    w = torch.minimum(2 * found / true.clamp_min(1), narrow).clamp_max(1) * u_BF
+    found, true = p.sum((2, 3)), m.sum((2, 3))
+    w = torch.minimum(2 * found / true.clamp_min(1), 2 * torch.maximum(true_s2, first_s2) / s2).clamp_max(1) * u_BF
     there = (true > 0).to(m.dtype)
     return -((w * away + 1 - w) * there).sum(1) / there.sum(1).clamp_min(1)
 
@@ -61,12 +62,14 @@ def path_error(p_BFHW: Tensor, m_BFHW: Tensor, mask0_BHW: Tensor, u_BF: Tensor) 
 def moments(p_BFHW: Tensor) -> tuple[Tensor, Tensor]:
     """Row and column of a soft mask's centre in pixels (B, F, 2), and the mean squared distance from it (B, F).
 
-    Where there is no mask, 0.
+    What is below FAINT does not count. A pixel has an extent: alone its mean squared distance is 1/6. Without a mask
+    the centre is 0.
     """
-    mass = p_BFHW.sum((2, 3)).clamp_min(1e-6)
-    c, s2 = [], torch.zeros_like(mass)
+    clear = (p_BFHW - FAINT).clamp_min(0)
+    mass = clear.sum((2, 3)).clamp_min(1e-6)
+    centre, s2 = [], torch.full_like(mass, 1 / 6)
     for axis, side in ((3, p_BFHW.shape[2]), (2, p_BFHW.shape[3])):
-        place, share = torch.arange(side).to(p_BFHW), p_BFHW.sum(axis) / mass[..., None]
-        c.append(share @ place)
-        s2 = s2 + (share * (place - c[-1][..., None]).square()).sum(2)
-    return torch.stack(c, 2), s2
+        place, share = torch.arange(side).to(p_BFHW), clear.sum(axis) / mass[..., None]
+        centre.append((share * place).sum(2))  # a matrix product would be rounded under autocast
+        s2 = s2 + (share * (place - centre[-1][..., None]).square()).sum(2)
+    return torch.stack(centre, 2), s2
