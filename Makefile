@@ -11,7 +11,7 @@ psft: setup # film drops, fine-tune the pocket model, measure it, export the ada
 oro: setup runs/pocket-psft/trained.json # train rewards' gradients through the sampler, from the adapter of `make psft`
 	@$(python) -m posttrain run recipes/pocket/oro.yaml
 
-gdpo: setup # learn from preferences between true clips and clips that break a law
+gdpo: setup # prefer true clips to what the model samples: an experiment, see LOG.md
 	@$(python) -m posttrain run recipes/pocket/gdpo.yaml
 
 runs/pocket-psft/trained.json: | setup
@@ -29,7 +29,7 @@ bench: setup # time every stage of the pocket model on this machine
 test: setup # all tests
 	@./setup.sh chromium
 	@./setup.sh extras
-	@$(python) -m pytest
+	@OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile
 
 lint: setup # style and types
 	@$(python) -m ruff check .
