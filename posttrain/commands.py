@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from posttrain import files
 from posttrain.data.clips import Clips, DataConfig, open_splits
@@ -42,7 +41,7 @@ def compare(targets: Sequence[str]) -> None:
     Raises:
         UserError: a run is named twice, was not measured, or on other clips, or in another way.
     """
-    from posttrain.records import comparable, gather, print_differences, print_table
+    from posttrain.records import comparable, gather, print_differences, print_table, wide
 
     folders: dict[str, list[Path]] = {}
     for plan, folder in map(open_run, targets):
@@ -51,11 +50,9 @@ def compare(targets: Sequence[str]) -> None:
         folders[plan.run] = [folder]
     records = gather(folders)
     splits = comparable(records, list(folders))
-    console = Console()
-    console = console if console.is_terminal else Console(width=120)  # the names of runs are long
     names = [rows[0]["split"] for rows in splits]
-    print_table([record for record in records if record["split"] in names], console)
-    print_differences(splits, console)
+    print_table([record for record in records if record["split"] in names], wide())
+    print_differences(splits, wide())
 
 
 @memory("sampling", "ask for fewer pixels (--height, --width) or --frames")

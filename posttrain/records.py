@@ -198,6 +198,12 @@ def difference(record: dict[str, Any], against: dict[str, Any]) -> dict[str, Any
     return names | {key: interval(gap(key)) for key in pisa.METRICS}
 
 
+def wide() -> Console:
+    """For the names of several runs, where no terminal says how wide it is."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
 def print_table(records: Sequence[dict[str, Any]], console: Console | None = None, released: bool = False) -> None:
     """The records' means, L2 first with its interval; `released`: in the other convention. Fits 80 columns."""
     table = Table(box=None, header_style="bold", pad_edge=False)

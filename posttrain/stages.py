@@ -218,7 +218,7 @@ def evaluate(plan: Recipe, folder: Path) -> None:
 
 def report(plan: Recipe, folder: Path) -> None:
     """Write report.json and report.html from what was measured; of several runs, those of all of them together."""
-    from posttrain.records import comparable, gather, print_differences, print_table
+    from posttrain.records import comparable, gather, print_differences, print_table, wide
     from posttrain.report import report
 
     if main_process():
@@ -229,9 +229,9 @@ def report(plan: Recipe, folder: Path) -> None:
             else:
                 print(f"{place}: is left out, for it was not measured; `posttrain run` continues", file=sys.stderr)
         if runs:
-            print_table(records := gather(runs))
+            print_table(records := gather(runs), wide())
             if plan.table and len(runs) > 1:
-                print_differences(comparable(records, list(runs)))
+                print_differences(comparable(records, list(runs)), wide())
         print("report:", report(folder, runs)[1])
 
 
