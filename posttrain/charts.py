@@ -111,3 +111,10 @@ def path_d(points: Sequence[Point | None], decimals: int) -> str:
             out.append(f"{'L' if down else 'M'}{point[0]:.{decimals}f} {point[1]:.{decimals}f}")
         down = point is not None
     return "".join(out)
+
+
+def number(value: float | None, decimals: int) -> str:
+    if value is None:
+        return "–"
+    text = f"{value:.{decimals}f}"
+    return text.replace("-", "−" if float(text) else "")

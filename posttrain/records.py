@@ -61,11 +61,11 @@ def gather(runs: Mapping[str, Sequence[Path]]) -> list[dict[str, Any]]:
                 alike.setdefault((record["model"], record["split"]), []).append(record | {"samples": samples})
         for (name, split), records in alike.items():
             fixed = name in FIXED
-            for record, folder in zip(records, folders, strict=False):
-                if record["settings"] != records[0]["settings"] or (fixed and record["key"] != records[0]["key"]):
-                    raise UserError(f"{folder}: was measured otherwise than {folders[0]}; `posttrain eval` both again")
             if len(records) < len(folders):
                 raise UserError(f"{folders[0].parent}: not all its runs were measured on {split} clips; evaluate them")
+            for record, folder in zip(records, folders, strict=True):
+                if record["settings"] != records[0]["settings"] or (fixed and record["key"] != records[0]["key"]):
+                    raise UserError(f"{folder}: was measured otherwise than {folders[0]}; `posttrain eval` both again")
             record = records[0] if fixed else pooled(records)
             shared = fixed and found.get((name, split), record)["key"] == record["key"]
             label = name if shared else f"{name} {row}"

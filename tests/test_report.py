@@ -23,8 +23,9 @@ from posttrain.charts import nice_ticks, path_d
 from posttrain.evaluate import EvalConfig, evaluate
 from posttrain.files import UserError
 from posttrain.gallery import LINE
+from posttrain.players import encode
 from posttrain.records import comparable, gather
-from posttrain.report import encode, report
+from posttrain.report import report
 
 CHROMIUM = Path("/usr/bin/chromium")
 QUIET = ("quic", "background-networking", "component-update", "sync", "gpu")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from types import ModuleType
 
+import moderngl
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
@@ -251,6 +252,20 @@ def test_more_bodies_than_a_mask_can_number_are_refused(renderer: ModuleType):
     scene = world(*[body("box/00", 0.1, (0, 0, 0))] * 256)
     with pytest.raises(UserError, match="at most 255"):
         renderer.render(scene, still(scene))
+
+
+@pytest.mark.parametrize("close", [True, False])
+def test_another_context_in_the_same_process_changes_nothing(close: bool):
+    before = digest(gl.render(*tumble(1, 3)))
+    other = moderngl.create_context(standalone=True, backend="egl", libgl="libEGL.so.1", libegl="libEGL.so.1")
+    if close:
+        other.release()
+    assert digest(gl.render(*tumble(1, 3))) == before
+    if not close:
+        with other:
+            other.clear()
+        assert digest(gl.render(*tumble(1, 3))) == before
+        other.release()
 
 
 def test_without_egl_the_error_names_packages_command_and_fallback():

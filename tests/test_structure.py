@@ -52,9 +52,10 @@ MAY_IMPORT = {
     ],
     "posttrain.charts": [],
     "posttrain.fall_times": ["posttrain.charts"],
+    "posttrain.players": [*CONTRACT, "posttrain.charts", "posttrain.data"],
     "posttrain.report": [
         *(*CONTRACT, "posttrain.charts", "posttrain.fall_times", "posttrain.data", "posttrain.benchmarks"),
-        *("posttrain.records", "posttrain.gallery"),
+        *("posttrain.records", "posttrain.gallery", "posttrain.players"),
     ],
     "posttrain.export": [*CONTRACT, "posttrain.models"],
     "posttrain.doctor": [*CONTRACT, "posttrain.pocket"],

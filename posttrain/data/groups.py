@@ -240,12 +240,15 @@ class Groups:
         """Winners with their text and condition, the losers' latents, and scores where all losers have some."""
         chosen = [self.groups[index] for index in indices]
         true = self._latents.load([group.true for group in chosen])
-        winners = self._latents.load([group.winner for group in chosen]).z0_BCFHW
         losers = self._latents.load([index for group in chosen for index in group.losers]).z0_BCFHW
         assert true.z0_BCFHW is not None
-        assert winners is not None
         assert losers is not None
-        winners[:, :, : self._clean] = true.z0_BCFHW[:, :, : self._clean]  # the first picture as it is given later
+        winners = true.z0_BCFHW
+        if any(group.winner != group.true for group in chosen):
+            best = self._latents.load([group.winner for group in chosen]).z0_BCFHW
+            assert best is not None
+            # the first picture as it is given later
+            winners = torch.cat([winners[:, :, : self._clean], best[:, :, self._clean :]], dim=2)
         scores = None if self._scores is None else self._scores[list(indices)]
         return replace(
             true,

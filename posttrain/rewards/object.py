@@ -10,7 +10,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from posttrain.rewards import segmentation
-from posttrain.rewards.base import Reward, contrast, true_masks
+from posttrain.rewards.base import Reward, contrast
 from posttrain.rewards.segmentation import soft_iou
 from posttrain.rewards.trajectory import path_error
 from posttrain.types import Batch
@@ -30,12 +30,11 @@ net = segmentation.net
 
 def load(config: Config, device: torch.device | str = "cpu") -> Reward:
     """The reward above."""
-    masks = segmentation.load_masks(config, device)
+    look = segmentation.load_look(config, device)
 
     def reward(video_BCFHW: Tensor, batch: Batch) -> Tensor:
         assert batch.video_BCFHW is not None
-        m, u_BF = true_masks(batch), contrast(video_BCFHW, batch.video_BCFHW)
-        p_BFHW, seen = masks(video_BCFHW, m[:, 0])[:, 1:], (m[:, 1:], m[:, 0])
-        return soft_iou(p_BFHW, *seen) + config.distance * path_error(p_BFHW, *seen, u_BF)
+        seen, u_BF = look(video_BCFHW, batch), contrast(video_BCFHW, batch.video_BCFHW)
+        return soft_iou(*seen) + config.distance * path_error(*seen, u_BF)
 
     return reward

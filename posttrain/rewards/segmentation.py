@@ -42,19 +42,20 @@ def net(config: Config, device: torch.device | str = "cpu") -> sam2.Sam2Tracker:
 
 def load(config: Config, device: torch.device | str = "cpu") -> Reward:
     """The reward above."""
-    masks = load_masks(config, device)
-
-    def reward(video_BCFHW: Tensor, batch: Batch) -> Tensor:
-        m = true_masks(batch)
-        return soft_iou(masks(video_BCFHW, m[:, 0])[:, 1:], m[:, 1:], m[:, 0])
-
-    return reward
+    look = load_look(config, device)
+    return lambda video_BCFHW, batch: soft_iou(*look(video_BCFHW, batch))
 
 
-def load_masks(config: Config, device: torch.device | str) -> Callable[[Tensor, Tensor], Tensor]:
-    """SAM 2's soft masks (B, F, H, W) of a video in [-1, 1], from the object's true mask in frame 0."""
+def load_look(config: Config, device: torch.device | str) -> Callable[[Tensor, Batch], tuple[Tensor, Tensor, Tensor]]:
+    """One look of SAM 2 at a video in [-1, 1]: its soft masks and the true ones after frame 0, both (B, F - 1, H, W),
+    and the true ones of frame 0, (B, H, W), from which it starts."""
     follow = frozen(sam2.always_there(net(config, device)))
-    return lambda video_BCFHW, mask0_BHW: follow(video_BCFHW, mask0_BHW).sigmoid()
+
+    def look(video_BCFHW: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        m = true_masks(batch)
+        return follow(video_BCFHW, m[:, 0]).sigmoid()[:, 1:], m[:, 1:], m[:, 0]
+
+    return look
 
 
 def soft_iou(p_BFHW: Tensor, m_BFHW: Tensor, mask0_BHW: Tensor) -> Tensor:

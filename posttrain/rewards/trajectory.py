@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from posttrain.rewards import segmentation
-from posttrain.rewards.base import Reward, contrast, true_masks
+from posttrain.rewards.base import Reward, contrast
 from posttrain.types import Batch
 
 FAINT = 0.05  # a background of so little, all over the picture, would outweigh a small object
@@ -37,12 +37,11 @@ net = segmentation.net
 
 def load(config: Config, device: torch.device | str = "cpu") -> Reward:
     """The reward above."""
-    masks = segmentation.load_masks(config, device)
+    look = segmentation.load_look(config, device)
 
     def reward(video_BCFHW: Tensor, batch: Batch) -> Tensor:
         assert batch.video_BCFHW is not None
-        m, u_BF = true_masks(batch), contrast(video_BCFHW, batch.video_BCFHW)
-        return path_error(masks(video_BCFHW, m[:, 0])[:, 1:], m[:, 1:], m[:, 0], u_BF)
+        return path_error(*look(video_BCFHW, batch), contrast(video_BCFHW, batch.video_BCFHW))
 
     return reward
 

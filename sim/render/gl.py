@@ -317,7 +317,9 @@ def render(scene: Scene, trajectory: Trajectory, supersample: int = 2) -> Clip:
         UserError: no EGL on this machine, or more bodies than a uint8 mask can number.
     """
     check(scene)
-    return stage(os.getpid()).film(scene, trajectory, supersample)
+    here = stage(os.getpid())
+    with here.context:  # whoever opened another context since took this one's place, and may have closed it
+        return here.film(scene, trajectory, supersample)
 
 
 def missing_egl(reason: Exception) -> UserError:
