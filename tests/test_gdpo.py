@@ -101,6 +101,24 @@ def test_two_losers_and_two_groups_by_hand() -> None:
     assert loss.item() == pytest.approx(exact)
 
 
+def test_losers_that_count_less_by_hand() -> None:
+    """The winner's error grew by 1/4 and the loser's by 1/2: x = 2 (1/4 - 1/4 * 1/2) = 1/4."""
+    errors = (torch.tensor([0.5]), torch.tensor([0.25]), torch.tensor([[0.75]]), torch.tensor([[0.25]]))
+    loss, metrics = gdpo_loss(*errors, ONE, ONE, 2.0, "sum", loser_weight=0.25)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(0.25)))
+    assert metrics["margin"].item() == pytest.approx(0.25)  # is told as it is
+
+
+@pytest.mark.parametrize("loser_weight", [0.25, 0.75])
+def test_whether_it_pays_that_both_errors_grow(loser_weight: float) -> None:
+    """When they grow by 1 and by r > 1 the loss falls where loser_weight r > 1, and always without a weight."""
+    zero, r = torch.zeros(1), 2.0
+    grown = torch.ones(1), zero, torch.full((1, 1), r), zero[:, None]
+    before = gdpo_loss(zero, zero, zero[:, None], zero[:, None], ONE, ONE, 1.0, "sum", loser_weight=loser_weight)[0]
+    after = gdpo_loss(*grown, ONE, ONE, 1.0, "sum", loser_weight=loser_weight)[0]
+    assert (after < before) == (loser_weight * r > 1)
+
+
 @pytest.mark.parametrize("m", [1, 3])
 def test_at_the_start(m: int) -> None:
     w, _, lose, _ = random_errors(0, m=m)

@@ -16,6 +16,7 @@ from PIL import Image
 from tiny import wan_folder
 
 from posttrain import cli, recipe
+from posttrain.benchmarks import preferences
 from posttrain.data.clips import Clips, DataConfig, GroupsConfig, read_video
 from posttrain.data.groups import Groups, Members, gather
 from posttrain.data.latents import Latents
@@ -304,6 +305,36 @@ def test_the_resolved_recipe_reads_back(home: Path) -> None:
 def test_folders_without_groups_have_no_counterfactuals(tmp_path: Path) -> None:
     write_dataset(tmp_path / "plain", ["train"], clips=3, frames=5)
     assert "no clip has 3 losers" in refusal(tmp_path / "plain", counterfactuals=True)
+
+
+# ---------------------------------------------------------------- what a trained model prefers
+
+
+def test_preferences_by_hand() -> None:
+    """Two groups of two losers, one time: margins .5, .5 and -1, .5; of four losers three are liked less."""
+    base = torch.zeros(2, 1, 3)
+    tuned = torch.tensor([[[-0.25, 0.25, 0.25]], [[0.5, -0.5, 1.0]]])
+    name, groups, accuracy, margin, winner, losers = preferences.row("try", tuned, base)
+    assert (name, groups) == ("try", "2")
+    assert [cell.split()[0] for cell in (accuracy, margin, winner, losers)] == ["0.750", "0.125", "0.125", "0.250"]
+
+
+def test_preferences_of_a_run(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trained with a large rate on these groups it prefers their winners; a base has the same errors as itself."""
+    assert cli.main(["run", "recipe.yaml", "train.steps=12", "method.beta_T=10"]) == 0
+    capsys.readouterr()
+    data, config = DataConfig(clips="drops"), GroupsConfig(losers=3, counterfactuals=True)
+    line = preferences.compare(["try"], data, config, draws=4).splitlines()[-1]
+    accuracy, margin = (float(cell.split()[0]) for cell in line.split("|")[3:5])
+    assert accuracy > 0.6
+    assert margin > 0
+    wan = load(ModelConfig(path="wan"))
+    groups = Groups(wan, Clips(data, violated=True), config, home / "cache")
+    errors_GKN = preferences.group_errors(wan, groups, 4, "base")
+    assert errors_GKN.shape == (2, 4, 4)
+    assert torch.equal(errors_GKN, preferences.group_errors(wan, groups, 4, "base"))
+    assert preferences.main(["try", "--clips", "nowhere", "--counterfactuals"]) == 1
+    assert "nowhere" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- looked at, and sampled for

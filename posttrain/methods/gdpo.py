@@ -18,6 +18,9 @@ Departures from the paper: err is a mean over elements, where the paper has a su
 there; 1000 in the released code). That code leaves out the factor m, divides gamma by alpha_j, uses other constants in
 eq. 9, weighs err by time (`weighting: bell`) and draws noise for each member by itself (`noise: independent`). The
 first latent frame is given and bears no loss, as in psft.py; losers get the winner's, for that is what all continue.
+With `loser_weight` lambda_l < 1 losers count less, x_j = beta T [(err_w - err_ref_w) - lambda_l (err_l - err_ref_l)_j],
+as in DPO-Shift (arXiv 2502.07599): the difference alone is also made larger by both errors growing, and where a large
+one is asked for they do (LOG.md). The inequalities above hold for any x.
 Flow-DPO (beta T 50, for its 100 has a factor 1/2) and VideoDPO (2500, independent noise) are `pair` with one loser and
 without physics rewarding.
 """
@@ -60,6 +63,7 @@ class Physics(Strict):
 class Config(Strict):
     mode: Mode = "pair"
     beta_T: PositiveFloat = 1000.0
+    loser_weight: Annotated[float, Field(gt=0, le=1)] = 1.0  # lambda_l: of the losers' errors beside the winner's
     physics: Physics | None = Physics()  # None: alpha = gamma = 1
     noise: Literal["shared", "independent"] = "shared"  # between the members of a group
     timesteps: TimeKind = "logit_normal"
@@ -97,6 +101,7 @@ def gdpo_loss(
     beta_T: float,
     mode: Mode,
     generator: torch.Generator | None = None,
+    loser_weight: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, a mean over groups, and what to log. At the start of training, where err = err_ref, it is
     m gamma log 2, summed over the losers without the m for `sum`, and log(1 + m) for `exact`.
@@ -106,6 +111,7 @@ def gdpo_loss(
         err_l, err_l_ref: those of the losers (B, m).
         alpha, gamma: (B, m); not used in mode "exact".
         generator: draws the loser of "pair".
+        loser_weight: lambda_l.
 
     Metrics:
         accuracy: share of losers whose error grew more than the winner's, or shrank less; 0 at the start.
@@ -114,7 +120,7 @@ def gdpo_loss(
     wide = torch.promote_types(err_w.dtype, torch.float32)  # half precision cannot tell the errors apart
     gain_B, gain_BM = err_w.to(wide) - err_w_ref.to(wide), err_l.to(wide) - err_l_ref.to(wide)
     margin_BM = gain_BM - gain_B[:, None]
-    x_BM = -beta_T * margin_BM
+    x_BM = beta_T * (gain_B[:, None] - loser_weight * gain_BM)
     if mode == "exact":
         loss_B = torch.logsumexp(F.pad(x_BM, (1, 0)), dim=1)  # the 1 is exp(0)
     else:
@@ -171,13 +177,22 @@ def draw(model: VideoModel, batch: Batch, config: Config, run: Run) -> Draw:
             raise UserError("method.physics: needs scores of all losers; score the samples, or set method.physics=null")
         alpha_BM, gamma_BM = physics_weights(batch.sa_BM.gather(1, j_BM), batch.pc_BM.gather(1, j_BM), config.physics)
 
-    z0_BNCFHW = torch.cat([z0_BCFHW[:, None], losers_BMCFHW[torch.arange(count)[:, None], j_BM]], dim=1)
+    losers_BMCFHW = losers_BMCFHW[torch.arange(count)[:, None], j_BM]
+    gamma_BM = gamma_BM * (m if config.mode == "pair" else 1)
+    placed = place(model, z0_BCFHW, losers_BMCFHW, source, config)
+    return Draw(*placed, text_BLD, batch.condition, alpha_BM, gamma_BM, names)
+
+
+def place(
+    model: VideoModel, z0_BCFHW: Tensor, losers_BMCFHW: Tensor, source: Random, config: Config
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All members (B, N, C, F, H, W) with the winner's given frames, their noise of the same shape, and times (B,)."""
+    z0_BNCFHW = torch.cat([z0_BCFHW[:, None], losers_BMCFHW], dim=1)
     z0_BNCFHW[:, :, :, : model.clean] = z0_BCFHW[:, None, :, : model.clean]
     t_B = sample_time(source, config.timesteps, config.shift, *model.times).to(z0_BCFHW.device)
     noises = 1 if config.noise == "shared" else z0_BNCFHW.shape[1]
     eps_BNCFHW = source.normal(noises, *z0_BNCFHW.shape[2:]).to(z0_BCFHW.device).expand_as(z0_BNCFHW)
-    gamma_BM = gamma_BM * (m if config.mode == "pair" else 1)
-    return Draw(z0_BNCFHW, eps_BNCFHW, t_B, text_BLD, batch.condition, alpha_BM, gamma_BM, names)
+    return z0_BNCFHW, eps_BNCFHW, t_B
 
 
 def bell(t: Tensor) -> Tensor:
@@ -261,7 +276,8 @@ def reference(model: VideoModel, base: nn.Module | None, precision: str) -> Iter
 
 def compare(err_BN: Tensor, ref_BN: Tensor, drawn: Draw, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
     parts = (err_BN[:, 0], ref_BN[:, 0], err_BN[:, 1:], ref_BN[:, 1:])
-    return gdpo_loss(*parts, drawn.alpha_BM, drawn.gamma_BM, config.beta_T, config.mode)
+    how = (config.beta_T, config.mode, None, config.loser_weight)
+    return gdpo_loss(*parts, drawn.alpha_BM, drawn.gamma_BM, *how)
 
 
 def in_turn(

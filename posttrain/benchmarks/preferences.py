@@ -1,0 +1,108 @@
+"""What trained models prefer, beside the model that each started from: groups that were held out, as a Markdown table.
+
+    python -m posttrain.benchmarks.preferences runs/pocket-gdpo runs/pocket-psft \
+        --clips data/pocket-drop --samples runs/pocket-gdpo/samples/base/test_unseen
+
+With err the velocity error of methods/gdpo.py, of a run's model and of its base, the same times and noise for all:
+
+    accuracy   the share of (loser, time) with err_w - err_w_base < err_l - err_l_base
+    margin     (err_l - err_l_base) - (err_w - err_w_base)
+    winner     err_w - err_w_base; below 0 where the model knows true clips better than its base does
+    losers     err_l - err_l_base
+
+each a mean over a clip's losers and times, then over clips, with a 95% bootstrap interval. A run may be of any method:
+one that learnt true clips alone has a preference too.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from posttrain.data.clips import Clips, DataConfig, GroupsConfig
+from posttrain.data.groups import Groups
+from posttrain.experiment import need_training, open_run
+from posttrain.files import UserError
+from posttrain.methods import gdpo
+from posttrain.models.base import VideoModel
+from posttrain.progress import markdown, track
+from posttrain.records import interval
+from posttrain.stages import CACHE, base_model, tuned_model
+from posttrain.types import Random
+
+HEADINGS = ("run", "groups", "accuracy", "margin", "winner", "losers")
+
+
+def group_errors(model: VideoModel, groups: Groups, draws: int, what: str) -> Tensor:
+    """Errors (groups, draws, 1 + m), winners first, at `draws` times of each group; float32."""
+    found = []
+    for index in track(range(len(groups)), what, len(groups)):
+        batch = groups.load([index] * draws).to(model.device)
+        assert batch.z0_BCFHW is not None
+        assert batch.losers_BMCFHW is not None
+        assert batch.text_BLD is not None
+        times = Random(0, index, range(draws))
+        placed = gdpo.place(model, batch.z0_BCFHW, batch.losers_BMCFHW, times, gdpo.Config())
+        ones = torch.ones(batch.losers_BMCFHW.shape[:2])
+        drawn = gdpo.Draw(*placed, batch.text_BLD, batch.condition, ones, ones, ())
+        with torch.no_grad():
+            found.append(gdpo.errors(model, drawn, gdpo.Config()).float().cpu())
+    return torch.stack(found)
+
+
+def row(name: str, tuned_GKN: Tensor, base_GKN: Tensor) -> list[str]:
+    """One line of the table."""
+    gain_GKN = tuned_GKN - base_GKN
+    margin_GKM = gain_GKN[..., 1:] - gain_GKN[..., :1]
+    told = ((margin_GKM > 0).float(), margin_GKM, gain_GKN[..., :1], gain_GKN[..., 1:])
+    cells = [interval(values.mean((1, 2)).tolist()) for values in told]
+    return [name, str(len(gain_GKN)), *(f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in cells)]
+
+
+def compare(runs: Sequence[str], data: DataConfig, config: GroupsConfig, draws: int) -> str:
+    """The table.
+
+    Raises:
+        UserError: a run is not trained, or as Groups.
+    """
+    lines = []
+    for target in runs:
+        plan, folder = open_run(target)
+        need_training(folder)
+        errors = []
+        for which, opened in (("base", base_model(plan)), (plan.method.name, tuned_model(plan, folder))):
+            with opened as model:
+                clips = Clips(data, preload=False, violated=config.counterfactuals)
+                groups = Groups(model, clips, config, CACHE / "latents", plan.model.conditioning == "image")
+                errors.append(group_errors(model, groups, draws, f"{target}, {which}"))
+        lines.append(row(target, errors[1], errors[0]))
+    return markdown(HEADINGS, lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--clips", required=True, metavar="FOLDER", help="a dataset of which nothing was trained on")
+    parser.add_argument("--split", default="test_unseen", help="of it (test_unseen)")
+    parser.add_argument("--samples", nargs="+", default=[], metavar="FOLDER", help="losers: samples of these clips")
+    parser.add_argument("--counterfactuals", action="store_true", help="losers: what breaks a law in these scenes")
+    parser.add_argument("--losers", type=int, default=1, help="of each group (1)")
+    parser.add_argument("--draws", type=int, default=8, help="times and noises of each group (8)")
+    options = parser.parse_args(arguments)
+    if not options.samples and not options.counterfactuals:
+        parser.error("name --samples, or --counterfactuals, as losers")
+    config = GroupsConfig(
+        losers=options.losers, samples=tuple(options.samples), counterfactuals=options.counterfactuals
+    )
+    try:
+        print(compare(options.runs, DataConfig(clips=options.clips, split=options.split), config, options.draws))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
