@@ -14,7 +14,7 @@ COMMANDS = {
     "train": "the clips and the training alone",
     "eval": "measure a trained run, or videos that any model made (--clips)",
     "report": "write report.html, report.json and report.gif from what was measured",
-    "groups": "show what a recipe's true clips are compared with, and let the base make samples for it (--seeds)",
+    "groups": "show what a recipe's true clips are compared with, after making what of it is missing",
     "export": "write the weights as others load them (export=[diffusers, comfyui, merged]), with a model card",
 }
 
@@ -33,9 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in train.steps=20")
         if name == "export":
             command.add_argument("--check", action="store_true", help="load every file as others do and compare")
-        if name == "groups":
-            command.add_argument("--seeds", type=positive, default=0, metavar="N", help="samples of each true clip")
-            command.add_argument("--batch", type=positive, default=4, help="samples made at once (default 4)")
         if name == "eval":
             _scoring(command)
     for name, text in TOOLS.items():
@@ -95,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 stages.train(plan, folder)
             elif options.command == "groups":
                 stages.make(plan)
-                commands.groups(plan, folder, options.seeds, options.batch)
+                commands.groups(plan, folder)
             elif options.command == "eval":
                 stages.evaluate(plan, folder)
             elif options.command == "report":
@@ -178,7 +175,7 @@ def _add_score(parsers: Any) -> None:
     text = "let a judge score videos: do they follow their text (sa), and physics (pc)"
     more = "Scores of 0 to 1 lie in scores.jsonl beside the videos, where data.groups.samples looks for them."
     command = parsers.add_parser("score", help=text, description=f"{text}. {more}")
-    folder = "samples, as `posttrain groups --seeds` makes them; or, without --clips, a dataset folder"
+    folder = "samples, as `posttrain groups` makes them; or, without --clips, a dataset folder"
     command.add_argument("folder", type=Path, metavar="FOLDER", help=folder)
     judges = "what the simulator knows, a model of transformers, or one behind an OpenAI-compatible server"
     command.add_argument("--judge", choices=("simulator", "vlm", "endpoint"), required=True, help=judges)

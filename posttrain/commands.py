@@ -3,9 +3,8 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from posttrain.stages import (
     load_tracker,
     main_process,
     memory,
+    simulator_judge,
     tuned_model,
     wait,
 )
@@ -137,45 +137,18 @@ def _usual(plan: Recipe) -> dict[str, Any]:
     return usual | {"size": clips.size, "frames": clips.frames, "fps": clips.fps}
 
 
-class Beginning(NamedTuple):
-    """A clip's first picture and caption, as `score.imagine` wants them."""
-
-    id: str
-    caption: str
-    picture: Callable[[], np.ndarray]
-    context: str = ""
-
-
-@memory("sampling", "lower --batch, or take smaller or shorter clips (data.size and data.frames)")
-def groups(plan: Recipe, folder: Path, seeds: int = 0, batch: int = 4, shown: int = 8) -> Path:
+def groups(plan: Recipe, folder: Path, shown: int = 8) -> Path:
     """A sheet of the first groups of a recipe, `shown` of them; its path.
 
-    Args:
-        seeds: so many samples of each true clip are made first by the model that training starts from, as far as they
-            are missing, in the first folder of data.groups.samples.
-
     Raises:
-        UserError: the recipe has no groups, no folder for samples, or its groups are not comparable.
+        UserError: the recipe has no groups, or they are not comparable.
     """
     from posttrain.data.groups import gather
     from posttrain.gallery import contact_sheet
-    from posttrain.score import imagine
 
     wanted = plan.data.groups
     if wanted is None:
         raise UserError("data.groups: is missing; say what the true clips are compared with")
-    if seeds:
-        if not wanted.samples:
-            raise UserError("data.groups.samples: is missing; name the folder for --seeds")
-        clips = Clips(plan.data, preload=False)
-        starts = [
-            Beginning(clips.video(i).stem, clips.row(i)["caption"], partial(clips.first, i)) for i in range(len(clips))
-        ]
-        how = sampler(plan.model.path, plan.eval.sampler.model_dump() if plan.eval else {})
-        if main_process():
-            place = Path(wanted.samples[0])
-            imagine(lambda: base_model(plan), {"": starts}, place, clips.splits[0].kind, seeds, batch, **how)
-        wait()
     clips = Clips(plan.data, preload=False, violated=wanted.counterfactuals)
     members, found = gather(clips, wanted, plan.model.conditioning == "image")
     rows: dict[str, Any] = {}
@@ -285,17 +258,14 @@ def judge(folder: Path, by: str, clips: Path | None, split: str, asked: Mapping[
 
 def _judge(folder: Path, by: str, clips: Path | None, split: str, asked: Mapping[str, Any]) -> tuple[Any, str]:
     """What makes a judge ready, and its name, which changes with what its scores depend on."""
-    from posttrain.evaluate import weights_fingerprint
     from posttrain.judges import endpoint, simulator
     from posttrain.judges.questions import asking
 
+    if by == "simulator" and clips is None:
+        truths = Clips(DataConfig(clips=str(folder), split=split), preload=False, violated=True)
+        return lambda: simulator.counterfactuals(truths), "simulator"
     if by == "simulator":
-        truths = Clips(DataConfig(clips=str(clips or folder), split=split), preload=False, violated=clips is None)
-        if clips is None:
-            return lambda: simulator.counterfactuals(truths), "simulator"
-        tracker = load_tracker(asked.get("tracker", "pocket"))
-        name = f"simulator with tracker {weights_fingerprint(tracker.module)[:8]}, clips {truths.key[:8]}"
-        return lambda: simulator.samples(truths, tracker, device()), name
+        return simulator_judge(str(clips), split, asked.get("tracker", "pocket"))
     model, frames = asked["model"], asked.get("frames", FRAMES)
 
     def ready() -> Any:

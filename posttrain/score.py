@@ -124,8 +124,8 @@ def imagine(
     steps: int,
     guidance: float,
     guidance_low: float | None = None,
-) -> None:
-    """Let a model continue the first picture of each clip, as far as `folder` has no video of it.
+) -> int:
+    """Let a model continue the first picture of each clip, as far as `folder` has no video of it; how many it made.
 
     Args:
         model: gives a context in which the model is ready; asked only if there is something to do.
@@ -140,7 +140,7 @@ def imagine(
         if not (path := folder / split / f"{truth.id}-s{seed}.mp4").exists()
     ]
     if not wanted:
-        return
+        return 0
     with model() as ready, progress(f"videos for {folder.name}", len(wanted)) as advance:
         unwanted = [NEGATIVE] if max(guidance, guidance_low or 1) > 1 else []
         texts = sample.encode_texts(ready, [*(truth.caption + truth.context for truth, _, _ in wanted), *unwanted])
@@ -155,6 +155,7 @@ def imagine(
             for (_, _, path), video in zip(part, made, strict=True):
                 sample.write_video(path, video, fps)
                 advance("")
+    return len(wanted)
 
 
 def padded(picture_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -17,17 +17,20 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from posttrain import distributed, files, recipe
 from posttrain.data import videos
-from posttrain.data.clips import Clips, GroupsConfig, Split, check_same_kind, open_split, open_splits
+from posttrain.data.clips import Clips, DataConfig, GroupsConfig, Split, check_same_kind, open_split, open_splits
 from posttrain.evaluate import EvalConfig
 from posttrain.experiment import ADAPTER, RUNS, TRAINED, Recipe, is_trained, members, need_training, resolved
 from posttrain.files import UserError
+from posttrain.judges.questions import Judge
 from posttrain.models.base import Merged, ModelConfig
+from posttrain.models.published import sampler
 from posttrain.rewards import base
 from posttrain.run import Run, start_fingerprint
 from posttrain.trackers import check_trackers
@@ -36,6 +39,15 @@ from posttrain.tripwires import BEST, best_look, ended, read_looks, watching
 CACHE = RUNS / "cache"
 CLIPS = "clips.jsonl"
 TRACKED = 64  # pixels that the sides of clips may have for the embedded tracker
+
+
+class Beginning(NamedTuple):
+    """A clip's first picture and caption, as `score.imagine` wants them."""
+
+    id: str
+    caption: str
+    picture: Callable[[], np.ndarray]
+    context: str = ""
 
 
 @contextmanager
@@ -61,7 +73,14 @@ def run(plan: Recipe, folder: Path) -> None:
 
 
 def make(plan: Recipe) -> None:
-    """Film the clips that are missing, in processes of their own: this package knows nothing of simulation."""
+    """The clips that are missing: film them, and let the base make the samples that true clips win against."""
+    film(plan)
+    if plan.data.groups:
+        make_samples(plan, plan.data.groups)
+
+
+def film(plan: Recipe) -> None:
+    """In processes of their own: this package knows nothing of simulation."""
     makers = [plan.data.make] if isinstance(plan.data.make, str) else plan.data.make or []
     if not main_process():
         makers = []
@@ -72,6 +91,45 @@ def make(plan: Recipe) -> None:
         if code:
             raise UserError(f"{maker}: its clips could not be made (the line above says why)")
     wait()
+
+
+@memory("sampling", "lower eval.batch")
+def make_samples(plan: Recipe, groups: GroupsConfig) -> None:
+    """`groups.seeds` samples of each true clip, and `groups.judge`'s scores, as far as they are missing.
+
+    Raises:
+        UserError: the clips do not lie in one dataset folder, with whose masks the judge could compare.
+    """
+    from posttrain.judges.folder import find, score
+    from posttrain.score import imagine
+
+    if groups.seeds and main_process():
+        clips = Clips(plan.data, preload=False)
+        starts = [
+            Beginning(clips.video(i).stem, clips.row(i)["caption"], partial(clips.first, i)) for i in range(len(clips))
+        ]
+        how = sampler(plan.model.path, plan.eval.sampler.model_dump() if plan.eval else {})
+        folder, batch = Path(groups.samples[0]), plan.eval.batch if plan.eval else 4
+        kind = clips.splits[0].kind
+        made = imagine(lambda: base_model(plan), {"": starts}, folder, kind, groups.seeds, batch, **how)
+        print(f"{folder}: {made} samples made, {groups.seeds * len(starts) - made} were there", file=sys.stderr)
+    if groups.judge and main_process():
+        if not isinstance(plan.data.clips, str):
+            raise UserError("data.groups.judge: compares with one dataset folder; name one in data.clips")
+        for folder in map(Path, groups.samples):
+            found, path = find(folder, Path(plan.data.clips), plan.data.split)
+            score(found, path, *simulator_judge(plan.data.clips, plan.data.split, "pocket"))
+    wait()
+
+
+def simulator_judge(clips: str, split: str, tracker: str) -> tuple[Callable[[], Judge], str]:
+    """What makes the judge of samples of these clips ready, and its name, which changes with what it depends on."""
+    from posttrain.evaluate import weights_fingerprint
+    from posttrain.judges import simulator
+
+    truths, follower = Clips(DataConfig(clips=clips, split=split), preload=False), load_tracker(tracker)
+    name = f"simulator with tracker {weights_fingerprint(follower.module)[:8]}, clips {truths.key[:8]}"
+    return lambda: simulator.samples(truths, follower, device()), name
 
 
 def check_data(plan: Recipe) -> None:

@@ -285,6 +285,7 @@ def test_a_recipe_runs(home: Path) -> None:
         (["data.groups=null"], "data.groups: is missing; say what gdpo compares true clips with"),
         (["method={name: psft}"], "data.groups: is not for psft"),
         (["data.groups={losers: 3}"], "there are no losers; set counterfactuals: true, or name samples"),
+        (["data.groups={counterfactuals: true, seeds: 2}"], "name the folder for them in samples"),
         (["data.groups={lossers: 3}"], "unknown key, did you mean 'losers'?"),
         (["model.adapter=null"], "model.adapter: is missing"),
     ],
@@ -343,9 +344,13 @@ def test_preferences_of_a_run(home: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_groups_are_sampled_for_and_shown(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The base makes what is missing and nothing twice; the samples have the shape of the true clips."""
     words = "model.conditioning=text"  # what the tiny autoencoder gives back is nothing like a first picture
-    command = ["groups", "recipe.yaml", "data.groups={losers: 2, samples: [made]}", "run=shown", words, "--seeds", "2"]
+    groups = "data.groups={losers: 2, samples: [made], seeds: 2, judge: simulator}"
+    command = ["groups", "recipe.yaml", groups, "run=shown", words]
     assert cli.main(command) == 0, capsys.readouterr().err
-    made = sorted(path.name for path in (home / "made").iterdir())
+    scores = read_jsonl(home / "made" / "scores.jsonl")
+    assert all(0 <= row[key] <= 1 for row in scores for key in ("sa", "pc"))
+    made = sorted(path.name for path in (home / "made").glob("*.mp4"))
+    assert made == sorted(row["file_name"] for row in scores)
     assert made == [f"0000{group}-0-s{seed}.mp4" for group in (0, 1) for seed in (0, 1)]
     assert "groups: 2 of 2 losers each" in capsys.readouterr().out
     sheet = Image.open(home / "runs" / "shown" / "groups.png")
@@ -365,8 +370,6 @@ def test_counterfactuals_are_shown(home: Path, capsys: pytest.CaptureFixture[str
     assert cli.main(["groups", "recipe.yaml"]) == 0
     assert "groups: 2 of 3 losers each" in capsys.readouterr().out
     assert Image.open(home / "runs" / "try" / "groups.png").height == 2 * 4 * (128 + 14)
-    assert cli.main(["groups", "recipe.yaml", "--seeds", "2"]) == 1
-    assert "data.groups.samples: is missing" in capsys.readouterr().err
 
 
 def test_videos_of_any_kind_win_against_samples(home: Path) -> None:
@@ -377,11 +380,10 @@ def test_videos_of_any_kind_win_against_samples(home: Path) -> None:
         write_video(home / "own" / f"{name}.mp4", video, 2 * FPS)
         (home / "own" / f"{name}.txt").write_text(f"a {name} falls.")
     overrides = [
-        "data={clips: own, frames: 5, fps: 16, size: [32, 32], groups: {losers: 2, samples: [made]}}",
+        "data={clips: own, frames: 5, fps: 16, size: [32, 32], groups: {losers: 2, samples: [made], seeds: 2}}",
         "model.conditioning=text",
         "method.physics=null",
         "run=own",
     ]
-    assert cli.main(["groups", "recipe.yaml", *overrides, "--seeds", "2"]) == 0
     assert cli.main(["train", "recipe.yaml", *overrides]) == 0
     assert read_jsonl(home / "runs" / "own" / "log.jsonl")[0]["loss"] == pytest.approx(2 * np.log(2), rel=1e-5)

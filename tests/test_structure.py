@@ -72,6 +72,7 @@ MAY_IMPORT = {
     "posttrain.stages": [
         *(*CONTRACT, *ROOMS, "posttrain.recipe", "posttrain.experiment", "posttrain.evaluate", "posttrain.records"),
         *("posttrain.report", "posttrain.export", "posttrain.distributed", "posttrain.trackers", "posttrain.tripwires"),
+        *("posttrain.score", "posttrain.judges"),
     ],
     "posttrain.commands": [
         *(*CONTRACT, *ROOMS, "posttrain.benchmarks", "posttrain.experiment", "posttrain.evaluate", "posttrain.score"),
