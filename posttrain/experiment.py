@@ -175,9 +175,8 @@ def members(plan: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
     """
     changes: dict[str, dict[str, Any]] = {}
     if plan.table:
-        seeds = plan.table.seeds or (plan.train.seed,)
-        for row, values in plan.table.rows.items():
-            changes |= {f"{row}/{seed}": values | {"train.seed": seed} for seed in seeds}
+        for seed in plan.table.seeds or (plan.train.seed,):  # all rows once, so that a part of a table is one
+            changes |= {f"{row}/{seed}": values | {"train.seed": seed} for row, values in plan.table.rows.items()}
     elif plan.sweep:
         ((key, swept),) = plan.sweep.items()
         changes = {str(value).replace("/", "-"): {key: value} for value in swept}
