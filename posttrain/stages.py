@@ -95,7 +95,7 @@ def film(plan: Recipe) -> None:
 
 @memory("sampling", "lower eval.batch")
 def make_samples(plan: Recipe, groups: GroupsConfig) -> None:
-    """`groups.seeds` samples of each true clip, and `groups.judge`'s scores, as far as they are missing.
+    """`groups.samples_each` samples of each true clip, and `groups.judge`'s scores, as far as they are missing.
 
     Raises:
         UserError: the clips do not lie in one dataset folder, with whose masks the judge could compare.
@@ -103,7 +103,7 @@ def make_samples(plan: Recipe, groups: GroupsConfig) -> None:
     from posttrain.judges.folder import find, score
     from posttrain.score import imagine
 
-    if groups.seeds and main_process():
+    if groups.samples_each and main_process():
         clips = Clips(plan.data, preload=False)
         starts = [
             Beginning(clips.video(i).stem, clips.row(i)["caption"], partial(clips.first, i)) for i in range(len(clips))
@@ -111,8 +111,8 @@ def make_samples(plan: Recipe, groups: GroupsConfig) -> None:
         how = sampler(plan.model.path, plan.eval.sampler.model_dump() if plan.eval else {})
         folder, batch = Path(groups.samples[0]), plan.eval.batch if plan.eval else 4
         kind = clips.splits[0].kind
-        made = imagine(lambda: base_model(plan), {"": starts}, folder, kind, groups.seeds, batch, **how)
-        print(f"{folder}: {made} samples made, {groups.seeds * len(starts) - made} were there", file=sys.stderr)
+        made = imagine(lambda: base_model(plan), {"": starts}, folder, kind, groups.samples_each, batch, **how)
+        print(f"{folder}: {made} samples made, {groups.samples_each * len(starts) - made} were there", file=sys.stderr)
     if groups.judge and main_process():
         if not isinstance(plan.data.clips, str):
             raise UserError("data.groups.judge: compares with one dataset folder; name one in data.clips")

@@ -86,6 +86,8 @@ def test_counterfactuals_that_came_out_alike_are_one(folder: Path) -> None:
 
 def test_samples_with_their_scores(folder: Path, tmp_path: Path) -> None:
     place = str(samples(tmp_path / "made"))
+    first = [(f"0000{g}-0", [f"0000{g}-0-s0-base"]) for g in (0, 1)]
+    assert gathered(folder, losers=1, samples=(place,), samples_each=1)[1] == first
     members, groups = gathered(folder, losers=2, samples=(place,))
     assert [(winner, sorted(losers)) for winner, losers in groups] == [
         (f"0000{g}-0", [f"0000{g}-0-s0-base", f"0000{g}-0-s1-base"]) for g in (0, 1)
@@ -285,7 +287,7 @@ def test_a_recipe_runs(home: Path) -> None:
         (["data.groups=null"], "data.groups: is missing; say what gdpo compares true clips with"),
         (["method={name: psft}"], "data.groups: is not for psft"),
         (["data.groups={losers: 3}"], "there are no losers; set counterfactuals: true, or name samples"),
-        (["data.groups={counterfactuals: true, seeds: 2}"], "name the folder for them in samples"),
+        (["data.groups={counterfactuals: true, samples_each: 2}"], "name their folder in samples"),
         (["data.groups={lossers: 3}"], "unknown key, did you mean 'losers'?"),
         (["model.adapter=null"], "model.adapter: is missing"),
     ],
@@ -315,9 +317,12 @@ def test_preferences_by_hand() -> None:
     """Two groups of two losers, one time: margins .5, .5 and -1, .5; of four losers three are liked less."""
     base = torch.zeros(2, 1, 3)
     tuned = torch.tensor([[[-0.25, 0.25, 0.25]], [[0.5, -0.5, 1.0]]])
-    name, groups, accuracy, margin, winner, losers = preferences.row("try", tuned, base)
-    assert (name, groups) == ("try", "2")
+    name, clips, accuracy, margin, winner, losers = preferences.row("try", "ab", tuned, base)
+    assert (name, clips) == ("try", "2")
     assert [cell.split()[0] for cell in (accuracy, margin, winner, losers)] == ["0.750", "0.125", "0.125", "0.250"]
+    assert winner == "0.125 [-0.250, 0.500]"
+    thrice, again = torch.cat([tuned, tuned[1:], tuned[1:]]), torch.cat([base, base[1:], base[1:]])
+    assert preferences.row("try", "abbb", thrice, again) == preferences.row("try", "ab", tuned, base)
 
 
 def test_preferences_of_a_run(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -344,7 +349,7 @@ def test_preferences_of_a_run(home: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_groups_are_sampled_for_and_shown(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The base makes what is missing and nothing twice; the samples have the shape of the true clips."""
     words = "model.conditioning=text"  # what the tiny autoencoder gives back is nothing like a first picture
-    groups = "data.groups={losers: 2, samples: [made], seeds: 2, judge: simulator}"
+    groups = "data.groups={losers: 2, samples: [made], samples_each: 2, judge: simulator}"
     command = ["groups", "recipe.yaml", groups, "run=shown", words]
     assert cli.main(command) == 0, capsys.readouterr().err
     scores = read_jsonl(home / "made" / "scores.jsonl")
@@ -380,7 +385,7 @@ def test_videos_of_any_kind_win_against_samples(home: Path) -> None:
         write_video(home / "own" / f"{name}.mp4", video, 2 * FPS)
         (home / "own" / f"{name}.txt").write_text(f"a {name} falls.")
     overrides = [
-        "data={clips: own, frames: 5, fps: 16, size: [32, 32], groups: {losers: 2, samples: [made], seeds: 2}}",
+        "data={clips: own, frames: 5, fps: 16, size: [32, 32], groups: {losers: 2, samples: [made], samples_each: 2}}",
         "model.conditioning=text",
         "method.physics=null",
         "run=own",

@@ -32,7 +32,7 @@ from posttrain.records import interval
 from posttrain.stages import CACHE, base_model, tuned_model
 from posttrain.types import Random
 
-HEADINGS = ("run", "groups", "accuracy", "margin", "winner", "losers")
+HEADINGS = ("run", "clips", "accuracy", "margin", "winner", "losers")
 
 
 def group_errors(model: VideoModel, groups: Groups, draws: int, what: str) -> Tensor:
@@ -52,13 +52,17 @@ def group_errors(model: VideoModel, groups: Groups, draws: int, what: str) -> Te
     return torch.stack(found)
 
 
-def row(name: str, tuned_GKN: Tensor, base_GKN: Tensor) -> list[str]:
-    """One line of the table."""
+def row(name: str, clips: Sequence[str], tuned_GKN: Tensor, base_GKN: Tensor) -> list[str]:
+    """One line of the table; `clips` says of which true clip each group is."""
     gain_GKN = tuned_GKN - base_GKN
     margin_GKM = gain_GKN[..., 1:] - gain_GKN[..., :1]
-    told = ((margin_GKM > 0).float(), margin_GKM, gain_GKN[..., :1], gain_GKN[..., 1:])
-    cells = [interval(values.mean((1, 2)).tolist()) for values in told]
-    return [name, str(len(gain_GKN)), *(f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in cells)]
+    cells = []
+    for values in ((margin_GKM > 0).float(), margin_GKM, gain_GKN[..., :1], gain_GKN[..., 1:]):
+        of_groups = values.mean((1, 2))
+        places = [[i for i, other in enumerate(clips) if other == clip] for clip in dict.fromkeys(clips)]
+        told = interval([of_groups[some].mean().item() for some in places])
+        cells.append(f"{told['mean']:.3f} [{told['low']:.3f}, {told['high']:.3f}]")
+    return [name, str(len(set(clips))), *cells]
 
 
 def compare(runs: Sequence[str], data: DataConfig, config: GroupsConfig, draws: int) -> str:
@@ -77,7 +81,8 @@ def compare(runs: Sequence[str], data: DataConfig, config: GroupsConfig, draws: 
                 clips = Clips(data, preload=False, violated=config.counterfactuals)
                 groups = Groups(model, clips, config, CACHE / "latents", plan.model.conditioning == "image")
                 errors.append(group_errors(model, groups, draws, f"{target}, {which}"))
-        lines.append(row(target, errors[1], errors[0]))
+        clips_of = [name.rpartition("/")[0] for name in groups.ids]  # several groups may be of one clip
+        lines.append(row(target, clips_of, errors[1], errors[0]))
     return markdown(HEADINGS, lines)
 
 

@@ -39,13 +39,13 @@ class GroupsConfig(Strict):
     samples: tuple[str, ...] = ()  # folders of <clip>-s<seed>.mp4, with scores.jsonl
     winner: Literal["true", "sample"] = "true"  # sample: the one with the best scores wins against the others
     seed: NonNegativeInt = 0  # of the order in which losers are dealt out
-    seeds: NonNegativeInt = 0  # so many samples of each clip the base makes first, into the first folder of `samples`
-    judge: Literal["simulator"] | None = None  # scores those; others do by `posttrain score`
+    samples_each: NonNegativeInt = 0  # seeds that count in a folder of samples, made by the base first; 0: all there
+    judge: Literal["simulator"] | None = None  # scores the samples; others do by `posttrain score`
 
     @model_validator(mode="after")
     def _any(self) -> "GroupsConfig":
-        if (self.seeds or self.judge) and not self.samples:
-            raise PydanticCustomError("part", "seeds and judge are for samples; name the folder for them in samples")
+        if (self.samples_each or self.judge) and not self.samples:
+            raise PydanticCustomError("part", "samples_each and judge are for samples; name their folder in samples")
         if self.winner == "sample" and (self.counterfactuals or not self.samples):
             raise PydanticCustomError("part", "samples win against samples; name samples, without counterfactuals")
         if not self.counterfactuals and not self.samples:

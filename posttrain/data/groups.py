@@ -31,7 +31,7 @@ from posttrain.progress import track
 from posttrain.types import Batch
 
 SCORES = "scores.jsonl"
-SAMPLE = re.compile(r"(.+?)-s\d+(-.+)?")  # how the files of samples are called: the clip, the seed, and the model
+SAMPLE = re.compile(r"(.+?)-s(\d+)(-.+)?")  # how the files of samples are called: the clip, the seed, and the model
 # How much first pictures may differ: of 255, in the mean of any of 8 x 8 fields and colours. The pocket's autoencoder
 # and H.264 change up to 19 (120 clips of three datasets, mean 9.5); the most alike of 30 scenes differ by 33 to 64.
 SAME_PICTURE = 25.0
@@ -105,7 +105,9 @@ def gather(clips: Clips, config: GroupsConfig, pictured: bool = True) -> tuple[M
             are the same file; or a score is missing or out of range.
     """
     true = [index for index in range(len(clips)) if not clips.row(index).get("violation")]
-    samples = [sample for folder in config.samples for sample in _samples(Path(folder), clips, true)]
+    samples = [
+        sample for folder in config.samples for sample in _samples(Path(folder), clips, true, config.samples_each)
+    ]
     members = Members(clips, samples)
     losers: dict[int, list[int]] = {index: [] for index in true}
     winners = {clips.group(index): index for index in true if clips.group(index) is not None}
@@ -149,10 +151,12 @@ def _merit(members: Members, index: int) -> float:
     return scores.sa + scores.pc
 
 
-def _samples(folder: Path, clips: Clips, true: Sequence[int]) -> list[tuple[int, Path, Scores | None]]:
-    """The samples of these clips in a folder; a clip is called as its file is."""
+def _samples(folder: Path, clips: Clips, true: Sequence[int], each: int) -> list[tuple[int, Path, Scores | None]]:
+    """The samples of these clips, called as their files are, in a folder; of seeds below `each` unless that is 0."""
     if not folder.is_dir():
-        raise UserError(f"data.groups.samples: {folder} does not exist; make its clips with `posttrain sample`")
+        raise UserError(
+            f"data.groups.samples: {folder} does not exist; let the base make it by data.groups.samples_each"
+        )
     path = folder / SCORES
     rows = {row.get("file_name"): row for row in files.read_jsonl(path)} if path.exists() else None
     places = {clips.video(index).stem: index for index in true}
@@ -161,7 +165,7 @@ def _samples(folder: Path, clips: Clips, true: Sequence[int]) -> list[tuple[int,
     found = []
     for video in sorted(folder.glob("*.mp4")):
         name = SAMPLE.fullmatch(video.stem)
-        if name and name[1] in places:
+        if name and name[1] in places and (not each or int(name[2]) < each):
             found.append((places[name[1]], video, None if rows is None else _scores(path, video.name, rows)))
     return found
 
