@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "bench":
             return _bench()
         from posttrain import commands, stages  # takes a second, for torch
-        from posttrain.experiment import members, open_run
+        from posttrain.experiment import members, open_run, resolved
 
         if options.command == "compare":
             commands.compare([options.first, *options.others])
@@ -83,16 +83,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"--{ignored[0]}: is for --clips and --run; a run's own measurement is its recipe's, eval.*"
             )
         whole = open_run(options.target, options.overrides)
-        for plan, folder in members(*whole):
+        runs = members(*whole)
+        if options.command in ("run", "train"):
+            for plan, _ in runs:
+                resolved(plan.model)  # says at once what the last of several would lack
+        for plan, folder in runs:
             if options.command == "run":
                 stages.run(plan, folder)
             elif options.command == "train":
-                stages.make(plan)
-                stages.check_data(plan)
+                stages.prepare(plan)
                 stages.train(plan, folder)
             elif options.command == "groups":
-                stages.make(plan)
-                commands.groups(plan, folder)
+                if plan.data.groups or not whole[0].divided:  # a row of a table may have none
+                    stages.prepare(plan)
+                    commands.groups(plan, folder)
             elif options.command == "eval":
                 stages.evaluate(plan, folder)
             elif options.command == "report":
@@ -226,7 +230,7 @@ def _doctor(path: str | None, overrides: Sequence[str], processes: int) -> int:
 
 
 def _bench() -> int:
-    from posttrain import stages
+    from posttrain import loading
     from posttrain.bench import bench, print_timings
     from posttrain.models.base import AdapterConfig, ModelConfig
     from sim import dataset, drop
@@ -234,6 +238,6 @@ def _bench() -> int:
 
     world = drop.Config(width=64, height=64, frames=33, dropped=(1, 1))
     scene, trajectory, _ = dataset.make(dataset.Film("drop", world), "train", 0)
-    model = stages.load_model(ModelConfig(path="pocket", adapter=AdapterConfig()))
-    print_timings(bench(model, stages.load_tracker(), lambda: gl.render(scene, trajectory)))
+    model = loading.load_model(ModelConfig(path="pocket", adapter=AdapterConfig()))
+    print_timings(bench(model, loading.load_tracker(), lambda: gl.render(scene, trajectory)))
     return 0

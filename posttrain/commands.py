@@ -14,9 +14,7 @@ from posttrain.data.clips import Clips, DataConfig, open_splits
 from posttrain.evaluate import EvalConfig
 from posttrain.experiment import ADAPTER, RUNS, TRAINED, Recipe, need_training, open_run
 from posttrain.files import UserError
-from posttrain.models.base import ModelConfig
-from posttrain.models.published import made_for, sampler
-from posttrain.stages import (
+from posttrain.loading import (
     CACHE,
     TRACKED,
     base_model,
@@ -25,10 +23,12 @@ from posttrain.stages import (
     load_tracker,
     main_process,
     memory,
-    simulator_judge,
     tuned_model,
     wait,
 )
+from posttrain.losers import simulator_judge
+from posttrain.models.base import ModelConfig
+from posttrain.models.published import made_for, sampler
 
 FRAMES = 16  # of a video that a model is shown
 

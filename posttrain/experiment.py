@@ -30,7 +30,7 @@ from posttrain.types import Strict
 RUNS = Path("runs")
 ADAPTER, TRAINED = "adapter", "trained.json"
 # may change without changing the trained weights
-FREE = ("run", "data.make", "train.checkpoint_every", "train.trackers", "eval", "export")
+FREE = ("run", "data.make", "data.groups.judge", "train.checkpoint_every", "train.trackers", "eval", "export")
 Values = Annotated[tuple[int | float | str, ...], Field(min_length=1)]
 
 

@@ -187,7 +187,8 @@ def lead(facts: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
         sentences.append(f"It goes on from {started}, which is base here.")
     if asked:
         seeds = ", ".join(map(str, asked["seeds"] or [recipe["train"]["seed"]]))
-        sentences.append(f"A row each for {', '.join(asked['rows'])}: the means of seeds {seeds}, clip by clip.")
+        rows = ", ".join(asked["rows"])
+        sentences.append(f"A row each for {rows}: the means of seeds {seeds}, as far as they were run, clip by clip.")
     for key, values in (recipe.get("sweep") or {}).items():
         sentences.append(f"A run for each {key}: {', '.join(map(str, values))}.")
     counts = {record["split"]: len(record["clips"]) for record in records}

@@ -13,57 +13,41 @@ Stages meet in files. Each looks at what is there, says what it reuses, does the
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import torch
-
-from posttrain import distributed, files, recipe
+from posttrain import files, recipe
 from posttrain.data import videos
-from posttrain.data.clips import Clips, DataConfig, GroupsConfig, Split, check_same_kind, open_split, open_splits
+from posttrain.data.clips import Clips, GroupsConfig, Split, check_same_kind, open_split, open_splits
 from posttrain.evaluate import EvalConfig
-from posttrain.experiment import ADAPTER, RUNS, TRAINED, Recipe, is_trained, members, need_training, resolved
+from posttrain.experiment import ADAPTER, TRAINED, Recipe, is_trained, members, need_training, resolved
 from posttrain.files import UserError
-from posttrain.judges.questions import Judge
-from posttrain.models.base import Merged, ModelConfig
-from posttrain.models.published import sampler
+from posttrain.loading import (
+    CACHE,
+    TRACKED,
+    base_model,
+    load_model,
+    load_tracker,
+    main_process,
+    memory,
+    tuned_model,
+    wait,
+)
+from posttrain.losers import make_samples
 from posttrain.rewards import base
-from posttrain.run import Run, start_fingerprint
+from posttrain.run import Run
 from posttrain.trackers import check_trackers
 from posttrain.tripwires import BEST, best_look, ended, read_looks, watching
 
-CACHE = RUNS / "cache"
 CLIPS = "clips.jsonl"
-TRACKED = 64  # pixels that the sides of clips may have for the embedded tracker
-
-
-class Beginning(NamedTuple):
-    """A clip's first picture and caption, as `score.imagine` wants them."""
-
-    id: str
-    caption: str
-    picture: Callable[[], np.ndarray]
-    context: str = ""
-
-
-@contextmanager
-def memory(what: str, remedy: str) -> Iterator[None]:
-    """Turn a GPU that is full into one clear line; other errors stay what they are."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        reason = str(error).partition(" GPU ")[0]  # the rest is for who tunes the allocator
-        raise UserError(f"{what}: the GPU's memory is full ({reason}); {remedy}") from error
 
 
 def run(plan: Recipe, folder: Path) -> None:
     """Every stage that the recipe lists."""
-    make(plan)
-    check_data(plan)
+    prepare(plan)
     train(plan, folder)
     if plan.eval:
         evaluate(plan, folder)
@@ -72,15 +56,20 @@ def run(plan: Recipe, folder: Path) -> None:
         export(plan, folder)
 
 
-def make(plan: Recipe) -> None:
-    """The clips that are missing: film them, and let the base make the samples that true clips win against."""
+def prepare(plan: Recipe) -> None:
+    """What training reads and is not there yet: clips, and samples for true clips to win against.
+
+    Raises:
+        UserError: the recipe and its clips do not go together.
+    """
     film(plan)
-    if plan.data.groups:
-        make_samples(plan, plan.data.groups)
+    check_data(plan)
+    if groups := check_groups(plan):
+        make_samples(plan, groups)
 
 
 def film(plan: Recipe) -> None:
-    """In processes of their own: this package knows nothing of simulation."""
+    """Film the clips that are missing, in processes of their own: this package knows nothing of simulation."""
     makers = [plan.data.make] if isinstance(plan.data.make, str) else plan.data.make or []
     if not main_process():
         makers = []
@@ -91,45 +80,6 @@ def film(plan: Recipe) -> None:
         if code:
             raise UserError(f"{maker}: its clips could not be made (the line above says why)")
     wait()
-
-
-@memory("sampling", "lower eval.batch")
-def make_samples(plan: Recipe, groups: GroupsConfig) -> None:
-    """`groups.samples_each` samples of each true clip, and `groups.judge`'s scores, as far as they are missing.
-
-    Raises:
-        UserError: the clips do not lie in one dataset folder, with whose masks the judge could compare.
-    """
-    from posttrain.judges.folder import find, score
-    from posttrain.score import imagine
-
-    if groups.samples_each and main_process():
-        clips = Clips(plan.data, preload=False)
-        starts = [
-            Beginning(clips.video(i).stem, clips.row(i)["caption"], partial(clips.first, i)) for i in range(len(clips))
-        ]
-        how = sampler(plan.model.path, plan.eval.sampler.model_dump() if plan.eval else {})
-        folder, batch = Path(groups.samples[0]), plan.eval.batch if plan.eval else 4
-        kind = clips.splits[0].kind
-        made = imagine(lambda: base_model(plan), {"": starts}, folder, kind, groups.samples_each, batch, **how)
-        print(f"{folder}: {made} samples made, {groups.samples_each * len(starts) - made} were there", file=sys.stderr)
-    if groups.judge and main_process():
-        if not isinstance(plan.data.clips, str):
-            raise UserError("data.groups.judge: compares with one dataset folder; name one in data.clips")
-        for folder in map(Path, groups.samples):
-            found, path = find(folder, Path(plan.data.clips), plan.data.split)
-            score(found, path, *simulator_judge(plan.data.clips, plan.data.split, "pocket"))
-    wait()
-
-
-def simulator_judge(clips: str, split: str, tracker: str) -> tuple[Callable[[], Judge], str]:
-    """What makes the judge of samples of these clips ready, and its name, which changes with what it depends on."""
-    from posttrain.evaluate import weights_fingerprint
-    from posttrain.judges import simulator
-
-    truths, follower = Clips(DataConfig(clips=clips, split=split), preload=False), load_tracker(tracker)
-    name = f"simulator with tracker {weights_fingerprint(follower.module)[:8]}, clips {truths.key[:8]}"
-    return lambda: simulator.samples(truths, follower, device()), name
 
 
 def check_data(plan: Recipe) -> None:
@@ -314,58 +264,3 @@ def export(plan: Recipe, folder: Path, checked: bool = False) -> None:
             with tuned_model(plan, folder) as model:
                 for line in check(written[:-1], model, lambda: family.bare(config)):
                     print("check:", line)
-
-
-@contextmanager
-def base_model(plan: Recipe) -> Iterator[Any]:
-    """The model that training started from; for random weights, the pretrained one they compete with.
-
-    An adapter that training continued is folded into it, so that it has none, as any base.
-    """
-    config = resolved(plan.model).model_copy(update={"adapter": None, "init": "pretrained", "other_adapter": None})
-    if config.start and Path(config.start).is_file():
-        config = config.model_copy(update={"start": None, "merge": (*config.merge, Merged(path=config.start))})
-    yield load_model(config)
-
-
-@contextmanager
-def tuned_model(plan: Recipe, folder: Path) -> Iterator[Any]:
-    """The model as its saved weights make it, so that what is measured is what is handed out."""
-    model = load_model(plan.model)
-    if files.read_json(folder / TRAINED)["model"] != start_fingerprint(model.module):
-        name = f"model.path {plan.model.path}"
-        raise UserError(f"{folder / ADAPTER}: was trained on other weights than {name} has now; train again as run=...")
-    model.restore(folder / ADAPTER)
-    yield model
-
-
-def load_model(config: ModelConfig) -> Any:
-    """The model of `models/<family>.py` that a recipe names, on this process's device."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # one per part of a model
-    model = recipe.resolve("models", config.family).load(resolved(config), device())
-    if (config.start or config.merge) and not hasattr(model, "transformer"):
-        raise UserError(
-            f"model: start and merge are for video models; name the folder of a {config.family} in model.path"
-        )
-    return model
-
-
-def load_tracker(path: str = "pocket") -> Any:
-    """The segmenter that scores: the embedded one, one like it in a folder, or a SAM 2 in a folder or on the hub."""
-    config = Path(path) / "config.json"
-    ours = path == "pocket" or (config.exists() and "widths" in files.read_json(config))
-    return load_model(ModelConfig(family="tracker" if ours else "sam2", path=path))
-
-
-def device() -> torch.device:
-    return distributed.process().device
-
-
-def main_process() -> bool:
-    return distributed.process().is_main_process
-
-
-def wait() -> None:
-    distributed.process().wait_for_everyone()

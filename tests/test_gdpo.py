@@ -119,6 +119,15 @@ def test_whether_it_pays_that_both_errors_grow(loser_weight: float) -> None:
     assert (after < before) == (loser_weight * r > 1)
 
 
+def test_the_methods_own_losers_count_as_the_recipe_says() -> None:
+    """As by hand above, from the errors of all members."""
+    zero = torch.zeros(1)
+    drawn = gdpo.Draw(zero, zero, zero, zero, {}, ONE, ONE, ())
+    config = Config(mode="sum", beta_T=2.0, loser_weight=0.25)
+    loss, _ = gdpo.compare(torch.tensor([[0.5, 0.75]]), torch.tensor([[0.25, 0.25]]), drawn, config)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(0.25)))
+
+
 @pytest.mark.parametrize("m", [1, 3])
 def test_at_the_start(m: int) -> None:
     w, _, lose, _ = random_errors(0, m=m)

@@ -15,8 +15,7 @@ from falling import FPS, film, rows_of, write_clip, write_dataset, write_groups
 from PIL import Image
 from tiny import wan_folder
 
-from posttrain import cli, recipe
-from posttrain.benchmarks import preferences
+from posttrain import cli, preferences, recipe
 from posttrain.data.clips import Clips, DataConfig, GroupsConfig, read_video
 from posttrain.data.groups import Groups, Members, gather
 from posttrain.data.latents import Latents
@@ -369,6 +368,34 @@ def test_groups_are_sampled_for_and_shown(home: Path, capsys: pytest.CaptureFixt
     assert np.abs(again - before).mean() < 4  # x264 does not write a noisy video twice the same
     assert np.abs(again - other).mean() > 10  # that of another seed
     assert {name: (home / "made" / name).stat().st_mtime_ns for name in made[1:]} == kept
+
+
+def test_samples_of_another_model_are_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    groups = "data.groups={losers: 2, samples: [made], samples_each: 2}"
+    command = ["groups", "recipe.yaml", groups, "run=shown", "model.conditioning=text"]
+    assert cli.main(command) == 0
+    assert cli.main([*command, "run=other", "model.revision=two"]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("made/samples.json: the samples there are of another model; name another folder")
+
+
+def test_what_a_recipe_lacks_is_said_before_anything_is_sampled(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    groups = "data.groups={losers: 2, samples: [made], samples_each: 2, judge: simulator}"
+    assert cli.main(["run", "recipe.yaml", groups, "method={name: psft}"]) == 1
+    assert "data.groups: is not for psft" in capsys.readouterr().err
+    retimed = ["data.frames=5", "data.fps=16", "data.size=[32, 32]"]
+    assert cli.main(["run", "recipe.yaml", groups, *retimed]) == 1
+    assert "data.groups.judge: compares with the clips of one folder" in capsys.readouterr().err
+    table = "table={rows: {first: {data.limit: 1}, last: {model.merge: [{path: nowhere}]}}}"
+    assert cli.main(["run", "recipe.yaml", groups, table, "run=rows"]) == 1
+    assert "model.merge.0.path: nowhere is no run" in capsys.readouterr().err
+    assert not (home / "made").exists()
+
+
+def test_groups_of_a_table_are_those_of_the_rows_that_have_some(home: Path) -> None:
+    table = "table={rows: {plain: {data.groups: null, method: {name: psft}}, broken: {}}}"
+    assert cli.main(["groups", "recipe.yaml", table, "run=rows"]) == 0
+    assert [path.parent.parent.name for path in (home / "runs" / "rows").rglob("groups.png")] == ["broken"]
 
 
 def test_counterfactuals_are_shown(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny import TINY_TRANSFORMER, wan_folder
 from torch import Tensor
 
-from posttrain import cli, files, stages
+from posttrain import cli, files, loading
 from posttrain.evaluate import weights_fingerprint
 from posttrain.experiment import open_run, resolved
 from posttrain.files import UserError
@@ -77,7 +77,7 @@ def rows(home: Path, run: str) -> tuple[Wan, Wan]:
     """The models of the rows `base` and `psft`, as evaluation has them."""
     with contextlib.chdir(home):
         plan, folder = open_run(run)
-        with stages.base_model(plan) as base, stages.tuned_model(plan, folder) as tuned:
+        with loading.base_model(plan) as base, loading.tuned_model(plan, folder) as tuned:
             return base, tuned
 
 

@@ -37,10 +37,6 @@ MAY_IMPORT = {
     "posttrain.methods.oro": [*CONTRACT, *ROOMS, "posttrain.recipe"],  # its rewards are named parts
     "posttrain.benchmarks": [*CONTRACT, "posttrain.metrics", "posttrain.data"],
     "posttrain.benchmarks.rewards": [*CONTRACT, "posttrain.data", "posttrain.rewards", "posttrain.recipe"],
-    "posttrain.benchmarks.preferences": [
-        *(*CONTRACT, "posttrain.data", "posttrain.models.base", "posttrain.methods"),
-        *("posttrain.experiment", "posttrain.records", "posttrain.stages"),
-    ],
     "posttrain.judges": [*CONTRACT, "posttrain.metrics", "posttrain.data"],
     "posttrain.sample": [*CONTRACT, "posttrain.flow", "posttrain.data", "posttrain.models.base"],
     "posttrain.gallery": [*CONTRACT, "posttrain.models.base", "posttrain.sample"],
@@ -69,14 +65,27 @@ MAY_IMPORT = {
         *(*CONTRACT, *ROOMS, "posttrain.recipe", "posttrain.benchmarks", "posttrain.evaluate", "posttrain.records"),
     ],
     "posttrain.experiment": [*CONTRACT, *ROOMS, "posttrain.recipe", "posttrain.evaluate", "posttrain.tripwires"],
+    "posttrain.loading": [
+        *(*CONTRACT, "posttrain.models", "posttrain.recipe", "posttrain.run", "posttrain.distributed"),
+        "posttrain.experiment",
+    ],
+    "posttrain.losers": [
+        *(*CONTRACT, "posttrain.data", "posttrain.models", "posttrain.experiment", "posttrain.loading"),
+        *("posttrain.judges", "posttrain.score", "posttrain.evaluate"),
+    ],
+    "posttrain.preferences": [
+        *(*CONTRACT, "posttrain.data", "posttrain.models.base", "posttrain.methods"),
+        *("posttrain.experiment", "posttrain.records", "posttrain.loading"),
+    ],
     "posttrain.stages": [
         *(*CONTRACT, *ROOMS, "posttrain.recipe", "posttrain.experiment", "posttrain.evaluate", "posttrain.records"),
         *("posttrain.report", "posttrain.export", "posttrain.distributed", "posttrain.trackers", "posttrain.tripwires"),
-        *("posttrain.score", "posttrain.judges"),
+        *("posttrain.loading", "posttrain.losers"),
     ],
     "posttrain.commands": [
         *(*CONTRACT, *ROOMS, "posttrain.benchmarks", "posttrain.experiment", "posttrain.evaluate", "posttrain.score"),
-        *("posttrain.records", "posttrain.gallery", "posttrain.report", "posttrain.stages", "posttrain.judges"),
+        *("posttrain.records", "posttrain.gallery", "posttrain.report", "posttrain.loading", "posttrain.losers"),
+        "posttrain.judges",
     ],
     "posttrain.cli": ["posttrain", "sim"],
     "posttrain.__main__": ["posttrain.cli"],

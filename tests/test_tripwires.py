@@ -17,7 +17,7 @@ from falling import write_dataset
 from safetensors.torch import load_file
 from torch import Tensor
 
-from posttrain import files, recipe, stages
+from posttrain import files, loading, recipe, stages
 from posttrain.data.clips import DataConfig
 from posttrain.evaluate import EvalConfig
 from posttrain.experiment import ADAPTER, TRAINED, Recipe, is_trained
@@ -254,7 +254,7 @@ def test_it_rolls_back(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_best_weights_are_those_of_their_look(home: Path) -> None:
     """They lie as far from the start as the log says of that step."""
     run = hack(home, "warned")
-    model = stages.load_model(ModelConfig(path="pocket", adapter=AdapterConfig(rank=4)))
+    model = loading.load_model(ModelConfig(path="pocket", adapter=AdapterConfig(rank=4)))
     start = [p.detach().clone() for p in trainable(model)]
     model.restore(run / BEST)
     told = {row["step"]: row["val_distance"] for row in log(run) if "val_distance" in row}

@@ -359,7 +359,7 @@ def test_loading_and_saving_say_nothing(tmp_path: Path) -> None:
     lines = [
         "from pathlib import Path",
         "from posttrain.models.base import AdapterConfig, ModelConfig",
-        "from posttrain.stages import load_model",
+        "from posttrain.loading import load_model",
         "load_model(ModelConfig(path='pocket', adapter=AdapterConfig(rank=2))).save(Path('adapter'))",
     ]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}

@@ -59,7 +59,9 @@ def samples(clips: Clips, track: Track, device: torch.device) -> Judge:
         UserError: the clips have no masks. When asked: a sample is torn, or its true clip shows no object at first.
     """
     if not clips.annotated:
-        raise UserError("--clips: have no masks, which the simulator judges by; take clips that `sim make` filmed")
+        raise UserError(
+            f"{clips.splits[0].folder}: has no masks, which the simulator judges by; take clips that `sim make` filmed"
+        )
     places = {clips.video(index).stem: index for index in range(len(clips))}
 
     def judge(path: Path, caption: str) -> Scores:

@@ -276,8 +276,8 @@ def reference(model: VideoModel, base: nn.Module | None, precision: str) -> Iter
 
 def compare(err_BN: Tensor, ref_BN: Tensor, drawn: Draw, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
     parts = (err_BN[:, 0], ref_BN[:, 0], err_BN[:, 1:], ref_BN[:, 1:])
-    how = (config.beta_T, config.mode, None, config.loser_weight)
-    return gdpo_loss(*parts, drawn.alpha_BM, drawn.gamma_BM, *how)
+    weights = (drawn.alpha_BM, drawn.gamma_BM)
+    return gdpo_loss(*parts, *weights, config.beta_T, config.mode, loser_weight=config.loser_weight)
 
 
 def in_turn(

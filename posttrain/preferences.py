@@ -1,6 +1,6 @@
 """What trained models prefer, beside the model that each started from: groups that were held out, as a Markdown table.
 
-    python -m posttrain.benchmarks.preferences runs/pocket-gdpo runs/pocket-psft \
+    python -m posttrain.preferences runs/pocket-gdpo runs/pocket-psft \
         --clips data/pocket-drop --samples runs/pocket-gdpo/samples/base/test_unseen
 
 With err the velocity error of methods/gdpo.py, of a run's model and of its base, the same times and noise for all:
@@ -25,11 +25,11 @@ from posttrain.data.clips import Clips, DataConfig, GroupsConfig
 from posttrain.data.groups import Groups
 from posttrain.experiment import need_training, open_run
 from posttrain.files import UserError
+from posttrain.loading import CACHE, base_model, tuned_model
 from posttrain.methods import gdpo
 from posttrain.models.base import VideoModel
 from posttrain.progress import markdown, track
 from posttrain.records import interval
-from posttrain.stages import CACHE, base_model, tuned_model
 from posttrain.types import Random
 
 HEADINGS = ("run", "clips", "accuracy", "margin", "winner", "losers")
