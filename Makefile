@@ -11,7 +11,7 @@ psft: setup # film drops, fine-tune the pocket model, measure it, export the ada
 oro: setup runs/pocket-psft/trained.json # train rewards' gradients through the sampler, from the adapter of `make psft`
 	@$(python) -m posttrain run recipes/pocket/oro.yaml
 
-gdpo: setup # prefer true clips to what the model samples: an experiment, see LOG.md
+gdpo: setup # prefer true falls to what the base makes of the same first pictures (it makes and scores those first)
 	@$(python) -m posttrain run recipes/pocket/gdpo.yaml
 
 runs/pocket-psft/trained.json: | setup
