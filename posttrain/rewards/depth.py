@@ -23,7 +23,7 @@ from posttrain.rewards.base import Reward, RewardConfig, contrast, frozen
 from posttrain.types import Batch
 
 TRUTHS: tuple[str, ...] = ("depth",)
-RANKS: tuple[str, ...] = ()
+RANKS: tuple[str, ...] = ("hover", "delay", "slow_motion")
 
 
 class Config(RewardConfig):

@@ -29,7 +29,7 @@ from posttrain.rewards.base import Reward, RewardConfig, contrast, frozen
 from posttrain.types import Batch
 
 TRUTHS: tuple[str, ...] = ("flow",)
-RANKS: tuple[str, ...] = ("weak_gravity", "hover")
+RANKS: tuple[str, ...] = ("hover",)
 
 
 class Config(RewardConfig):
