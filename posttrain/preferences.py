@@ -17,13 +17,14 @@ one that learnt true clips alone has a preference too.
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from posttrain.data.clips import Clips, DataConfig, GroupsConfig
 from posttrain.data.groups import Groups
-from posttrain.experiment import need_training, open_run
+from posttrain.experiment import need_training, open_run, resolved
 from posttrain.files import UserError
 from posttrain.loading import CACHE, base_model, tuned_model
 from posttrain.methods import gdpo
@@ -52,6 +53,21 @@ def group_errors(model: VideoModel, groups: Groups, draws: int, what: str) -> Te
     return torch.stack(found)
 
 
+def measured(
+    opened: AbstractContextManager[VideoModel],
+    clips: Clips,
+    config: GroupsConfig,
+    pictured: bool,
+    draws: int,
+    what: str,
+) -> tuple[list[str], Tensor]:
+    """Of which clip each group is, and `group_errors` of a model that is opened for it."""
+    with opened as model:
+        groups = Groups(model, clips, config, CACHE / "latents", pictured)
+        names = [name.rpartition("/")[0] for name in groups.ids]  # several groups may be of one clip
+        return names, group_errors(model, groups, draws, what)
+
+
 def row(name: str, clips: Sequence[str], tuned_GKN: Tensor, base_GKN: Tensor) -> list[str]:
     """One line of the table; `clips` says of which true clip each group is."""
     gain_GKN = tuned_GKN - base_GKN
@@ -71,18 +87,17 @@ def compare(runs: Sequence[str], data: DataConfig, config: GroupsConfig, draws: 
     Raises:
         UserError: a run is not trained, or as Groups.
     """
-    lines = []
+    lines, bases = [], dict[str, Tensor]()  # runs mostly share a base
     for target in runs:
         plan, folder = open_run(target)
         need_training(folder)
-        errors = []
-        for which, opened in (("base", base_model(plan)), (plan.method.name, tuned_model(plan, folder))):
-            with opened as model:
-                clips = Clips(data, preload=False, violated=config.counterfactuals)
-                groups = Groups(model, clips, config, CACHE / "latents", plan.model.conditioning == "image")
-                errors.append(group_errors(model, groups, draws, f"{target}, {which}"))
-        clips_of = [name.rpartition("/")[0] for name in groups.ids]  # several groups may be of one clip
-        lines.append(row(target, clips_of, errors[1], errors[0]))
+        clips = Clips(data, preload=False, violated=config.counterfactuals)
+        how = (clips, config, plan.model.conditioning == "image", draws)
+        base = resolved(plan.model).model_dump_json(exclude={"adapter", "seed", "init", "other_adapter"})
+        if base not in bases:
+            _, bases[base] = measured(base_model(plan), *how, f"{target}, base")
+        names, tuned_GKN = measured(tuned_model(plan, folder), *how, f"{target}, {plan.method.name}")
+        lines.append(row(target, names, tuned_GKN, bases[base]))
     return markdown(HEADINGS, lines)
 
 
@@ -96,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--losers", type=int, default=1, help="of each group (1)")
     parser.add_argument("--draws", type=int, default=8, help="times and noises of each group (8)")
     options = parser.parse_args(arguments)
+    if options.losers < 1 or options.draws < 1:
+        parser.error("--losers and --draws are at least 1")
     if not options.samples and not options.counterfactuals:
         parser.error("name --samples, or --counterfactuals, as losers")
     config = GroupsConfig(
