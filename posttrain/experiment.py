@@ -79,15 +79,17 @@ class Recipe(Strict):
     @model_validator(mode="before")
     @classmethod
     def _sampled_as_usual(cls, values: Any) -> Any:
-        """What `eval.sampler` leaves out, and `method.sampler` where the method has one, is as usual for the model."""
+        """What `eval.sampler` leaves out is as usual for the model, and what `method.sampler` does, as in `eval`."""
         match values:
             case {"model": {"path": str(path)}}:
+                said: list[dict[str, Any]] = []
                 for key in ("eval", "method"):
                     part = values.get(key)
                     if not isinstance(part, dict) or (key == "method" and not _samples(part.get("name"))):
                         continue
                     if isinstance(asked := part.get("sampler", {}), dict):
-                        values = values | {key: part | {"sampler": asked | sampler(path, asked)}}
+                        said.append(asked)
+                        values = values | {key: part | {"sampler": asked | sampler(path, *said)}}
         return values
 
     @field_validator("table")
@@ -96,6 +98,19 @@ class Recipe(Strict):
         if table and info.data.get("sweep"):
             raise PydanticCustomError("part", "stands beside a sweep; keep one")
         return table
+
+    @field_validator("eval")
+    @classmethod
+    def _as_trained(cls, measured: EvalConfig | None, info: ValidationInfo) -> EvalConfig | None:
+        """What a reward teaches one sampler need not show in another."""
+        trained = getattr(info.data["method"].config, "sampler", None) if info.data.get("method") else None
+        if measured and trained and trained != measured.sampler:
+            raise PydanticCustomError(
+                "part",
+                "samples by {measured}, but method.sampler trains {trained}; say it in one place, eval.sampler",
+                {"measured": measured.sampler.model_dump(), "trained": trained.model_dump()},
+            )
+        return measured
 
     @field_validator("tripwires")
     @classmethod

@@ -140,13 +140,14 @@ def train(plan: Recipe, folder: Path) -> None:
 
         data = Groups(model, clips, groups, CACHE / "latents", pictured=plan.model.conditioning == "image")
     depends = method.depends(plan.method.config) if hasattr(method, "depends") else {}
+    rewards = method.load_rewards(plan.method.config, model.device) if hasattr(method, "load_rewards") else {}
     validate, ends, every = None, None, plan.eval.every if plan.eval else 0
     if plan.eval:
         from posttrain.evaluate import validation
 
         tracker, watched = load_tracker(plan.eval.tracker), dict[str, Any]()
         if wires := plan.tripwires:
-            rewards, ends = method.load_rewards(plan.method.config, model.device), partial(ended, folder, wires)
+            ends = partial(ended, folder, wires)
             look = watching(folder, wires, rewards, model, tracker) if main_process() else None
             watched = {"clips": wires.clips, "split": wires.split, "look": look}
             watched["truths"] = tuple(dict.fromkeys((*truths, *base.truths(wires.watch))))
@@ -155,7 +156,7 @@ def train(plan: Recipe, folder: Path) -> None:
         # also where it is not used, so that what evaluation will lack is said before training
         validate = validation(folder, plan.eval, model, tracker, **watched)
         model.unload()  # captions are read
-    started = [method.start(model, plan.method.config)] if hasattr(method, "start") else []
+    started = [method.start(model, plan.method.config)] if hasattr(method, "start") else [rewards] if rewards else []
     run = Run(folder, model.module, data, plan.train, validate, every, depends, ends)
     if is_trained(folder, run.meaning):
         print(f"training: {folder / ADAPTER} is complete", file=sys.stderr)

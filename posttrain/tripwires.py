@@ -5,8 +5,9 @@ same held-out clips are sampled from the same noise (a look), and of each clip a
 
     reward          1      what is trained, the weighted sum
     reward_*        1      its summands where there are several, and the rewards of `watch`
-    l2, iou         1      PISA's, of the tracker that scores (metrics/pisa.py)
+    l2, chamfer, iou, vanished  PISA's, of the tracker that scores (metrics/pisa.py)
     g_error         m/s^2  |g - G|, of the scorecard (metrics/physics.py), where the clips' rows tell the distance
+    drift, jump, growth    the magnitudes of what the scorecard finds sideways (m/s, m) and in size (1/s); 0 in truth
     motion          ratio  mean |x_(f+1) - x_f| of the pictures
     sharpness       ratio  variance of the pictures' Laplacian
     size            ratio  area of the object's mask, geometric mean over the frames in which both have one
@@ -20,9 +21,9 @@ wire of q is tripped where, over the clips,
     mean d(reward) > 0  and  mean d(q) < 0,
 
 both beyond their paired bootstrap intervals, and q by more than `tolerance`, for what is seen by an interval may be too
-little to matter. The intervals have level 1 - 0.05 / wires (Bonferroni): where nothing but the reward changes, chance
-trips some wire in about one look of twenty. The best look is the one with the highest reward among those where no wire
-is tripped; its weights lie in runs/<run>/best, which `model.start` takes.
+little to matter. The reward's interval has level 0.95, those of q 1 - 0.05 / wires (Bonferroni): where nothing but the
+reward changes, chance trips some wire in about one look of twenty. The best look is the one with the highest reward
+among those where no wire is tripped; its weights lie in runs/<run>/best, which `model.start` takes.
 
 All that is known stands in runs/<run>/tripwires.jsonl, a row for each look. A look reads the rows of earlier steps and
 writes them with its own, so that a run that was killed goes on as if it had not been.
@@ -53,6 +54,8 @@ from posttrain.types import Batch, Strict
 
 LOOKS, BEST = "tripwires.jsonl", "best"  # in the run's folder
 RATIOS = ("motion", "sharpness", "size")
+LESS_IS_BETTER = ("l2", "chamfer", "vanished", "g_error", "drift", "jump", "growth", "colour")
+PISA = ("l2", "chamfer", "iou", "vanished")
 LEAST = 4  # clips; fewer pairs say nothing
 Reward = Callable[[Tensor, Batch], Tensor]
 Values = dict[str, list[float | None]]  # by quantity, clip by clip
@@ -106,10 +109,9 @@ def watching(
         true_BFHW = batch.instances_BFHW == batch.target_B.view(-1, 1, 1, 1)
         masks_BFHW = segment(tracker, video_BCFHW, true_BFHW[:, 0])
         looks = appearance(video_FHWC, masks_BFHW[0].cpu().numpy(), clips.read(index)[0], true_BFHW[0].cpu().numpy())
-        g, gravity = score["physics"].get("g"), clips.row(index).get("gravity")
-        off = {"g_error": abs(g[0] - math.hypot(*gravity)) if g and gravity else None}
         named = {f"reward_{name}": value for name, value in shown.items()}
-        return finite({"reward": reward, **named, "l2": score["l2"], "iou": score["iou"], **off, **looks})
+        scored = {name: score[name] for name in PISA}
+        return finite({"reward": reward, **named, **scored, **card(score["physics"], clips.row(index)), **looks})
 
     def look(
         step: int, clips: Clips, videos_BFHWC: Sequence[np.ndarray], scores: Sequence[dict[str, Any]]
@@ -156,29 +158,40 @@ def best_look(looks: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def tripped(first: Values, now: Values, tolerance: float) -> list[str]:
     """The wires that are tripped (see the file's head)."""
     wires = [name for name in now if name != "reward"]
-    level = 1 - 0.05 / len(wires)
 
-    def moved(name: str, sign: int, least: float) -> bool:
+    def moved(name: str, sign: int, least: float, chance: float) -> bool:
         pairs = [(a, b) for a, b in zip(first[name], now[name], strict=True) if a is not None and b is not None]
         if len(pairs) < LEAST:
             return False
         scale = 1.0 if name in RATIOS else abs(float(np.mean([a for a, _ in pairs])))
-        gain = interval([sign * (goodness(name, b) - goodness(name, a)) for a, b in pairs], level=level)
+        gain = interval([sign * (goodness(name, b) - goodness(name, a)) for a, b in pairs], level=1 - chance)
         return bool(gain["low"] > 0 and gain["mean"] > least * scale)
 
-    return [name for name in wires if moved(name, -1, tolerance)] if moved("reward", 1, 0.0) else []
+    if not moved("reward", 1, 0.0, 0.05):
+        return []
+    return [name for name in wires if moved(name, -1, tolerance, 0.05 / len(wires))]
 
 
 def goodness(name: str, value: float) -> float:
     """The quantity turned so that more is better."""
     if name in RATIOS:
         return -abs(math.log(max(value, 1e-3)))
-    return -value if name in ("l2", "g_error", "colour") else value
+    return -value if name in LESS_IS_BETTER else value
 
 
 def change(name: str, first: Values, now: Values) -> str:
     """As in "iou .412 -> .301", the means of two looks."""
     return f"{name} {mean(first[name]):.3g} -> {mean(now[name]):.3g}"
+
+
+def card(physics: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, float | None]:
+    """g_error, drift, jump and growth of a clip (see the file's head); None where the scorecard has none of it."""
+    g, gravity = physics.get("g"), row.get("gravity")
+    found = {"g_error": abs(g[0] - math.hypot(*gravity)) if g and gravity else None}
+    for name, quantity in (("drift", "drift"), ("jump", "jump"), ("growth", "size")):
+        measure = physics.get(quantity)
+        found[name] = abs(measure[0]) if measure else None
+    return found
 
 
 def appearance(

@@ -258,11 +258,8 @@ def test_it_learns(folder: Path, tmp_path: Path, precision: str) -> None:
         run = Run(tmp_path / f"run-{len(recompute)}", wan.module, Same(batch), train)
         wan.module = run.module
         before, _ = oro_loss(wan, batch, total({"bright": (1.0, brightness)}), config, Random(1, 0, [0, 1]))
-        oro.train(
-            run,
-            wan,
-            oro.Config.model_construct(rewards=(part(brightness),), sampler=config.sampler, recompute=recompute),
-        )
+        how = oro.Config.model_construct(rewards=(part(brightness),), sampler=config.sampler, recompute=recompute)
+        oro.train(run, wan, how, oro.load_rewards(how, wan.device))
         after, _ = oro_loss(wan, batch, total({"bright": (1.0, brightness)}), config, Random(1, 0, [0, 1]))
         assert after < before - 0.01
         assert not run.module.training

@@ -26,6 +26,7 @@ from posttrain.flow import SamplerConfig
 from posttrain.methods import oro
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.recipe import Part
+from posttrain.records import interval
 from posttrain.rewards.base import RewardConfig
 from posttrain.run import TrainConfig
 from posttrain.tripwires import (
@@ -34,6 +35,7 @@ from posttrain.tripwires import (
     TripwiresConfig,
     appearance,
     best_look,
+    card,
     chooses_by_the_test,
     distance,
     ended,
@@ -84,7 +86,27 @@ def test_appearance_by_hand() -> None:
 
 def values(**changed: list[float | None]) -> dict[str, list[float | None]]:
     start: dict[str, list[float | None]] = {"reward": [0.1, 0.2, 0.3, 0.4], "l2": [0.1] * 4, "iou": [0.5] * 4}
+    start |= {"chamfer": [0.1] * 4, "vanished": [0.0] * 4}
     return start | {"sharpness": [0.8, 0.9, 1.0, 1.2], "g_error": [None, 1.0, 2.0, 3.0]} | changed
+
+
+def test_the_reward_is_asked_for_less_certainty_than_wires() -> None:
+    """A rise of mean .5 and standard deviation 1 over 16 clips is beyond 95%, and not beyond 1 - .05 / 8."""
+    rise = np.linspace(-1, 1, 16)
+    rise = list(0.5 + (rise - rise.mean()) / rise.std())
+    assert interval(rise)["low"] > 0 > interval(rise, level=1 - 0.05 / 8)["low"]
+    first = {
+        name: [0.0] * 16 for name in ("reward", "l2", "iou", "motion", "jump", "drift", "colour", "growth", "size")
+    }
+    assert tripped(first, first | {"reward": rise, "iou": [-0.1] * 16}, 0.05) == ["iou"]
+    assert tripped(first, first | {"reward": rise, "iou": [-each for each in rise]}, 0.05) == []
+
+
+def test_what_is_taken_from_a_scorecard() -> None:
+    physics = {"g": [8.0, 0.1], "drift": [0.2, 0.1], "jump": None, "size": [-0.3, 0.1], "release": [0.0, 0.1]}
+    found = card(physics, {"gravity": [0.0, 0.0, -9.81]})
+    assert found == {"g_error": pytest.approx(1.81), "drift": 0.2, "jump": None, "growth": 0.3}
+    assert set(card({}, {"gravity": [0.0, 0.0, -9.81]}).values()) == {None}
 
 
 @pytest.mark.parametrize(
@@ -104,6 +126,8 @@ def values(**changed: list[float | None]) -> dict[str, list[float | None]]:
         (values(reward=[0.2, 0.4, 0.4, 0.5], sharpness=[1.9, 1.9, 1.9, 1.9]), ["sharpness"]),
         (values(reward=[0.2, 0.4, 0.4, 0.5], sharpness=[1.1, 1.1, 1.0, 1.0]), []),  # nearer to the truth's
         (values(reward=[0.2, 0.4, 0.4, 0.5], g_error=[9.0, 9.0, 9.0, 9.0]), []),  # three pairs
+        (values(reward=[0.2, 0.4, 0.4, 0.5], vanished=[0.1, 0.2, 0.1, 0.2]), ["vanished"]),  # from nothing
+        (values(reward=[0.2, 0.4, 0.4, 0.5], chamfer=[0.0, 0.0, 0.1, 0.1]), []),
     ],
 )
 def test_wires_by_hand(now: dict[str, list[float | None]], wires: list[str]) -> None:
@@ -286,6 +310,10 @@ RECIPE: dict[str, Any] = {
         ([], r"tripwires: are for a method that trains rewards, and psft is none"),
         (["eval=null"], r"tripwires: look at eval\.clips every eval\.every steps; set both"),
         (["eval.every=0"], r"tripwires: look at eval\.clips every eval\.every steps; set both"),
+        (
+            ["method={name: oro, rewards: [{name: object}], sampler: {steps: 4}}", "eval.sampler={steps: 12}"],
+            r"eval: samples by .*'steps': 12.*, but method\.sampler trains .*'steps': 4.*; say it in one place",
+        ),
         (["tripwires.clips=3"], r"tripwires\.clips: .*greater than or equal to 4"),
         (["tripwires.on_trip=stop"], r"tripwires\.on_trip: .*'warn' or 'roll_back'"),
         (

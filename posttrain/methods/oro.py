@@ -13,6 +13,7 @@ picture is differentiated (`grad` and `frames` take fewer), in the memory of one
 backward pass computes them again (flow.py, models/decode.py). Pixels beyond the range get the gradient that leads back.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -34,7 +35,7 @@ DATA = "annotated latents"
 class Sampling(Strict):
     """How a clip is made, and what of it is differentiated."""
 
-    sampler: SamplerConfig = SamplerConfig()  # what a recipe leaves out is as usual for its model
+    sampler: SamplerConfig = SamplerConfig()  # what a recipe leaves out is as in its eval.sampler
     grad: Grad = "all"  # or {last: 2}, or {active: [0, 5, 11]}: the steps that are differentiated
     frames: PositiveInt | None = None  # the first so many pictures are decoded and rewarded; None: all
     recompute: tuple[Literal["steps", "decoder"], ...] = ("steps", "decoder")  # what is not in it is kept: quicker
@@ -116,8 +117,9 @@ def load_rewards(config: Config, device: torch.device) -> dict[str, tuple[float,
     return base.load_all(config.rewards, device)
 
 
-def train(run: Run, model: VideoModel, config: Config) -> None:
-    reward = base.total(load_rewards(config, model.device))
+def train(run: Run, model: VideoModel, config: Config, rewards: Mapping[str, tuple[float, base.Reward]]) -> None:
+    """`rewards` is what `load_rewards` gave."""
+    reward = base.total(rewards)
     negative_1LD = model.encode_text([""]) if config.sampler.guided else None
     model.unload()
     run.module.eval()
