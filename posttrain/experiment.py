@@ -99,19 +99,6 @@ class Recipe(Strict):
             raise PydanticCustomError("part", "stands beside a sweep; keep one")
         return table
 
-    @field_validator("eval")
-    @classmethod
-    def _as_trained(cls, measured: EvalConfig | None, info: ValidationInfo) -> EvalConfig | None:
-        """What a reward teaches one sampler need not show in another."""
-        trained = getattr(info.data["method"].config, "sampler", None) if info.data.get("method") else None
-        if measured and trained and trained != measured.sampler:
-            raise PydanticCustomError(
-                "part",
-                "samples by {measured}, but method.sampler trains {trained}; say it in one place, eval.sampler",
-                {"measured": measured.sampler.model_dump(), "trained": trained.model_dump()},
-            )
-        return measured
-
     @field_validator("tripwires")
     @classmethod
     def _in_place(cls, wires: TripwiresConfig | None, info: ValidationInfo) -> TripwiresConfig | None:

@@ -117,6 +117,7 @@ def train(plan: Recipe, folder: Path) -> None:
         UserError: the recipe, its clips, its model and the folder do not go together, or the GPU is too small.
     """
     check_trackers(plan.train.trackers)
+    check_sampler(plan)
     model, method = load_model(plan.model), plan.method.module
     if plan.eval and not hasattr(model, "transformer"):
         raise UserError(f"eval: is for video models; leave it out of a {plan.model.family}'s recipe")
@@ -178,6 +179,17 @@ def train(plan: Recipe, folder: Path) -> None:
             model.save(folder / ADAPTER)
         files.write_json(folder / TRAINED, run.meaning)
     wait()
+
+
+def check_sampler(plan: Recipe) -> None:
+    """Refuse to train one sampler and to measure another: what the one learns need not show in the other."""
+    measured = plan.eval and plan.eval.sampler
+    trained = getattr(plan.method.config, "sampler", measured)
+    if measured and trained != measured:
+        raise UserError(
+            f"method.sampler: trains {trained.model_dump()}, but eval.sampler measures {measured.model_dump()}; "
+            "leave method.sampler out, and it is eval's"
+        )
 
 
 def check_groups(plan: Recipe) -> GroupsConfig | None:

@@ -310,10 +310,6 @@ RECIPE: dict[str, Any] = {
         ([], r"tripwires: are for a method that trains rewards, and psft is none"),
         (["eval=null"], r"tripwires: look at eval\.clips every eval\.every steps; set both"),
         (["eval.every=0"], r"tripwires: look at eval\.clips every eval\.every steps; set both"),
-        (
-            ["method={name: oro, rewards: [{name: object}], sampler: {steps: 4}}", "eval.sampler={steps: 12}"],
-            r"eval: samples by .*'steps': 12.*, but method\.sampler trains .*'steps': 4.*; say it in one place",
-        ),
         (["tripwires.clips=3"], r"tripwires\.clips: .*greater than or equal to 4"),
         (["tripwires.on_trip=stop"], r"tripwires\.on_trip: .*'warn' or 'roll_back'"),
         (
@@ -329,6 +325,20 @@ def test_what_a_recipe_may_not_say(tmp_path: Path, words: list[str], said: str) 
     with pytest.raises(UserError, match=said) as refused:
         recipe.load(path, words, Recipe)
     assert "\n" not in str(refused.value)
+
+
+def test_what_is_trained_is_what_is_measured(tmp_path: Path) -> None:
+    """Left out, method.sampler is eval.sampler; another one is refused before anything is trained."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE | {"method": {"name": "oro", "rewards": [{"name": "object"}]}}))
+    plan = recipe.load(path, ["eval.sampler.steps=7", "eval.sampler.guidance=3"], Recipe)
+    assert plan.method.config.sampler == plan.eval.sampler == SamplerConfig(steps=7, guidance=3.0)
+    other = recipe.load(path, ["method.sampler.steps=4"], Recipe)
+    assert other.method.config.sampler == SamplerConfig(steps=4)
+    with pytest.raises(
+        UserError, match=r"method\.sampler: trains .*'steps': 4,.* but eval\.sampler measures .*'steps': 12"
+    ):
+        stages.train(other, tmp_path / "run")
 
 
 def test_clips_that_choose_weights_do_not_measure_them(home: Path) -> None:
