@@ -138,7 +138,7 @@ def _usual(plan: Recipe) -> dict[str, Any]:
 
 
 def groups(plan: Recipe, folder: Path, shown: int = 8) -> Path:
-    """A sheet of the first groups of a recipe, `shown` of them; its path.
+    """A sheet of the first groups of a recipe, `shown` of them, which one process makes; its path.
 
     Raises:
         UserError: the recipe has no groups, or they are not comparable.
@@ -149,6 +149,9 @@ def groups(plan: Recipe, folder: Path, shown: int = 8) -> Path:
     wanted = plan.data.groups
     if wanted is None:
         raise UserError("data.groups: is missing; say what the true clips are compared with")
+    path = folder / "groups.png"
+    if not main_process():
+        return path
     clips = Clips(plan.data, preload=False, violated=wanted.counterfactuals)
     members, found = gather(clips, wanted, plan.model.conditioning == "image")
     rows: dict[str, Any] = {}
@@ -159,7 +162,6 @@ def groups(plan: Recipe, folder: Path, shown: int = 8) -> Path:
             told = (scores := members.scores(index)) and f"sa {scores.sa:.2f}, pc {scores.pc:.2f}"
             name = f"group {number}, {members.video(index).name}: {told or 'no scores'}"
             rows[f"{name} {(members.row(index).get('violation') or {}).get('kind', '')}"] = members.read(index)[0]
-    path = folder / "groups.png"
     contact_sheet(path, rows)
     print(f"groups: {len(found)} of {wanted.losers} losers each; the first are shown in {path}")
     return path
@@ -304,6 +306,6 @@ def _imagine(target: str, truths: Any, out: Path, asked: Mapping[str, Any]) -> l
         digest = files.sha256_json([settings, trained])
         rows.append((name, out / f"{name}-{digest[:8]}"))
         if main_process():
-            imagine(ready, truths, rows[-1][1], kind, seeds, measured.batch, **how)
+            imagine(ready, truths, rows[-1][1], kind, seeds, measured.batch, **how, negative=NEGATIVE)
     wait()
     return rows

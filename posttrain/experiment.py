@@ -30,7 +30,10 @@ from posttrain.types import Strict
 RUNS = Path("runs")
 ADAPTER, TRAINED = "adapter", "trained.json"
 # may change without changing the trained weights
-FREE = ("run", "data.make", "data.groups.judge", "train.checkpoint_every", "train.trackers", "eval", "export")
+FREE = (
+    *("run", "data.make", "data.groups.judge", "data.groups.batch"),
+    *("train.checkpoint_every", "train.trackers", "eval", "export"),
+)
 Values = Annotated[tuple[int | float | str, ...], Field(min_length=1)]
 
 
@@ -90,6 +93,16 @@ class Recipe(Strict):
                     if isinstance(asked := part.get("sampler", {}), dict):
                         said.append(asked)
                         values = values | {key: part | {"sampler": asked | sampler(path, *said)}}
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _losers_as_usual(cls, values: Any) -> Any:
+        """What `data.groups.sampler` leaves out is as usual for the model too."""
+        match values:
+            case {"model": {"path": str(path)}, "data": {"groups": {**groups}} as data}:
+                if isinstance(asked := groups.get("sampler", {}), dict):
+                    return values | {"data": data | {"groups": groups | {"sampler": asked | sampler(path, asked)}}}
         return values
 
     @field_validator("table")

@@ -18,6 +18,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ import torch
 
 from posttrain import files, sample
 from posttrain.benchmarks import pisa
-from posttrain.benchmarks.pisabench import NEGATIVE, Truth
+from posttrain.benchmarks.pisabench import Truth
 from posttrain.data import videos
 from posttrain.evaluate import Tracker, tell, weights_fingerprint
 from posttrain.files import UserError
@@ -124,12 +125,16 @@ def imagine(
     steps: int,
     guidance: float,
     guidance_low: float | None = None,
+    negative: str = "",
+    texts_kept: int = 256,
 ) -> int:
     """Let a model continue the first picture of each clip, as far as `folder` has no video of it; how many it made.
 
     Args:
         model: gives a context in which the model is ready; asked only if there is something to do.
         kind: frames, fps and size (height, width) of its videos; a picture of another shape is padded with black.
+        negative: what it is told not to show, where there is guidance.
+        texts_kept: of how many captions the texts are in memory at once; each of Wan's takes 8.4 MB.
     """
     frames, fps, size = int(kind["frames"]), float(kind["fps"]), (int(kind["size"][0]), int(kind["size"][1]))
     wanted = [
@@ -141,16 +146,20 @@ def imagine(
     ]
     if not wanted:
         return 0
+    told = [truth.caption + truth.context for truth, _, _ in wanted]
+    unwanted = [negative] if max(guidance, guidance_low or 1) > 1 else []
+    texts: dict[str, torch.Tensor] = {}
     with model() as ready, progress(f"videos for {folder.name}", len(wanted)) as advance:
-        unwanted = [NEGATIVE] if max(guidance, guidance_low or 1) > 1 else []
-        texts = sample.encode_texts(ready, [*(truth.caption + truth.context for truth, _, _ in wanted), *unwanted])
         for first in range(0, len(wanted), batch):
-            part = wanted[first : first + batch]
+            part, captions = wanted[first : first + batch], told[first : first + batch]
+            if not texts.keys() >= {*captions}:
+                texts.clear()  # before there are more
+                some = islice(dict.fromkeys(told[first:]), max(texts_kept, batch))
+                texts = sample.encode_texts(ready, [*some, *unwanted])
             pictures = np.stack([padded(truth.picture(), size) for truth, _, _ in part])
-            captions = [truth.caption + truth.context for truth, _, _ in part]
             noise = [pisa.clip_seed(seed, truth.id) for truth, seed, _ in part]
             made = sample.sample_clips(
-                ready, pictures, captions, noise, frames, steps, guidance, NEGATIVE, guidance_low, texts
+                ready, pictures, captions, noise, frames, steps, guidance, negative, guidance_low, texts
             )
             for (_, _, path), video in zip(part, made, strict=True):
                 sample.write_video(path, video, fps)

@@ -139,7 +139,8 @@ def train(plan: Recipe, folder: Path) -> None:
     if groups:
         from posttrain.data.groups import Groups
 
-        data = Groups(model, clips, groups, CACHE / "latents", pictured=plan.model.conditioning == "image")
+        scored = hasattr(method, "scored") and method.scored(plan.method.config)
+        data = Groups(model, clips, groups, CACHE / "latents", plan.model.conditioning == "image", scored)
     depends = method.depends(plan.method.config) if hasattr(method, "depends") else {}
     rewards = method.load_rewards(plan.method.config, model.device) if hasattr(method, "load_rewards") else {}
     validate, ends, every = None, None, plan.eval.every if plan.eval else 0

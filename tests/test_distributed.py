@@ -124,6 +124,18 @@ def test_accelerate_launches_two_that_train_as_one(home):
     assert_same_training(home, "ddp")
 
 
+def test_two_processes_share_the_sampling(home):
+    """Of three clips one makes two samples, the other one; one process shows the groups."""
+    groups = "data.groups={losers: 1, samples: [made], samples_each: 1, sampler: {steps: 1, guidance: 1}}"
+    command = ("groups", "recipe.yaml", groups, "method={name: gdpo}", "model.conditioning=text", "run=shared")
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "posttrain")
+    code, said = finish(start(home, *torchrun, *command))
+    assert code == 0, said
+    assert said.count("made: 2 samples made, 0 were there") == said.count("made: 1 samples made, 0 were there") == 1
+    assert said.count("groups: 3 of 1 losers each") == 1
+    assert len(list((home / "made").glob("*.mp4"))) == 3
+
+
 def test_zero_2_takes_winner_and_losers_in_turn(home):
     """No gradient is lost or stepped with before all members gave theirs."""
     write_groups(home / "groups", groups=4, losers=2)

@@ -6,6 +6,7 @@ import itertools
 import shutil
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tiny import wan_folder
 
 from posttrain import cli, commands, files
 from posttrain.benchmarks.pisabench import open_benchmark
+from posttrain.data.clips import read_video
 from posttrain.data.videos import inspect
 from posttrain.evaluate import EvalConfig, evaluate, validation
 from posttrain.experiment import open_run
@@ -169,6 +171,19 @@ def test_a_model_alone_is_bf16_on_a_gpu(path: str, device: str, dtype: str) -> N
         assert (config.path, config.dtype, config.conditioning) == (path, dtype, conditioning)
 
 
+def test_videos_are_made_without_what_the_caller_does_not_want(home: Path, tmp_path: Path) -> None:
+    """Where there is guidance; and no benchmark's words are said beside it."""
+    write_dataset(tmp_path / "drops", ["test_seen"], clips=1, frames=5)
+    model, said = load(ModelConfig(path=str(home / "wan"))), list[list[int]]()
+    model.text_encoder.register_forward_hook(lambda part, given, out: said.extend(given[0].tolist()))
+    kind, benchmark = {"frames": 5, "fps": 16, "size": [32, 32]}, open_benchmark(tmp_path / "drops")
+    for guidance, told in ((2.0, ["square 00 falls.", "a duck that melts"]), (1.0, ["square 00 falls."])):
+        ready = partial(contextlib.nullcontext, model)
+        imagine(ready, benchmark, tmp_path / str(guidance), kind, 1, 1, 1, guidance, negative="a duck that melts")
+        assert said == model.tokenizer(told, padding="max_length", max_length=512).input_ids
+        said.clear()
+
+
 def test_all_texts_are_encoded_before_anything_is_sampled(home: Path, tmp_path: Path) -> None:
     """So that the text encoder and the transformer are not on the device together."""
     write_dataset(tmp_path / "drops", ["test_seen", "test_unseen"], clips=3, frames=5)
@@ -193,6 +208,11 @@ def test_all_texts_are_encoded_before_anything_is_sampled(home: Path, tmp_path: 
     kind = {"frames": 5, "fps": 16, "size": [32, 32]}
     imagine(ready, open_benchmark(tmp_path / "drops"), tmp_path / "out", kind, 2, 2, 2, 2.0)
     assert order() == ["text", "velocity"]
+    imagine(ready, open_benchmark(tmp_path / "drops"), tmp_path / "few", kind, 1, 2, 2, 2.0, texts_kept=4)
+    assert order() == ["text", "velocity"] * 2  # but of six captions four are kept, so that any number has room
+    for path in (tmp_path / "few").rglob("*.mp4"):
+        same = read_video(tmp_path / "out" / path.relative_to(tmp_path / "few"))
+        assert np.abs(read_video(path).astype(int) - same).mean() < 4  # x264 does not write noise twice the same
     config = EvalConfig(clips=str(tmp_path / "drops"), seeds=2, batch=2, every=1, sampler={"steps": 2, "guidance": 2})
     evaluate(tmp_path / "run", config, {"base": ready}, RedTracker())
     assert order() == ["text", "velocity"]

@@ -13,17 +13,21 @@ import torch
 import yaml
 from falling import FPS, film, rows_of, write_clip, write_dataset, write_groups
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import wan_folder
 
 from posttrain import cli, preferences, recipe
 from posttrain.data.clips import Clips, DataConfig, GroupsConfig, read_video
-from posttrain.data.groups import Groups, Members, gather
+from posttrain.data.groups import Groups, Members, gather, sample_of
 from posttrain.data.latents import Latents
 from posttrain.experiment import Recipe
-from posttrain.files import UserError, read_jsonl
+from posttrain.files import UserError, read_json, read_jsonl
+from posttrain.flow import SamplerConfig
 from posttrain.models.base import ModelConfig
 from posttrain.models.wan import Wan, load
 from posttrain.sample import write_video
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +109,7 @@ def test_both_together_and_more_losers_than_a_group_takes(folder: Path, tmp_path
     assert len(set(used)) == 5
     assert all(len(set(losers)) == 2 for _, losers in groups)
     assert groups == gathered(folder, losers=2, counterfactuals=True, samples=(place,))[1]
-    assert groups != gathered(folder, losers=2, counterfactuals=True, samples=(place,), seed=1)[1]
+    assert [losers for _, losers in groups[:3]] != [[n.replace("00001", "00000") for n in g] for _, g in groups[3:]]
 
 
 def test_the_best_sample_wins_where_samples_do(folder: Path, tmp_path: Path) -> None:
@@ -123,6 +127,29 @@ def test_the_best_sample_wins_where_samples_do(folder: Path, tmp_path: Path) -> 
     assert "the best sample shall win" in refusal(folder, losers=2, samples=(str(place),), winner="sample")
     with pytest.raises(ValueError, match="samples win against samples"):
         GroupsConfig(losers=2, counterfactuals=True, samples=("made",), winner="sample")
+
+
+@pytest.mark.parametrize(
+    ("stem", "meant"),
+    [
+        ("scene-s0", ("scene", 0)),
+        ("scene-s2", ("scene", 2)),
+        ("scene-s12-base", ("scene", 12)),
+        ("scene-s2-s0", ("scene-s2", 0)),
+        ("scene-s2-s10-wan-s4", ("scene-s2", 10)),
+        ("scene-s3-s0", ("scene", 3)),  # by a model called s0
+        ("a-s1-b-s7", ("a-s1-b", 7)),
+        ("scene", None),
+        ("other-s0", None),
+        ("scene-s", None),
+        ("scene-s2-", None),
+        ("scene-s2x", None),
+        ("-s2", None),
+    ],
+)
+def test_whose_a_sample_is(stem: str, meant: tuple[str, int] | None) -> None:
+    """Also where a clip's own name ends as a sample's does."""
+    assert sample_of(stem, {"scene", "scene-s2", "a-s1-b"}) == meant
 
 
 def test_limit_counts_true_clips(folder: Path) -> None:
@@ -377,6 +404,106 @@ def test_samples_of_another_model_are_refused(home: Path, capsys: pytest.Capture
     assert cli.main([*command, "run=other", "model.revision=two"]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("made/samples.json: the samples there are of another model; name another folder")
+    assert said.endswith("or delete made")
+
+
+def test_samples_of_another_model_are_refused_also_where_none_are_made(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However they were sampled; unless nobody knows whose they are."""
+    groups = "data.groups={losers: 2, samples: [made], samples_each: 2, sampler: {steps: 1, guidance: 1}}"
+    assert cli.main(["groups", "recipe.yaml", groups, "run=shown", "model.conditioning=text"]) == 0
+    used = ["groups", "recipe.yaml", "data.groups={losers: 2, samples: [made]}", "run=used", "model.conditioning=text"]
+    assert cli.main(used) == 0
+    assert cli.main([*used, "model.revision=two"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "made/samples.json: the samples there are of another model; name another folder in data.groups.samples, "
+        "or delete made/samples.json to use them all the same"
+    )
+    (home / "made" / "samples.json").unlink()
+    assert cli.main([*used, "model.revision=two"]) == 0
+    assert not (home / "made" / "samples.json").exists()
+
+
+def test_samples_of_a_transformer_that_changed_are_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(home / "wan" / "transformer", home / "mine" / "transformer")
+    groups = "data.groups={losers: 1, samples: [made], samples_each: 1, sampler: {steps: 1, guidance: 1}}"
+    command = ["groups", "recipe.yaml", groups, "run=shown", "model.conditioning=text", "model.start=mine/transformer"]
+    assert cli.main(command) == 0
+    assert cli.main(command) == 0
+    [path] = (home / "mine" / "transformer").glob("*.safetensors")
+    tensors = load_file(path)
+    tensors["proj_out.bias"] += 1
+    save_file(tensors, path)
+    assert cli.main(command) == 1
+    assert "the samples there are of another weights" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_losers_are_sampled_as_is_usual_unless_the_recipe_says_otherwise(home: Path) -> None:
+    def how(path: str, *overrides: str) -> SamplerConfig:
+        plan = recipe.load("recipe.yaml", [f"model.path={path}", *overrides], Recipe)
+        assert plan.data.groups is not None
+        return plan.data.groups.sampler
+
+    large = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+    assert how("pocket") == SamplerConfig(steps=12, guidance=1)
+    assert how(large) == SamplerConfig(steps=40, guidance=4, guidance_low=3)
+    assert how(large, "data.groups.sampler={steps: 20}") == SamplerConfig(steps=20, guidance=4, guidance_low=3)
+    assert how(large, "data.groups.sampler={guidance: 2}") == SamplerConfig(steps=40, guidance=2)
+    for name in ("gdpo", "gdpo_table"):  # as the samples were made that their scores in the README come of
+        wanted = recipe.load(ROOT / "recipes" / "pocket" / f"{name}.yaml", [], Recipe).data.groups
+        assert wanted is not None
+        assert (wanted.sampler, wanted.batch) == (SamplerConfig(steps=12, guidance=1), 10)
+
+
+def test_how_losers_are_sampled_is_not_how_the_run_is_measured(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_dataset(home / "tests", ["test_unseen"], clips=1, frames=5)
+    measured = "eval={clips: tests, splits: [test_unseen], sampler: {steps: 3}}"
+    how = "sampler: {steps: 2, guidance: 2}, negative: melting, batch: 2"
+    groups = f"data.groups={{losers: 2, samples: [made], samples_each: 2, {how}}}"
+    command = ["groups", "recipe.yaml", "run=shown", "model.conditioning=text", measured, groups]
+    assert cli.main(command) == 0
+    noted = read_json(home / "made" / "samples.json")
+    assert noted["sampler"] == {"steps": 2, "guidance": 2.0, "guidance_low": None}
+    assert noted["negative"] == "melting"
+    assert cli.main([*command, "eval.sampler.steps=4", "data.groups.batch=1"]) == 0
+    for change, what in (("negative=shaking", "negative"), ("sampler.steps=3", "sampler")):
+        assert cli.main([*command, f"data.groups.{change}"]) == 1
+        assert f"are of another {what}; name" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_is_unwanted_counts_where_there_is_guidance_alone(home: Path) -> None:
+    groups = "data.groups={losers: 1, samples: [made], samples_each: 1, sampler: {steps: 1, guidance: 1}}"
+    command = ["groups", "recipe.yaml", "run=shown", "model.conditioning=text", groups]
+    assert cli.main(command) == 0
+    assert cli.main([*command, "data.groups.negative=melting"]) == 0
+
+
+def test_missing_scores_are_said_before_anything_is_encoded(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples(home / "made", scores=False)
+    command = ["train", "recipe.yaml", "data.groups={losers: 2, samples: [made]}", "model.conditioning=text"]
+    assert cli.main(command) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "made/scores.jsonl: does not exist, and losers are weighed by their scores; `posttrain score made`, "
+        "or set method.physics=null"
+    )
+    assert not (home / "runs" / "cache" / "latents").exists()
+    assert cli.main([*command, "method.physics=null"]) == 0
+
+
+def test_clips_of_one_name_are_refused_before_anything_is_sampled(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    video, _ = film(rows_of(2, 5), 8, 200)
+    for path in ("one/a.mp4", "one/a.mov", "two/a.mp4"):
+        write_video(home / path, video, FPS)
+        (home / path).with_suffix(".txt").write_text("a cup falls.")
+    for clips, said in (("one", "one/a.mp4: is called as one/a.mov is"), ("[two, one]", "is called as two/a.mp4 is")):
+        data = f"clips: {clips}, frames: 5, fps: 16, size: [32, 32]"
+        groups = "groups: {losers: 1, samples: [made], samples_each: 1}"
+        assert cli.main(["groups", "recipe.yaml", f"data={{{data}, {groups}}}", "model.conditioning=text"]) == 1
+        assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not (home / "made").exists()
 
 
 def test_what_a_recipe_lacks_is_said_before_anything_is_sampled(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

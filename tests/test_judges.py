@@ -34,6 +34,7 @@ from posttrain.data.clips import Clips, DataConfig, GroupsConfig
 from posttrain.data.groups import Scores, gather
 from posttrain.files import UserError, read_jsonl
 from posttrain.judges import endpoint, simulator, vlm
+from posttrain.judges.folder import find
 from posttrain.judges.questions import asking, pictures, questions, ratio, spread
 from posttrain.sample import write_video
 
@@ -198,6 +199,29 @@ def test_samples_against_their_truth(tmp_path: Path) -> None:
     assert found[3] == pytest.approx((0.75, max(0.0, 1 - 0.25 / frozen)))  # where it vanished, L2 is 1
     assert found[4].sa == 1
     assert found[4].pc > 0.95  # compressed with loss
+
+
+def test_samples_are_judged_by_the_clip_that_is_meant(tmp_path: Path) -> None:
+    """Of clips called scene and scene-s2 each shall have the other's seed 2."""
+    write_dataset(tmp_path / "drops", ["train"], clips=2, frames=9)
+    place = tmp_path / "drops" / "train"
+    rows = read_jsonl(place / "metadata.jsonl")
+    for row, name in zip(rows, ("scene", "scene-s2"), strict=True):
+        (place / row["file_name"]).rename(place / f"{name}.mp4")
+        row |= {"file_name": f"{name}.mp4"}
+    (place / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "made").mkdir()
+    write_clip(tmp_path / "made" / "scene-s2.mp4", *film(rows_of(2, 9), 4, 200))
+    write_clip(tmp_path / "made" / "scene-s2-s0.mp4", *film(rows_of(4, 9), 9, 210))
+    found, _ = find(tmp_path / "made", tmp_path / "drops", "train")
+    assert [(v.name, v.caption) for v in found] == [
+        ("scene-s2-s0.mp4", "square 01 falls."),
+        ("scene-s2.mp4", "square 00 falls."),
+    ]
+    judge = simulator.samples(Clips(DataConfig(clips=str(tmp_path / "drops")), preload=False), RedTracker(), CPU)
+    assert [judge(video.path, video.caption) for video in found] == [(1.0, 1.0)] * 2
+    with pytest.raises(UserError, match=r"other-s0\.mp4: continues no true clip of"):
+        judge(tmp_path / "made" / "other-s0.mp4", "")
 
 
 # ---------------------------------------------------------------- a model, here and behind a server

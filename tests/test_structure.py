@@ -71,7 +71,7 @@ MAY_IMPORT = {
     ],
     "posttrain.losers": [
         *(*CONTRACT, "posttrain.data", "posttrain.models", "posttrain.experiment", "posttrain.loading"),
-        *("posttrain.judges", "posttrain.score", "posttrain.evaluate"),
+        *("posttrain.judges", "posttrain.score", "posttrain.evaluate", "posttrain.distributed"),
     ],
     "posttrain.preferences": [
         *(*CONTRACT, "posttrain.data", "posttrain.models.base", "posttrain.methods"),

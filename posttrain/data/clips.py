@@ -22,6 +22,7 @@ from pydantic_core import PydanticCustomError
 from posttrain import files
 from posttrain.data import videos
 from posttrain.files import UserError
+from posttrain.flow import SamplerConfig
 from posttrain.progress import track
 from posttrain.types import Batch, Strict
 
@@ -38,8 +39,10 @@ class GroupsConfig(Strict):
     counterfactuals: bool = False  # clips of the same folder that break a law in the true clip's scene
     samples: tuple[str, ...] = ()  # folders of <clip>-s<seed>.mp4, with scores.jsonl
     winner: Literal["true", "sample"] = "true"  # sample: the one with the best scores wins against the others
-    seed: NonNegativeInt = 0  # of the order in which losers are dealt out
     samples_each: NonNegativeInt = 0  # seeds that count in a folder of samples, made by the base first; 0: all there
+    sampler: SamplerConfig = SamplerConfig()  # how the base makes them
+    negative: str = ""  # what it is told not to show; counts where there is guidance
+    batch: PositiveInt = 1  # samples made at once, by each process
     judge: Literal["simulator"] | None = None  # scores the samples; others do by `posttrain score`
 
     @model_validator(mode="after")

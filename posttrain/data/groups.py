@@ -2,8 +2,8 @@
 
 Losers are clips of a dataset folder that break a law in the true clip's scene (sim/counterfactual.py), samples that a
 model made under several seeds, or both; or the best of the samples wins against the others. Samples lie in any folder,
-named <clip>-s<seed>.mp4 or <clip>-s<seed>-<model>.mp4 as `posttrain sample` does, and what a judge says of them beside
-them in scores.jsonl:
+named <clip>-s<seed>.mp4 as a recipe's base makes them (losers.py), or <clip>-s<seed>-<model>.mp4 as `posttrain sample`
+does of <clip>.png; and what a judge says of them lies beside them in scores.jsonl:
 
     {"file_name": "00012-s0.mp4", "sa": 0.9, "pc": 0.2}     both 0 to 1: follows its text, obeys physics
 
@@ -12,7 +12,7 @@ A counterfactual has pc = 1 - severity, and sa = 1: its caption names what falls
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,6 @@ from posttrain.progress import track
 from posttrain.types import Batch
 
 SCORES = "scores.jsonl"
-SAMPLE = re.compile(r"(.+?)-s(\d+)(-.+)?")  # how the files of samples are called: the clip, the seed, and the model
 # How much first pictures may differ: of 255, in the mean of any of 8 x 8 fields and colours. The pocket's autoencoder
 # and H.264 change up to 19 (120 clips of three datasets, mean 9.5); the most alike of 30 scenes differ by 33 to 64.
 SAME_PICTURE = 25.0
@@ -48,6 +47,35 @@ class Group(NamedTuple):
     winner: int
     losers: tuple[int, ...]
     true: int  # the clip whose first picture they continue; the winner itself unless samples win
+
+
+def sample_of(stem: str, clips: Container[str]) -> tuple[str, int] | None:
+    """The clip that a sample continues, and its seed, by its file's name without suffix; None if it is none of `clips`.
+
+    A clip's own name may end as a sample's does: of several that fit, the longest is meant.
+    """
+    for seed in reversed([*re.finditer(r"-s(\d+)(?=-.|\Z)", stem)]):
+        if stem[: seed.start()] in clips:
+            return stem[: seed.start()], int(seed[1])
+    return None
+
+
+def names(clips: Clips) -> dict[str, int]:
+    """Where each true clip is, by its file's name without suffix, which its samples are called by.
+
+    Raises:
+        UserError: two have one name.
+    """
+    found: dict[str, int] = {}
+    for index in range(len(clips)):
+        if clips.row(index).get("violation"):
+            continue
+        path = clips.video(index)
+        if (other := found.setdefault(path.stem, index)) != index:
+            raise UserError(
+                f"{path}: is called as {clips.video(other)} is, and samples go by these names; rename one of them"
+            )
+    return found
 
 
 class Members:
@@ -93,21 +121,24 @@ class Members:
         return sample[2] if sample else Scores(sa=1.0, pc=1.0 - self.clips.row(index)["violation"]["severity"])
 
 
-def gather(clips: Clips, config: GroupsConfig, pictured: bool = True) -> tuple[Members, list[Group]]:
+def gather(
+    clips: Clips, config: GroupsConfig, pictured: bool = True, scored: bool = False
+) -> tuple[Members, list[Group]]:
     """The groups of a dataset.
 
     Args:
         clips: the true ones, and with config.counterfactuals also those that are not (`violated`).
         pictured: whether the samples' model was given first pictures; if not, theirs need not be the true ones.
+        scored: whether losers are weighed by their scores, so that samples need some.
 
     Raises:
         UserError: no clip has enough losers; members of a group differ in their first picture, size, length or rate, or
-            are the same file; or a score is missing or out of range.
+            are the same file; there are samples and two true clips have one name; or a score is missing or out of
+            range.
     """
     true = [index for index in range(len(clips)) if not clips.row(index).get("violation")]
-    samples = [
-        sample for folder in config.samples for sample in _samples(Path(folder), clips, true, config.samples_each)
-    ]
+    places = names(clips) if config.samples else {}
+    samples = [sample for folder in config.samples for sample in _samples(Path(folder), places, config, scored)]
     members = Members(clips, samples)
     losers: dict[int, list[int]] = {index: [] for index in true}
     winners = {clips.group(index): index for index in true if clips.group(index) is not None}
@@ -129,7 +160,7 @@ def gather(clips: Clips, config: GroupsConfig, pictured: bool = True) -> tuple[M
         if len(found) < config.losers:
             few += 1
             continue
-        order = np.random.default_rng([config.seed, place]).permutation(found).tolist()
+        order = np.random.default_rng([0, place]).permutation(found).tolist()  # another for each clip
         # the last of several is filled up with the first ones, so that all are used
         for first in range(0, len(found), config.losers):
             some = tuple(order[(first + i) % len(found)] for i in range(config.losers))
@@ -145,28 +176,30 @@ def gather(clips: Clips, config: GroupsConfig, pictured: bool = True) -> tuple[M
 def _merit(members: Members, index: int) -> float:
     """By which the winner is chosen where samples win; of equal ones the first."""
     scores = members.scores(index)
-    if scores is None:
-        path = members.video(index).parent / SCORES
-        raise UserError(f"{path}: does not exist, and the best sample shall win; `posttrain score` them")
+    assert scores is not None  # _samples has looked
     return scores.sa + scores.pc
 
 
-def _samples(folder: Path, clips: Clips, true: Sequence[int], each: int) -> list[tuple[int, Path, Scores | None]]:
-    """The samples of these clips, called as their files are, in a folder; of seeds below `each` unless that is 0."""
+def _samples(
+    folder: Path, places: dict[str, int], config: GroupsConfig, scored: bool
+) -> list[tuple[int, Path, Scores | None]]:
+    """The samples of clips of these names in a folder, of seeds below config.samples_each unless that is 0."""
     if not folder.is_dir():
         raise UserError(
             f"data.groups.samples: {folder} does not exist; let the base make it by data.groups.samples_each"
         )
     path = folder / SCORES
     rows = {row.get("file_name"): row for row in files.read_jsonl(path)} if path.exists() else None
-    places = {clips.video(index).stem: index for index in true}
-    if len(places) < len(true):
-        raise UserError("data.clips: two clips have one name, and samples go by names; rename one of them")
     found = []
     for video in sorted(folder.glob("*.mp4")):
-        name = SAMPLE.fullmatch(video.stem)
-        if name and name[1] in places and (not each or int(name[2]) < each):
-            found.append((places[name[1]], video, None if rows is None else _scores(path, video.name, rows)))
+        match sample_of(video.stem, places):
+            case clip, seed if not config.samples_each or seed < config.samples_each:
+                found.append((places[clip], video, None if rows is None else _scores(path, video.name, rows)))
+    if found and rows is None and (scored or config.winner == "sample"):
+        why, remedy = "losers are weighed by their scores", ", or set method.physics=null"
+        if config.winner == "sample":
+            why, remedy = "the best sample shall win", ""
+        raise UserError(f"{path}: does not exist, and {why}; `posttrain score {folder}`{remedy}")
     return found
 
 
@@ -219,9 +252,15 @@ class Groups:
     """
 
     def __init__(
-        self, model: VideoModel, clips: Clips, config: GroupsConfig, folder: Path | str, pictured: bool = True
+        self,
+        model: VideoModel,
+        clips: Clips,
+        config: GroupsConfig,
+        folder: Path | str,
+        pictured: bool = True,
+        scored: bool = False,
     ) -> None:
-        self.members, self.groups = gather(clips, config, pictured)
+        self.members, self.groups = gather(clips, config, pictured, scored)
         self._latents, self._clean = Latents(model, self.members, folder), model.clean
         counts: dict[int, int] = {}
         self.ids = []

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from posttrain import files
 from posttrain.data import videos
-from posttrain.data.groups import SAMPLE, SCORES
+from posttrain.data.groups import SCORES, sample_of
 from posttrain.files import UserError
 from posttrain.judges.questions import Judge
 from posttrain.progress import progress
@@ -52,8 +52,8 @@ def find(folder: Path, clips: Path | None, split: str) -> tuple[list[Video], Pat
     for entry in videos.entries(clips, split):
         if true.setdefault(Path(entry.name).stem, entry) is not entry:
             raise UserError(f"--clips: {clips} has two clips called {Path(entry.name).stem}; rename one of them")
-    matched = [(SAMPLE.fullmatch(path.stem), path) for path in sorted(folder.glob("*.mp4"))]
-    found = [_captioned(true[m[1]], path, path.name) for m, path in matched if m and m[1] in true]
+    matched = [(sample_of(path.stem, true), path) for path in sorted(folder.glob("*.mp4"))]
+    found = [_captioned(true[sample[0]], path, path.name) for sample, path in matched if sample]
     if not found:
         raise UserError(
             f"{folder}: has no samples of the clips in {clips}, {split}; they are called <clip>-s<seed>.mp4"

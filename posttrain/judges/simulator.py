@@ -20,7 +20,7 @@ import torch
 
 from posttrain.data import videos
 from posttrain.data.clips import Clips, to_float
-from posttrain.data.groups import SAMPLE, Scores
+from posttrain.data.groups import Scores, names, sample_of
 from posttrain.files import UserError
 from posttrain.judges.questions import Judge
 from posttrain.metrics import pisa
@@ -56,18 +56,20 @@ def samples(clips: Clips, track: Track, device: torch.device) -> Judge:
         track: follows the object in the samples, from its true mask in frame 0; on `device`.
 
     Raises:
-        UserError: the clips have no masks. When asked: a sample is torn, or its true clip shows no object at first.
+        UserError: the clips have no masks, or two have one name. When asked: a sample is torn or continues none of
+            them, or its true clip shows no object at first.
     """
     if not clips.annotated:
         raise UserError(
             f"{clips.splits[0].folder}: has no masks, which the simulator judges by; take clips that `sim make` filmed"
         )
-    places = {clips.video(index).stem: index for index in range(len(clips))}
+    places = names(clips)
 
     def judge(path: Path, caption: str) -> Scores:
-        name = SAMPLE.fullmatch(path.stem)
-        assert name is not None
-        index = places[name[1]]
+        sample = sample_of(path.stem, places)
+        if sample is None:
+            raise UserError(f"{path}: continues no true clip of {clips.splits[0].folder}; remove it")
+        index = places[sample[0]]
         _, instances_FHW = clips.read(index)
         assert instances_FHW is not None
         true_FHW = instances_FHW == clips.row(index)["target"] + 1

@@ -76,6 +76,11 @@ class Config(Strict):
     backward: Literal["together", "in_turn"] = "together"  # in_turn: memory of one member, one more forward
 
 
+def scored(config: Config) -> bool:
+    """Whether losers are weighed by scores, which all of them then need."""
+    return config.physics is not None
+
+
 def physics_weights(sa: Tensor, pc: Tensor, constants: Physics | None = None) -> tuple[Tensor, Tensor]:
     """alpha and gamma of eq. 9, each of the shape of `sa`.
 
