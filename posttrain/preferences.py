@@ -11,7 +11,8 @@ With err the velocity error of methods/gdpo.py, of a run's model and of its base
     losers     err_l - err_l_base
 
 each a mean over a clip's losers and times, then over clips, with a 95% bootstrap interval. A run may be of any method:
-one that learnt true clips alone has a preference too.
+one that learnt true clips alone has a preference too. Where a run's recipe says frames, fps and size, the clips are
+retimed and cropped to them as its own were, and may be any videos.
 """
 
 import argparse
@@ -81,8 +82,16 @@ def row(name: str, clips: Sequence[str], tuned_GKN: Tensor, base_GKN: Tensor) ->
     return [name, str(len(set(clips))), *cells]
 
 
-def compare(runs: Sequence[str], data: DataConfig, config: GroupsConfig, draws: int) -> str:
+def held_out(data: DataConfig, clips: str, split: str) -> DataConfig:
+    """Other clips, all of them, seen as a recipe has its own seen."""
+    return data.model_copy(update={"clips": clips, "split": split, "limit": None, "make": None, "groups": None})
+
+
+def compare(runs: Sequence[str], clips: str, split: str, config: GroupsConfig, draws: int) -> str:
     """The table.
+
+    Args:
+        clips, split: of clips that were held out.
 
     Raises:
         UserError: a run is not trained, or as Groups.
@@ -91,9 +100,15 @@ def compare(runs: Sequence[str], data: DataConfig, config: GroupsConfig, draws: 
     for target in runs:
         plan, folder = open_run(target)
         need_training(folder)
-        clips = Clips(data, preload=False, violated=config.counterfactuals)
-        how = (clips, config, plan.model.conditioning == "image", draws)
+        data = held_out(plan.data, clips, split)
+        how = (
+            Clips(data, preload=False, violated=config.counterfactuals),
+            config,
+            plan.model.conditioning == "image",
+            draws,
+        )
         base = resolved(plan.model).model_dump_json(exclude={"adapter", "seed", "init", "other_adapter"})
+        base += data.model_dump_json()
         if base not in bases:
             _, bases[base] = measured(base_model(plan), *how, f"{target}, base")
         names, tuned_GKN = measured(tuned_model(plan, folder), *how, f"{target}, {plan.method.name}")
@@ -104,7 +119,8 @@ def compare(runs: Sequence[str], data: DataConfig, config: GroupsConfig, draws: 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--clips", required=True, metavar="FOLDER", help="a dataset of which nothing was trained on")
+    clips = "a dataset, or videos with captions, of which nothing was trained on"
+    parser.add_argument("--clips", required=True, metavar="FOLDER", help=clips)
     parser.add_argument("--split", default="test_unseen", help="of it (test_unseen)")
     parser.add_argument("--samples", nargs="+", default=[], metavar="FOLDER", help="losers: samples of these clips")
     parser.add_argument("--counterfactuals", action="store_true", help="losers: what breaks a law in these scenes")
@@ -119,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         losers=options.losers, samples=tuple(options.samples), counterfactuals=options.counterfactuals
     )
     try:
-        print(compare(options.runs, DataConfig(clips=options.clips, split=options.split), config, options.draws))
+        print(compare(options.runs, options.clips, options.split, config, options.draws))
     except UserError as error:
         print(error, file=sys.stderr)
         return 1

@@ -356,7 +356,7 @@ def test_preferences_of_a_run(home: Path, capsys: pytest.CaptureFixture[str]) ->
     assert cli.main(["run", "recipe.yaml", "train.steps=12", "method.beta_T=10"]) == 0
     capsys.readouterr()
     data, config = DataConfig(clips="drops"), GroupsConfig(losers=3, counterfactuals=True)
-    line = preferences.compare(["try"], data, config, draws=4).splitlines()[-1]
+    line = preferences.compare(["try"], "drops", "train", config, draws=4).splitlines()[-1]
     accuracy, margin = (float(cell.split()[0]) for cell in line.split("|")[3:5])
     assert accuracy > 0.6
     assert margin > 0
@@ -531,8 +531,8 @@ def test_counterfactuals_are_shown(home: Path, capsys: pytest.CaptureFixture[str
     assert Image.open(home / "runs" / "try" / "groups.png").height == 2 * 4 * (128 + 14)
 
 
-def test_videos_of_any_kind_win_against_samples(home: Path) -> None:
-    """Without masks or a metadata.jsonl, retimed and cropped; the model is told the caption alone."""
+def test_videos_of_any_kind_win_against_samples(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without masks or a metadata.jsonl, retimed and cropped; the model is told the caption alone. And are measured."""
     (home / "own").mkdir()
     for name in ("cup", "ball"):
         video, _ = film(rows_of(2, 20), 8, 200)
@@ -546,3 +546,6 @@ def test_videos_of_any_kind_win_against_samples(home: Path) -> None:
     ]
     assert cli.main(["train", "recipe.yaml", *overrides]) == 0
     assert read_jsonl(home / "runs" / "own" / "log.jsonl")[0]["loss"] == pytest.approx(2 * np.log(2), rel=1e-5)
+    capsys.readouterr()
+    assert preferences.main(["runs/own", "--clips", "own", "--samples", "made", "--losers", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| runs/own | 2 |")
