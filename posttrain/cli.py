@@ -185,7 +185,8 @@ def _add_score(parsers: Any) -> None:
     command.add_argument("--judge", choices=("simulator", "vlm", "endpoint"), required=True, help=judges)
     command.add_argument("--clips", type=Path, metavar="DATASET", help="whose clips the samples continue")
     command.add_argument("--split", default="train", help="of the dataset (default train)")
-    command.add_argument("--model", metavar="FOLDER|HUB|NAME", help="for vlm, as Qwen/Qwen2.5-VL-7B-Instruct; endpoint")
+    model = "for vlm, one that takes pictures, as Qwen/Qwen2.5-VL-7B-Instruct; endpoint"
+    command.add_argument("--model", metavar="FOLDER|HUB|NAME", help=model)
     command.add_argument("--frames", type=positive, help="pictures of each video, for vlm and endpoint (default 16)")
     url = "for endpoint, as http://localhost:8000/v1; a key is taken from OPENAI_API_KEY"
     command.add_argument("--url", help=url)

@@ -22,6 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    InstructBlipVideoProcessor,
+    InstructBlipVideoVideoProcessor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -334,6 +336,14 @@ def test_models_that_are_none_are_refused(llava: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"--model: .*{path} {said}") as caught:
             vlm.load(str(tmp_path / path), CPU)
         assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_takes_videos_alone_is_refused(llava: Path, tmp_path: Path) -> None:
+    words = PreTrainedTokenizerFast.from_pretrained(llava)
+    sees = InstructBlipVideoVideoProcessor()
+    InstructBlipVideoProcessor(sees, words, words, num_query_tokens=4).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"takes no pictures \(InstructBlipVideoProcessor\); name a model that does"):
+        vlm.load(str(tmp_path), CPU)
 
 
 # ---------------------------------------------------------------- whole folders

@@ -1,4 +1,8 @@
-"""Asks a model of transformers that sees pictures and reads text: Qwen-VL, LLaVA, SmolVLM, Gemma and their like."""
+"""Asks a model of transformers that sees pictures and reads text: Qwen-VL, LLaVA, SmolVLM, Gemma and their like.
+
+A video is shown as several pictures, also to a model that takes videos besides. One that takes videos alone is refused:
+of transformers' classes that is InstructBlipVideo, which has no chat template.
+"""
 
 import numpy as np
 import torch
@@ -15,19 +19,22 @@ def load(path: str, device: torch.device) -> Ask:
     "Yes" and "No" are all tokens that say so, with or without a space around them.
 
     Raises:
-        UserError: it is no such model, cannot be had, has no chat template or no such tokens, or needs a library more.
+        UserError: it is no such model, cannot be had, takes no pictures, has no chat template or no such tokens, or
+            needs a library more.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         processor = AutoProcessor.from_pretrained(path)
+        if getattr(processor, "image_processor", None) is None:
+            raise UserError(f"--model: {path} takes no pictures ({type(processor).__name__}); name a model that does")
+        if getattr(processor, "chat_template", None) is None:
+            raise UserError(f"--model: {path} has no chat template; name a model that was tuned to answer")
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
     except ImportError as error:
         raise UserError(f"--model: {path} cannot be loaded ({_line(error)}); install what it lacks") from error
     except (OSError, ValueError) as error:
         remedy = "name a model that takes pictures and text, as Qwen/Qwen2.5-VL-3B-Instruct"
         raise UserError(f"--model: {path} cannot be loaded ({_line(error)}); {remedy}") from error
-    if getattr(processor, "chat_template", None) is None:
-        raise UserError(f"--model: {path} has no chat template; name a model that was tuned to answer")
     model = model.to(device).eval()
     said = processor.tokenizer.batch_decode([[token] for token in range(len(processor.tokenizer))])
     tokens = [[i for i, text in enumerate(said) if text.strip() == answer] for answer in ANSWERS]
