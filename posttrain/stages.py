@@ -186,7 +186,7 @@ def check_sampler(plan: Recipe) -> None:
     """Refuse to train one sampler and to measure another: what the one learns need not show in the other."""
     measured = plan.eval and plan.eval.sampler
     trained = getattr(plan.method.config, "sampler", measured)
-    if measured and trained != measured:
+    if measured and trained and trained != measured:
         raise UserError(
             f"method.sampler: trains {trained.model_dump()}, but eval.sampler measures {measured.model_dump()}; "
             "leave method.sampler out, and it is eval's"
