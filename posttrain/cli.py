@@ -214,9 +214,11 @@ def _doctor(path: str | None, overrides: Sequence[str], processes: int) -> int:
     from posttrain.data.clips import open_split
     from posttrain.dry import needs
     from posttrain.experiment import Recipe
+    from posttrain.stages import check_groups
     from sim.cli import Recipe as Film
 
     plan = recipe.load(path, overrides, Recipe)
+    groups = check_groups(plan)
     folder, makers = plan.data.folders[0], [plan.data.make] if isinstance(plan.data.make, str) else plan.data.make
     if plan.data.wanted is not None:  # clips are retimed and cropped to it
         clip = (plan.data.wanted.frames, *plan.data.wanted.size)
@@ -226,7 +228,8 @@ def _doctor(path: str | None, overrides: Sequence[str], processes: int) -> int:
     else:
         split = open_split(folder, plan.data.split)
         clip = (split.frames, *split.size)
-    needed = needs(plan.model, plan.train, clip, processes)
+    losers = groups.losers if groups else 0
+    needed = needs(plan.model, plan.train, clip, processes, plan.method.config, losers)
     return doctor(lambda: check_recipe(*needed, gpu_memory()))
 
 

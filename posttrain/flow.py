@@ -191,7 +191,7 @@ def sample(
             # float64, so that a whole timestep of 1000 is the same whole number again inside the model
             t_B = timestep.double().expand(batch) / scheduler.config.num_train_timesteps
             t_BF = frame_times(t_B, frames, clean)
-            w = guidance(float(t_B[0])) if callable(guidance) else guidance
+            w = guidance(float(timestep) / scheduler.config.num_train_timesteps) if callable(guidance) else guidance
             if torch.is_grad_enabled() and number in active:
                 again = partial(checkpoint, velocity, use_reentrant=False) if recompute else velocity
                 v_BCFHW = again(z_BCFHW, t_BF, w)

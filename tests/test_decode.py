@@ -8,7 +8,8 @@ from diffusers import AutoencoderKLWan
 from tiny import TINY_VAE, TINY_VAE_21
 from torch import Tensor
 
-from posttrain.dry import Meter, dry_decode
+from posttrain.dry import dry_decode
+from posttrain.meter import Meter
 from posttrain.models.decode import cache_bytes, clamp, decode
 
 CONFIGS = {"2.1": TINY_VAE_21, "2.2": TINY_VAE}

@@ -1,24 +1,34 @@
 """Every published model at full size, without its weights: counts, shapes and gradients of a whole training step."""
 
 import json
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from falling import write_dataset
-from tiny import FAMILIES, wan_folder
+from tiny import FAMILIES, TINY_TRANSFORMER, TINY_VAE, wan_folder
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from posttrain import cli
 from posttrain.doctor import check_recipe
-from posttrain.dry import Meter, Step, dry_step, needs
+from posttrain.dry import Step, brightness, dry_step, needs, whole_step
 from posttrain.files import UserError
+from posttrain.flow import Last, SamplerConfig, frame_times
+from posttrain.meter import Meter
+from posttrain.methods import gdpo, oro, psft, segmenter
+from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, ModelConfig
+from posttrain.models.decode import cache_bytes
 from posttrain.models.folders import read_configs
 from posttrain.models.published import PUBLISHED
-from posttrain.models.wan import load
-from posttrain.run import TrainConfig
+from posttrain.models.wan import Wan, load
+from posttrain.pocket.build import SCHEDULER
+from posttrain.run import Run, TrainConfig
+from posttrain.types import Batch, Random
 
 POCKET = Path(__file__).parent.parent / "recipes" / "pocket"
 RANK = 32
@@ -128,12 +138,220 @@ def test_the_doctor_says_what_a_recipe_takes(
     assert "GiB (weights 0.0" in line
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("gdpo", " trained; 8 groups of 2 clips at once of 33 x 64 x 64 (144 tokens each)"),
+        ("oro", " TFLOP a step, without the rewards' networks"),
+    ],
+)
+def test_the_doctor_knows_the_other_methods(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = ["data.clips=nowhere", f"data.make={POCKET / 'drop.yaml'}"]
+    overrides += ["method.frames=5"] if name == "oro" else []
+    assert cli.main(["doctor", str(POCKET / f"{name}.yaml"), *overrides]) in (0, 1)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if " recipe " in line]
+    assert told in line
+
+
+# ---------------------------------------------------------------- gdpo and oro at tiny size
+
+SIZE = 9, 64, 64
+
+
+@cache
+def small(method: Any = psft.Config(), adapter: bool = True, **more: Any) -> Step:  # noqa: B008
+    config = ModelConfig(path="x", adapter=AdapterConfig(rank=2) if adapter else None)
+    how = {"precision": "fp32", "block_checkpointing": False} | more
+    return dry_step(config, TINY_TRANSFORMER, TINY_VAE, *SIZE, method=method, **how)
+
+
+def real() -> Wan:
+    """The same model with weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        body = WanTransformer3DModel.from_config(TINY_TRANSFORMER)
+        eyes = AutoencoderKLWan.from_config(TINY_VAE).requires_grad_(False)
+    lora.attach(body, 2, None, lora.TARGETS, 0)
+    return Wan(body, eyes.config, {"vae": lambda: eyes}, None, UniPCMultistepScheduler(**SCHEDULER))
+
+
+def preference(**more: Any) -> gdpo.Config:
+    return gdpo.Config(physics=None, **more)
+
+
+def reward(steps: int, guidance: float = 1.0, **more: Any) -> oro.Config:
+    return oro.Config(rewards=[{"name": "object"}], sampler=SamplerConfig(steps=steps, guidance=guidance), **more)
+
+
+class Some:
+    """Groups of noise, of one true clip and three losers each."""
+
+    ids, key = ("a", "b"), "some"
+
+    def __init__(self, model: Wan) -> None:
+        self.shape, self.text_dim = model.latent_shape(*SIZE), model.config.text_dim
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def load(self, indices: Sequence[int]) -> Batch:
+        count = len(indices)
+        z0_BCFHW, losers_BMCFHW = torch.randn(count, *self.shape), torch.randn(count, 3, *self.shape)
+        text_BLD = torch.randn(count, 512, self.text_dim)
+        return Batch(tuple(self.ids[i] for i in indices), z0_BCFHW, text_BLD, losers_BMCFHW=losers_BMCFHW)
+
+
+def seen(meter: Meter, model: Wan) -> None:
+    """What was there before the meter."""
+    for part in (model.transformer, model.vae):
+        for tensor in (*part.parameters(), *part.buffers()):
+            meter.see(tensor)
+
+
+def forward(model: Wan) -> int:
+    """Operations of one clip's velocity."""
+    batch = Some(model).load([0])
+    assert batch.z0_BCFHW is not None
+    assert batch.text_BLD is not None
+    with torch.no_grad(), Meter() as meter:
+        model.velocity(batch.z0_BCFHW, frame_times(torch.ones(1), 3, clean=1), batch.text_BLD)
+    return meter.flop
+
+
+@pytest.mark.parametrize("block_checkpointing", [False, True])
+def test_the_work_of_preference_is_that_of_its_members(block_checkpointing: bool) -> None:
+    """Forward and backward of each as in PSFT, and each once more for the reference; in turn, each once more again."""
+    model, take = real(), partial(small, block_checkpointing=block_checkpointing, losers=3)
+    once = forward(model)
+    with lora.disabled(model.transformer):
+        bare = forward(model)
+    clip = take().teraflop * 1e12
+    work = {
+        name: take(preference(**how)).teraflop * 1e12
+        for name, how in {
+            "pair": {},
+            "in turn": {"backward": "in_turn"},
+            "sum": {"mode": "sum"},
+            "exact": {"mode": "exact", "backward": "in_turn"},
+            "copy": {"reference": "full_copy"},
+            "cached": {"cached_draws": 4},
+        }.items()
+    }
+    assert bare < once
+    assert work == pytest.approx(
+        {
+            "pair": 2 * clip + 2 * bare,
+            "in turn": 2 * clip + 2 * bare + 2 * once,
+            "sum": 4 * clip + 4 * bare,
+            "exact": 4 * clip + 4 * bare + 4 * once,
+            "copy": 2 * clip + 2 * once,  # it has the adapter as it was
+            "cached": 2 * clip + 2 * bare,
+        },
+        rel=1e-9,
+    )
+
+
+def test_in_turn_needs_the_memory_of_one() -> None:
+    clip, pair, turn = small(), small(preference()), small(preference(backward="in_turn"))
+    assert pair.activations > 1.8 * clip.activations
+    assert turn.activations < 1.2 * clip.activations
+    all_four = small(preference(mode="sum", backward="in_turn"), losers=3)
+    assert all_four.activations < 1.3 * clip.activations
+
+
+def test_a_copy_is_weights() -> None:
+    lean, copied = small(preference()), small(preference(reference="full_copy"))
+    assert copied.weights == pytest.approx(2 * lean.weights)
+    assert copied.activations == pytest.approx(lean.activations, rel=0.01)
+    with pytest.raises(UserError, match=r"model\.adapter: is missing; the reference is the model without it"):
+        small(preference(), adapter=False)
+
+
+@pytest.mark.parametrize("how", [{}, {"backward": "in_turn"}, {"mode": "sum"}, {"reference": "full_copy"}])
+def test_a_dry_step_of_gdpo_is_one_of_its_training(tmp_path: Path, how: dict[str, Any]) -> None:
+    """Of real tensors in `gdpo.train`: the same operations, and the same bytes to 3%."""
+    model, config = real(), preference(**how)
+    base, settings = gdpo.start(model, config), TrainConfig(steps=1, batch=2, lr=1e-3)
+    run = Run(tmp_path, model.module, Some(model), settings)
+    model.module = run.module
+    with Meter() as meter:
+        seen(meter, model)
+        for tensor in base.parameters() if base else ():
+            meter.see(tensor)
+        gdpo.train(run, model, config, base)
+    found = small(config, batch=2, losers=3)
+    assert meter.flop == pytest.approx(found.teraflop * 1e12)
+    bytes_of_eyes = sum(p.nbytes for p in model.vae.parameters())
+    assert meter.peak - bytes_of_eyes == pytest.approx((found.weights + found.activations) * 2**30, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"guidance": 2.0}, {"recompute": ()}, {"recompute": ("decoder",), "frames": 5}, {"grad": Last(last=1)}],
+)
+def test_a_dry_step_of_oro_is_one_of_its_training(how: dict[str, Any]) -> None:
+    """Of real tensors in `oro_loss`: the same operations, and the same bytes to 3%."""
+    model, config = real(), reward(3, **how)
+    with Meter() as meter:
+        seen(meter, model)
+        batch = Some(model).load([0, 1])
+        told = {"video_BCFHW": torch.zeros(2, 3, *SIZE), "instances_BFHW": torch.zeros(2, *SIZE, dtype=torch.uint8)}
+        batch = Batch(batch.ids, batch.z0_BCFHW, batch.text_BLD, **told)
+        oro.oro_loss(model, batch, brightness, config, Random(0, 0, [0, 1]), torch.zeros(1, 512, 64))[0].backward()
+    found = small(config, batch=2)
+    assert meter.flop == pytest.approx(found.teraflop * 1e12)
+    assert meter.peak == pytest.approx((found.weights + found.activations) * 2**30, rel=0.03)
+
+
+@pytest.mark.parametrize(("recompute", "adapter"), [(("steps",), True), (("steps",), False), ((), True), ((), False)])
+def test_a_long_sampler_is_told_by_short_ones(recompute: tuple[Any, ...], adapter: bool) -> None:
+    """Seven steps run, and seven told by three and four."""
+    seven = reward(7, recompute=recompute, frames=1)
+    assert whole_step(partial(small, adapter=adapter), seven) == pytest.approx(small(seven, adapter))
+
+
+def test_each_step_of_the_sampler_is_work() -> None:
+    """Guidance asks for two clips; a step that is not differentiated for a forward pass alone."""
+
+    def more(**how: Any) -> float:
+        three, four = (small(reward(steps, frames=1, **how)).teraflop for steps in (3, 4))
+        return (four - three) * 1e12
+
+    assert more(guidance=2.0, recompute=()) == pytest.approx(2 * more(recompute=()), rel=1e-3)
+    once = forward(real())
+    assert more(grad=Last(last=1)) == pytest.approx(once, rel=1e-3)
+    assert more(recompute=("steps",)) == pytest.approx(more(recompute=()) + once, rel=1e-3)
+
+
+def test_what_is_offloaded_is_in_main_memory() -> None:
+    """The caches, and the latents that are decoded."""
+    plain, moved = small(reward(2)), small(reward(2, offload=True))
+    caches = sum(cache_bytes(TINY_VAE, (1, 8, 3, 8, 8)))
+    assert plain.offloaded == 0
+    assert moved.offloaded * 2**30 == pytest.approx(caches, rel=0.05)
+    assert 0.3 * caches < (plain.activations - moved.activations) * 2**30 < caches
+    assert moved.teraflop == plain.teraflop
+
+
+def test_gradients_of_the_micro_batch_before_lie_beside_the_decode() -> None:
+    first, later = (small(reward(2), adapter=False, accumulates=on) for on in (False, True))
+    assert (later.activations - first.activations) * 2**30 == pytest.approx(4 * first.trained)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     train = TrainConfig(steps=1, batch=12, lr=1.0, accumulate=2)
     with pytest.raises(UserError, match="32 frames of 256 x 256 do not fit the model"):
         needs(ModelConfig(path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"), train, (32, 256, 256))
     with pytest.raises(UserError, match="only known for wan"):
         needs(ModelConfig(family="tracker", path="pocket"), train, (33, 64, 64))
+    with pytest.raises(UserError, match=r"method\.name: .* only known for psft, gdpo and oro, not for segmenter"):
+        needs(ModelConfig(path="pocket"), train, (33, 64, 64), method=segmenter.Config())
+    experts = ModelConfig(path="Wan-AI/Wan2.2-T2V-A14B-Diffusers", expert="high")
+    with pytest.raises(UserError, match=r"model\.expert: what ORO takes is only known for models of one expert"):
+        needs(experts, train, (33, 64, 64), method=reward(2))
     with pytest.raises(
         UserError, match=r"train.batch: 12 does not divide into 2 \(train.accumulate\) x 4 \(processes\)"
     ):

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from posttrain.data.clips import Clips, DataConfig
 from posttrain.data.latents import Annotated, Latents
-from posttrain.dry import Meter
 from posttrain.experiment import Recipe
 from posttrain.files import UserError, read_jsonl
 from posttrain.flow import Last, SamplerConfig
+from posttrain.meter import Meter
 from posttrain.methods import oro
 from posttrain.methods.oro import Config, Sampling, depends, oro_loss
 from posttrain.models.base import AdapterConfig, ModelConfig

@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "posttrain.methods": [*CONTRACT, *ROOMS],
     "posttrain.methods.oro": [*CONTRACT, *ROOMS, "posttrain.recipe"],  # its rewards are named parts
     "posttrain.benchmarks": [*CONTRACT, "posttrain.metrics", "posttrain.data"],
+    "posttrain.benchmarks.preference_cost": [*CONTRACT, *ROOMS, "posttrain.methods", "posttrain.dry"],
     "posttrain.benchmarks.rewards": [*CONTRACT, "posttrain.data", "posttrain.rewards", "posttrain.recipe"],
     "posttrain.judges": [*CONTRACT, "posttrain.metrics", "posttrain.data"],
     "posttrain.sample": [*CONTRACT, "posttrain.flow", "posttrain.data", "posttrain.models.base"],
@@ -59,7 +60,8 @@ MAY_IMPORT = {
     ],
     "posttrain.export": [*CONTRACT, "posttrain.models"],
     "posttrain.doctor": [*CONTRACT, "posttrain.pocket"],
-    "posttrain.dry": [*CONTRACT, *ROOMS, "posttrain.methods"],
+    "posttrain.meter": [],
+    "posttrain.dry": [*CONTRACT, *ROOMS, "posttrain.methods", "posttrain.meter"],
     "posttrain.bench": [*CONTRACT, *ROOMS, "posttrain.methods", "posttrain.sample"],
     "posttrain.tripwires": [
         *(*CONTRACT, *ROOMS, "posttrain.recipe", "posttrain.benchmarks", "posttrain.evaluate", "posttrain.records"),

@@ -1,0 +1,76 @@
+"""What PyTorch does, counted: bytes that are alive at once and floating point operations, of tensors real or fake."""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
+
+ATEN: Any = torch.ops.aten
+# PyTorch's own table has all but the CPU's attention
+FLOPS: dict[Any, Any] = dict(flop_registry) | {
+    ATEN._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+
+
+class Memory:
+    """Bytes of the storages that are alive, now and at the worst moment."""
+
+    def __init__(self) -> None:
+        self.live = self.peak = 0
+        self.known: set[int] = set()  # addresses of storages
+
+    def see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address not in self.known:
+            self.known.add(address)
+            size = storage.nbytes()
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.forget, address, size)
+
+    def forget(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.live -= size
+
+
+class Meter(Memory, TorchDispatchMode):
+    """Counts the storages that are alive, and the operations."""
+
+    def __init__(self) -> None:
+        Memory.__init__(self)
+        TorchDispatchMode.__init__(self)
+        self.flop = 0
+        self.main = Memory()
+        self.place: Memory = self  # where what is made now lies
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self.place.see(tensor)
+        count = FLOPS.get(func._overloadpacket)
+        if count is not None:
+            self.flop += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+    @contextmanager
+    def offloading(self) -> Iterator[None]:
+        """Inside, what is kept for the backward pass waits in main memory, as `save_on_cpu` lets it on a GPU."""
+
+        def pack(tensor: Tensor) -> Tensor:
+            tensor = tensor.detach()
+            self.place = self.main
+            copy = tensor.clone()
+            self.place = self
+            return copy
+
+        with saved_tensors_hooks(pack, Tensor.clone):
+            yield
