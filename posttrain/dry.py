@@ -238,7 +238,8 @@ def dry_step(
 def whole_step(take: Callable[..., Step], method: Strict) -> Step:
     """`take(method=method)`; what a long sampler takes that is differentiated at all steps is told by two short ones.
 
-    Exact for the arithmetic. The memory grows by what each step keeps, which is the same for all in between.
+    Exact for the arithmetic. The memory grows by what each step keeps; where all weights are trained and the worst
+    moment is in the sampler's backward pass, it is told too large, by two latents a step.
     """
     if not isinstance(method, oro.Config) or method.grad != "all" or method.sampler.steps <= SHORT[1]:
         return take(method=method)

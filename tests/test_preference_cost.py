@@ -6,7 +6,7 @@ from posttrain.benchmarks.preference_cost import main
 
 
 def test_rows_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    """A transformer of one head and one block; in turn is more work than true clips alone."""
+    """A transformer of one head and one block; in turn is 10/3 of the work, and 6 of what stays forward."""
     size = ["--heads", "1", "--blocks", "1", "--geometry", "5x32x32"]
     assert main([*size, "--steps", "2", "--device", "cpu", "--rows", "in_turn"]) == 0
     out = capsys.readouterr().out
@@ -15,5 +15,5 @@ def test_rows_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in (clips, turn)]
     assert [row[0] for row in rows] == ["LoRA, true clips", "LoRA-SR, pair in turn"]
     assert [rows[0][i] for i in (2, 5, 6)] == ["1.00", "1.00", "1.00"]
-    assert 3 < float(rows[1][6]) < 4
+    assert 10 / 3 < float(rows[1][6]) < 6
     assert all(float(cell) >= 0 for row in rows for cell in row[1:])
