@@ -28,7 +28,7 @@ from posttrain.run import Run, TrainConfig
 from posttrain.types import Batch, Random, Strict
 
 PSFT = psft.Config()
-SHORT = 3, 4  # steps of a sampler: from the second number on each further one takes what this one takes
+SHORT = 2, 3  # steps of a sampler, by which longer ones are told
 
 
 class Step(NamedTuple):
