@@ -492,7 +492,7 @@ def test_adding_a_reward_is_one_file_and_one_line(tmp_path: Path) -> None:
 
 def test_a_sum_of_columns_adds_values_and_slopes() -> None:
     judged = {
-        "a": [matrix.Judged(0, "hover", 1.0, 2.0, 3.0, None)],
+        "a": [matrix.Judged(0, "hover", 1.0, 2.0, 3.0, None, 4.0)],
         "b": [matrix.Judged(0, "hover", 1.0, 5.0, -1.0, None)],
     }
     assert matrix.total(judged, {"a": 1.0, "b": 2.0}) == [matrix.Judged(0, "hover", 1.0, 12.0, 1.0, None)]
@@ -517,3 +517,20 @@ def test_a_step_nearer_moves_the_object_by_a_pixel() -> None:
     moved = (shown + change)[0, 0] == 0.9
     assert torch.equal(moved[1] & ~(batch.instances_BFHW[0, 1] > 0), square((29, 20))[0, 0])
     assert torch.equal(moved[2] & ~(batch.instances_BFHW[0, 2] > 0), square((12, 34))[0, 0])
+
+
+def test_what_a_step_gains_by_hand() -> None:
+    """A square that should fall by two rows hangs. Two rows of 8 pixels each are 1 and 2 pixels from where they should
+    be, and as many are missed: in one of two pictures 2 x (8 + 16) / 64 pixels, which a step towards the truth undoes.
+    """
+    batch = scene(2)
+    video = matrix.impostors(batch)["frozen"]
+
+    def follow(video_BCFHW: Tensor, mask0_BHW: Tensor) -> Tensor:
+        return video_BCFHW[:, 0] - 0.5  # the square alone is as red
+
+    way = batch.video_BCFHW - video
+    assert matrix.gain(video, way, batch, follow) == pytest.approx(0.75 / (SIZE * 2**0.5) / 2)
+    assert matrix.gain(video, 1e-9 * way, batch, follow) == pytest.approx(0.75 / (SIZE * 2**0.5) / 2)
+    assert matrix.gain(video, -way, batch, follow) <= 0
+    assert matrix.gain(video, 0 * way, batch, follow) == 0
