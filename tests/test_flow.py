@@ -25,6 +25,7 @@ from posttrain.flow import (
     shift_time,
     target,
 )
+from posttrain.meter import Meter
 from posttrain.models.base import ModelConfig
 from posttrain.models.wan import Wan, load
 from posttrain.sample import sample_clips
@@ -348,16 +349,21 @@ def test_the_gradient_is_that_of_plain_autograd(families: dict[str, Path], famil
         assert any(b.norm() > 0 for b in expected)
 
 
-def test_block_checkpointing_inside_a_step_changes_nothing(folder: Path, wan: Wan) -> None:
+def test_block_checkpointing_inside_a_step_changes_nothing_but_memory(folder: Path, wan: Wan) -> None:
+    """The same gradient bit for bit, and at the worst moment less than 0.8 of the bytes."""
     inside = load(ModelConfig(path=str(folder)))
     inside.transformer.enable_gradient_checkpointing()
     torch.manual_seed(0)
-    noise, first, text = torch.randn(1, 8, 3, 4, 4), torch.randn(1, 8, 1, 4, 4), wan.encode_text(["a red ball falls."])
-    gradients = []
+    noise, first = torch.randn(1, 8, 9, 16, 16), torch.randn(1, 8, 1, 16, 16)
+    text = wan.encode_text(["a red ball falls."])
+    gradients, peaks = [], []
     for model in (wan, inside):
-        z0 = sample(model, model.scheduler(), noise, text, first, 3)
-        gradients.append(torch.autograd.grad(z0.square().mean(), list(model.transformer.parameters())))
+        with Meter() as meter:
+            z0 = sample(model, model.scheduler(), noise, text, first, 3)
+            gradients.append(torch.autograd.grad(z0.square().mean(), list(model.transformer.parameters())))
+        peaks.append(meter.peak)
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert peaks[1] < 0.8 * peaks[0]
 
 
 @pytest.mark.parametrize("recompute", [True, False])

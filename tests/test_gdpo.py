@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from posttrain.files import UserError, read_jsonl
+from posttrain.meter import Meter
 from posttrain.methods import gdpo
 from posttrain.methods.gdpo import Config, Physics, gdpo_loss, physics_weights
+from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan import Wan, load
 from posttrain.run import Run, TrainConfig
@@ -371,23 +373,58 @@ def test_in_turn_has_the_gradients_of_together(
     assert apart < tolerance * norm
 
 
+def test_in_turn_has_the_memory_of_one(folder: Path, tmp_path: Path) -> None:
+    """Bytes alive at the worst moment of a step, of four members: less than 0.4 of what they take together."""
+    peaks = {}
+    for backward in ("together", "in_turn"):
+        wan, config = adapted(folder), Config(mode="sum", backward=backward)
+        data, settings = Pairs(wan.encode_text(["a ball."])[0]), TrainConfig(steps=1, batch=4, lr=1e-3)
+        run = Run(tmp_path / backward, wan.module, data, settings)
+        wan.module = run.module
+        with Meter() as meter:
+            gdpo.train(run, wan, config)
+        peaks[backward] = meter.peak
+    assert peaks["in_turn"] < 0.4 * peaks["together"]
+
+
+@contextmanager
+def counted(wan: Wan) -> Iterator[list[int]]:
+    """How many clips each forward call of the transformer had."""
+    calls: list[int] = []
+    hook = lora.unwrap(wan.transformer).register_forward_hook(lambda module, inputs, out: calls.append(len(inputs[0])))
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
 def test_cached_errors_are_those_that_would_be_asked_for(folder: Path, tmp_path: Path) -> None:
-    """Of 2 draws each, over 3 epochs: every loss is that of asking again, and the reference is asked 8 times."""
+    """Of 2 draws each, over 3 epochs: every loss is that of asking again, and the reference is asked once for each."""
     config, wan = Config(mode="exact", cached_draws=2), adapted(folder)
     run = Run(tmp_path, wan.module, Pairs(wan.encode_text(["a ball."])[0]), TrainConfig(steps=6, batch=2, lr=1e-2))
     wan.module, cache, names = run.module, {}, set()
     for batch in run.batches():
         drawn = gdpo.draw(wan, batch, config, run)
         with torch.no_grad(), gdpo.reference(wan, None, "fp32"):
-            kept = gdpo.cached_errors(wan, drawn, config, cache)
+            with counted(wan) as calls:
+                kept = gdpo.cached_errors(wan, drawn, config, cache)
             asked = gdpo.errors(wan, drawn, config)
         torch.testing.assert_close(kept, asked, rtol=1e-6, atol=0)
+        assert calls == [4] * len(set(drawn.names) - names)
         names |= set(drawn.names)
         run.step(*gdpo.compare(gdpo.errors(wan, drawn, config), kept, drawn, config)[:1])
     assert set(cache) == names
-    assert len(cache) <= 8
+    assert len(names) <= 8 < 12
     assert {name[0] for name in names} == set("abcd")
     assert {name[1] for name in names} == {0, 1}
+
+
+def test_a_run_asks_its_cached_reference_once(folder: Path, tmp_path: Path) -> None:
+    """One group with one draw over 3 steps: the reference's one call has its 4 members, as each of the policy's."""
+    wan = adapted(folder)
+    with counted(wan) as calls:
+        trained(tmp_path, wan, Config(mode="sum", cached_draws=1), groups=1, batch=1)
+    assert calls == [4] * (1 + 3)
 
 
 @pytest.mark.parametrize(

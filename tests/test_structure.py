@@ -37,7 +37,10 @@ MAY_IMPORT = {
     "posttrain.methods.oro": [*CONTRACT, *ROOMS, "posttrain.recipe"],  # its rewards are named parts
     "posttrain.benchmarks": [*CONTRACT, "posttrain.metrics", "posttrain.data"],
     "posttrain.benchmarks.preference_cost": [*CONTRACT, *ROOMS, "posttrain.methods", "posttrain.dry"],
-    "posttrain.benchmarks.rewards": [*CONTRACT, "posttrain.data", "posttrain.rewards", "posttrain.recipe"],
+    "posttrain.benchmarks.rewards": [
+        *(*CONTRACT, "posttrain.data", "posttrain.rewards", "posttrain.recipe", "posttrain.metrics"),
+        *("posttrain.models.base", "posttrain.models.tracker"),
+    ],
     "posttrain.judges": [*CONTRACT, "posttrain.metrics", "posttrain.data"],
     "posttrain.sample": [*CONTRACT, "posttrain.flow", "posttrain.data", "posttrain.models.base"],
     "posttrain.gallery": [*CONTRACT, "posttrain.models.base", "posttrain.sample"],

@@ -10,8 +10,11 @@ For each reward (a file of posttrain/rewards) and each kind of violation
              along x* - x, with x* the group's true clip, is positive.
     nearer   the share at which it pulls the object to its place: the derivative is positive along the change of pixels
              that moves the scored object, as it is seen, by one pixel towards where it truly is.
+    step     the share at which a step along the gradient helps: all pixels after the first picture change by `STEP` in
+             the root mean square, and the object, as the embedded tracker sees it, which no reward asks, is nearer to
+             its true masks afterwards (Chamfer distance, posttrain/metrics/pisa.py).
 
-Both speak of the first small step in pixels and no more, and are taken at the least and the most severe clip of a kind.
+The first two speak of a small step in pixels and no more. All are taken at a kind's least and most severe clip.
 A kind that a reward declares in its RANKS is asked for rho <= -0.9, and is printed in bold. A second table has the mean
 rewards of what no reward may like: a clip that stays at its first picture, and after that picture nothing, a flat one,
 or noise.
@@ -34,6 +37,10 @@ from torch import Tensor
 import posttrain.rewards
 from posttrain.data.clips import Split, open_split, read_annotations, read_video, to_float
 from posttrain.files import UserError
+from posttrain.metrics import pisa
+from posttrain.metrics.masks import Track, segment
+from posttrain.models import tracker
+from posttrain.models.base import ModelConfig
 from posttrain.progress import markdown, track
 from posttrain.recipe import resolve
 from posttrain.rewards.base import Reward, true_masks
@@ -41,10 +48,11 @@ from posttrain.types import Batch
 
 ASKED = 0.9  # of the size of rho, of the kinds that a reward declares
 TRUE = ""  # the kind of the true clip
+STEP = 0.05  # of pixels in [-1, 1]
 
 
 class Judged(NamedTuple):
-    """A clip's reward, and the reward's derivatives, as above (None where they are not taken)."""
+    """A clip's reward, its derivatives, and what a step gains, as above (None where they are not taken)."""
 
     group: int
     kind: str
@@ -52,6 +60,7 @@ class Judged(NamedTuple):
     reward: float
     towards: float | None = None
     nearer: float | None = None
+    step: float | None = None
 
 
 class Violated(NamedTuple):
@@ -107,9 +116,17 @@ def violated(split: Split, group: int, kinds: Sequence[str] | None = None) -> It
 
 
 def judge(
-    split: Split, rewards: Mapping[str, Reward], groups: Sequence[int], kinds: Sequence[str] | None = None
+    split: Split,
+    rewards: Mapping[str, Reward],
+    groups: Sequence[int],
+    follow: Track,
+    kinds: Sequence[str] | None = None,
 ) -> dict[str, list[Judged]]:
-    """What each reward says of the true clips of these groups and of those that break a law."""
+    """What each reward says of the true clips of these groups and of those that break a law.
+
+    Args:
+        follow: the tracker that sees whether a step helps.
+    """
     found: dict[str, list[Judged]] = {name: [] for name in rewards}
     for group in groups:
         batch = truth(split, group)
@@ -124,20 +141,35 @@ def judge(
             if clip.severity in (min(severities), max(severities)):
                 ways = {"towards": batch.video_BCFHW - clip.video_BCFHW, "nearer": nearer(clip, batch)}
             for name, reward in rewards.items():
-                value, slopes = derivatives(reward, clip.video_BCFHW, batch, ways)
+                value, slopes = derivatives(reward, clip.video_BCFHW, batch, ways, follow)
                 found[name].append(Judged(group, clip.kind, clip.severity, value, **slopes))
     return found
 
 
 def derivatives(
-    reward: Reward, video_BCFHW: Tensor, batch: Batch, ways: Mapping[str, Tensor]
+    reward: Reward, video_BCFHW: Tensor, batch: Batch, ways: Mapping[str, Tensor], follow: Track
 ) -> tuple[float, dict[str, float | None]]:
-    """The reward of a clip, and its derivative along each way, None where that leads nowhere; frame 0 is given."""
+    """The reward of a clip; where there are ways, its derivative along each, None where that leads nowhere, and what a
+    step gains. Frame 0 is given."""
     if not ways:
         with torch.no_grad():
             return reward(video_BCFHW, batch).item(), {}
     value, gradient = with_gradient(reward, video_BCFHW, batch)
-    return value, {name: (gradient * way)[:, :, 1:].sum().item() if way.any() else None for name, way in ways.items()}
+    gradient[:, :, 0] = 0
+    slopes = {name: (gradient * way).sum().item() if way.any() else None for name, way in ways.items()}
+    return value, slopes | {"step": gain(video_BCFHW, gradient, batch, follow)}
+
+
+def gain(video_BCFHW: Tensor, gradient_BCFHW: Tensor, batch: Batch, follow: Track) -> float:
+    """By how much a step of size STEP brings the object nearer to its true masks: the fall of the Chamfer distance."""
+    size = gradient_BCFHW[:, :, 1:].double().square().mean().sqrt().clamp_min(1e-30).to(gradient_BCFHW.dtype)
+    moved_BCFHW = (video_BCFHW + STEP / size * gradient_BCFHW).clamp(-1, 1)
+    true_BFHW = true_masks(batch)
+    before, after = (
+        pisa.score(segment(follow, shown, true_BFHW[:, 0])[0].numpy(), true_BFHW[0].numpy(), 1, 1)["chamfer"]
+        for shown in (video_BCFHW, moved_BCFHW)
+    )
+    return before - after
 
 
 def nearer(clip: Violated, batch: Batch) -> Tensor:
@@ -174,7 +206,7 @@ def with_gradient(reward: Reward, video_BCFHW: Tensor, batch: Batch) -> tuple[fl
 
 
 def total(judged: Mapping[str, list[Judged]], weights: Mapping[str, float]) -> list[Judged]:
-    """What a weighted sum of rewards says: values and derivatives add up."""
+    """What a weighted sum of rewards says: values and derivatives add up; what a step gains is not known."""
     rows = []
     for clips in zip(*(judged[name] for name in weights), strict=True):
         weighted = list(zip(weights.values(), clips, strict=True))
@@ -182,7 +214,7 @@ def total(judged: Mapping[str, list[Judged]], weights: Mapping[str, float]) -> l
         for way in ("towards", "nearer"):
             if getattr(clips[0], way) is not None:
                 sums[way] = sum(w * getattr(clip, way) for w, clip in weighted)
-        rows.append(clips[0]._replace(**sums))
+        rows.append(clips[0]._replace(**sums, step=None))
     return rows
 
 
@@ -199,7 +231,7 @@ def rho(clips: Sequence[Judged], kind: str) -> float:
 
 
 def right(clips: Sequence[Judged], kind: str, way: str) -> str:
-    """The share of the kind's clips whose derivative along a way is positive; a dash where there is none."""
+    """The share of the kind's clips whose derivative or gain in a step is positive; a dash where there is none."""
     slopes = [slope for clip in clips if clip.kind == kind and (slope := getattr(clip, way)) is not None]
     return f"{np.mean([slope > 0 for slope in slopes]):.0%}" if slopes else "–"
 
@@ -219,14 +251,14 @@ def impostors(batch: Batch) -> dict[str, Tensor]:
 
 
 def table(judged: Mapping[str, list[Judged]], declared: Mapping[str, Sequence[str]]) -> str:
-    """A line per kind, a column per reward: rho, and the shares of gradients that point towards and nearer."""
+    """A line per kind, a column per reward: rho, and the shares towards, nearer and step."""
     kinds = dict.fromkeys(clip.kind for clips in judged.values() for clip in clips if clip.kind != TRUE)
 
     def cell(name: str, kind: str) -> str:
         clips = judged[name]
         order = rho(clips, kind)
         text = "–" if math.isnan(order) else f"{order:+.2f}"
-        ways = " ".join(right(clips, kind, way) for way in ("towards", "nearer"))
+        ways = " ".join(right(clips, kind, way) for way in ("towards", "nearer", "step"))
         return (f"**{text}**" if kind in declared.get(name, ()) else text) + f" {ways}"
 
     lines = [[kind, *(cell(name, kind) for name in judged)] for kind in kinds]
@@ -250,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
-    judged = judge(split, rewards, groups)
+    judged = judge(split, rewards, groups, tracker.load(ModelConfig(family="tracker", path="pocket")))
     declared = {name: module.RANKS for name, module in modules.items()}
     columns = judged | {text: total(judged, chosen) for text, chosen in sums.items()}
     print(f"{len(groups)} groups, {len(columns[options.rewards[0]])} clips\n\n{table(columns, declared)}\n")
