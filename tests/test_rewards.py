@@ -283,7 +283,7 @@ def double(batch: Batch) -> Batch:
 def test_the_gradient_in_pixels_is_that_of_finite_differences(name: str, exact: dict[str, Reward]) -> None:
     """Through the embedded network and, of SAM 2, its memory of earlier pictures, along a change of all pictures.
 
-    What is rounded otherwise (Unrounded) costs the gradient that training gets at most 2% of its size.
+    What training rounds (to float32, and to bf16 in SAM 2's memory) is up to 0.24% of the gradient's size (measured).
     """
     batch = double(scene(4))
     video, way = batch.video_BCFHW + 0.1 * random(1, 3, 4, SIZE, SIZE), random(1, 3, 4, SIZE, SIZE) - 0.5
@@ -295,7 +295,7 @@ def test_the_gradient_in_pixels_is_that_of_finite_differences(name: str, exact: 
         _, gradient = matrix.with_gradient(exact[name], video, batch)
         assert (gradient * way).sum().item() == pytest.approx(slope(reward, video, way, 1e-7), rel=1e-5)
     _, rounded = matrix.with_gradient(loaded(name), video.float(), scene(4))
-    assert (rounded - gradient).norm() < 0.02 * gradient.norm()
+    assert (rounded - gradient).norm() < 0.01 * gradient.norm()
 
 
 @pytest.fixture(scope="module")
