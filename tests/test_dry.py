@@ -1,5 +1,6 @@
 """Every published model at full size, without its weights: counts, shapes and gradients of a whole training step."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from functools import cache, partial
@@ -15,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from posttrain import cli
 from posttrain.doctor import check_recipe
-from posttrain.dry import Step, brightness, dry_step, needs, whole_step
+from posttrain.dry import PSFT, Step, brightness, dry_step, needs, whole_step
 from posttrain.files import UserError
 from posttrain.flow import Last, SamplerConfig, frame_times
 from posttrain.meter import Meter
-from posttrain.methods import gdpo, oro, psft, segmenter
+from posttrain.methods import gdpo, oro, segmenter
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.decode import cache_bytes
@@ -124,15 +125,11 @@ def test_a_folder_is_counted_as_it_loads(tmp_path: Path, family: str) -> None:
     ],
 )
 def test_the_doctor_says_what_a_recipe_takes(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    overrides: list[str],
-    clips: str,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], clips: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     write_dataset(tmp_path / "drops", ["train"], clips=1, frames=5)
-    assert cli.main(["doctor", str(POCKET / "psft.yaml"), "--processes", "1", *overrides]) in (0, 1)
+    with contextlib.chdir(tmp_path):
+        assert cli.main(["doctor", str(POCKET / "psft.yaml"), "--processes", "1", *overrides]) in (0, 1)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if " recipe " in line]
     assert f"trained; 16 clips at once of {clips}" in line
     assert "GiB (weights 0.0" in line
@@ -146,12 +143,12 @@ def test_the_doctor_says_what_a_recipe_takes(
     ],
 )
 def test_the_doctor_knows_the_other_methods(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, told: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, told: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     overrides = ["data.clips=nowhere", f"data.make={POCKET / 'drop.yaml'}"]
     overrides += ["method.frames=5"] if name == "oro" else []
-    assert cli.main(["doctor", str(POCKET / f"{name}.yaml"), *overrides]) in (0, 1)
+    with contextlib.chdir(tmp_path):
+        assert cli.main(["doctor", str(POCKET / f"{name}.yaml"), *overrides]) in (0, 1)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if " recipe " in line]
     assert told in line
 
@@ -162,7 +159,7 @@ SIZE = 9, 64, 64
 
 
 @cache
-def small(method: Any = psft.Config(), adapter: bool = True, size: tuple[int, int, int] = SIZE, **more: Any) -> Step:  # noqa: B008
+def small(method: Any = PSFT, adapter: bool = True, size: tuple[int, int, int] = SIZE, **more: Any) -> Step:
     config = ModelConfig(path="x", adapter=AdapterConfig(rank=2) if adapter else None)
     how = {"precision": "fp32", "block_checkpointing": False} | more
     return dry_step(config, TINY_TRANSFORMER, TINY_VAE, *size, method=method, **how)
