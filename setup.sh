@@ -65,12 +65,12 @@ install_torch() {
   $python -m pip install -q "$torch"
 }
 
-# PyPI's torchvision is built for CUDA, and beside a CPU torch whatever looks for it fails. posttrain/__init__.py mends that
+# PyPI's torchvision is built for CUDA, and beside a CPU torch whatever looks for it fails. posttrain/_torchvision.py mends that
 # where it is imported; its copy does so for all that runs in this .venv, as a script that only uses diffusers.
 mend_torchvision() {
   if $python -c 'import torchvision' 2>/dev/null; then return; fi
   site=$($python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-  cp posttrain/__init__.py "$site/torchvision_beside_cpu_torch.py"
+  cp posttrain/_torchvision.py "$site/torchvision_beside_cpu_torch.py"
   echo 'import torchvision_beside_cpu_torch' >"$site/torchvision_beside_cpu_torch.pth"
 }
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain import recipe
-from posttrain.files import UserError
+from posttrain.core import recipe
+from posttrain.core.errors import UserError
 
 COMMANDS = {
     "run": "every stage of a recipe: clips, training, evaluation, report, export; continues what was cut off",
@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _doctor(options.recipe, options.overrides, options.processes)
         if options.command == "bench":
             return _bench()
-        from posttrain import commands, stages  # takes a second, for torch
-        from posttrain.experiment import members, open_run, resolved
+        from posttrain.commands import commands, stages  # takes a second, for torch
+        from posttrain.commands.experiment import members, open_run, resolved
 
         if options.command == "compare":
             commands.compare([options.first, *options.others])
@@ -154,7 +154,7 @@ WISHES = ("prompt", "negative", "seeds", "frames", "fps", "steps", "guidance", "
 
 def _add_sample(parsers: Any) -> None:
     text = "continue a picture, or words alone, into clips; with a run, base and tuned side by side"
-    usual = "What is left out is as in the run; for a model alone as its authors use it (models/published.py)."
+    usual = "What is left out is as in the run; for a model alone as its authors use it (models/wan/published.py)."
     command = parsers.add_parser("sample", help=text, description=f"{text}. {usual}")
     command.add_argument("target", metavar="RUN|MODEL", help='a run, "pocket", a diffusers folder or a hub id')
     image = "the first frame, of which the middle is cut to the size; leave it out where the text alone counts"
@@ -207,14 +207,14 @@ def rate(text: str) -> float:
 
 
 def _doctor(path: str | None, overrides: Sequence[str], processes: int) -> int:
-    from posttrain.doctor import check_recipe, doctor, gpu_memory
+    from posttrain.commands.doctor import check_recipe, doctor, gpu_memory
 
     if path is None:
         return doctor()
-    from posttrain.data.clips import open_split
-    from posttrain.dry import needs
-    from posttrain.experiment import Recipe
-    from posttrain.stages import check_groups
+    from posttrain.commands.dry import needs
+    from posttrain.commands.experiment import Recipe
+    from posttrain.commands.stages import check_groups
+    from posttrain.data.dataset import open_split
     from sim.cli import Recipe as Film
 
     plan = recipe.load(path, overrides, Recipe)
@@ -234,8 +234,8 @@ def _doctor(path: str | None, overrides: Sequence[str], processes: int) -> int:
 
 
 def _bench() -> int:
-    from posttrain import loading
-    from posttrain.bench import bench, print_timings
+    from posttrain.commands import loading
+    from posttrain.commands.bench import bench, print_timings
     from posttrain.models.base import AdapterConfig, ModelConfig
     from sim import dataset, drop
     from sim.render import gl

@@ -13,8 +13,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from posttrain.files import UserError
-from posttrain.types import Random, Strict
+from posttrain.core.errors import UserError
+from posttrain.core.recipe import Strict
+from posttrain.types import Random
 
 TimeKind = Literal["uniform", "logit_normal"]
 
@@ -102,9 +103,9 @@ def sample_time(random: Random, kind: TimeKind, shift: float = 1.0, low: float =
     return shift_time(u_B, shift).float().clamp(first, torch.nextafter(end, first))
 
 
-def frame_times(t_B: Tensor, frames: int, clean: int) -> Tensor:
-    """t_BF: each clip's time on every latent frame, and 0 on the first `clean` ones, which are given."""
-    noisy_F = torch.arange(frames, device=t_B.device) >= clean
+def frame_times(t_B: Tensor, frames: int, n_cond_frames: int) -> Tensor:
+    """t_BF: each clip's time on every latent frame, and 0 on the first `n_cond_frames`, which are clean."""
+    noisy_F = torch.arange(frames, device=t_B.device) >= n_cond_frames
     return t_B[:, None] * noisy_F
 
 
@@ -165,12 +166,12 @@ def sample(
         UserError: `grad` asks for a step that there is not.
     """
     batch, _, frames = noise_BCFHW.shape[:3]
-    clean = 0 if first_BC1HW is None else first_BC1HW.shape[2]
+    n_cond_frames = 0 if first_BC1HW is None else first_BC1HW.shape[2]
     condition, device = condition or {}, noise_BCFHW.device
     active = active_steps(grad, steps)
 
     def given(z_BCFHW: Tensor) -> Tensor:
-        return z_BCFHW if first_BC1HW is None else torch.cat([first_BC1HW, z_BCFHW[:, :, clean:]], dim=2)
+        return z_BCFHW if first_BC1HW is None else torch.cat([first_BC1HW, z_BCFHW[:, :, n_cond_frames:]], dim=2)
 
     def velocity(z_BCFHW: Tensor, t_BF: Tensor, w: float) -> Tensor:
         if w <= 1:
@@ -190,7 +191,7 @@ def sample(
         for number, timestep in enumerate(scheduler.timesteps):
             # float64, so that a whole timestep of 1000 is the same whole number again inside the model
             t_B = timestep.double().expand(batch) / scheduler.config.num_train_timesteps
-            t_BF = frame_times(t_B, frames, clean)
+            t_BF = frame_times(t_B, frames, n_cond_frames)
             w = guidance(float(timestep) / scheduler.config.num_train_timesteps) if callable(guidance) else guidance
             if torch.is_grad_enabled() and number in active:
                 again = partial(checkpoint, velocity, use_reentrant=False) if recompute else velocity

@@ -14,14 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
-
-
-class Strict(BaseModel):
-    """A typed part of a recipe: unknown keys are refused, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 @dataclass(frozen=True)
@@ -35,8 +28,8 @@ class Batch:
     instances_BFHW: Tensor | None = None  # uint8, 0 background, i + 1 body i
     target_B: Tensor | None = None  # int64, the instance id (body index + 1) that metrics score
     losers_BMCFHW: Tensor | None = None  # latents of M clips that should lose against z0, of the same first picture
-    sa_BM: Tensor | None = None  # how well each of them follows the text, 0 to 1
-    pc_BM: Tensor | None = None  # how well it obeys physics, 0 to 1
+    semantic_adherence_BM: Tensor | None = None  # how well each of them follows the text, 0 to 1
+    physical_commonsense_BM: Tensor | None = None  # how well it obeys physics, 0 to 1
     flow_BFCHW: Tensor | None = None  # pixels (x right, y down) to the next frame; the last frame's lies past the clip
     depth_BFHW: Tensor | None = None  # metres along the optical axis, inf where there is nothing
     condition: dict[str, Tensor] = field(default_factory=dict)  # what VideoModel.condition made of the first picture

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from posttrain.files import UserError
+from posttrain.core.errors import UserError
 from sim import drop
 from sim.drop import Range
 from sim.physics import bullet

@@ -20,7 +20,7 @@ import pybullet_data
 from PIL import Image
 from scipy.spatial import ConvexHull
 
-from posttrain.files import UserError
+from posttrain.core.errors import UserError
 from sim.scene import Background, Material, Vector
 
 HULL_POINTS = 64  # what PyBullet handles quickly; more would be no better at these sizes

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from time import process_time
 
-from posttrain.files import UserError
+from posttrain.core.errors import UserError
 from sim import counterfactual, dataset
 from sim.physics import bullet
 

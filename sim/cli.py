@@ -6,18 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from posttrain import recipe
-from posttrain.files import UserError
-from posttrain.recipe import In, Part
+from posttrain.core import recipe
+from posttrain.core.errors import UserError
+from posttrain.core.recipe import Plugin, PluginFrom, Strict
 from sim import dataset
 from sim.bench import bench
 from sim.show import show
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Renderer(Strict):
@@ -29,7 +25,7 @@ class Recipe(Strict):
     """A dataset: `out` is its folder, `splits` the number of clips in each."""
 
     out: str
-    world: Annotated[Part, In("sim")]
+    world: Annotated[Plugin, PluginFrom("sim")]
     renderer: Renderer = Renderer()
     splits: dict[str, Annotated[int, Field(ge=1)]]
     seed: int = 0

@@ -38,17 +38,8 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from posttrain.files import (
-    UserError,
-    explain,
-    read_json,
-    sha256,
-    sweep,
-    write_bytes,
-    write_json,
-    write_jsonl,
-    write_text,
-)
+from posttrain.core.errors import UserError
+from posttrain.core.files import explain, read_json, sha256, sweep, write_bytes, write_json, write_jsonl, write_text
 from sim import assets
 from sim.scene import Clip, Scene, Shoot, Trajectory
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from pydantic_core import PydanticCustomError
 from scipy.spatial.transform import Rotation
 
-from posttrain.files import UserError
+from posttrain.core.errors import UserError
 from sim import assets
 from sim.physics import bullet
 from sim.scene import Background, Body, Camera, Light, Material, Scene, Trajectory

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from posttrain.files import UserError
+from posttrain.core.errors import UserError
 from sim import drop
 from sim.drop import Range
 from sim.scene import Clip, Scene, Shoot, Trajectory

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from posttrain.files import UserError
+from posttrain.core.errors import UserError
 from sim import assets, drop
 from sim.drop import Range
 from sim.physics import bullet

@@ -15,7 +15,8 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
-from posttrain.files import UserError, inside, read_jsonl, replacing, write_text
+from posttrain.core.errors import UserError
+from posttrain.core.files import inside, read_jsonl, replacing, write_text
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>

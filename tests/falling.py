@@ -136,7 +136,7 @@ class Oracle:
     """A rectified-flow model in pixels that knows a caption's video: its velocity leads there from any noise."""
 
     device = torch.device("cpu")
-    clean, times, boundary, text_tokens = 1, (0.0, 1.0), 0.0, 1
+    n_cond_frames, times, boundary, text_tokens = 1, (0.0, 1.0), 0.0, 1
 
     def __init__(self, videos: dict[str, np.ndarray]) -> None:
         self.captions = list(videos)

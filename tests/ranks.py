@@ -11,9 +11,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from posttrain.flow import SamplerConfig
 from posttrain.methods import gdpo, oro, psft
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan import load
+from posttrain.models.wan.model import load
 from posttrain.rewards.base import total
-from posttrain.run import Run, TrainConfig
+from posttrain.training.run import Run, TrainConfig
 from posttrain.types import Batch
 
 

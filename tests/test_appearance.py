@@ -1,4 +1,4 @@
-"""posttrain/methods/appearance.py: what is recoloured and degraded, and which clips an autoencoder has seen."""
+"""posttrain/pretraining/appearance.py: what is recoloured and degraded, and which clips an autoencoder has seen."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from tiny import TINY_VAE
 
-from posttrain.methods import appearance
+from posttrain.pretraining import appearance
 
 VIDEO = torch.rand(3, 5, 16, 16, generator=torch.Generator().manual_seed(0)) - 0.5
 BODIES = torch.zeros(5, 16, 16, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""posttrain/pocket/check.py: the figures of the pocket's README."""
+"""posttrain/pretraining/check.py: the figures of the pocket's README."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ import torch
 from falling import RedTracker, write_dataset
 from tiny import wan_folder
 
-from posttrain.data.clips import Clips, DataConfig
-from posttrain.files import read_jsonl, write_jsonl
-from posttrain.models import tracker
-from posttrain.pocket import check
+from posttrain.core.files import read_jsonl, write_jsonl
+from posttrain.data.dataset import Clips, DataConfig
+from posttrain.nets import tracker
+from posttrain.pretraining import check
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import pytest
 import torch
 from falling import SIZE, film, rows_of, write_dataset
 
-from posttrain import files
-from posttrain.data.clips import Clips, DataConfig, check_same_kind, open_split, read_annotations, read_video
-from posttrain.files import UserError
+from posttrain.core import files
+from posttrain.core.errors import UserError
+from posttrain.data.dataset import Clips, DataConfig, check_same_kind, open_split, read_annotations, read_video
 
 SPLIT = "train"
 

@@ -8,9 +8,9 @@ from diffusers import AutoencoderKLWan
 from tiny import TINY_VAE, TINY_VAE_21
 from torch import Tensor
 
-from posttrain.dry import dry_decode
-from posttrain.meter import Meter
-from posttrain.models.decode import cache_bytes, clamp, decode
+from posttrain.commands.dry import dry_decode
+from posttrain.core.meter import Meter
+from posttrain.models.wan.decode import cache_bytes, clamp, decode
 
 CONFIGS = {"2.1": TINY_VAE_21, "2.2": TINY_VAE}
 SIZE = (4, 4)

@@ -18,8 +18,10 @@ from falling import write_dataset, write_groups
 from safetensors.torch import load_file
 from tiny import wan_folder
 
-from posttrain import cli, distributed
-from posttrain.files import UserError, read_jsonl
+from posttrain import cli
+from posttrain.core import distributed
+from posttrain.core.errors import UserError
+from posttrain.core.files import read_jsonl
 from posttrain.models import lora
 
 ROOT = Path(__file__).parent.parent

@@ -8,7 +8,7 @@ import pytest
 from scipy.integrate import quad
 from scipy.stats import binom, ks_2samp, kstest
 
-from posttrain.benchmarks import distribution as benchmark
+from posttrain.evaluation.benchmarks import distribution as benchmark
 from posttrain.metrics import distribution as d
 from posttrain.metrics import pisa as metric
 from posttrain.metrics.pisa import first_frame_after
@@ -191,7 +191,7 @@ def fall(beta: float, depth: float) -> tuple[np.ndarray, dict]:
 
 
 def record(model: str, frames_by_clip: list[list[int | None]], rows: list[dict], lifted: list | None = None) -> dict:
-    """As posttrain/evaluate.py writes it, a group per row."""
+    """As posttrain/evaluation/evaluate.py writes it, a group per row."""
     clips = [
         {"impact_frames": found, "lifted": lifted or [None] * len(found), "truth": row | {"group": i}}
         for i, (found, row) in enumerate(zip(frames_by_clip, rows, strict=True))

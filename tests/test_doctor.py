@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 from tiny import wan_folder
 
-from posttrain.bench import bench, print_timings
-from posttrain.doctor import (
+from posttrain.commands.bench import bench, print_timings
+from posttrain.commands.doctor import (
     check_codecs,
     check_disk,
     check_packages,
@@ -19,10 +19,11 @@ from posttrain.doctor import (
     check_weights,
     doctor,
 )
-from posttrain.files import UserError, sha256
+from posttrain.core.errors import UserError
+from posttrain.core.files import sha256
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.tracker import Tracker
-from posttrain.models.wan import load
+from posttrain.models.wan.model import load
+from posttrain.nets.tracker import Tracker
 
 
 def test_this_machine_can_run_the_project(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,20 +15,21 @@ from tiny import FAMILIES, TINY_TRANSFORMER, TINY_VAE, wan_folder
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from posttrain import cli
-from posttrain.doctor import check_recipe
-from posttrain.dry import PSFT, Step, brightness, dry_step, needs, whole_step
-from posttrain.files import UserError
+from posttrain.commands.doctor import check_recipe
+from posttrain.commands.dry import PSFT, Step, brightness, dry_step, needs, whole_step
+from posttrain.core.errors import UserError
+from posttrain.core.meter import Meter
 from posttrain.flow import Last, SamplerConfig, frame_times
-from posttrain.meter import Meter
-from posttrain.methods import gdpo, oro, segmenter
+from posttrain.methods import gdpo, oro
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.decode import cache_bytes
 from posttrain.models.folders import read_configs
-from posttrain.models.published import PUBLISHED
-from posttrain.models.wan import Wan, load
-from posttrain.pocket.build import SCHEDULER
-from posttrain.run import Run, TrainConfig
+from posttrain.models.wan.decode import cache_bytes
+from posttrain.models.wan.model import Wan, load
+from posttrain.models.wan.published import PUBLISHED
+from posttrain.pretraining import segmenter
+from posttrain.pretraining.build import SCHEDULER
+from posttrain.training.run import Run, TrainConfig
 from posttrain.types import Batch, Random
 
 POCKET = Path(__file__).parent.parent / "recipes" / "pocket"
@@ -214,7 +215,7 @@ def forward(model: Wan) -> int:
     assert batch.z0_BCFHW is not None
     assert batch.text_BLD is not None
     with torch.no_grad(), Meter() as meter:
-        model.velocity(batch.z0_BCFHW, frame_times(torch.ones(1), 3, clean=1), batch.text_BLD)
+        model.velocity(batch.z0_BCFHW, frame_times(torch.ones(1), 3, n_cond_frames=1), batch.text_BLD)
     return meter.flop
 
 

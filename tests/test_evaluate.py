@@ -16,19 +16,19 @@ import torch
 from falling import AMBIGUOUS, FPS, SIDE, SIZE, Oracle, RedTracker, film, rows_of, tell, write_dataset
 from rich.console import Console
 
-from posttrain import evaluate as room
-from posttrain.benchmarks import pisa
-from posttrain.data.clips import Clips, DataConfig, read_video
-from posttrain.evaluate import (
+from posttrain.core.errors import UserError
+from posttrain.data.dataset import Clips, DataConfig, read_video
+from posttrain.evaluation import evaluate as room
+from posttrain.evaluation.benchmarks import pisa
+from posttrain.evaluation.evaluate import (
     EvalConfig,
     evaluate,
     validation,
     weights_fingerprint,
 )
-from posttrain.files import UserError
+from posttrain.evaluation.records import REFERENCES, print_table, read_falls, read_records, summary
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan import load
-from posttrain.records import REFERENCES, print_table, read_falls, read_records, summary
+from posttrain.models.wan.model import load
 
 FRAMES, CLIPS = 17, 3
 

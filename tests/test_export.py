@@ -19,13 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import wan_folder
 
-import posttrain.export
-from posttrain.export import check, export
-from posttrain.files import UserError
+import posttrain.commands.export
+from posttrain.commands.export import check, export
+from posttrain.core.errors import UserError
+from posttrain.evaluation.sample import sample_clips, write_video
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan import Wan, bare, load, save_merged
-from posttrain.sample import sample_clips, write_video
+from posttrain.models.wan.model import Wan, bare, load, save_merged
 
 ROW = {"caption": "a duck falls.", "frames": 9, "fps": 16}
 REPORT = {
@@ -335,7 +335,7 @@ def test_the_readmes_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """ "Use the adapter", with one step in place of twelve, on the embedded model."""
     wan = load(ModelConfig(path="pocket", adapter=AdapterConfig(rank=2)))
     wan.save(tmp_path / "runs" / "pocket-psft" / "adapter")
-    (tmp_path / "posttrain").symlink_to(Path(posttrain.export.__file__).parent)
+    (tmp_path / "posttrain").symlink_to(Path(posttrain.commands.export.__file__).parent)
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     (snippet,) = re.findall(r"## Use the adapter\n\n```python\n(.*?)```", readme, re.DOTALL)
     assert "num_inference_steps=12" in snippet

@@ -12,16 +12,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import FAMILIES, wan_folder
 
-from posttrain.data.clips import Clips, DataConfig
+from posttrain.core.errors import UserError
+from posttrain.data.dataset import Clips, DataConfig
 from posttrain.data.latents import Latents
-from posttrain.files import UserError
+from posttrain.evaluation.sample import sample_clips
 from posttrain.flow import sample
 from posttrain.methods import psft
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan import Wan, load
-from posttrain.run import Run, TrainConfig
-from posttrain.sample import sample_clips
+from posttrain.models.wan.model import Wan, load
+from posttrain.training.run import Run, TrainConfig
 from posttrain.types import Batch, Random
 
 CASES = [(family, conditioning) for family in FAMILIES for conditioning in ("image", "text")]
@@ -73,7 +73,7 @@ def ours(wan: Wan, noise: torch.Tensor) -> torch.Tensor:
     first = torch.from_numpy(PICTURE).permute(2, 0, 1)[None, :, None] / 127.5 - 1
     with torch.no_grad():
         text, negative = wan.encode_text([CAPTION]), wan.encode_text([UNWANTED])
-        clean, condition = wan.encode(first) if wan.clean else None, wan.condition(first, 9)
+        clean, condition = wan.encode(first) if wan.n_cond_frames else None, wan.condition(first, 9)
         low = 1.5 if wan.boundary else 3.0
 
         def guidance(t: float) -> float:
@@ -166,7 +166,7 @@ def test_an_expert_is_trained_on_its_times_alone(folders: dict[str, Path], famil
     first = torch.zeros(1, 3, 1, 32, 32)
     condition = {name: value.expand(64, *value.shape[1:]) for name, value in wan.condition(first, 1).items()}
     z0 = torch.zeros(64, *wan.latent_shape(1, 32, 32))
-    wan.clean = 0  # a single latent frame, to be quick
+    wan.n_cond_frames = 0  # a single latent frame, to be quick
     batch = Batch(("x",) * 64, z0_BCFHW=z0, text_BLD=torch.zeros(64, 512, 64), condition=condition)
     with torch.no_grad():
         psft.psft_loss(wan, batch, psft.Config(shift=5.0), Random(0, 0, range(64)))

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from posttrain import files
-from posttrain.files import UserError
+from posttrain.core import files
+from posttrain.core.errors import UserError
 
 
 @pytest.fixture

@@ -11,7 +11,9 @@ from PIL import Image
 from tiny import FAMILIES, wan_folder
 from torch import Tensor
 
-from posttrain.files import UserError
+from posttrain.core.errors import UserError
+from posttrain.core.meter import Meter
+from posttrain.evaluation.sample import sample_clips
 from posttrain.flow import (
     Active,
     Grad,
@@ -25,10 +27,8 @@ from posttrain.flow import (
     shift_time,
     target,
 )
-from posttrain.meter import Meter
 from posttrain.models.base import ModelConfig
-from posttrain.models.wan import Wan, load
-from posttrain.sample import sample_clips
+from posttrain.models.wan.model import Wan, load
 from posttrain.types import Random
 
 
@@ -48,7 +48,7 @@ def test_hand_values() -> None:
     assert interpolate(z0, eps, torch.tensor([[0.25, 0.75]])).flatten().tolist() == [0.0, -4.0]
     assert target(z0, eps).flatten().tolist() == [-8.0, -8.0]
     assert shift_time(torch.tensor([0.0, 0.25, 0.5, 1.0]), 3.0).tolist() == [0.0, 0.5, 0.75, 1.0]
-    assert frame_times(torch.tensor([0.5, 0.25]), 3, clean=1).tolist() == [[0, 0.5, 0.5], [0, 0.25, 0.25]]
+    assert frame_times(torch.tensor([0.5, 0.25]), 3, n_cond_frames=1).tolist() == [[0, 0.5, 0.5], [0, 0.25, 0.25]]
 
 
 def test_the_path_ends_at_data_and_noise_and_its_slope_is_the_target() -> None:
@@ -313,7 +313,7 @@ def test_the_gradient_is_that_of_plain_autograd(families: dict[str, Path], famil
     wan = load(ModelConfig(path=str(families[family]), **experts))
     text, negative = wan.encode_text(["a red ball falls."]).double(), wan.encode_text(["blurry"]).double()
     first = torch.rand(1, 3, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    clean = wan.encode(first).double() if wan.clean else None
+    clean = wan.encode(first).double() if wan.n_cond_frames else None
     condition = {name: value.double() for name, value in wan.condition(first, 5).items()}
     noise = torch.randn(1, *wan.latent_shape(5, 32, 32), generator=torch.Generator().manual_seed(1)).double()
     for module in wan.weights():
@@ -329,7 +329,7 @@ def test_the_gradient_is_that_of_plain_autograd(families: dict[str, Path], famil
         solver.set_timesteps(4)
         for number, t in enumerate(solver.timesteps):
             z_given = z if clean is None else torch.cat([clean, z[:, :, 1:]], 2)
-            t_BF = frame_times(t.double().expand(2) / 1000, 2, wan.clean)
+            t_BF = frame_times(t.double().expand(2) / 1000, 2, wan.n_cond_frames)
             texts, twice = torch.cat([negative, text]), {name: torch.cat([v, v]) for name, v in condition.items()}
             unwanted, wanted = wan.velocity(torch.cat([z_given, z_given]), t_BF, texts, twice).chunk(2)
             v = unwanted + 3.0 * (wanted - unwanted)

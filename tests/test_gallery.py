@@ -19,20 +19,22 @@ from falling import RedTracker, write_dataset
 from PIL import Image
 from tiny import wan_folder
 
-from posttrain import cli, commands, files
-from posttrain.benchmarks.pisabench import open_benchmark
-from posttrain.data.clips import read_video
+from posttrain import cli
+from posttrain.commands import commands
+from posttrain.commands.experiment import open_run
+from posttrain.core import files
+from posttrain.core.errors import UserError
+from posttrain.data.dataset import read_video
 from posttrain.data.videos import inspect
-from posttrain.evaluate import EvalConfig, evaluate, validation
-from posttrain.experiment import open_run
-from posttrain.files import UserError
-from posttrain.gallery import LINE, Wish, animation, contact_sheet, film, fit, natural_size, open_picture
+from posttrain.evaluation.benchmarks.pisabench import open_benchmark
+from posttrain.evaluation.evaluate import EvalConfig, evaluate, validation
+from posttrain.evaluation.sample import write_video
+from posttrain.evaluation.score import imagine
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.published import made_for, sampler
-from posttrain.models.wan import load
-from posttrain.run import start_fingerprint
-from posttrain.sample import write_video
-from posttrain.score import imagine
+from posttrain.models.wan.model import load
+from posttrain.models.wan.published import made_for, sampler
+from posttrain.reporting.gallery import LINE, Wish, animation, contact_sheet, film, fit, natural_size, open_picture
+from posttrain.training.run import start_fingerprint
 
 
 def test_the_middle_of_a_picture_is_kept(tmp_path: Path) -> None:

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from posttrain.files import UserError, read_jsonl
-from posttrain.meter import Meter
+from posttrain.core.errors import UserError
+from posttrain.core.files import read_jsonl
+from posttrain.core.meter import Meter
 from posttrain.methods import gdpo
 from posttrain.methods.gdpo import Config, Physics, gdpo_loss, physics_weights
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan import Wan, load
-from posttrain.run import Run, TrainConfig
+from posttrain.models.wan.model import Wan, load
+from posttrain.training.run import Run, TrainConfig
 from posttrain.types import Batch
 
 ONE = torch.ones(1, 1)
@@ -238,10 +239,15 @@ class Pairs:
 
     def load(self, indices: Sequence[int]) -> Batch:
         some, text_BLD = list(indices), self.text_LD.expand(len(indices), -1, -1)
-        sa_BM, pc_BM = self.scores_BM2[some].unbind(-1)
+        semantic_adherence_BM, physical_commonsense_BM = self.scores_BM2[some].unbind(-1)
         ids = tuple(self.ids[i] for i in some)
         return Batch(
-            ids, self.z0_BCFHW[some], text_BLD, losers_BMCFHW=self.losers_BMCFHW[some], sa_BM=sa_BM, pc_BM=pc_BM
+            ids,
+            self.z0_BCFHW[some],
+            text_BLD,
+            losers_BMCFHW=self.losers_BMCFHW[some],
+            semantic_adherence_BM=semantic_adherence_BM,
+            physical_commonsense_BM=physical_commonsense_BM,
         )
 
 
@@ -477,7 +483,9 @@ def test_what_pair_draws_is_pair_of_all(folder: Path, tmp_path: Path) -> None:
     assert drawn.z0_BNCFHW.shape[1] == 2
     for b, name in enumerate(drawn.names):
         assert torch.equal(drawn.z0_BNCFHW[b, 1], batch.losers_BMCFHW[b, name[2]])
-        alpha, gamma = physics_weights(batch.sa_BM[b, name[2]], batch.pc_BM[b, name[2]])
+        alpha, gamma = physics_weights(
+            batch.semantic_adherence_BM[b, name[2]], batch.physical_commonsense_BM[b, name[2]]
+        )
         assert drawn.alpha_BM[b].item() == alpha.item()
         assert drawn.gamma_BM[b].item() == pytest.approx(3 * gamma.item())
         chosen.add(name[2])

@@ -16,16 +16,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import wan_folder
 
-from posttrain import cli, preferences, recipe
-from posttrain.data.clips import Clips, DataConfig, GroupsConfig, read_video
+from posttrain import cli
+from posttrain.commands.experiment import Recipe
+from posttrain.core import recipe
+from posttrain.core.errors import UserError
+from posttrain.core.files import read_json, read_jsonl
+from posttrain.data.dataset import Clips, DataConfig, GroupsConfig, read_video
 from posttrain.data.groups import Groups, Members, gather, sample_of
 from posttrain.data.latents import Latents
-from posttrain.experiment import Recipe
-from posttrain.files import UserError, read_json, read_jsonl
+from posttrain.evaluation.sample import write_video
 from posttrain.flow import SamplerConfig
 from posttrain.models.base import ModelConfig
-from posttrain.models.wan import Wan, load
-from posttrain.sample import write_video
+from posttrain.models.wan.model import Wan, load
+from posttrain.studies import preferences
 
 ROOT = Path(__file__).parent.parent
 
@@ -233,9 +236,9 @@ def test_a_batch(wan: Wan, folder: Path, tmp_path: Path) -> None:
     assert batch.ids == ("00001-0/1", "00000-0/1")
     assert list(data.ids) == ["00000-0/1", "00001-0/1"]
     assert batch.losers_BMCFHW.shape == (2, 3, *batch.z0_BCFHW.shape[1:])
-    assert batch.sa_BM.shape == batch.pc_BM.shape == (2, 3)
+    assert batch.semantic_adherence_BM.shape == batch.physical_commonsense_BM.shape == (2, 3)
     every = Latents(wan, Clips(config, preload=False, violated=True), tmp_path / "cache")
-    order = [round((1 - pc) * 4) for pc in batch.pc_BM[1].tolist()]
+    order = [round((1 - pc) * 4) for pc in batch.physical_commonsense_BM[1].tolist()]
     assert sorted(order) == [1, 2, 3]
     assert torch.equal(batch.losers_BMCFHW[1], every.load(order).z0_BCFHW)
     assert torch.equal(batch.z0_BCFHW[1], every.load([0]).z0_BCFHW[0])
@@ -255,8 +258,8 @@ def test_without_scores_a_batch_has_none(wan: Wan, folder: Path, tmp_path: Path)
     groups = GroupsConfig(losers=2, samples=(str(samples(tmp_path / "made", scores=False)),))
     clips = Clips(DataConfig(clips=str(folder)), preload=False)
     batch = Groups(wan, clips, groups, tmp_path / "cache").load([0, 1])
-    assert batch.sa_BM is None
-    assert batch.pc_BM is None
+    assert batch.semantic_adherence_BM is None
+    assert batch.physical_commonsense_BM is None
     assert batch.losers_BMCFHW.shape[:2] == (2, 2)
 
 
@@ -270,8 +273,8 @@ def test_a_sample_that_wins_continues_the_true_picture(wan: Wan, folder: Path, t
     assert batch.z0_BCFHW is not None
     assert true.z0_BCFHW is not None
     assert best.z0_BCFHW is not None
-    assert torch.equal(batch.z0_BCFHW[:, :, : wan.clean], true.z0_BCFHW[:, :, : wan.clean])
-    assert torch.equal(batch.z0_BCFHW[:, :, wan.clean :], best.z0_BCFHW[:, :, wan.clean :])
+    assert torch.equal(batch.z0_BCFHW[:, :, : wan.n_cond_frames], true.z0_BCFHW[:, :, : wan.n_cond_frames])
+    assert torch.equal(batch.z0_BCFHW[:, :, wan.n_cond_frames :], best.z0_BCFHW[:, :, wan.n_cond_frames :])
     assert not torch.equal(best.z0_BCFHW, batch.z0_BCFHW)
     assert all(torch.equal(batch.condition[name], value) for name, value in true.condition.items())
 

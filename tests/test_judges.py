@@ -32,13 +32,14 @@ from transformers import (
 )
 
 from posttrain import cli
-from posttrain.data.clips import Clips, DataConfig, GroupsConfig
+from posttrain.core.errors import UserError
+from posttrain.core.files import read_jsonl
+from posttrain.data.dataset import Clips, DataConfig, GroupsConfig
 from posttrain.data.groups import Scores, gather
-from posttrain.files import UserError, read_jsonl
+from posttrain.evaluation.sample import write_video
 from posttrain.judges import endpoint, simulator, vlm
 from posttrain.judges.folder import find
 from posttrain.judges.questions import asking, pictures, questions, ratio, spread
-from posttrain.sample import write_video
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

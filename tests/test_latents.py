@@ -11,12 +11,12 @@ import torch
 from falling import write_dataset
 from tiny import wan_folder
 
-from posttrain.data.clips import Clips, DataConfig
+from posttrain.core.errors import UserError
+from posttrain.data.dataset import Clips, DataConfig
 from posttrain.data.latents import Latents
-from posttrain.files import UserError
-from posttrain.models import wan
 from posttrain.models.base import ModelConfig
-from posttrain.models.wan import Wan
+from posttrain.models.wan import model as wan
+from posttrain.models.wan.model import Wan
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY_TRANSFORMER
 from torch import Tensor
 
-from posttrain.files import UserError
+from posttrain.core.errors import UserError
+from posttrain.evaluation.sample import sample_clips
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, Merged, ModelConfig
-from posttrain.models.wan import Wan, initialise, load
-from posttrain.sample import sample_clips
+from posttrain.models.wan.model import Wan, initialise, load
 
 
 def adapted(folder: Path, rank: int = 4, alpha: int | None = None, seed: int = 0) -> Wan:

@@ -17,21 +17,22 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, wan_folder
 from torch import Tensor
 
-from posttrain.data.clips import Clips, DataConfig
+from posttrain.commands.experiment import Recipe
+from posttrain.core.errors import UserError
+from posttrain.core.files import read_jsonl
+from posttrain.core.meter import Meter
+from posttrain.core.recipe import Plugin
+from posttrain.core.recipe import load as load_recipe
+from posttrain.data.dataset import Clips, DataConfig
 from posttrain.data.latents import Annotated, Latents
-from posttrain.experiment import Recipe
-from posttrain.files import UserError, read_jsonl
 from posttrain.flow import Last, SamplerConfig
-from posttrain.meter import Meter
 from posttrain.methods import oro
 from posttrain.methods.oro import Config, Sampling, depends, oro_loss
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan import Wan, load
+from posttrain.models.wan.model import Wan, load
 from posttrain.pocket import folder as embedded
-from posttrain.recipe import Part
-from posttrain.recipe import load as load_recipe
 from posttrain.rewards.base import RewardConfig, total
-from posttrain.run import Run, TrainConfig
+from posttrain.training.run import Run, TrainConfig
 from posttrain.types import Batch, Random
 
 CAPTION = "a red ball falls."
@@ -59,7 +60,7 @@ def clips(model: Wan, count: int = 1, size: tuple[int, int, int] = (9, 32, 32)) 
 class Drift:
     """A model whose pixels are its latents and whose velocity is a number: the clip is the noise minus that number."""
 
-    clean, boundary = 0, 0.0
+    n_cond_frames, boundary = 0, 0.0
     scheduler = FlowMatchEulerDiscreteScheduler
 
     def __init__(self, v: Tensor) -> None:
@@ -240,11 +241,11 @@ class Same:
         return replace(self.batch, ids=tuple(self.ids[index] for index in indices))
 
 
-def part(reward: Callable[[Tensor, Batch], Tensor]) -> Part:
+def part(reward: Callable[[Tensor, Batch], Tensor]) -> Plugin:
     """What a recipe makes of a file in rewards/: a module with `load`."""
     module = ModuleType(reward.__name__)
     vars(module)["load"] = lambda config, device: reward
-    return Part(reward.__name__, module, RewardConfig())
+    return Plugin(reward.__name__, module, RewardConfig())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from scipy.stats import spearmanr
 
-from posttrain.benchmarks import violations
 from posttrain.metrics import physics
 from posttrain.metrics.physics import QUANTITIES, Measure
+from posttrain.studies import violations
 from sim.physics.analytic import Fall, fall_time
 
 SIZE, FRAMES, FPS, FOCAL, DEPTH = 64, 33, 16.0, 70.0, 1.6

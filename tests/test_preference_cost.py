@@ -2,7 +2,7 @@
 
 import pytest
 
-from posttrain.benchmarks.preference_cost import main
+from posttrain.studies.preference_cost import main
 
 
 def test_rows_are_measured(capsys: pytest.CaptureFixture[str]) -> None:

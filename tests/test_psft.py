@@ -9,11 +9,11 @@ import torch
 from tiny import wan_folder
 from torch import Tensor
 
-from posttrain.files import read_jsonl
+from posttrain.core.files import read_jsonl
 from posttrain.methods import psft
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan import load
-from posttrain.run import Run, TrainConfig
+from posttrain.models.wan.model import load
+from posttrain.training.run import Run, TrainConfig
 from posttrain.types import Batch, Random
 
 SHAPE = (2, 3, 4, 2, 2)  # B C F H W
@@ -23,10 +23,13 @@ class Answers:
     """A model that answers what a function of (z_t, t) says."""
 
     def __init__(
-        self, answer: Callable[[Tensor, Tensor], Tensor], clean: int = 1, times: tuple[float, float] = (0.0, 1.0)
+        self,
+        answer: Callable[[Tensor, Tensor], Tensor],
+        n_cond_frames: int = 1,
+        times: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         self.velocity = lambda z_BCFHW, t_BF, text_BLD, condition: answer(z_BCFHW, t_BF)
-        self.clean, self.times = clean, times
+        self.n_cond_frames, self.times = n_cond_frames, times
 
 
 def clips(dtype: torch.dtype = torch.float32) -> Batch:
@@ -56,7 +59,7 @@ def test_without_a_given_frame_all_are_noisy_and_bear_the_loss() -> None:
         seen.append(t_BF)
         return exact(batch.z0_BCFHW, z, t_BF) + off
 
-    loss, _ = psft.psft_loss(Answers(answer, clean=0), batch, psft.Config(), Random(0, 0, [0, 1]))
+    loss, _ = psft.psft_loss(Answers(answer, n_cond_frames=0), batch, psft.Config(), Random(0, 0, [0, 1]))
     assert loss.item() == pytest.approx((1 / 4 + 4) / 2, rel=1e-6)
     assert (seen[0] == seen[0][:, :1]).all()
     assert (seen[0] > 0).all()
@@ -65,7 +68,7 @@ def test_without_a_given_frame_all_are_noisy_and_bear_the_loss() -> None:
 def test_an_expert_sees_its_times() -> None:
     batch, seen = clips(), []
     for step in range(20):
-        model = Answers(lambda z, t: seen.append(t) or z, clean=0, times=(0.5, 0.6))
+        model = Answers(lambda z, t: seen.append(t) or z, n_cond_frames=0, times=(0.5, 0.6))
         psft.psft_loss(model, batch, psft.Config(), Random(0, step, [0, 1]))
     times = torch.cat(seen)
     assert (times >= 0.5).all()

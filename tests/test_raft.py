@@ -1,4 +1,4 @@
-"""posttrain/models/raft.py: torchvision's flow with its whole gradient, in a clip's own pixels; which weights load."""
+"""posttrain/nets/raft.py: torchvision's flow with its whole gradient, in a clip's own pixels; which weights load."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from posttrain.files import UserError
-from posttrain.models import raft
+from posttrain.core.errors import UserError
 from posttrain.models.base import ModelConfig
+from posttrain.nets import raft
 
 
 def test_flow_is_torchvisions_with_the_whole_gradient() -> None:

@@ -10,9 +10,8 @@ from pydantic import Field
 
 import sim.cli
 from posttrain import cli
-from posttrain.files import UserError
-from posttrain.recipe import In, Part, dump, load, resolve
-from posttrain.types import Strict
+from posttrain.core.errors import UserError
+from posttrain.core.recipe import Plugin, PluginFrom, Strict, dump, load, resolve
 
 
 class Data(Strict):
@@ -23,7 +22,7 @@ class Data(Strict):
 class Recipe(Strict):
     run: str
     data: Data
-    method: Annotated[Part, In("methods")]
+    method: Annotated[Plugin, PluginFrom("methods")]
     lr: float = 1e-3
     extra: Data | None = None
     splits: dict[str, int] = Field(default_factory=dict)

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from posttrain.benchmarks import pisa
-from posttrain.records import difference, interval
+from posttrain.evaluation.benchmarks import pisa
+from posttrain.evaluation.records import difference, interval
 
 
 def test_interval_is_the_95_percent_interval_of_the_mean() -> None:

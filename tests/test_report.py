@@ -18,14 +18,14 @@ from falling import AMBIGUOUS, FPS, SIZE, Oracle, RedTracker, film, rows_of, tel
 from PIL import Image, ImageSequence
 from playwright.sync_api import Page, sync_playwright
 
-from posttrain import report as room
-from posttrain.charts import nice_ticks, path_d
-from posttrain.evaluate import EvalConfig, evaluate
-from posttrain.files import UserError
-from posttrain.gallery import LINE
-from posttrain.players import encode
-from posttrain.records import comparable, gather
-from posttrain.report import report
+from posttrain.core.errors import UserError
+from posttrain.evaluation.evaluate import EvalConfig, evaluate
+from posttrain.evaluation.records import comparable, gather
+from posttrain.reporting import report as room
+from posttrain.reporting.charts import nice_ticks, path_d
+from posttrain.reporting.gallery import LINE
+from posttrain.reporting.players import encode
+from posttrain.reporting.report import report
 
 CHROMIUM = Path("/usr/bin/chromium")
 QUIET = ("quic", "background-networking", "component-update", "sync", "gpu")

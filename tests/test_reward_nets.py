@@ -1,4 +1,4 @@
-"""posttrain/methods/flow_net.py and depth_net.py: what is drawn, the losses, and that training lowers them."""
+"""posttrain/pretraining/flow_net.py and depth_net.py: what is drawn, the losses, and that training lowers them."""
 
 import contextlib
 from pathlib import Path
@@ -9,11 +9,12 @@ import torch
 from falling import SIZE, write_dataset
 
 from posttrain import cli
-from posttrain.data.clips import Clips, DataConfig
-from posttrain.files import UserError, read_jsonl
-from posttrain.methods import depth_net, flow_net
-from posttrain.models import depth, raft
+from posttrain.core.errors import UserError
+from posttrain.core.files import read_jsonl
+from posttrain.data.dataset import Clips, DataConfig
 from posttrain.models.base import ModelConfig
+from posttrain.nets import depth, raft
+from posttrain.pretraining import depth_net, flow_net
 from posttrain.types import Batch, Random
 
 FRAMES, SIDE = 6, 32

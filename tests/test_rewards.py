@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from unrounded import Unrounded
 
 import posttrain
-from posttrain.benchmarks import rewards as matrix
-from posttrain.data.clips import Split, open_split
+from posttrain.core.recipe import Plugin, resolve
+from posttrain.data.dataset import Split, open_split
 from posttrain.flow import SamplerConfig
 from posttrain.methods.oro import Sampling, oro_loss
 from posttrain.metrics import pisa
-from posttrain.models import wan as wan_model
 from posttrain.models.base import ModelConfig
-from posttrain.models.wan import Wan
-from posttrain.recipe import Part, resolve
+from posttrain.models.wan import model as wan_model
+from posttrain.models.wan.model import Wan
 from posttrain.rewards import depth, flow, segmentation, trajectory
 from posttrain.rewards.base import Reward, contrast, load_all, total, truths
+from posttrain.studies import rewards as matrix
 from posttrain.types import Batch, Random
 from sim import counterfactual, dataset
 
@@ -445,7 +445,7 @@ def test_object_is_segmentation_and_trajectory_in_one_look(rewards: dict[str, Re
 
 
 def test_a_weighted_sum_is_one_line_of_a_recipe() -> None:
-    parts = [Part(name, resolve("rewards", name), resolve("rewards", name).Config(weight=w)) for name, w in WEIGHTS]
+    parts = [Plugin(name, resolve("rewards", name), resolve("rewards", name).Config(weight=w)) for name, w in WEIGHTS]
     assert truths(parts) == ("depth", "flow")
     batch = scene(3)
     with torch.no_grad():
@@ -457,12 +457,13 @@ def test_a_weighted_sum_is_one_line_of_a_recipe() -> None:
 USE = """
 from typing import Annotated
 import torch
-from posttrain.recipe import In, Part, load
+from posttrain.core.recipe import Plugin, PluginFrom, load
 from posttrain.rewards import base
-from posttrain.types import Batch, Strict
+from posttrain.core.recipe import Strict
+from posttrain.types import Batch
 
 class Recipe(Strict):
-    rewards: tuple[Annotated[Part, In("rewards")], ...]
+    rewards: tuple[Annotated[Plugin, PluginFrom("rewards")], ...]
 
 parts = load("recipe.yaml", [], Recipe).rewards
 reward = base.total(base.load_all(parts[1:]))

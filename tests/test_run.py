@@ -19,8 +19,8 @@ from forked import launch
 from pydantic import ValidationError
 from torch import nn
 
-from posttrain.files import UserError
-from posttrain.run import Run, TrainConfig, sample_order
+from posttrain.core.errors import UserError
+from posttrain.training.run import Run, TrainConfig, sample_order
 from posttrain.types import Batch
 
 

@@ -1,4 +1,4 @@
-"""posttrain/models/sam2.py: transformers' SAM 2 for many clips at once, with gradients."""
+"""posttrain/nets/sam2.py: transformers' SAM 2 for many clips at once, with gradients."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import Sam2VideoConfig, Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
 
-from posttrain.files import UserError
-from posttrain.models import sam2
+from posttrain.core.errors import UserError
 from posttrain.models.base import ModelConfig
+from posttrain.nets import sam2
 from posttrain.pocket import folder
 
 FRAMES, SIZE = 4, 32

@@ -20,13 +20,14 @@ from test_stages import command
 from tiny import wan_folder
 from transformers import Sam2VideoConfig
 
-from posttrain import files, score
-from posttrain.benchmarks.pisabench import open_benchmark
+from posttrain.core import files
+from posttrain.core.errors import UserError
 from posttrain.data.videos import centred
-from posttrain.files import UserError
-from posttrain.models import sam2
+from posttrain.evaluation import score
+from posttrain.evaluation.benchmarks.pisabench import open_benchmark
+from posttrain.evaluation.records import summary
+from posttrain.nets import sam2
 from posttrain.pocket import folder as pocket
-from posttrain.records import summary
 
 UNIT = math.sqrt(2) * SIZE
 COLUMN = 12

@@ -1,4 +1,4 @@
-"""posttrain/methods/segmenter.py: windows of clips, the loss, and training either segmenter."""
+"""posttrain/pretraining/segmenter.py: windows of clips, the loss, and training either segmenter."""
 
 import shutil
 from dataclasses import replace
@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import Sam2VideoConfig
 
 from posttrain import cli
-from posttrain.files import read_jsonl
-from posttrain.methods import segmenter
-from posttrain.models import sam2, tracker
+from posttrain.core.files import read_jsonl
+from posttrain.nets import sam2, tracker
 from posttrain.pocket import folder
-from posttrain.run import Run, TrainConfig
+from posttrain.pretraining import segmenter
+from posttrain.training.run import Run, TrainConfig
 from posttrain.types import Batch, Random
 
 FRAMES, SIZE = 9, 32

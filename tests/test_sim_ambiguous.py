@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from scipy.stats import kstest
 from test_sim_counterfactual import BACKGROUNDS, OBJECTS, POCKET
 
-from posttrain.files import UserError, read_jsonl
+from posttrain.core.errors import UserError
+from posttrain.core.files import read_jsonl
 from posttrain.metrics import distribution, pisa
 from sim import ambiguous, dataset, drop, grid
 from sim.physics import bullet

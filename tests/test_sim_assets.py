@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.spatial import ConvexHull
 
-from posttrain.files import UserError
+from posttrain.core.errors import UserError
 from sim import assets
 
 KINDS = sorted({i.partition("/")[0] for i in assets.object_ids()})

@@ -15,7 +15,8 @@ from PIL import Image
 from pydantic import ValidationError
 from test_sim_physics import body, world
 
-from posttrain.files import UserError, read_jsonl
+from posttrain.core.errors import UserError
+from posttrain.core.files import read_jsonl
 from sim import assets, counterfactual, dataset, drop
 from sim.bench import bench
 from sim.counterfactual import Violation, violate

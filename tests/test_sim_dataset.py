@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from posttrain.files import UserError
+from posttrain.core.errors import UserError
 from sim import assets, cli, dataset, drop
 from sim.render import gl
 
@@ -255,7 +255,7 @@ def test_each_split_has_clips_of_its_own():
 
 
 def test_shipped_recipes_load_and_their_worlds_can_be_made():
-    from posttrain import recipe as recipes
+    from posttrain.core import recipe as recipes
 
     for name in ("pocket/drop", "pocket/motion", "sim/pisa"):
         plan = recipes.load(ROOT / "recipes" / f"{name}.yaml", [], cli.Recipe)

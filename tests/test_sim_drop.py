@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from posttrain.files import UserError
+from posttrain.core.errors import UserError
 from sim import assets, drop, motion
 from sim.physics import analytic, bullet
 from sim.render import gl

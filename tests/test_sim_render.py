@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from posttrain.files import UserError
+from posttrain.core.errors import UserError
 from sim import assets
 from sim.render import geometry, gl, tiny
 from sim.scene import Background, Body, Camera, Clip, Light, Material, Scene, Trajectory

@@ -25,9 +25,11 @@ from tiny import wan_folder
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from posttrain import cli, files, recipe, stages
-from posttrain.experiment import Recipe, members, open_run
-from posttrain.files import UserError
+from posttrain import cli
+from posttrain.commands import stages
+from posttrain.commands.experiment import Recipe, members, open_run
+from posttrain.core import files, recipe
+from posttrain.core.errors import UserError
 from posttrain.pocket import folder as pocket
 
 RECIPE: dict[str, Any] = {

@@ -13,14 +13,16 @@ from safetensors.torch import load_file
 from tiny import TINY_TRANSFORMER, wan_folder
 from torch import Tensor
 
-from posttrain import cli, files, loading
-from posttrain.evaluate import weights_fingerprint
-from posttrain.experiment import open_run, resolved
-from posttrain.files import UserError
+from posttrain import cli
+from posttrain.commands import loading
+from posttrain.commands.experiment import open_run, resolved
+from posttrain.core import files
+from posttrain.core.errors import UserError
+from posttrain.evaluation.evaluate import weights_fingerprint
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, Merged, ModelConfig
-from posttrain.models.wan import Wan, initialise, load
-from posttrain.run import start_fingerprint
+from posttrain.models.wan.model import Wan, initialise, load
+from posttrain.training.run import start_fingerprint
 
 ADAPTER = {"rank": 2, "alpha": 4}
 RECIPE: dict[str, Any] = {

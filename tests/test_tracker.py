@@ -1,4 +1,4 @@
-"""posttrain/models/tracker.py: a small recurrent U-Net that follows one object."""
+"""posttrain/nets/tracker.py: a small recurrent U-Net that follows one object."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.files import UserError
-from posttrain.models import tracker
+from posttrain.core.errors import UserError
 from posttrain.models.base import ModelConfig
+from posttrain.nets import tracker
 
 WIDTHS = (8, 8, 16)
 

@@ -16,11 +16,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from posttrain import recipe
-from posttrain.files import UserError, read_jsonl
-from posttrain.run import Run, TrainConfig
-from posttrain.sample import write_video
-from posttrain.trackers import check_trackers
+from posttrain.core import recipe
+from posttrain.core.errors import UserError
+from posttrain.core.files import read_jsonl
+from posttrain.core.trackers import check_trackers
+from posttrain.evaluation.sample import write_video
+from posttrain.training.run import Run, TrainConfig
 from posttrain.types import Batch
 
 FRAMES, FPS = 5, 8

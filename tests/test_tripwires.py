@@ -17,19 +17,20 @@ from falling import write_dataset
 from safetensors.torch import load_file
 from torch import Tensor
 
-from posttrain import files, loading, recipe, stages
-from posttrain.data.clips import DataConfig
-from posttrain.evaluate import EvalConfig
-from posttrain.experiment import ADAPTER, TRAINED, Recipe, is_trained
-from posttrain.files import UserError
+from posttrain.commands import loading, stages
+from posttrain.commands.experiment import ADAPTER, TRAINED, Recipe, is_trained
+from posttrain.core import files, recipe
+from posttrain.core.errors import UserError
+from posttrain.core.recipe import Plugin
+from posttrain.data.dataset import DataConfig
+from posttrain.evaluation.evaluate import EvalConfig
+from posttrain.evaluation.records import interval
 from posttrain.flow import SamplerConfig
 from posttrain.methods import oro
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.recipe import Part
-from posttrain.records import interval
 from posttrain.rewards.base import RewardConfig
-from posttrain.run import TrainConfig
-from posttrain.tripwires import (
+from posttrain.training.run import TrainConfig
+from posttrain.training.tripwires import (
     BEST,
     LOOKS,
     TripwiresConfig,
@@ -166,7 +167,7 @@ def test_distance_by_hand() -> None:
 # ---------------------------------------------------------------- a reward that is hacked
 
 
-def brightness(die_at: int | None = None) -> Part:
+def brightness(die_at: int | None = None) -> Plugin:
     """The mean of all pixels, as a recipe would name it; the training ends without a word at call `die_at`."""
     calls = 0
 
@@ -179,7 +180,7 @@ def brightness(die_at: int | None = None) -> Part:
 
     module = ModuleType("brightness")
     vars(module).update(TRUTHS=(), load=lambda config, device: reward)
-    return Part("brightness", module, RewardConfig())
+    return Plugin("brightness", module, RewardConfig())
 
 
 def hack(
@@ -196,7 +197,7 @@ def hack(
         run=run,
         model=ModelConfig(path="pocket", adapter=AdapterConfig(rank=4)),
         data=DataConfig(clips="drops"),
-        method=Part("oro", oro, method),
+        method=Plugin("oro", oro, method),
         train=TrainConfig(steps=6, batch=2, lr=3e-2, warmup=6, checkpoint_every=3),
         eval=measured,
         tripwires=TripwiresConfig(split="test_seen", clips=4, on_trip=on_trip) if on_trip else None,

@@ -7,10 +7,10 @@ import torch
 from diffusers import AutoencoderKLWan
 from tiny import wan_folder
 
-from posttrain.files import UserError
-from posttrain.methods.vae import Config, crop, fly, vae_loss
-from posttrain.models import vae
+from posttrain.core.errors import UserError
 from posttrain.models.base import ModelConfig
+from posttrain.nets import vae
+from posttrain.pretraining.vae import Config, crop, fly, vae_loss
 from posttrain.types import Batch, Random
 
 

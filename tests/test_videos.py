@@ -16,14 +16,14 @@ from falling import film, rows_of, write_dataset
 from test_stages import command, contents
 from tiny import wan_folder
 
-from posttrain import files
+from posttrain.core import files
+from posttrain.core.errors import UserError
 from posttrain.data import videos
-from posttrain.data.clips import Clips, DataConfig, open_split
+from posttrain.data.dataset import Clips, DataConfig, open_split
 from posttrain.data.latents import Latents
 from posttrain.data.videos import Wanted, centred, choose, entries, inspect, moved, nearest, plan, read, see
-from posttrain.files import UserError
-from posttrain.models import wan
 from posttrain.models.base import ModelConfig
+from posttrain.models.wan import model as wan
 
 LEVEL = 4  # frame k of a test video is grey of brightness 4 k
 WANTED = {"frames": 5, "fps": 8.0, "size": [16, 16]}

@@ -14,11 +14,11 @@ from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
 from tiny import wan_folder
 from torch import Tensor
 
-from posttrain.files import UserError
+from posttrain.core.errors import UserError
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan import Wan, load
+from posttrain.models.wan.model import Wan, load
 from posttrain.pocket import folder as embedded
-from posttrain.run import Run, TrainConfig
+from posttrain.training.run import Run, TrainConfig
 
 CAPTIONS = ["a red ball falls.", "  A  duck &amp; a wooden box\nfall. ", "", "ball " * 600]
 
@@ -359,7 +359,7 @@ def test_loading_and_saving_say_nothing(tmp_path: Path) -> None:
     lines = [
         "from pathlib import Path",
         "from posttrain.models.base import AdapterConfig, ModelConfig",
-        "from posttrain.loading import load_model",
+        "from posttrain.commands.loading import load_model",
         "load_model(ModelConfig(path='pocket', adapter=AdapterConfig(rank=2))).save(Path('adapter'))",
     ]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}

@@ -8,8 +8,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from posttrain.models.wan import initialise
-from posttrain.pocket.build import TRANSFORMER, VAE, build
+from posttrain.models.wan.model import initialise
+from posttrain.pretraining.build import TRANSFORMER, VAE, build
 
 TINY_VAE = VAE | {"base_dim": 4, "decoder_base_dim": 4, "z_dim": 8, "dim_mult": [1, 1, 1]}
 TINY_VAE |= {"latents_mean": [0.1 * c for c in range(8)], "latents_std": [1 + 0.1 * c for c in range(8)]}

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from posttrain import files
+from posttrain.core import files
+from posttrain.core.errors import UserError
+from posttrain.core.progress import track
 from posttrain.data import videos
-from posttrain.data.clips import Clips, GroupsConfig, read_video
+from posttrain.data.dataset import Clips, GroupsConfig, read_video
 from posttrain.data.latents import Latents
-from posttrain.files import UserError
 from posttrain.models.base import VideoModel
-from posttrain.progress import track
 from posttrain.types import Batch
 
 SCORES = "scores.jsonl"
@@ -261,7 +261,7 @@ class Groups:
         scored: bool = False,
     ) -> None:
         self.members, self.groups = gather(clips, config, pictured, scored)
-        self._latents, self._clean = Latents(model, self.members, folder), model.clean
+        self._latents, self._clean = Latents(model, self.members, folder), model.n_cond_frames
         counts: dict[int, int] = {}
         self.ids = []
         for group in self.groups:
@@ -298,6 +298,6 @@ class Groups:
             z0_BCFHW=winners,
             ids=tuple(self.ids[index] for index in indices),
             losers_BMCFHW=losers.unflatten(0, (len(chosen), -1)),
-            sa_BM=None if scores is None else scores[..., 0],
-            pc_BM=None if scores is None else scores[..., 1],
+            semantic_adherence_BM=None if scores is None else scores[..., 0],
+            physical_commonsense_BM=None if scores is None else scores[..., 1],
         )

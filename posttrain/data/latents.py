@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from posttrain import files
-from posttrain.data.clips import Clips, targets, to_float
-from posttrain.files import UserError
+from posttrain.core import files
+from posttrain.core.errors import UserError
+from posttrain.core.progress import track
+from posttrain.data.dataset import Clips, targets, to_float
 from posttrain.models.base import VideoModel
-from posttrain.progress import track
 from posttrain.types import Batch
 
 CONDITION = "condition."  # what names in an entry begin with that are of Batch.condition

@@ -34,9 +34,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from posttrain import files
-from posttrain.files import UserError
-from posttrain.progress import track
+from posttrain.core import files
+from posttrain.core.errors import UserError
+from posttrain.core.progress import track
 
 TABLES = ("metadata.jsonl", "metadata.json", "metadata.csv")
 LISTS = ("videos.txt", "video.txt")

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from posttrain import files
-from posttrain.files import UserError
+from posttrain.core import files
+from posttrain.core.errors import UserError
 from posttrain.judges.questions import ANSWERS, Ask, no_answer, ratio
 
 TOP = 20  # the most that OpenAI and vLLM give

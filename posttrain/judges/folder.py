@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from posttrain import files
+from posttrain.core import files
+from posttrain.core.errors import UserError
+from posttrain.core.progress import progress
 from posttrain.data import videos
 from posttrain.data.groups import SCORES, sample_of
-from posttrain.files import UserError
 from posttrain.judges.questions import Judge
-from posttrain.progress import progress
 
 
 class Video(NamedTuple):

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from posttrain.core.errors import UserError
 from posttrain.data import videos
 from posttrain.data.groups import Scores
-from posttrain.files import UserError
 
 Ask = Callable[[np.ndarray, str], float]  # (pictures uint8 (F, H, W, 3), question) -> the answer's worth, in [0, 1]
 Judge = Callable[[Path, str], Scores]  # (video, caption) -> its scores

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from posttrain.core.errors import UserError
 from posttrain.data import videos
-from posttrain.data.clips import Clips, to_float
+from posttrain.data.dataset import Clips, to_float
 from posttrain.data.groups import Scores, names, sample_of
-from posttrain.files import UserError
 from posttrain.judges.questions import Judge
 from posttrain.metrics import pisa
 from posttrain.metrics.masks import Track, segment

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from posttrain.files import UserError
+from posttrain.core.errors import UserError
 from posttrain.judges.questions import ANSWERS, Ask, no_answer, ratio
 
 

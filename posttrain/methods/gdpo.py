@@ -38,12 +38,13 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
-from posttrain.files import UserError
+from posttrain.core.errors import UserError
+from posttrain.core.recipe import Strict
 from posttrain.flow import TimeKind, frame_times, interpolate, sample_time, target
 from posttrain.models import lora
 from posttrain.models.base import VideoModel
-from posttrain.run import Run
-from posttrain.types import Batch, Random, Strict
+from posttrain.training.run import Run
+from posttrain.types import Batch, Random
 
 DATA = "groups"
 Mode = Literal["pair", "sum", "exact"]
@@ -178,9 +179,11 @@ def draw(model: VideoModel, batch: Batch, config: Config, run: Run) -> Draw:
     j_BM = j_BM.to(z0_BCFHW.device)
     alpha_BM = gamma_BM = torch.ones_like(j_BM, dtype=torch.float32)
     if config.physics:
-        if batch.sa_BM is None or batch.pc_BM is None:
+        if batch.semantic_adherence_BM is None or batch.physical_commonsense_BM is None:
             raise UserError("method.physics: needs scores of all losers; score the samples, or set method.physics=null")
-        alpha_BM, gamma_BM = physics_weights(batch.sa_BM.gather(1, j_BM), batch.pc_BM.gather(1, j_BM), config.physics)
+        alpha_BM, gamma_BM = physics_weights(
+            batch.semantic_adherence_BM.gather(1, j_BM), batch.physical_commonsense_BM.gather(1, j_BM), config.physics
+        )
 
     losers_BMCFHW = losers_BMCFHW[torch.arange(count)[:, None], j_BM]
     gamma_BM = gamma_BM * (m if config.mode == "pair" else 1)
@@ -193,7 +196,7 @@ def place(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All members (B, N, C, F, H, W) with the winner's given frames, their noise of the same shape, and times (B,)."""
     z0_BNCFHW = torch.cat([z0_BCFHW[:, None], losers_BMCFHW], dim=1)
-    z0_BNCFHW[:, :, :, : model.clean] = z0_BCFHW[:, None, :, : model.clean]
+    z0_BNCFHW[:, :, :, : model.n_cond_frames] = z0_BCFHW[:, None, :, : model.n_cond_frames]
     t_B = sample_time(source, config.timesteps, config.shift, *model.times).to(z0_BCFHW.device)
     noises = 1 if config.noise == "shared" else z0_BNCFHW.shape[1]
     eps_BNCFHW = source.normal(noises, *z0_BNCFHW.shape[2:]).to(z0_BCFHW.device).expand_as(z0_BNCFHW)
@@ -218,10 +221,10 @@ def errors(model: VideoModel, drawn: Draw, config: Config, groups: slice = ALL, 
         return shared_B[groups].repeat_interleave(count, dim=0)
 
     z0_BCFHW, eps_BCFHW, t_B = z0_BNCFHW.flatten(0, 1), eps_BNCFHW.flatten(0, 1), each(drawn.t_B)
-    t_BF = frame_times(t_B, frames=z0_BCFHW.shape[2], clean=model.clean)
+    t_BF = frame_times(t_B, frames=z0_BCFHW.shape[2], n_cond_frames=model.n_cond_frames)
     condition = {name: each(value) for name, value in drawn.condition.items()}
     v_BCFHW = model.velocity(interpolate(z0_BCFHW, eps_BCFHW, t_BF), t_BF, each(drawn.text_BLD), condition)
-    err_B = (v_BCFHW - target(z0_BCFHW, eps_BCFHW))[:, :, model.clean :].square().flatten(1).mean(1)
+    err_B = (v_BCFHW - target(z0_BCFHW, eps_BCFHW))[:, :, model.n_cond_frames :].square().flatten(1).mean(1)
     return (err_B * bell(t_B) if config.weighting == "bell" else err_B).unflatten(0, (-1, count))
 
 

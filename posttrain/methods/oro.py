@@ -10,7 +10,8 @@ where R = sum_k w_k R_k compares the clip with the truth about x_0: its masks, i
 Departures from the paper's code: the clip is sampled as it is afterwards, by the scheduler of the model's folder with
 the same steps and guidance; nothing is dropped, pixels have one range, and the decoder is frozen. Every step and every
 picture is differentiated (`grad` and `frames` take fewer), in the memory of one step and one latent frame, for the
-backward pass computes them again (flow.py, models/decode.py). Pixels beyond the range get the gradient that leads back.
+backward pass computes them again (flow.py, models/wan/decode.py). Pixels beyond the range get the gradient that leads
+back.
 """
 
 from collections.abc import Mapping
@@ -21,13 +22,13 @@ from pydantic import Field, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
-from posttrain.files import UserError
+from posttrain.core.errors import UserError
+from posttrain.core.recipe import Plugin, PluginFrom, Strict
 from posttrain.flow import Grad, SamplerConfig, sample
 from posttrain.models.base import VideoModel
-from posttrain.recipe import In, Part
 from posttrain.rewards import base
-from posttrain.run import Run, start_fingerprint
-from posttrain.types import Batch, Random, Strict
+from posttrain.training.run import Run, start_fingerprint
+from posttrain.types import Batch, Random
 
 DATA = "annotated latents"
 
@@ -43,7 +44,7 @@ class Sampling(Strict):
 
 
 class Config(Sampling):
-    rewards: Annotated[tuple[Annotated[Part, In("rewards")], ...], Field(min_length=1)]
+    rewards: Annotated[tuple[Annotated[Plugin, PluginFrom("rewards")], ...], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _once(self) -> "Config":
@@ -93,7 +94,7 @@ def oro_loss(
         model.scheduler(),
         random.normal(*truth_BCFHW.shape[1:]).to(truth_BCFHW),
         batch.text_BLD,
-        truth_BCFHW[:, :, : model.clean] if model.clean else None,
+        truth_BCFHW[:, :, : model.n_cond_frames] if model.n_cond_frames else None,
         how.steps,
         how.weight(model.boundary),
         None if negative_1LD is None else negative_1LD.expand_as(batch.text_BLD),

@@ -4,9 +4,9 @@ Paper: PISA (Li et al. 2025), section 4; the flow objective is that of Liu et al
 
     L = E_{z_0, eps, t} || v(z_t, t, text) - (eps - z_0) ||^2,    z_t = (1 - t) z_0 + t eps.
 
-The first latent frame is given (`model.clean`): it stays clean, has time 0 and bears no loss. The mean runs over the
-other frames' elements of each clip, then over clips. Models that take no picture, or take it another way, have all
-frames noisy and all in the loss. An expert for some times alone (`model.times`) is trained on these.
+The first `model.n_cond_frames` latent frames are given: they stay clean, have time 0 and bear no loss. The mean runs
+over the other frames' elements of each clip, then over clips. Models that take no picture, or take it another way, have
+all frames noisy and all in the loss. An expert for some times alone (`model.times`) is trained on these.
 
 Departures from the paper: Wan's time runs from data to noise, so the target has the opposite sign of Open-Sora's;
 how times are drawn is a choice of the recipe (Open-Sora's is near to logit_normal). Trains an adapter or all weights,
@@ -16,10 +16,11 @@ from pretrained or random ones, as `model:` in the recipe says.
 from pydantic import PositiveFloat
 from torch import Tensor
 
+from posttrain.core.recipe import Strict
 from posttrain.flow import TimeKind, frame_times, interpolate, sample_time, target
 from posttrain.models.base import VideoModel
-from posttrain.run import Run
-from posttrain.types import Batch, Random, Strict
+from posttrain.training.run import Run
+from posttrain.types import Batch, Random
 
 DATA = "latents"
 
@@ -40,13 +41,13 @@ def psft_loss(model: VideoModel, batch: Batch, config: Config, random: Random) -
     z0_BCFHW = batch.z0_BCFHW
     t_B = sample_time(random, config.timesteps, config.shift, *model.times).to(z0_BCFHW.device)
     eps_BCFHW = random.normal(*z0_BCFHW.shape[1:]).to(z0_BCFHW.device)
-    t_BF = frame_times(t_B, frames=z0_BCFHW.shape[2], clean=model.clean)
+    t_BF = frame_times(t_B, frames=z0_BCFHW.shape[2], n_cond_frames=model.n_cond_frames)
 
     v_BCFHW = model.velocity(interpolate(z0_BCFHW, eps_BCFHW, t_BF), t_BF, batch.text_BLD, batch.condition)
     target_BCFHW = target(z0_BCFHW, eps_BCFHW)
-    error_BCFHW = (v_BCFHW - target_BCFHW)[:, :, model.clean :].square()
+    error_BCFHW = (v_BCFHW - target_BCFHW)[:, :, model.n_cond_frames :].square()
     loss = error_BCFHW.flatten(1).mean(1).mean()
-    return loss, {"explained": 1 - loss.detach() / target_BCFHW[:, :, model.clean :].square().mean()}
+    return loss, {"explained": 1 - loss.detach() / target_BCFHW[:, :, model.n_cond_frames :].square().mean()}
 
 
 def train(run: Run, model: VideoModel, config: Config) -> None:

@@ -14,7 +14,7 @@ def segment(track: Track, video_BCFHW: Tensor, mask0_BHW: Tensor) -> Tensor:
     """Masks (B, F, H, W), bool; frame 0's is the given one.
 
     Args:
-        track: a segmenter (models/tracker.py, models/sam2.py).
+        track: a segmenter (nets/tracker.py, nets/sam2.py).
         video_BCFHW: pixels in [-1, 1].
         mask0_BHW: bool, the object in frame 0, on the video's device.
     """

@@ -40,7 +40,7 @@ from scipy.stats import theilslopes
 from posttrain.metrics.pisa import AFTER, FALL, MISFIT, SLOWER, centroids
 
 # Standard deviations, chosen on 60 true clips of two worlds for errors that are as large as the sigmas say; on 1000
-# others error / sigma spreads by 0.5 (size) to 1.45 (restitution): `python -m posttrain.benchmarks.violations`
+# others error / sigma spreads by 0.5 (size) to 1.45 (restitution): `python -m posttrain.studies.violations`
 NOISE = 0.12  # pixels, of a mask's centre
 SCALE = 0.02  # share of a length: an outline is not at the depth of the body's centre
 CONTACT = 0.12  # frames: what lands on an edge lands twice

@@ -9,8 +9,10 @@ from pydantic import PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
+from posttrain.core.recipe import Strict
 from posttrain.models.lora import TARGETS
-from posttrain.types import Strict
+
+PROTOCOL = ("load", "bare", "save_merged")  # of a family's module
 
 
 class AdapterConfig(Strict):
@@ -35,7 +37,7 @@ class ModelConfig(Strict):
     that `adapter` must be of its rank, alpha and targets; a transformer takes the place of the one in `path`.
     """
 
-    family: str = "wan"  # posttrain/models/<family>.py
+    family: str = "wan"  # posttrain/models/<family>/
     path: str  # "pocket" (embedded), a local diffusers folder, or a hub id "owner/name"
     revision: str | None = None  # of a hub id: a branch, a tag or, to pin it, a commit
     init: Literal["pretrained", "random"] = "pretrained"  # random: the same architecture, drawn anew from `seed`
@@ -64,7 +66,7 @@ class VideoModel(Protocol):
 
     transformer: nn.Module  # what is trained; may be replaced by its wrapped self
     device: torch.device  # where the work is done, and where what it returns lies
-    clean: int  # how many latent frames are given as they are (time 0, no loss): 1 or 0
+    n_cond_frames: int  # latent frames at the start that stay clean (time 0, no loss): 1 or 0
     times: tuple[float, float]  # t from low to below high, which `transformer` answers for
     boundary: float  # at t >= boundary the expert for much noise answers; 0 where there is one for all times
     text_tokens: int  # the length L of text_BLD

@@ -9,9 +9,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from posttrain.files import UserError, read_json
+from posttrain.core.errors import UserError
+from posttrain.core.files import read_json
 from posttrain.models.base import ModelConfig
-from posttrain.models.published import PUBLISHED
+from posttrain.models.wan.published import PUBLISHED
 from posttrain.pocket import folder
 
 # What is fetched of a hub repository: the parts a folder may have, and in them configs, vocabularies and safe weights.

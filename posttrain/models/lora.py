@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from posttrain.files import UserError, write_bytes
+from posttrain.core.errors import UserError
+from posttrain.core.files import write_bytes
 
 FILE = "pytorch_lora_weights.safetensors"
 NAME = "default"

@@ -17,14 +17,14 @@ Shape letters: B batch, C channels, F frames, H W pixels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from posttrain.types import Batch, Strict
+from posttrain.core.recipe import Plugin, Strict
+from posttrain.types import Batch
 
+PROTOCOL = ("Config", "TRUTHS", "RANKS", "load")
 Reward = Callable[[Tensor, Batch], Tensor]
 Total = Callable[[Tensor, Batch], tuple[Tensor, dict[str, Tensor]]]
 
@@ -35,25 +35,12 @@ class RewardConfig(Strict):
     weight: float = 1.0  # in a sum of rewards
 
 
-class Part(Protocol):
-    """What `{name: ..., weight: ...}` in a recipe becomes (posttrain.recipe.Part)."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def module(self) -> ModuleType: ...
-
-    @property
-    def config(self) -> Any: ...
-
-
-def truths(parts: Sequence[Part]) -> tuple[str, ...]:
+def truths(parts: Sequence[Plugin]) -> tuple[str, ...]:
     """What batches must hold for these rewards, as data.clips.Clips takes it."""
     return tuple(dict.fromkeys(truth for part in parts for truth in part.module.TRUTHS))
 
 
-def load_all(parts: Sequence[Part], device: torch.device | str = "cpu") -> dict[str, tuple[float, Reward]]:
+def load_all(parts: Sequence[Plugin], device: torch.device | str = "cpu") -> dict[str, tuple[float, Reward]]:
     """Weight and function of the rewards that a recipe names."""
     return {part.name: (part.config.weight, part.module.load(part.config, device)) for part in parts}
 

@@ -17,8 +17,8 @@ beside `segmentation` and `trajectory`.
 import torch
 from torch import Tensor, nn
 
-from posttrain.models import depth
 from posttrain.models.base import ModelConfig
+from posttrain.nets import depth
 from posttrain.rewards.base import Reward, RewardConfig, contrast, frozen
 from posttrain.types import Batch
 

@@ -15,7 +15,7 @@ where an object is while it lies still, and a clip in which it vanishes after la
 `segmentation` and `trajectory`, which know.
 
 Departures from the paper: the truth is the simulator's flow, not RAFT's of the true clip; the region; u; the whole
-gradient (models/raft.py: `see`).
+gradient (nets/raft.py: `see`).
 """
 
 from typing import Literal
@@ -23,8 +23,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from posttrain.models import raft
 from posttrain.models.base import ModelConfig
+from posttrain.nets import raft
 from posttrain.rewards.base import Reward, RewardConfig, contrast, frozen
 from posttrain.types import Batch
 
@@ -33,7 +33,7 @@ RANKS: tuple[str, ...] = ("hover",)
 
 
 class Config(RewardConfig):
-    """`path`: as in models/raft.py: "pocket", raft_large, raft_small, a folder or a file (raft-things.pth)."""
+    """`path`: as in nets/raft.py: "pocket", raft_large, raft_small, a folder or a file (raft-things.pth)."""
 
     path: str = "pocket"
     region: Literal["image", "objects"] = "objects"

@@ -9,7 +9,7 @@ which is a soft IoU where the object is in the picture. Where it is not (hidden,
 mask and falls with what p covers. In [0, 1].
 
 Departure from the paper's code: there, where SAM 2 takes the object for gone, its logits are a constant, and what has
-vanished gets no gradient. Here it is never taken for gone (models/sam2.py: `always_there`).
+vanished gets no gradient. Here it is never taken for gone (nets/sam2.py: `always_there`).
 
 What it does not see: how far a mask is off, once it and the true one are disjoint. From a clip that hovers there is
 then no way downhill; add `trajectory`.
@@ -20,8 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from posttrain.models import sam2
 from posttrain.models.base import ModelConfig
+from posttrain.nets import sam2
 from posttrain.rewards.base import Reward, RewardConfig, frozen, true_masks
 from posttrain.types import Batch
 

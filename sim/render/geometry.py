@@ -5,7 +5,7 @@ Pixels are (x right, y down) with centres at half-integers. Camera coordinates a
 
 import numpy as np
 
-from posttrain.files import UserError
+from posttrain.core.errors import UserError
 from sim.scene import Camera, Scene, Trajectory
 
 

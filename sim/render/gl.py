@@ -17,7 +17,7 @@ from typing import Any
 import moderngl
 import numpy as np
 
-from posttrain.files import UserError
+from posttrain.core.errors import UserError
 from sim import assets
 from sim.render import shaders
 from sim.render.geometry import check, focal_pixels, rotation

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import numpy as np
 
-from posttrain.files import UserError
+from posttrain.core.errors import UserError
 from sim import assets
 from sim.physics.bullet import engine, xyzw
 from sim.render.geometry import check, flow, focal_pixels, rays

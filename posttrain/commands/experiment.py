@@ -1,0 +1,286 @@
+"""An experiment: its recipe, its folder in runs/, and what `model.start` and `model.merge` in it mean.
+
+    runs/<run>/recipe.yaml   the resolved recipe, overrides in it
+    runs/<run>/adapter/      the trained weights (also where they are a whole model)
+    runs/<run>/trained.json  says that they are complete, and what they depend on
+
+A folder belongs to one recipe; a run may start from what others left in theirs.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from posttrain.core import files, recipe
+from posttrain.core.errors import UserError
+from posttrain.core.recipe import Plugin, PluginFrom, Strict
+from posttrain.data.dataset import DataConfig
+from posttrain.evaluation.evaluate import EvalConfig
+from posttrain.models import lora
+from posttrain.models.base import Merged, ModelConfig
+from posttrain.models.wan.published import sampler
+from posttrain.training.run import TrainConfig
+from posttrain.training.tripwires import TripwiresConfig, chooses_by_the_test
+
+RUNS = Path("runs")
+METHODS = ("methods", "pretraining")  # packages
+ADAPTER, TRAINED = "adapter", "trained.json"
+# may change without changing the trained weights
+FREE = (
+    *("run", "data.make", "data.groups.judge", "data.groups.batch"),
+    *("train.checkpoint_every", "train.trackers", "eval", "export"),
+)
+Values = Annotated[tuple[int | float | str, ...], Field(min_length=1)]
+
+
+class Table(Strict):
+    """Rows of one report, each by what it changes in the recipe, as in `flow: {method.rewards: [{name: flow}]}`."""
+
+    rows: Annotated[dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], dict[str, Any]], Field(min_length=1)]
+    # of training; a row is their mean, clip by clip. None: the recipe's own
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
+
+    @field_validator("rows")
+    @classmethod
+    def _free(cls, rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for row, changes in rows.items():
+            for key in ("run", "sweep", "table", "train.seed"):
+                if key in changes:
+                    raise PydanticCustomError(
+                        "part", "{row} sets {key}, which the table does; leave it out", {"row": row, "key": key}
+                    )
+        return rows
+
+
+class Recipe(Strict):
+    """A whole experiment. `run` names its folder in runs/.
+
+    `sweep: {data.limit: [30, 100]}` makes it a run for each value, runs/<run>/<value>, and one report of them all;
+    `table` a run for each row and seed, runs/<run>/<row>/<seed>, and one report.
+    """
+
+    run: str
+    model: ModelConfig
+    data: DataConfig
+    method: Annotated[Plugin, PluginFrom(*METHODS)]
+    train: TrainConfig
+    eval: EvalConfig | None = None
+    tripwires: TripwiresConfig | None = None
+    export: tuple[Literal["diffusers", "comfyui", "merged"], ...] = ()
+    sweep: Annotated[dict[str, Values], Field(min_length=1, max_length=1)] | None = None
+    table: Table | None = None
+
+    @property
+    def divided(self) -> bool:
+        """Whether it is several runs with one report."""
+        return bool(self.sweep or self.table)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sampled_as_usual(cls, values: Any) -> Any:
+        """What `eval.sampler` leaves out is as usual for the model, and what `method.sampler` does, as in `eval`."""
+        match values:
+            case {"model": {"path": str(path)}}:
+                said: list[dict[str, Any]] = []
+                for key in ("eval", "method"):
+                    part = values.get(key)
+                    if not isinstance(part, dict) or (key == "method" and not _samples(part.get("name"))):
+                        continue
+                    if isinstance(asked := part.get("sampler", {}), dict):
+                        said.append(asked)
+                        values = values | {key: part | {"sampler": asked | sampler(path, *said)}}
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _losers_as_usual(cls, values: Any) -> Any:
+        """What `data.groups.sampler` leaves out is as usual for the model too."""
+        match values:
+            case {"model": {"path": str(path)}, "data": {"groups": {**groups}} as data}:
+                if isinstance(asked := groups.get("sampler", {}), dict):
+                    return values | {"data": data | {"groups": groups | {"sampler": asked | sampler(path, asked)}}}
+        return values
+
+    @field_validator("table")
+    @classmethod
+    def _one_of_both(cls, table: Table | None, info: ValidationInfo) -> Table | None:
+        if table and info.data.get("sweep"):
+            raise PydanticCustomError("part", "stands beside a sweep; keep one")
+        return table
+
+    @field_validator("tripwires")
+    @classmethod
+    def _in_place(cls, wires: TripwiresConfig | None, info: ValidationInfo) -> TripwiresConfig | None:
+        measured, method = info.data.get("eval"), info.data.get("method")
+        if wires is None or method is None or "eval" not in info.data:  # what is wrong with those is said elsewhere
+            return wires
+        if not measured or not measured.every:
+            raise PydanticCustomError("part", "look at eval.clips every eval.every steps; set both")
+        if not hasattr(method.module, "load_rewards"):
+            raise PydanticCustomError(
+                "part",
+                "are for a method that trains rewards, and {name} is none; leave them out",
+                {"name": method.name},
+            )
+        if chooses_by_the_test(wires, measured):
+            raise PydanticCustomError(
+                "part", "choose weights with roll_back, so their split must not be measured; take it from eval.splits"
+            )
+        return wires
+
+
+def _samples(method: Any) -> bool:
+    """Whether a method of this name has a `sampler` in its Config; what is wrong with a name is said elsewhere."""
+    try:
+        return "sampler" in recipe.resolve(METHODS, method).Config.model_fields
+    except (UserError, AttributeError):
+        return False
+
+
+def open_run(target: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
+    """The recipe and folder of a run, which is given as a recipe file, as the run's folder or as its name in runs/.
+
+    Raises:
+        UserError: there is no such thing, the recipe is wrong, or the folder holds a run of another recipe.
+    """
+    for folder in (Path(target), RUNS / target):
+        if folder.is_dir():
+            path = folder / "recipe.yaml"
+            if not path.exists():
+                raise UserError(f"{path}: does not exist; {folder} is no run: give a recipe or a folder below {RUNS}")
+            plan = recipe.load(path, overrides, Recipe)
+            claim(plan, folder, str(path))
+            return plan, folder
+    plan = recipe.load(target, overrides, Recipe)
+    folder = RUNS / plan.run
+    claim(plan, folder, target)
+    return plan, folder
+
+
+def claim(plan: Recipe, folder: Path, name: str) -> None:
+    """Refuse a folder in which another recipe was run; note this one in it.
+
+    One that was refused before it trained, for a wrong model.path or the like, left nothing and may be mended.
+    """
+    path = folder / "recipe.yaml"
+    if path.exists() and ((folder / ADAPTER).exists() or any(folder.glob("checkpoints/step-*"))):
+        new, old = _flat(plan.model_dump(mode="json")), _flat(recipe.load(path, (), Recipe).model_dump(mode="json"))
+        differing = [
+            f"{key} ({old.get(key)}, now {new.get(key)})"
+            for key in sorted(new.keys() | old.keys())
+            if new.get(key) != old.get(key) and not key.startswith(FREE)
+        ]
+        if differing:
+            what = ", ".join(differing)
+            raise UserError(f"{path}: differs from {name} in {what}; choose another run=... or delete {folder}")
+    text = recipe.dump(plan)
+    if not path.exists() or path.read_text() != text:
+        files.write_text(path, text)
+
+
+def members(plan: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
+    """The runs of an experiment: the one, or those of `sweep` or `table`, each in a folder below that is named by it.
+
+    Raises:
+        UserError: a value makes no recipe, or its folder holds a run of another one.
+    """
+    changes: dict[str, dict[str, Any]] = {}
+    if plan.table:
+        for seed in plan.table.seeds or (plan.train.seed,):  # all rows once, so that a part of a table is one
+            changes |= {f"{row}/{seed}": values | {"train.seed": seed} for row, values in plan.table.rows.items()}
+    elif plan.sweep:
+        ((key, swept),) = plan.sweep.items()
+        changes = {str(value).replace("/", "-"): {key: value} for value in swept}
+    else:
+        return [(plan, folder)]
+    path, found = folder / "recipe.yaml", {}
+    for name, values in changes.items():
+        words = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+        found[name] = recipe.load(path, [*words, f"run={plan.run}/{name}", "sweep=null", "table=null"], Recipe)
+        if plan.table and _measured(found[name]) != _measured(plan):
+            raise UserError(f"{path}: table.rows.{name.partition('/')[0]}: changes eval; rows are measured alike")
+        claim(found[name], folder / name, str(path))
+    return [(member, folder / name) for name, member in found.items()]
+
+
+def _measured(plan: Recipe) -> dict[str, Any] | None:
+    return plan.eval.model_dump(exclude={"every", "batch"}) if plan.eval else None
+
+
+def _flat(value: Any, place: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {place: value}
+    return {k: v for name, part in value.items() for k, v in _flat(part, f"{place}.{name}" if place else name).items()}
+
+
+def is_trained(folder: Path, meaning: dict[str, Any] | None = None) -> bool:
+    """Whether training is complete. `meaning`: what it would depend on now.
+
+    Raises:
+        UserError: it was complete with something else.
+    """
+    if not (folder / TRAINED).exists() or not (folder / ADAPTER).exists():
+        return False
+    kept = files.read_json(folder / TRAINED)
+    if meaning is not None and (other := [key for key, value in meaning.items() if kept.get(key) != value]):
+        what = ", ".join(other)
+        raise UserError(f"{folder / ADAPTER}: came of another {what}; choose another run=... or delete {folder}")
+    return True
+
+
+def need_training(folder: Path) -> None:
+    if not is_trained(folder):
+        raise UserError(f"{folder / ADAPTER}: is missing or incomplete; finish `posttrain train` first")
+
+
+def resolved(config: ModelConfig) -> ModelConfig:
+    """`config` with the files and folders that its start and merge mean; resolved again it stays the same.
+
+    Raises:
+        UserError: there is no such thing, or it is a run whose own base is not this one's.
+    """
+    merge: tuple[Merged, ...] = ()
+    for number, adapter in enumerate(config.merge):
+        path = _weights(f"model.merge.{number}.path", adapter.path, merge)
+        if path.is_dir():
+            raise UserError(f"model.merge.{number}.path: {path} is a whole transformer; name it in model.start")
+        merge += (adapter.model_copy(update={"path": str(path)}),)
+    start = config.start and str(_weights("model.start", config.start, merge))
+    return config.model_copy(update={"start": start, "merge": merge})
+
+
+def _weights(field: str, source: str, merge: tuple[Merged, ...]) -> Path:
+    """The adapter file or transformer folder that `source` means, which may only need what is in `merge`."""
+    for place in (Path(source), RUNS / source):
+        if (place / "recipe.yaml").is_file():
+            need_training(place)
+            place = place / ADAPTER
+        for found in (place / "transformer", place, place / lora.FILE):
+            if (found / "config.json").is_file():
+                return found
+            if found.is_file():
+                _check_base(field, source, found.parent.parent, merge)
+                return found
+    raise UserError(f"{field}: {source} is no run, adapter file or transformer folder; name one that exists")
+
+
+def _check_base(field: str, source: str, run: Path, merge: tuple[Merged, ...]) -> None:
+    """Refuse the adapter of a run that was trained on more than its model.path and `merge`."""
+    if not (run / TRAINED).is_file():
+        return
+    try:
+        base = resolved(recipe.load(run / "recipe.yaml", (), Recipe).model)
+    except UserError as error:
+        raise UserError(f"{field}: {source}: what it was trained on is gone: {error}") from error
+    if base.start and Path(base.start).is_dir():
+        raise UserError(
+            f"{field}: {source} was trained on {base.start}; "
+            f"`posttrain export {run} export=[merged]`, and start from the folder that it writes"
+        )
+    if base.merge != merge[: len(base.merge)]:
+        needed = [item.model_dump() for item in base.merge]
+        raise UserError(f"{field}: {source} was trained on merged adapters; let model.merge begin with {needed}")

@@ -1,0 +1,82 @@
+"""Models as recipes and runs name them, on this process's device, and what a stage asks of its process."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain.commands.experiment import ADAPTER, RUNS, TRAINED, Recipe, resolved
+from posttrain.core import distributed, files, recipe
+from posttrain.core.errors import UserError
+from posttrain.models.base import Merged, ModelConfig
+from posttrain.training.run import start_fingerprint
+
+CACHE = RUNS / "cache"
+TRACKED = 64  # pixels that the sides of clips may have for the embedded tracker
+
+
+@contextmanager
+def memory(what: str, remedy: str) -> Iterator[None]:
+    """Turn a GPU that is full into one clear line; other errors stay what they are."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(" GPU ")[0]  # the rest is for who tunes the allocator
+        raise UserError(f"{what}: the GPU's memory is full ({reason}); {remedy}") from error
+
+
+@contextmanager
+def base_model(plan: Recipe) -> Iterator[Any]:
+    """The model that training started from; for random weights, the pretrained one they compete with.
+
+    An adapter that training continued is folded into it, so that it has none, as any base.
+    """
+    config = resolved(plan.model).model_copy(update={"adapter": None, "init": "pretrained", "other_adapter": None})
+    if config.start and Path(config.start).is_file():
+        config = config.model_copy(update={"start": None, "merge": (*config.merge, Merged(path=config.start))})
+    yield load_model(config)
+
+
+@contextmanager
+def tuned_model(plan: Recipe, folder: Path) -> Iterator[Any]:
+    """The model as its saved weights make it, so that what is measured is what is handed out."""
+    model = load_model(plan.model)
+    if files.read_json(folder / TRAINED)["model"] != start_fingerprint(model.module):
+        name = f"model.path {plan.model.path}"
+        raise UserError(f"{folder / ADAPTER}: was trained on other weights than {name} has now; train again as run=...")
+    model.restore(folder / ADAPTER)
+    yield model
+
+
+def load_model(config: ModelConfig) -> Any:
+    """The model of `models/<family>.py` that a recipe names, on this process's device."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one per part of a model
+    model = recipe.resolve(("models", "nets"), config.family).load(resolved(config), device())
+    if (config.start or config.merge) and not hasattr(model, "transformer"):
+        raise UserError(
+            f"model: start and merge are for video models; name the folder of a {config.family} in model.path"
+        )
+    return model
+
+
+def load_tracker(path: str = "pocket") -> Any:
+    """The segmenter that scores: the embedded one, one like it in a folder, or a SAM 2 in a folder or on the hub."""
+    config = Path(path) / "config.json"
+    ours = path == "pocket" or (config.exists() and "widths" in files.read_json(config))
+    return load_model(ModelConfig(family="tracker" if ours else "sam2", path=path))
+
+
+def device() -> torch.device:
+    return distributed.process().device
+
+
+def main_process() -> bool:
+    return distributed.process().is_main_process
+
+
+def wait() -> None:
+    distributed.process().wait_for_everyone()

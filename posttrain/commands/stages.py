@@ -1,0 +1,280 @@
+"""What a recipe asks for, stage by stage: clips, latents, training, evaluation, report, export.
+
+Stages meet in files. Each looks at what is there, says what it reuses, does the rest, and continues what was cut off:
+
+    data/...                 the clips (made by `sim`)
+    runs/cache/              latents and rows of evaluation that runs share, by content
+    runs/<run>/clips.jsonl   which files are retimed, cropped or left out, and why (where any is)
+    runs/<run>/...           recipe and trained weights (see experiment.py)
+    runs/<run>/best/         of a run with tripwires, the weights of its best look (see tripwires.py)
+    runs/<run>/merged/       the adapter folded into its base, where `export:` lists it
+"""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from posttrain.commands.experiment import ADAPTER, TRAINED, Recipe, is_trained, members, need_training, resolved
+from posttrain.commands.loading import (
+    CACHE,
+    TRACKED,
+    base_model,
+    load_model,
+    load_tracker,
+    main_process,
+    memory,
+    tuned_model,
+    wait,
+)
+from posttrain.commands.losers import make_samples
+from posttrain.core import files, recipe
+from posttrain.core.errors import UserError
+from posttrain.core.trackers import check_trackers
+from posttrain.data import videos
+from posttrain.data.dataset import Clips, GroupsConfig, Split, check_same_kind, open_split, open_splits
+from posttrain.evaluation.evaluate import EvalConfig
+from posttrain.rewards import base
+from posttrain.training.run import Run
+from posttrain.training.tripwires import BEST, best_look, ended, read_looks, watching
+
+CLIPS = "clips.jsonl"
+
+
+def run(plan: Recipe, folder: Path) -> None:
+    """Every stage that the recipe lists."""
+    prepare(plan)
+    train(plan, folder)
+    if plan.eval:
+        evaluate(plan, folder)
+        report(plan, folder)
+    if plan.export:
+        export(plan, folder)
+
+
+def prepare(plan: Recipe) -> None:
+    """What training reads and is not there yet: clips, and samples for true clips to win against.
+
+    Raises:
+        UserError: the recipe and its clips do not go together.
+    """
+    film(plan)
+    check_data(plan)
+    if groups := check_groups(plan):
+        make_samples(plan, groups)
+
+
+def film(plan: Recipe) -> None:
+    """Film the clips that are missing, in processes of their own: this package knows nothing of simulation."""
+    makers = [plan.data.make] if isinstance(plan.data.make, str) else plan.data.make or []
+    if not main_process():
+        makers = []
+    for maker in makers:
+        code = subprocess.run([sys.executable, "-m", "sim", "make", maker], check=False).returncode
+        if code in (-2, 130):
+            raise KeyboardInterrupt
+        if code:
+            raise UserError(f"{maker}: its clips could not be made (the line above says why)")
+    wait()
+
+
+def check_data(plan: Recipe) -> None:
+    """Refuse clips for training and testing that do not go together, before hours are spent."""
+    splits = open_splits(plan.data)
+    if plan.eval:
+        splits += check_tracker(plan.eval)
+    check_same_kind(splits)
+
+
+def check_tracker(measured: EvalConfig) -> list[Split]:
+    """The splits that are measured. Raises UserError where they are too large for the embedded tracker."""
+    splits = [open_split(measured.clips, split) for split in measured.splits]
+    others = [measured.grid, measured.falls and measured.falls.clips]
+    splits += [open_split(folder, "test_unseen") for folder in others if folder]
+    for split in splits:
+        if measured.tracker == "pocket" and max(split.size) > TRACKED:
+            height, width = split.size
+            raise UserError(
+                f"eval.tracker: the embedded one was made for {TRACKED} x {TRACKED} pixels, and the clips in "
+                f"{split.folder} have {height} x {width}; name a SAM 2, as facebook/sam2.1-hiera-large"
+            )
+    return splits
+
+
+@memory(
+    "training",
+    "raise train.accumulate, set train.block_checkpointing=true, or take smaller or shorter clips (data.size and "
+    "data.frames, or what data.make films)",
+)
+def train(plan: Recipe, folder: Path) -> None:
+    """Train and save the weights, unless that is done.
+
+    Raises:
+        UserError: the recipe, its clips, its model and the folder do not go together, or the GPU is too small.
+    """
+    check_trackers(plan.train.trackers)
+    check_sampler(plan)
+    model, method = load_model(plan.model), plan.method.module
+    if plan.eval and not hasattr(model, "transformer"):
+        raise UserError(f"eval: is for video models; leave it out of a {plan.model.family}'s recipe")
+    groups = check_groups(plan)
+    truths = method.truths(plan.method.config) if hasattr(method, "truths") else ()
+    clips = Clips(plan.data, False, bool(groups and groups.counterfactuals), truths)
+    tell(clips, folder)
+    if method.DATA in ("clips", "annotated latents") and not clips.annotated:
+        bare = next(split.folder for split in clips.splits if not split.annotated)
+        raise UserError(f"{bare}: has no masks, which {plan.method.name} learns from; use clips that `sim make` filmed")
+    if hasattr(model, "latent_shape"):
+        model.latent_shape(clips.splits[0].frames, *clips.splits[0].size)
+    data: Any = clips
+    if method.DATA in ("latents", "annotated latents"):
+        from posttrain.data.latents import Annotated, Latents
+
+        data = Latents(model, clips, CACHE / "latents")
+        data = Annotated(data, clips) if method.DATA == "annotated latents" else data
+    if groups:
+        from posttrain.data.groups import Groups
+
+        scored = hasattr(method, "scored") and method.scored(plan.method.config)
+        data = Groups(model, clips, groups, CACHE / "latents", plan.model.conditioning == "image", scored)
+    depends = method.depends(plan.method.config) if hasattr(method, "depends") else {}
+    rewards = method.load_rewards(plan.method.config, model.device) if hasattr(method, "load_rewards") else {}
+    validate, ends, every = None, None, plan.eval.every if plan.eval else 0
+    if plan.eval:
+        from posttrain.evaluation.evaluate import validation
+
+        tracker, watched = load_tracker(plan.eval.tracker), dict[str, Any]()
+        if wires := plan.tripwires:
+            ends = partial(ended, folder, wires)
+            look = watching(folder, wires, rewards, model, tracker) if main_process() else None
+            watched = {"clips": wires.clips, "split": wires.split, "look": look}
+            watched["truths"] = tuple(dict.fromkeys((*truths, *base.truths(wires.watch))))
+            how = plan.eval.model_dump(mode="json", include={"clips", "splits", "every", "sampler", "tracker"})
+            depends |= {"tripwires": wires.model_dump(mode="json"), "eval": how}
+        # also where it is not used, so that what evaluation will lack is said before training
+        validate = validation(folder, plan.eval, model, tracker, **watched)
+        model.unload()  # captions are read
+    started = [method.start(model, plan.method.config)] if hasattr(method, "start") else [rewards] if rewards else []
+    run = Run(folder, model.module, data, plan.train, validate, every, depends, ends)
+    if is_trained(folder, run.meaning):
+        print(f"training: {folder / ADAPTER} is complete", file=sys.stderr)
+        return
+    if data is clips:
+        clips.preload()
+    model.module = run.module
+    method.train(run, model, plan.method.config, *started)
+    model.module = run.finish()
+    if main_process():
+        files.sweep(folder)
+        files.sweep(folder / ADAPTER)
+        if ends and ends(run.steps):
+            step = best_look(read_looks(folder))["step"]
+            print(f"training: rolled back from step {run.steps} to step {step}", file=sys.stderr)
+            with files.replacing(folder / ADAPTER) as temporary:
+                shutil.copytree(folder / BEST, temporary)
+        else:
+            model.save(folder / ADAPTER)
+        files.write_json(folder / TRAINED, run.meaning)
+    wait()
+
+
+def check_sampler(plan: Recipe) -> None:
+    """Refuse to train one sampler and to measure another: what the one learns need not show in the other."""
+    measured = plan.eval and plan.eval.sampler
+    trained = getattr(plan.method.config, "sampler", measured)
+    if measured and trained and trained != measured:
+        raise UserError(
+            f"method.sampler: trains {trained.model_dump()}, but eval.sampler measures {measured.model_dump()}; "
+            "leave method.sampler out, and it is eval's"
+        )
+
+
+def check_groups(plan: Recipe) -> GroupsConfig | None:
+    """What the method compares true clips with. Raises UserError where recipe and method differ on whether there is."""
+    groups, wanted = plan.data.groups, plan.method.module.DATA == "groups"
+    if wanted and groups is None:
+        raise UserError(f"data.groups: is missing; say what {plan.method.name} compares true clips with")
+    if groups is not None and not wanted:
+        raise UserError(f"data.groups: is not for {plan.method.name}, which learns from true clips alone; leave it out")
+    return groups
+
+
+def tell(clips: Clips, folder: Path) -> None:
+    """Say which files are retimed, cropped or left out: in short on the terminal, each of them in clips.jsonl."""
+    told = [{"clips": str(split.folder), **row} for split in clips.splits for row in split.told]
+    if told and main_process():
+        files.write_jsonl(folder / CLIPS, told)
+        for split in clips.splits:
+            for line in videos.summary(split.told) if split.told else ():
+                print(f"{split.folder}: {line}", file=sys.stderr)
+        print(f"clips: all is listed in {folder / CLIPS}", file=sys.stderr)
+
+
+@memory("evaluation", "lower eval.batch, or measure smaller or shorter clips (eval.clips)")
+def evaluate(plan: Recipe, folder: Path) -> None:
+    """Measure the references, the base and the trained model, and print the table.
+
+    Raises:
+        UserError: the recipe has no `eval` or too small a tracker, or training is not complete.
+    """
+    from posttrain.evaluation.evaluate import evaluate
+    from posttrain.evaluation.records import print_table, read_records
+
+    if plan.eval is None:
+        raise UserError(f"{folder / 'recipe.yaml'}: eval: is missing; say what to measure, as in eval.clips=data/drops")
+    check_tracker(plan.eval)
+    need_training(folder)
+    if main_process():
+        models: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+            "base": lambda: base_model(plan),
+            plan.method.name: lambda: tuned_model(plan, folder),
+        }
+        evaluate(folder, plan.eval, models, load_tracker(plan.eval.tracker), CACHE / "evaluation")
+        print_table(read_records(folder))
+    wait()
+
+
+def report(plan: Recipe, folder: Path) -> None:
+    """Write report.json and report.html from what was measured; of several runs, those of all of them together."""
+    from posttrain.evaluation.records import comparable, gather, print_differences, print_table, wide
+    from posttrain.reporting.report import report
+
+    if main_process():
+        runs: dict[str, list[Path]] = {}
+        for _, place in members(plan, folder) if plan.divided else ():
+            if is_measured(place):
+                runs.setdefault(place.relative_to(folder).parts[0], []).append(place)
+            else:
+                print(f"{place}: is left out, for it was not measured; `posttrain run` continues", file=sys.stderr)
+        if runs:
+            print_table(records := gather(runs), wide())
+            if plan.table and len(runs) > 1:
+                print_differences(comparable(records, list(runs)), wide())
+        print("report:", report(folder, runs)[1])
+
+
+def is_measured(folder: Path) -> bool:
+    return any((folder / "evaluation").glob("*.json"))
+
+
+def export(plan: Recipe, folder: Path, checked: bool = False) -> None:
+    """Write the weights as others load them, with a model card; `checked` loads them so and compares.
+
+    Raises:
+        UserError: training is not complete, or a file does not give the trained model's velocity.
+    """
+    from posttrain.commands.export import check, export
+
+    need_training(folder)
+    if main_process():
+        family, config = recipe.resolve("models", plan.model.family), resolved(plan.model)
+        written = export(folder, plan.export, config, lambda adapter, path: family.save_merged(config, adapter, path))
+        print("export:", *written)
+        if checked:
+            with tuned_model(plan, folder) as model:
+                for line in check(written[:-1], model, lambda: family.bare(config)):
+                    print("check:", line)

@@ -1,0 +1,46 @@
+"""What a user can mend: one line, a stable code, and the recipe key or option that it is about."""
+
+from typing import Literal
+
+# Tests, scripts and docs go by these; the wording of a message may change at any time.
+Code = Literal[
+    "missing",  # a file, folder, split or clip that is named does not exist
+    "damaged",  # a file is torn, or its content is not what was written
+    "format",  # a file is whole, but not of a kind or layout that is read
+    "outside",  # a path leaves the folder that it has to stay in
+    "unknown_key",  # a recipe has a key that nothing reads
+    "unknown_name",  # a plug-in, command or column of this name does not exist
+    "required",  # a key or option has no value and needs one
+    "value",  # a value is of the wrong type or out of range
+    "conflict",  # two keys or options exclude each other
+    "mismatch",  # two things do not fit: clips and model, adapter and base, video and true clip
+    "no_clips",  # nothing is left to work with
+    "duplicate",  # two things share a name that has to be unique
+    "other_run",  # the folder holds results of other settings
+    "unfinished",  # an earlier stage is not complete
+    "busy",  # another process works in this folder
+    "disk_full",
+    "not_writable",
+    "memory",  # the device or the machine has too little memory
+    "not_finite",  # a loss, gradient or weight is NaN or infinite
+    "not_installed",  # an optional package or a driver is absent
+    "unsupported",  # it could be asked for, but nothing here does it
+    "network",  # the hub or a server does not answer
+    "answer",  # a server answers what cannot be used
+    "internal",  # a worker process ended without a reason
+]
+
+
+class UserError(Exception):
+    """Something the user can mend.
+
+    Args:
+        message: one line: what is wrong, where (file and line, key or option), and what to do.
+        code: what kind of error it is.
+        field: the recipe key ("train.lr"), option ("--clips") or column that it is about; "" where there is none.
+    """
+
+    def __init__(self, message: str, code: Code = "value", field: str = "") -> None:
+        super().__init__(message)
+        self.code: Code = code
+        self.field = field

@@ -1,0 +1,90 @@
+"""Where a run's curves and validation videos are shown besides its folder: TensorBoard, W&B, trackio, by accelerate.
+
+tensorboard   runs/<run>/tensorboard/; `tensorboard --logdir runs`. Videos are GIFs under Images.
+wandb         project "posttrain", a run of the same name; as its own settings say (WANDB_MODE=offline, ...)
+trackio       the same, on this machine; `trackio show`
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import av
+
+from posttrain.core.errors import UserError
+
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+PROJECT = "posttrain"
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises UserError if one of them is not installed."""
+    for name in names:
+        if find_spec(name) is None:
+            raise UserError(f"train.trackers: {name} is not installed; `pip install {name}`, or leave it out")
+
+
+@contextmanager
+def tracking(accelerator: Any, folder: Path, steps: int, config: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, `accelerator.log` reaches the trackers that it was made with. Other processes than the first do nothing.
+
+    Args:
+        folder: the run's, whose name is also the trackers' for it.
+        steps: how many are done; what a killed run logged after them is logged again.
+        config: what to show as the run's settings.
+
+    Raises:
+        UserError: a tracker did not start.
+    """
+    if not accelerator.log_with or not accelerator.is_main_process:
+        yield
+        return
+    named = {"name": folder.name, "config": dict(config)}
+    options = {
+        "tensorboard": {"purge_step": steps + 1},
+        "wandb": named | {"dir": str(folder), "resume": "auto"},  # auto: by what it noted in `dir`
+        "trackio": named | {"resume": "allow"},
+    }
+    try:
+        accelerator.init_trackers(PROJECT, init_kwargs=options)
+    except Exception as error:  # each has its own kinds
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        names = ", ".join(map(str, accelerator.log_with))
+        raise UserError(f"train.trackers: {names} did not start ({why}); mend it or leave it out") from error
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:  # accelerate's end_training would part the processes too
+            tracker.finish()
+
+
+def log_videos(accelerator: Any, videos: Mapping[str, Path], step: int) -> None:
+    """Show video files, by name."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            for name, path in videos.items():
+                tracker.writer._get_file_writer().add_summary(_summary(name, path), step)
+            tracker.writer.flush()
+        else:
+            library = import_module(tracker.name)  # both call it Video
+            tracker.log({name: library.Video(str(path), format="mp4") for name, path in videos.items()}, step=step)
+
+
+def _summary(name: str, path: Path) -> Any:
+    """A video as TensorBoard plays it: an image that is a GIF. Its own add_video needs MoviePy for the same."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        rate, frames = float(stream.average_rate or 10), [frame.to_image() for frame in container.decode(stream)]
+    gif = BytesIO()
+    # GIF counts time in hundredths of a second
+    frames[0].save(gif, format="GIF", save_all=True, append_images=frames[1:], duration=round(100 / rate) * 10, loop=0)
+    image = Summary.Image(
+        height=frames[0].height, width=frames[0].width, colorspace=3, encoded_image_string=gif.getvalue()
+    )
+    return Summary(value=[Summary.Value(tag=name, image=image)])

@@ -1,0 +1,206 @@
+"""Clips whose truth is known, from PisaBench as it was published or from a dataset folder of ours.
+
+    <...>/0000/clip_info.json, 00000.jpg, ...                  PisaBench real: 361 clips, 120 fps, clicks on frame 0
+    <...>/00/clip_info.json, mask.npz, rgba_00000.jpg, ...     PisaBench simulated (seen and unseen): 16 fps
+    <...>/<split>/metadata.jsonl                               ours (data/dataset.py)
+
+clip_info.json is {"prompt": "A black eraser falls.", "points": [{"positive": [[x, y], ...], "negative": [...]}, ...]},
+an entry of `points` for each object, no `points` for simulated clips; mask.npz holds `mask` (frames, objects, H, W).
+One object is scored, the one that drops: of simulated clips the last, of real ones that with the highest positive
+click.
+
+The real set has no masks: they come from the clicks through SAM 2 at the pictures' own size and rate, as far as they
+are needed, and are kept. Where a mask.npz lies beside real pictures (the authors' own script puts it there) it is used.
+
+Shape letters: F frames, H W pixels, P clicks.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from posttrain.core import files
+from posttrain.core.errors import UserError
+from posttrain.data.dataset import Clips, DataConfig, read_annotations
+
+REAL_FPS, SIM_FPS = 120.0, 16.0  # said in the paper and nowhere in the files
+CONTEXT = " A video that conforms to the laws of physics."  # which the paper adds to the captions of real clips
+NEGATIVE = "no camera motion, no slow-motion"  # the paper's negative prompts; they count where there is guidance
+
+
+class Clicks(Protocol):
+    """Follows what is clicked on in the first of `frames` pictures, uint8 (H, W, 3): a bool mask (H, W) for each."""
+
+    def __call__(
+        self, pictures: Iterable[np.ndarray], frames: int, points_P2: np.ndarray, labels_P: np.ndarray
+    ) -> Iterator[np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What really happened in a clip.
+
+    Attributes:
+        picture: gives its first picture, uint8 (H, W, 3).
+        masks: gives the first n masks of the scored object, bool (F, H, W), F <= n; takes n.
+        key: changes with all that they depend on.
+        row: fps, drop_height (metres; None if unknown) and gravity, as in metadata.jsonl.
+        context: what a model is told after the caption.
+    """
+
+    id: str
+    caption: str
+    size: tuple[int, int]  # height, width
+    picture: Callable[[], np.ndarray]
+    masks: Callable[[int], np.ndarray]
+    key: str
+    row: dict[str, Any]
+    context: str = ""
+
+    @property
+    def fps(self) -> float:
+        return float(self.row["fps"])
+
+
+def open_benchmark(
+    folder: Path | str, clicks: Clicks | None = None, follower: str = "", cache: Path | None = None
+) -> dict[str, list[Truth]]:
+    """The clips of a folder by split; a split is named by the folder its clips lie in, as seen from `folder`.
+
+    Args:
+        clicks: SAM 2, for the real set; `follower` says what its masks depend on, `cache` is where they are kept.
+
+    Raises:
+        UserError: there is no clip, a file of one is wrong, or masks are wanted from clicks without SAM 2.
+    """
+    folder = Path(folder)
+    scenes = sorted(path.parent for path in folder.rglob("clip_info.json") if not _hidden(path.relative_to(folder)))
+    if scenes:
+        found: dict[str, list[Truth]] = {}
+        for scene in scenes:
+            split = scene.parent.relative_to(folder).as_posix() if scene.parent != folder else folder.name
+            found.setdefault(split, []).append(_published(scene, clicks, follower, cache))
+        return found
+    splits = sorted(path.parent.name for path in folder.glob("*/metadata.jsonl"))
+    if not splits:
+        raise UserError(f"{folder}: holds no clips to compare with; name PisaBench's real or sim, or a dataset folder")
+    tests = [split for split in splits if split.startswith("test")]
+    return {split: _ours(folder, split) for split in tests or splits}
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith((".", "__")) for part in path.parts)
+
+
+def _ours(folder: Path, split: str) -> list[Truth]:
+    clips = Clips(DataConfig(clips=str(folder), split=split), preload=False)
+
+    def masks(index: int, n: int) -> np.ndarray:
+        instances = clips.read(index)[1]
+        assert instances is not None
+        return (instances == clips.row(index)["target"] + 1)[:n]
+
+    def picture(index: int) -> np.ndarray:
+        return clips.read(index)[0][0]
+
+    def truth(index: int) -> Truth:
+        row = clips.row(index)
+        key = files.sha256_json([row["sha256"], row.get("annotations_sha256"), row["target"]])
+        facts = {name: row.get(name) for name in ("fps", "size", "drop_height", "gravity", "camera", "distance")}
+        size = clips.splits[0].size
+        return Truth(clips.ids[index], row["caption"], size, partial(picture, index), partial(masks, index), key, facts)
+
+    return [truth(index) for index in range(len(clips))]
+
+
+# ---------------------------------------------------------------- PisaBench
+
+
+def _published(scene: Path, clicks: Clicks | None, follower: str, cache: Path | None) -> Truth:
+    path, archive = scene / "clip_info.json", scene / "mask.npz"
+    info = files.read_json(path)
+    pictures = sorted(scene.glob("*.jpg"))
+    if not isinstance(info, dict) or not isinstance(info.get("prompt"), str):
+        raise UserError(f"{path}: prompt: is missing; unpack PisaBench again")
+    if not pictures:
+        raise UserError(f"{scene}: has no pictures (.jpg); unpack PisaBench again")
+    with Image.open(pictures[0]) as picture:
+        width, height = picture.size
+    real = "points" in info
+    target = _dropped(path, info["points"], (height, width)) if real else -1
+    first, context = partial(_picture, pictures[0]), CONTEXT if real else ""
+    row = {"fps": REAL_FPS if real else SIM_FPS, "drop_height": None, "gravity": None}
+    if archive.exists():
+        key = files.sha256_json([files.sha256(archive), target])
+        masks = partial(_stored, archive, target, len(info["points"]) if real else 1)
+        return Truth(scene.name, info["prompt"], (height, width), first, masks, key, row, context)
+    if not real:
+        raise UserError(f"{archive}: does not exist; unpack PisaBench again")
+    if clicks is None or cache is None:
+        raise UserError(
+            f"{scene}: its masks come from clicks through SAM 2; name one, as in --tracker facebook/sam2.1-hiera-large"
+        )
+    # the pictures' names and sizes stand for their bytes, of which there are some 40 GB in all
+    sizes = [[picture.name, picture.stat().st_size] for picture in pictures]
+    key = files.sha256_json([info["points"][target], sizes, files.sha256(pictures[0]), follower])
+    kept = cache / f"{key[:32]}.npz"
+    masks = partial(_clicked, pictures, info["points"][target], clicks, kept)
+    return Truth(scene.name, info["prompt"], (height, width), first, masks, key, row, context)
+
+
+def _dropped(path: Path, points: Any, size: tuple[int, int]) -> int:
+    """The object with the highest positive click; its clicks are checked."""
+    if not isinstance(points, list) or not points:
+        raise UserError(f"{path}: points: should be a list of objects; unpack PisaBench again")
+    for number, entry in enumerate(points):
+        clicks = [entry.get(kind, []) for kind in ("positive", "negative")] if isinstance(entry, dict) else [None]
+        pairs = [pair for some in clicks for pair in (some if isinstance(some, list) else [None])]
+        if not clicks[0] or not all(_inside(pair, size) for pair in pairs):
+            raise UserError(
+                f"{path}: points[{number}]: should have clicks [x, y] inside the picture; unpack PisaBench again"
+            )
+    return min(range(len(points)), key=lambda i: min(y for _, y in points[i]["positive"]))
+
+
+def _inside(pair: Any, size: tuple[int, int]) -> bool:
+    numbers = isinstance(pair, list) and len(pair) == 2 and all(isinstance(v, int | float) for v in pair)
+    return bool(numbers) and 0 <= pair[0] < size[1] and 0 <= pair[1] < size[0]
+
+
+def _stored(archive: Path, target: int, objects: int, n: int) -> np.ndarray:
+    masks = read_annotations(archive, ["mask"])["mask"]
+    masks = masks[:, None] if masks.ndim == 3 else masks
+    if masks.ndim != 4 or masks.shape[1] < objects:
+        shape = f"(frames, {objects} or more objects, H, W)"
+        raise UserError(f"{archive}: mask is {masks.shape}, not {shape}; make it again")
+    return masks[:n, target] > 0
+
+
+def _clicked(pictures: list[Path], clicked: dict[str, Any], clicks: Clicks, kept: Path, n: int) -> np.ndarray:
+    """The first n masks, from the file `kept` or, where that has fewer, from SAM 2."""
+    n = min(n, len(pictures))
+    if kept.exists():
+        with np.load(kept, allow_pickle=False) as arrays:
+            count, height, width = arrays["shape"]
+            if count >= n:
+                return np.unpackbits(arrays["bits"], count=count * height * width).reshape(count, height, width)[:n] > 0
+    positive, negative = clicked["positive"], clicked.get("negative", [])
+    labels = np.array([1] * len(positive) + [0] * len(negative))
+    shown = (_picture(path) for path in pictures[:n])
+    masks = np.stack(list(clicks(shown, len(pictures), np.array(positive + negative, dtype=float), labels)))
+    with files.replacing(kept) as temporary, open(temporary, "wb") as stream:
+        np.savez(stream, shape=masks.shape, bits=np.packbits(masks))
+    return masks
+
+
+def _picture(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except OSError as error:
+        raise UserError(f"{path}: is torn or no picture; unpack PisaBench again") from error

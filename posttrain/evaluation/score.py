@@ -1,0 +1,294 @@
+"""Score videos that any model made: `posttrain eval BENCHMARK --clips FOLDER ...`, a row of the table per folder.
+
+`--run RUN` makes such folders first, with a run's base and with what it became. Both are told what the paper tells its
+models: of real clips also that the video conforms to the laws of physics, and the negative prompts.
+
+A folder holds a video for each clip of the benchmark that is to be scored, <clip>.mp4, or <clip>-s<seed>.mp4 for
+several samples of it; where the benchmark has several splits, in a folder per split (seen/00.mp4, unseen/00-s1.mp4).
+
+Videos may have any size, rate and length. Models that cannot make the benchmark's shape get its first picture padded
+with black, so the largest centred box of that shape is what is scored, scaled to the truth's own size, at most 256
+pixels on the shorter side (as PisaBench's authors do). The frames that are compared are those of metrics/pisa.py.
+
+Departure from the published evaluation: in generated videos the object is followed from its true mask in frame 0, where
+the authors click again. Files are those of evaluate.py, which see: evaluation/, samples/, resumable, reused by key.
+"""
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from posttrain.core import files
+from posttrain.core.errors import UserError
+from posttrain.core.progress import progress
+from posttrain.data import videos
+from posttrain.evaluation import sample
+from posttrain.evaluation.benchmarks import pisa
+from posttrain.evaluation.benchmarks.pisabench import Truth
+from posttrain.evaluation.evaluate import Tracker, tell, weights_fingerprint
+from posttrain.evaluation.records import read_records
+from posttrain.metrics import masks as masks_module
+from posttrain.metrics import physics
+from posttrain.metrics import pisa as metric
+from posttrain.models.base import VideoModel
+from posttrain.types import Batch
+
+LARGEST = 256  # pixels on the shorter side
+
+
+def score(
+    out: Path | str,
+    benchmark: Mapping[str, Sequence[Truth]],
+    folders: Mapping[str, Path],
+    tracker: Tracker,
+    fps: float | None = None,
+    device: torch.device | str = "cpu",
+) -> list[dict[str, Any]]:
+    """Score the videos of each folder on every split; returns the records (also in `out`/evaluation).
+
+    Args:
+        folders: row name -> folder.
+        tracker: the segmenter that follows the object in the videos, on `device`.
+        fps: the videos' frames per second, where their files say it wrongly; None is what they say.
+
+    Raises:
+        UserError: a folder has no video of any clip, a video is torn, or `out` holds scores of another kind.
+    """
+    out = Path(out)
+    protocol = {"tracker": weights_fingerprint(tracker.module), "splits": sorted(benchmark)}
+    _claim(out, protocol)
+    for row, folder in folders.items():
+        empty, scored = [], False
+        for split, truths in benchmark.items():
+            found = samples_of(folder, split, [truth.id for truth in truths], several=len(benchmark) > 1)
+            chosen = [truth for truth in truths if truth.id in found]
+            if not chosen:
+                empty.append(split)
+                continue
+            record = _blank(row, split, folder, chosen, found, protocol, fps)
+            if len(chosen) < len(truths):
+                lacking = next(truth.id for truth in truths if truth.id not in found)
+                tell(record, f"{len(chosen)} of {len(truths)} have a video in {folder} ({lacking} has none)")
+            _complete(out, record, chosen, found, tracker, device)
+            scored = True
+        for split in empty if scored else ():
+            tell({"model": row, "split": split.removeprefix("test_")}, f"left out, {folder} has no video of them")
+        if not scored:
+            split, truths = next(iter(benchmark.items()))
+            example = f"{split}/{truths[0].id}" if len(benchmark) > 1 else truths[0].id
+            raise UserError(f"{folder}: has no video of any clip; name them by the clips, as in {example}.mp4")
+    return read_records(out)
+
+
+def samples_of(folder: Path, split: str, ids: Sequence[str], several: bool) -> dict[str, list[Path]]:
+    """The videos of each clip that has any, in the order of their seeds."""
+    place = folder / split
+    if not place.is_dir():
+        if several:
+            return {}
+        place = folder
+    known = set(ids)
+    found: dict[str, list[tuple[int, Path]]] = {}
+    for path in sorted(place.iterdir()) if place.is_dir() else ():
+        parts = re.fullmatch(r"(.+?)(?:-s(\d+))?", path.stem)
+        if parts and path.suffix.lower() in videos.SUFFIXES and parts[1] in known:
+            found.setdefault(parts[1], []).append((int(parts[2] or 0), path))
+    return {name: [path for _, path in sorted(some)] for name, some in found.items()}
+
+
+class Start(Protocol):
+    """What a model continues, of which `Truth` has the words."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def caption(self) -> str: ...
+    @property
+    def context(self) -> str: ...
+    @property
+    def picture(self) -> Callable[[], np.ndarray]: ...
+
+
+def imagine(
+    model: Callable[[], AbstractContextManager[VideoModel]],
+    benchmark: Mapping[str, Sequence[Start]],
+    folder: Path,
+    kind: Mapping[str, Any],
+    seeds: int,
+    batch: int,
+    steps: int,
+    guidance: float,
+    guidance_low: float | None = None,
+    negative: str = "",
+    texts_kept: int = 256,
+) -> int:
+    """Let a model continue the first picture of each clip, as far as `folder` has no video of it; how many it made.
+
+    Args:
+        model: gives a context in which the model is ready; asked only if there is something to do.
+        kind: frames, fps and size (height, width) of its videos; a picture of another shape is padded with black.
+        negative: what it is told not to show, where there is guidance.
+        texts_kept: of how many captions the texts are in memory at once; each of Wan's takes 8.4 MB.
+    """
+    frames, fps, size = int(kind["frames"]), float(kind["fps"]), (int(kind["size"][0]), int(kind["size"][1]))
+    wanted = [
+        (truth, seed, path)
+        for split, truths in benchmark.items()
+        for seed in range(seeds)
+        for truth in truths
+        if not (path := folder / split / f"{truth.id}-s{seed}.mp4").exists()
+    ]
+    if not wanted:
+        return 0
+    told = [truth.caption + truth.context for truth, _, _ in wanted]
+    unwanted = [negative] if max(guidance, guidance_low or 1) > 1 else []
+    texts: dict[str, torch.Tensor] = {}
+    with model() as ready, progress(f"videos for {folder.name}", len(wanted)) as advance:
+        for first in range(0, len(wanted), batch):
+            part, captions = wanted[first : first + batch], told[first : first + batch]
+            if not texts.keys() >= {*captions}:
+                texts.clear()  # before there are more
+                some = islice(dict.fromkeys(told[first:]), max(texts_kept, batch))
+                texts = sample.encode_texts(ready, [*some, *unwanted])
+            pictures = np.stack([padded(truth.picture(), size) for truth, _, _ in part])
+            noise = [pisa.clip_seed(seed, truth.id) for truth, seed, _ in part]
+            made = sample.sample_clips(
+                ready, pictures, captions, noise, frames, steps, guidance, negative, guidance_low, texts
+            )
+            for (_, _, path), video in zip(part, made, strict=True):
+                sample.write_video(path, video, fps)
+                advance("")
+    return len(wanted)
+
+
+def padded(picture_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A picture (uint8) scaled to fit into `size` (height, width), in the middle of black."""
+    height, width = picture_HWC.shape[:2]
+    top, left, tall, wide = videos.centred(size, (height, width))
+    out = np.zeros((*size, 3), np.uint8)
+    view = videos.View((), False, (0, 0, height, width), (tall, wide))
+    out[top : top + tall, left : left + wide] = videos.scale(picture_HWC, view)
+    return out
+
+
+def _claim(out: Path, protocol: dict[str, Any]) -> None:
+    """Refuse a folder whose scores cannot be compared with those to come."""
+    path = out / "protocol.json"
+    kept = files.read_json(path) if path.exists() else protocol
+    if other := [name for name in protocol if kept.get(name) != protocol[name]]:
+        raise UserError(f"{path}: its scores are of another {', '.join(other)}; choose another --out or delete {out}")
+    files.write_json(path, protocol)
+
+
+def _blank(
+    row: str,
+    split: str,
+    folder: Path,
+    truths: Sequence[Truth],
+    found: Mapping[str, Sequence[Path]],
+    protocol: dict[str, Any],
+    fps: float | None,
+) -> dict[str, Any]:
+    """A record without numbers. Its key changes with everything that its numbers depend on."""
+    sources = [files.sha256(Path(str(module.__file__))) for module in (metric, physics, masks_module, pisa, videos)]
+    facts = {
+        "clips": [[truth.id, truth.key, truth.row, [files.sha256(p) for p in found[truth.id]]] for truth in truths],
+        "sources": [*sources, files.sha256(Path(__file__))],
+        "protocol": protocol,
+        "fps": fps,
+    }
+    name = split.replace("/", "-")
+    return {
+        "model": row,
+        "split": name.removeprefix("test_"),
+        "folder": name,
+        "key": files.sha256_json(facts),
+        "videos": str(folder),
+        "fps": None,
+        "given_fps": fps,
+        "frames": None,
+        "size": list(scored_size(truths[0].size)),
+        "seeds": max(len(found[truth.id]) for truth in truths),
+        "total": len(truths),
+        "seconds": 0.0,
+        "clips": [],
+    }
+
+
+def _complete(
+    out: Path,
+    record: dict[str, Any],
+    truths: Sequence[Truth],
+    found: Mapping[str, Sequence[Path]],
+    tracker: Tracker,
+    device: torch.device | str,
+) -> None:
+    """Score the clips that the record's file does not have yet, one by one."""
+    path = out / "evaluation" / f"{record['model']}-{record['folder']}.json"
+    samples = out / "samples" / record["model"] / record["folder"]
+    kept = files.read_json(path) if path.exists() else {}
+    if kept.get("key") == record["key"]:
+        record = kept
+    done = len(record["clips"])
+    if done == record["total"]:
+        tell(record, f"reused from {path}")
+        return
+    with progress(f"{record['model']} on {record['split']} clips", record["total"], done) as advance:
+        for truth in truths[done:]:
+            started = time.monotonic()
+            scores = []
+            for seed, video in enumerate(found[truth.id]):
+                pictures, rate = load(video, scored_size(truth.size))
+                rate = record["given_fps"] or rate
+                scores.append(score_video(pictures, rate, truth, tracker, device))
+                sample.write_video(samples / f"{truth.id}-s{seed}.mp4", pictures, rate)
+            if not record["clips"]:
+                record |= {"fps": rate, "frames": len(pictures)}
+            record["clips"].append({"id": truth.id, "caption": truth.caption} | pisa.average(scores))
+            record["seconds"] = round(record["seconds"] + time.monotonic() - started, 2)
+            files.write_json(path, record)
+            advance("")
+
+
+def scored_size(size: tuple[int, int]) -> tuple[int, int]:
+    """The height and width at which a truth of `size` is scored: its own, or a smaller one of multiples of 8."""
+    shrink = LARGEST / min(size)
+    return size if shrink >= 1 else (round(size[0] * shrink / 8) * 8, round(size[1] * shrink / 8) * 8)
+
+
+def load(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, float]:
+    """A video's pictures, uint8 (F, H, W, 3), and its frames per second.
+
+    They are its largest centred box of the shape of `size`, scaled to it.
+    """
+    facts = videos.inspect(path)
+    if len(facts.times) < 2:
+        raise UserError(f"{path}: is a single picture; give videos")
+    frames = facts.marks or tuple(range(len(facts.times)))
+    view = videos.View(frames, facts.marks is not None, videos.centred(facts.size, size), size)
+    return videos.read(path, view), float(1 / np.median(np.diff(facts.times)))
+
+
+def score_video(
+    pictures_FHWC: np.ndarray, fps: float, truth: Truth, tracker: Tracker, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """One video against its truth, as benchmarks.pisa.score_videos has it; "true_path" has the video's frames."""
+    height, width = pictures_FHWC.shape[1:3]
+    needed = int(len(pictures_FHWC) * truth.fps / fps) + 2  # masks beyond are not compared
+    view = videos.View((), False, videos.centred(truth.size, (height, width)), (height, width))
+    true_FHW = np.stack([videos.scale_ids(mask, view) for mask in truth.masks(needed)])
+    batch = Batch(
+        ids=(truth.id,),
+        instances_BFHW=torch.from_numpy(true_FHW[None].astype(np.uint8)).to(device),
+        target_B=torch.ones(1, dtype=torch.int64, device=device),
+    )
+    found = pisa.score_videos(pictures_FHWC[None], batch, [truth.row], tracker, fps)[0]
+    seen = metric.true_frames(len(pictures_FHWC), len(true_FHW), fps, truth.fps, "paper")
+    return found | {"true_path": pisa.path(true_FHW[seen])}

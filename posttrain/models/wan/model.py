@@ -1,0 +1,458 @@
+"""Wan 2.1 / 2.2, every size, from a diffusers folder or a hub id. What a folder is, its data decide:
+
+in_channels = the VAE's            text-to-video and TI2V. The first picture is given the TI2V way: latent frame 0 is
+                                   its clean latent and has timestep 0, as in Wan2.2-TI2V-5B (`expand_timesteps` of
+                                   WanImageToVideoPipeline). The transformers of text-to-video models take this too and
+                                   learn it from post-training.
+in_channels = 2 x the VAE's + 4    image-to-video. The latents of a clip that holds the picture and then grey, and a
+                                   mask of the given pictures, are further channels; all latent frames are noisy.
+image_dim                          (Wan2.1 I2V) CLIP's view of the picture is attended to beside the text.
+transformer_2, boundary_ratio      (Wan2.2 A14B) two experts: `transformer` for t >= boundary, `transformer_2` below.
+
+With `conditioning: text` no picture is given: all frames are noisy, and an image-to-video model gets the mask 0.
+Wan's own time is 1000 t. Text is 512 tokens, zero after the caption's end.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+from posttrain.core.errors import UserError
+from posttrain.core.files import read_json, replacing
+from posttrain.models import lora
+from posttrain.models.base import ModelConfig
+from posttrain.models.folders import check_files, find, load_part
+from posttrain.models.wan.decode import decode
+from posttrain.models.wan.padding import fold_padding
+
+TEXT_TOKENS = 512
+PREPROCESSING = "1"  # raise it when encode, encode_text or condition change, so that cached latents are made again
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EXPERTS = {"high": "transformer", "low": "transformer_2"}
+
+
+class Wan:
+    """A `VideoModel` (see base.py) made of a diffusers folder's parts.
+
+    Args:
+        transformer: what is trained; of two experts, the one that `expert` names.
+        vae_config: of the VAE, with all that it does not say filled in.
+        read: reads "vae", "text_encoder", of Wan2.1 I2V "image_encoder", and of two experts "other", the one that is
+            not trained. Each is read when it is first asked for, and again after `unload`.
+        image_processor: of Wan2.1 I2V, else None.
+        boundary: from this t on, the high-noise expert answers.
+    """
+
+    text_tokens = TEXT_TOKENS
+
+    def __init__(
+        self,
+        transformer: WanTransformer3DModel,
+        vae_config: Any,
+        read: Mapping[str, Callable[[], nn.Module]],
+        tokenizer: Any,
+        scheduler: Any,
+        *,
+        image_processor: Any = None,
+        conditioning: Literal["image", "text"] = "image",
+        expert: Literal["high", "low"] = "high",
+        boundary: float = 0.0,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.transformer: nn.Module = transformer
+        self.config = transformer.config  # kept here: a distributed wrapper hides it
+        self.dtype = transformer.dtype
+        self.vae_config = vae_config
+        self._read, self._held = read, dict[str, Any]()
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self._scheduler = scheduler
+        self.device = torch.empty(0, device=device).device  # with its number, as tensors give it
+        self.concatenates = self.config.in_channels != vae_config.z_dim
+        self.image_conditioned = conditioning == "image"
+        self.n_cond_frames = int(self.image_conditioned and not self.concatenates)
+        self.expert, self.boundary = expert, boundary
+        self.times = (0.0, 1.0) if "other" not in read else (boundary, 1.0) if expert == "high" else (0.0, boundary)
+
+    @property
+    def module(self) -> nn.Module:
+        """What is trained."""
+        return self.transformer
+
+    @module.setter
+    def module(self, module: nn.Module) -> None:
+        self.transformer = module
+
+    def _part(self, name: str) -> Any:
+        if name not in self._held:
+            self._held[name] = self._read[name]()
+        return self._held[name]
+
+    vae = property(lambda self: self._part("vae"))
+    text_encoder = property(lambda self: self._part("text_encoder"))
+    image_encoder = property(lambda self: self._part("image_encoder"))
+    other = property(lambda self: self._part("other"))  # the expert that is not trained
+
+    def weights(self) -> list[nn.Module]:
+        if "other" not in self._read:
+            return [self.transformer]
+        return [self.transformer, self.other] if self.expert == "high" else [self.other, self.transformer]
+
+    def _here(self, part: Any) -> Any:
+        """A part, on the device from now on."""
+        if next(part.parameters()).device != self.device:
+            part.to(self.device)
+        return part
+
+    def release(self) -> None:
+        """VAE, text and image encoder and the other expert go to main memory, until they are used again."""
+        for part in self._held.values():
+            part.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def unload(self) -> None:
+        """They leave main memory too, and are read again when they are used again."""
+        self._held.clear()
+        self.release()
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        config = self.vae_config
+        space, time = config.scale_factor_spatial, config.scale_factor_temporal
+        cell_h, cell_w = space * self.config.patch_size[1], space * self.config.patch_size[2]
+        if frames % time != 1 or height % cell_h or width % cell_w:
+            raise UserError(
+                f"data.clips: {frames} frames of {height} x {width} do not fit the model; "
+                f"make clips of {time}k + 1 frames with sides in multiples of {cell_h} x {cell_w}"
+            )
+        return config.z_dim, self.latent_frames(frames), height // space, width // space
+
+    def latent_frames(self, frames: int) -> int:
+        return 1 + math.ceil((frames - 1) / self.vae_config.scale_factor_temporal)
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.vae_config
+        mean, std = (like.new_tensor(v).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
+        return mean, std
+
+    def encode(self, video_BCFHW: Tensor) -> Tensor:
+        z_BCFHW = self._here(self.vae).encode(video_BCFHW.to(self.device, self.vae.dtype)).latent_dist.mode()
+        mean, std = self._statistics(z_BCFHW)
+        return (z_BCFHW - mean) / std
+
+    def decode(self, z_BCFHW: Tensor, recompute: bool = True, offload: bool = False) -> Tensor:
+        """In the dtype of z. Where gradients are wanted, as decode.py does: the same pixels in less memory."""
+        mean, std = self._statistics(z_BCFHW)
+        vae, raw_BCFHW = self._here(self.vae), (z_BCFHW * std + mean).to(self.vae.dtype)
+        if torch.is_grad_enabled() and z_BCFHW.requires_grad:
+            return decode(vae, raw_BCFHW, recompute, offload).to(z_BCFHW.dtype)
+        return vae.decode(raw_BCFHW, return_dict=False)[0].to(z_BCFHW.dtype)
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str]) -> Tensor:
+        """text_BLD float32: (B, 512, D), zero after each caption's last token, cleaned as the stock pipeline does."""
+        tokens = self.tokenizer(
+            [prompt_clean(caption) for caption in captions],
+            padding="max_length",
+            max_length=TEXT_TOKENS,
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        ).to(self.device)
+        text_BLD = self._here(self.text_encoder)(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        return (text_BLD * tokens.attention_mask[..., None]).float()
+
+    @torch.no_grad()
+    def condition(self, first_BC1HW: Tensor, frames: int) -> dict[str, Tensor]:
+        """Empty for models that take the picture as a clean latent. For the others, float32:
+
+        "channels": (B, 4 + C, F, H, W), a mask of the given pictures (latent frame 0 stands for one picture, repeated,
+            and each later one for four) and the latents of the picture followed by grey ones.
+        "image": (B, 257, 1280), the last but one layer of CLIP's vision tower (Wan2.1 alone).
+        """
+        if not self.concatenates:
+            return {}
+        if not self.image_conditioned:
+            first_BC1HW = torch.zeros_like(first_BC1HW)
+        z_BCFHW = self.encode(F.pad(first_BC1HW, (0, 0, 0, 0, 0, frames - 1)))
+        batch, _, *size = z_BCFHW.shape
+        mask_BCFHW = z_BCFHW.new_zeros(batch, self.vae_config.scale_factor_temporal, *size)
+        mask_BCFHW[:, :, 0] = float(self.image_conditioned)
+        condition = {"channels": torch.cat([mask_BCFHW, z_BCFHW], dim=1).float()}
+        if self.image_processor is not None:
+            pictures = ((first_BC1HW[:, :, 0].float() + 1) * 127.5).round().to("cpu", torch.uint8)
+            pixels = self.image_processor(images=list(pictures), return_tensors="pt").pixel_values.to(self.device)
+            states = self._here(self.image_encoder)(pixels, output_hidden_states=True).hidden_states
+            condition["image"] = states[-2].float()
+        return condition
+
+    def velocity(
+        self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor, condition: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """v_BCFHW in the dtype of z.
+
+        With a clean frame, each token gets its frame's time, 1000 t, in the order of the patches. Without, all frames
+        of a clip must have one time, and the transformer gets that (it is quicker, and equal).
+        """
+        condition = condition or {}
+        if self.n_cond_frames:
+            patch_f, patch_h, patch_w = self.config.patch_size
+            cells = (z_BCFHW.shape[3] // patch_h) * (z_BCFHW.shape[4] // patch_w)
+            timestep = (1000 * t_BF[:, ::patch_f]).to(z_BCFHW.dtype).repeat_interleave(cells, dim=1)
+        else:
+            timestep = (1000 * t_BF[:, 0]).to(z_BCFHW.dtype)
+        x_BCFHW = torch.cat([z_BCFHW, condition["channels"]], dim=1) if self.concatenates else z_BCFHW
+        image = condition["image"].to(self.dtype) if "image" in condition else None
+        transformer = self._here(self._expert(t_BF))
+        v_BCFHW = transformer(x_BCFHW.to(self.dtype), timestep, text_BLD.to(self.dtype), image, return_dict=False)[0]
+        return v_BCFHW.to(z_BCFHW.dtype)
+
+    def _expert(self, t_BF: Tensor) -> nn.Module:
+        """Which transformer answers for these times, all of a batch on one side of the boundary."""
+        if "other" not in self._read:
+            return self.transformer
+        high_B = t_BF.amax(dim=1) >= self.boundary
+        if high_B.any() != high_B.all():
+            raise ValueError(f"times on both sides of {self.boundary} in one batch: {t_BF.amax(dim=1).tolist()}")
+        return self.transformer if bool(high_B[0]) == (self.expert == "high") else self.other
+
+    def scheduler(self) -> Any:
+        return type(self._scheduler).from_config(self._scheduler.config)
+
+    @cached_property
+    def _key(self) -> str:
+        digest = hashlib.sha256(PREPROCESSING.encode())
+        digest.update(json.dumps([_shape(self.vae_config), *self._reading()], sort_keys=True).encode())
+        if self.concatenates:
+            digest.update(json.dumps(["channels", self.image_conditioned]).encode())
+        if self.image_processor is not None:
+            digest.update(self.image_processor.to_json_string().encode())
+        for part in (self._part(name) for name in ("vae", "text_encoder", "image_encoder") if name in self._read):
+            for name, tensor in sorted(part.state_dict().items()):
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def _reading(self) -> list[dict[str, Any]]:
+        """How captions are read: tokenizer and text encoder, without what a call or a place changes."""
+        words = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        encoder = self.text_encoder.config.to_dict()
+        passing = ("truncation", "padding", "_name_or_path", "transformers_version", "dtype", "torch_dtype")
+        return [{name: value for name, value in part.items() if name not in passing} for part in (words, encoder)]
+
+    def cache_key(self) -> str:
+        return self._key
+
+    def save(self, path: Path) -> list[Path]:
+        """`path`/pytorch_lora_weights.safetensors, or `path`/transformer when all weights are trained."""
+        if lora.attached(self.transformer):
+            return [lora.save(self.transformer, path)]
+        with replacing(path / "transformer") as temporary:
+            lora.unwrap(self.transformer).save_pretrained(temporary)
+        return [path / "transformer"]
+
+    def restore(self, path: Path) -> None:
+        """Read back what `save` wrote. Raises UserError when it is absent or of another shape."""
+        if (path / "transformer").is_dir():
+            trained = load_part(WanTransformer3DModel, path, "transformer", torch_dtype=self.dtype)
+            if _shape(trained.config) != _shape(self.config):
+                raise UserError(f"{path / 'transformer'}: was trained from another model; name that one in model.path")
+            lora.unwrap(self.transformer).load_state_dict(trained.state_dict())
+        else:
+            lora.load(self.transformer, path)
+
+
+def _shape(config: dict[str, Any]) -> dict[str, Any]:
+    """A diffusers config without what tells where it was loaded from."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def initialise(config: dict[str, Any], seed: int) -> WanTransformer3DModel:
+    """A transformer of this architecture with weights drawn from `seed`; its output starts at zero."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = WanTransformer3DModel.from_config(config)
+    nn.init.zeros_(transformer.proj_out.weight)
+    nn.init.zeros_(transformer.proj_out.bias)
+    return transformer
+
+
+def _place(config: ModelConfig) -> tuple[Path, str]:
+    """The folder below which the transformer that is trained lies, and the name of its folder there."""
+    start = Path(config.start) if config.start else None
+    if start and start.is_dir():
+        return start.parent, start.name
+    return find(config.path, config.revision), EXPERTS[config.expert or "high"]
+
+
+def bare(config: ModelConfig, dtype: torch.dtype | None = None) -> WanTransformer3DModel:
+    """diffusers' own transformer as training starts from it, before there is an adapter; None: in `config.dtype`.
+
+    Raises:
+        UserError: it cannot be loaded, or `start` or `merge` do not fit it.
+    """
+    root = find(config.path, config.revision)
+    shape = load_part(WanTransformer3DModel.load_config, root, EXPERTS[config.expert or "high"])
+    if config.init == "random":
+        return initialise(shape, config.seed)
+    place, name = _place(config)
+    transformer = load_part(WanTransformer3DModel, place, name, torch_dtype=dtype or DTYPES[config.dtype])
+    if any(transformer.config.get(key) != value for key, value in _shape(shape).items()):
+        raise UserError(f"model.start: {config.start} was trained from another model; name that one in model.path")
+    for adapter in config.merge:
+        lora.merge(transformer, adapter.path, adapter.scale)
+    return transformer
+
+
+def save_merged(config: ModelConfig, adapter: Path, path: Path) -> None:
+    """Write the diffusers folder `path`: the transformer with `adapter` folded in, in the dtype of its base's files.
+
+    Raises:
+        UserError: as `bare` and `lora.load`, or the folder cannot be written.
+    """
+    place, name = _place(config)
+    dtype, probe = torch.float32, "blocks.0.attn1.to_q.weight"
+    for file in sorted((place / name).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            if probe in tensors.keys():
+                dtype = tensors.get_tensor(probe).dtype
+    transformer = bare(config, dtype)
+    lora.merge(transformer, adapter)
+    with replacing(path) as temporary:
+        transformer.save_pretrained(temporary)
+
+
+def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
+    """Load the model that a recipe names, into main memory; only what will be trained has requires_grad.
+
+    The transformer is read now, the other parts when they are used; that they fit together is checked now.
+
+    Weights of `dtype: bf16` are not trained themselves (small steps vanish in them), and neither is a model of two
+    experts where none is named; both can be sampled.
+
+    Raises:
+        UserError: no such model, or a part is missing, broken or does not fit the others.
+    """
+    root = find(config.path, config.revision)
+    index = read_json(root / "model_index.json")
+    two = index.get("transformer_2", [None])[0] is not None
+    boundary = index.get("boundary_ratio") or 0.0
+    if two != bool(boundary):
+        raise UserError(f"{root / 'model_index.json'}: transformer_2 and boundary_ratio need each other; get it again")
+    if two and config.adapter is not None and config.expert is None:
+        raise UserError(f"model.expert: is missing; {config.path} has two experts, say which to train: high or low")
+    if not two and (config.expert is not None or config.other_adapter is not None):
+        field = "expert" if config.expert is not None else "other_adapter"
+        raise UserError(f"model.{field}: is for models of two experts, and {config.path} has one; leave it out")
+    if config.init == "random" and config.dtype != "fp32":
+        raise UserError("model.dtype: random weights are fp32, for all of them are trained; leave it out")
+    dtype = DTYPES[config.dtype]
+    expert = config.expert or "high"
+    name, other_name = (EXPERTS[key] for key in (expert, "low" if expert == "high" else "high"))
+
+    vae_config = load_part(_vae_config, root, "vae")
+    configs = {"text_encoder": load_part(UMT5Config, root, "text_encoder")}
+    tokenizer = load_part(AutoTokenizer, root, "tokenizer")
+    schedule = load_part(diffusers.UniPCMultistepScheduler.load_config, root, "scheduler")
+    scheduler = getattr(diffusers, schedule["_class_name"]).from_config(schedule)
+    shape = load_part(WanTransformer3DModel.load_config, root, name)
+    image_processor = None
+    if shape.get("image_dim") is not None:
+        configs["image_encoder"] = load_part(CLIPVisionConfig, root, "image_encoder")
+        image_processor = load_part(AutoImageProcessor, root, "image_processor")
+    for part in ("vae", *configs):
+        check_files(root / part)
+    _check_parts(root / name / "config.json", shape, vae_config, **configs)
+    if two:
+        other_shape = load_part(WanTransformer3DModel.load_config, root, other_name)
+        check_files(root / other_name)
+        _check_parts(root / other_name / "config.json", other_shape, vae_config, **configs)
+        if other_shape.get("in_channels") != shape.get("in_channels"):
+            raise UserError(f"{root / other_name / 'config.json'}: in_channels is not {name}'s; get the model again")
+        if config.other_adapter is not None and not (Path(config.other_adapter) / lora.FILE).is_file():
+            raise UserError(f"model.other_adapter: {Path(config.other_adapter) / lora.FILE} does not exist")
+
+    def read_other() -> WanTransformer3DModel:
+        other = load_part(WanTransformer3DModel, root, other_name, torch_dtype=dtype)
+        if config.other_adapter is not None:
+            lora.load(other, config.other_adapter)
+        fold_padding(other)
+        return other.requires_grad_(False)
+
+    place = Path(root).absolute()  # later the working directory may be another
+
+    def reader(kind: Any, part: str, **options: Any) -> Callable[[], nn.Module]:
+        return lambda: load_part(kind, place, part, **options).requires_grad_(False).eval()
+
+    read: dict[str, Callable[[], nn.Module]] = {
+        "vae": reader(AutoencoderKLWan, "vae", torch_dtype=torch.float32),
+        "text_encoder": reader(UMT5EncoderModel, "text_encoder", dtype=dtype),
+    }
+    if "image_encoder" in configs:
+        read["image_encoder"] = reader(CLIPVisionModel, "image_encoder", dtype=torch.float32)
+    if two:
+        read["other"] = read_other
+    transformer = bare(config, dtype)
+    transformer.requires_grad_(config.dtype == "fp32" and not (two and config.expert is None))
+    if config.adapter is not None:
+        adapter = config.adapter
+        lora.attach(transformer, adapter.rank, adapter.alpha, adapter.targets, config.seed)
+    if config.start and not Path(config.start).is_dir():
+        if config.adapter is None:
+            raise UserError(f"model.start: {config.start} is an adapter; set model.adapter, or name it in model.merge")
+        lora.proceed(transformer, config.start)
+    fold_padding(transformer)
+    return Wan(
+        transformer,
+        vae_config,
+        read,
+        tokenizer,
+        scheduler,
+        image_processor=image_processor,
+        conditioning=config.conditioning,
+        expert=expert,
+        boundary=boundary,
+        device=device,
+    )
+
+
+def _vae_config(root: str, **options: Any) -> Any:
+    """The VAE's config with what diffusers fills in, without its weights."""
+    with torch.device("meta"):
+        return AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(root, **options)).config
+
+
+def _check_parts(place: Path, shape: Mapping[str, Any], vae: Any, text_encoder: Any, image_encoder: Any = None) -> None:
+    """Refuse a transformer that does not fit the other parts, or that no code here feeds; all are given by configs."""
+    z, time = vae.z_dim, vae.scale_factor_temporal
+    fits = {
+        "in_channels": ((z, 2 * z + time), f"the vae's z_dim is {z}, which asks for {z} or {2 * z + time}"),
+        "out_channels": ((z,), f"the vae's z_dim is {z}"),
+        "text_dim": ((text_encoder.d_model,), f"the text_encoder's d_model is {text_encoder.d_model}"),
+        "pos_embed_seq_len": ((None,), "models of a first and a last picture cannot be trained here"),
+    }
+    if image_encoder is not None:
+        width = image_encoder.hidden_size
+        fits["image_dim"] = ((width,), f"the image_encoder's hidden_size is {width}")
+    for field, (allowed, why) in fits.items():
+        if shape.get(field) not in allowed:
+            raise UserError(f"{place}: {field} is {shape.get(field)}, but {why}; use parts that belong together")

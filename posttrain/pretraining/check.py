@@ -1,0 +1,234 @@
+"""Measure the pocket's parts on clips that they were not trained on; prints Markdown for the folder's README.
+
+    python -m posttrain.pretraining.check segmenter --family tracker --clips data/pocket-drop data/pocket-motion
+    python -m posttrain.pretraining.check vae --clips data/pocket-drop
+    python -m posttrain.pretraining.check base --clips data/pocket-motion
+    python -m posttrain.pretraining.check flow --clips data/pocket-drop data/pocket-company-motion
+    python -m posttrain.pretraining.check depth --clips data/pocket-drop data/pocket-company-motion
+
+segmenter  IoU after frame 0 by size, by motion and by company, on the clips and as the VAE shows them.
+vae        what the tracker sees of true clips through the VAE, and how close the pictures are.
+base       the model's own clips and the first picture held, both against the truth.
+flow       RAFT's endpoint error in pixels, everywhere and where a body moves by half a pixel or more; zero flow's.
+depth      Depth Anything's error in metres as a share of the true depth, everywhere (but in the sky) and on bodies.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posttrain.core.errors import UserError
+from posttrain.core.progress import markdown
+from posttrain.core.progress import track as progress
+from posttrain.data.dataset import Clips, DataConfig
+from posttrain.evaluation.benchmarks import pisa as benchmark
+from posttrain.evaluation.sample import sample_clips
+from posttrain.metrics import masks, pisa
+from posttrain.models.base import ModelConfig
+from posttrain.models.wan import model as wan
+from posttrain.nets import depth, raft, sam2, tracker
+from posttrain.types import Batch
+
+SIZES = (6, 8, 11, 15)  # pixels, root of the object's area in frame 0
+BATCH = 8
+MOVING = 0.5  # pixels a frame
+FARTHEST = 0.02  # 1 / metres, the least inverse depth that is turned over
+Row = dict[str, Any]
+Show = Callable[[Batch], Tensor]  # the pictures to measure, video_BCFHW in [-1, 1]
+
+
+def through(model: wan.Wan) -> Show:
+    """True clips as the model's autoencoder gives them back, rounded to bytes."""
+
+    @torch.no_grad()
+    def show(batch: Batch) -> Tensor:
+        assert batch.video_BCFHW is not None
+        return ((model.decode(model.encode(batch.video_BCFHW)) + 1) * 127.5).round() / 127.5 - 1
+
+    return show
+
+
+def truth(batch: Batch) -> Tensor:
+    assert batch.video_BCFHW is not None
+    return batch.video_BCFHW
+
+
+def measure(track: masks.Track, clips: Clips, show: Show) -> list[Row]:
+    """One row per clip: its kind, and what the segmenter makes of its pictures.
+
+    iou is averaged over the frames after the first; l2 is PISA's, over all; psnr and object_psnr are in dB.
+    """
+    rows: list[Row] = []
+    starts = range(0, len(clips), BATCH)
+    for start in progress(starts, "measuring", len(starts)):
+        indices = range(start, min(start + BATCH, len(clips)))
+        batch = clips.load(indices)
+        video_BCFHW = show(batch)
+        assert batch.video_BCFHW is not None
+        assert batch.instances_BFHW is not None
+        assert batch.target_B is not None
+        true_BFHW = batch.instances_BFHW == batch.target_B.view(-1, 1, 1, 1)
+        found_BFHW = masks.segment(track, video_BCFHW, true_BFHW[:, 0])
+        for i, index in enumerate(indices):
+            true, found, info = true_BFHW[i].numpy(), found_BFHW[i].numpy(), clips.row(index)
+            score = pisa.score(found, true, info["fps"], info["fps"])
+            error = (video_BCFHW[i] - batch.video_BCFHW[i]).square().mean(0)
+            rows.append(
+                {
+                    "size": size_bin(true[0].sum() ** 0.5),
+                    "motion": info["motion"],
+                    "company": "alone" if len(info["bodies"]) == 1 else "others in view",
+                    "iou": float(masks.iou(found, true)[1:].mean()),
+                    "l2": score["l2"],
+                    "vanished": score["vanished"],
+                    "psnr": decibel(error.mean()),
+                    "object_psnr": decibel(error[true_BFHW[i]].mean()),
+                }
+            )
+    return rows
+
+
+def size_bin(pixels: float) -> str:
+    edges = (0, *SIZES, 64)
+    n = int(np.searchsorted(SIZES, pixels, side="right"))
+    return f"{edges[n]:2d} to {edges[n + 1]} px"
+
+
+def decibel(mse: Tensor) -> float:
+    """Peak signal to noise of pixels in [-1, 1]."""
+    return float(10 * torch.log10(4 / mse.clamp_min(1e-10)))
+
+
+def check_segmenter(track: masks.Track, data: Sequence[Clips], shows: dict[str, Show]) -> str:
+    """A line per kind of clip, a column per way to show it: mean IoU and the share of clips with at least 0.85."""
+    columns = {name: [row for clips in data for row in measure(track, clips, show)] for name, show in shows.items()}
+    rows = next(iter(columns.values()))
+    kinds = [(key, value) for key in ("company", "motion", "size") for value in sorted({row[key] for row in rows})]
+
+    def line(name: str, chosen: Sequence[int]) -> list[str]:
+        values = [np.array([column[i]["iou"] for i in chosen]) for column in columns.values()]
+        return [name, str(len(chosen)), *(f"{v.mean():.3f} ({(v >= 0.85).mean():.0%})" for v in values)]
+
+    lines = [line("all", range(len(rows)))]
+    lines += [line(value.strip(), [i for i, row in enumerate(rows) if row[key] == value]) for key, value in kinds]
+    return markdown(["clips", "n", *columns], lines)
+
+
+def check_vae(track: masks.Track, data: Sequence[Clips], show: Show) -> str:
+    """Means over each data set's clips."""
+    names = ("iou", "l2", "vanished", "psnr", "object_psnr")
+    lines = []
+    for clips in data:
+        for kind, pictures in (("true", truth), ("through the VAE", show)):
+            rows = measure(track, clips, pictures)
+            means = [f"{np.mean([row[name] for row in rows]):.3f}" for name in names[: 3 if pictures is truth else 5]]
+            lines.append([clips.splits[0].folder.parent.name, kind, *means, *[""] * (len(names) - len(means))])
+    return markdown(["clips", "pictures", "IoU", "L2", "vanished", "PSNR", "in the object"], lines)
+
+
+def check_base(model: wan.Wan, track: masks.Track, data: Sequence[Clips], steps: int) -> str:
+    """PISA's scores, means over each data set's clips (one seed)."""
+    lines = []
+    for clips in data:
+        scores: dict[str, list[Row]] = {"base": [], "frozen": []}
+        starts = range(0, len(clips), BATCH)
+        for start in progress(starts, "sampling", len(starts)):
+            indices = range(start, min(start + BATCH, len(clips)))
+            rows = [clips.row(i) for i in indices]
+            videos = np.stack([clips.read(i)[0] for i in indices])
+            seeds = [benchmark.clip_seed(0, clips.ids[i]) for i in indices]
+            captions = [row["caption"] for row in rows]
+            made = sample_clips(model, videos[:, 0], captions, seeds, videos.shape[1], steps)
+            held = np.repeat(videos[:, :1], videos.shape[1], axis=1)
+            for name, pictures in (("base", made), ("frozen", held)):
+                scores[name] += benchmark.score_videos(pictures, clips.load(indices), rows, track, rows[0]["fps"])
+        for name, found in scores.items():
+            means = [f"{np.mean([s[key] for s in found]):.4f}" for key in ("l2", "chamfer", "iou", "vanished")]
+            lines.append([clips.splits[0].folder.parent.name, name, *means])
+    return markdown(["clips", "row", "L2", "chamfer", "IoU", "vanished"], lines)
+
+
+@torch.no_grad()
+def check_flow(net: raft.Model, data: Sequence[Clips], shows: dict[str, Show]) -> str:
+    """A line per data set and way to show it: endpoint errors in pixels, means over pixels."""
+    lines = []
+    for clips in data:
+        for kind, show in shows.items():
+            sums = np.zeros(5)
+            for index in progress(range(len(clips)), "measuring", len(clips)):
+                batch = clips.load([index])
+                assert batch.flow_BFCHW is not None
+                true = batch.flow_BFCHW[:, :-1]
+                error, speed = (net(show(batch)) - true).norm(dim=2), true.norm(dim=2)
+                moving = speed >= MOVING
+                sums += [t.sum().item() for t in (error, error[moving], speed[moving], moving, torch.ones_like(error))]
+            everywhere, on_moving, zero, moving_pixels, pixels = sums
+            errors = (everywhere / pixels, on_moving / moving_pixels, zero / moving_pixels)
+            lines.append([clips.splits[0].folder.parent.name, kind, str(len(clips)), *(f"{e:.3f}" for e in errors)])
+    return markdown(["clips", "pictures", "n", "everywhere", "moving", "moving, zero flow"], lines)
+
+
+@torch.no_grad()
+def check_depth(net: depth.Model, data: Sequence[Clips], shows: dict[str, Show]) -> str:
+    """A line per data set and way to show it: |z - z*| / z*, means over pixels."""
+    lines = []
+    for clips in data:
+        for kind, show in shows.items():
+            sums = np.zeros(4)
+            for index in progress(range(len(clips)), "measuring", len(clips)):
+                batch = clips.load([index])
+                assert batch.depth_BFHW is not None
+                assert batch.instances_BFHW is not None
+                true, bodies = batch.depth_BFHW, batch.instances_BFHW > 0
+                known = true.isfinite()
+                error = (1 / net(show(batch)).clamp_min(FARTHEST) - true).abs() / true
+                sums += [t.sum().item() for t in (error[known], error[bodies], known, bodies)]
+            shares = (sums[0] / sums[2], sums[1] / sums[3])
+            lines.append([clips.splits[0].folder.parent.name, kind, str(len(clips)), *(f"{e:.3f}" for e in shares)])
+    return markdown(["clips", "pictures", "n", "everywhere", "bodies"], lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="measure the pocket's parts")
+    parser.add_argument("part", choices=["segmenter", "vae", "base", "flow", "depth"])
+    parser.add_argument("--clips", nargs="+", required=True, help="dataset folders")
+    parser.add_argument("--split", default="test_unseen")
+    parser.add_argument("--limit", type=int, help="clips of each folder")
+    parser.add_argument("--model", default="pocket", help="the diffusers folder of VAE and transformer")
+    parser.add_argument("--family", choices=["tracker", "sam2"], default="tracker", help="the segmenter")
+    parser.add_argument("--segmenter", default="pocket", help="the segmenter's folder")
+    parser.add_argument("--net", default="pocket", help="the folder of the flow's or the depth's network")
+    parser.add_argument("--steps", type=int, default=12, help="of the sampler")
+    options = parser.parse_args(arguments)
+    try:
+        family = {"tracker": tracker, "sam2": sam2}[options.family]
+        track = family.load(ModelConfig(family=options.family, path=options.segmenter))
+        truths = [options.part] if options.part in ("flow", "depth") else []
+        kinds = [DataConfig(clips=c, split=options.split, limit=options.limit) for c in options.clips]
+        data = [Clips(kind, truths=truths) for kind in kinds]
+        model = wan.load(ModelConfig(path=options.model))
+        if options.part == "segmenter":
+            print(check_segmenter(track, data, {"true": truth, "through the VAE": through(model)}))
+        elif options.part == "flow":
+            net = raft.load(ModelConfig(family="raft", path=options.net))
+            print(check_flow(net, data, {"true": truth, "through the VAE": through(model)}))
+        elif options.part == "depth":
+            eyes = depth.load(ModelConfig(family="depth", path=options.net))
+            print(check_depth(eyes, data, {"true": truth, "through the VAE": through(model)}))
+        elif options.part == "vae":
+            print(check_vae(track, data, through(model)))
+        else:
+            print(check_base(model, track, data, options.steps))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,322 @@
+"""Which reward sees what: rewards of clips that break one law by a known amount (sim/counterfactual.py), as Markdown.
+
+    python -m posttrain.studies.rewards data/pocket-violations --groups 4 --sum segmentation=1,trajectory=2
+
+For each reward (a file of posttrain/rewards) and each kind of violation
+
+    rho      Spearman's, between reward and severity, over the true clip of a group (severity 0) and its clips of that
+             kind; the median over groups. -1: the worse the clip, the lower the reward.
+    towards  the share of clips at which the gradient points towards the truth: the reward's derivative from the clip x
+             along x* - x, with x* the group's true clip, is positive.
+    nearer   the share at which it pulls the object to its place: the derivative is positive along the change of pixels
+             that moves the scored object, as it is seen, by one pixel towards where it truly is.
+    step     the share at which a step along the gradient helps: all pixels after the first picture change by `STEP` in
+             the root mean square, and the object, as the embedded tracker sees it, which no reward asks, is nearer to
+             its true masks afterwards (Chamfer distance, posttrain/metrics/pisa.py).
+
+The first two speak of a small step in pixels and no more. All are taken at a kind's least and most severe clip.
+A kind that a reward declares in its RANKS is asked for rho <= -0.9, and is printed in bold. A second table has the mean
+rewards of what no reward may like: a clip that stays at its first picture, and after that picture nothing, a flat one,
+or noise.
+
+Shape letters: B batch, C channels, F frames, H W pixels.
+"""
+
+import argparse
+import math
+import pkgutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+import posttrain.rewards
+from posttrain.core.errors import UserError
+from posttrain.core.progress import markdown, track
+from posttrain.core.recipe import resolve
+from posttrain.data.dataset import Split, open_split, read_annotations, read_video, to_float
+from posttrain.metrics import pisa
+from posttrain.metrics.masks import Track, segment
+from posttrain.models.base import ModelConfig
+from posttrain.nets import tracker
+from posttrain.rewards.base import Reward, true_masks
+from posttrain.types import Batch
+
+ASKED = 0.9  # of the size of rho, of the kinds that a reward declares
+TRUE = ""  # the kind of the true clip
+STEP = 0.05  # of pixels in [-1, 1]
+
+
+class Judged(NamedTuple):
+    """A clip's reward, its derivatives, and what a step gains, as above (None where they are not taken)."""
+
+    group: int
+    kind: str
+    severity: float
+    reward: float
+    towards: float | None = None
+    nearer: float | None = None
+    step: float | None = None
+
+
+class Violated(NamedTuple):
+    """A clip that breaks a law: what the row tells, its pictures, and where the scored object is seen."""
+
+    kind: str
+    severity: float
+    video_BCFHW: Tensor
+    mask_BFHW: Tensor
+
+
+def names() -> list[str]:
+    """All rewards: the files with a `load`."""
+    found = sorted(module.name for module in pkgutil.iter_modules(posttrain.rewards.__path__))
+    return [name for name in found if hasattr(resolve("rewards", name), "load")]
+
+
+def group_numbers(split: Split, count: int | None = None) -> list[int]:
+    """The first groups of a split.
+
+    Raises:
+        UserError: it has none.
+    """
+    numbers = list(dict.fromkeys(row["group"] for row in split.rows if "group" in row))
+    if not numbers:
+        raise UserError(f"{split.folder}: has no groups; film recipes/pocket/violations.yaml and name its folder")
+    return numbers[:count]
+
+
+def truth(split: Split, group: int) -> Batch:
+    """The true clip of a group, with all that is known of it."""
+    index = next(i for i, row in enumerate(split.rows) if row["group"] == group and row["violation"] is None)
+    arrays = read_annotations(split.annotations(index), ["instances", "flow", "depth"])
+    tensors = {name: torch.from_numpy(array)[None] for name, array in arrays.items()}
+    return Batch(
+        ids=(split.rows[index]["file_name"],),
+        video_BCFHW=to_float(read_video(split.video(index)))[None],
+        instances_BFHW=tensors["instances"],
+        target_B=torch.tensor([split.rows[index]["target"] + 1]),
+        flow_BFCHW=tensors["flow"].float().movedim(-1, 2),
+        depth_BFHW=tensors["depth"].float(),
+    )
+
+
+def violated(split: Split, group: int, kinds: Sequence[str] | None = None) -> Iterator[Violated]:
+    """The group's other clips, of some kinds or of all."""
+    for index, row in enumerate(split.rows):
+        told = row.get("violation")
+        if row.get("group") == group and told and (kinds is None or told["kind"] in kinds):
+            mask = read_annotations(split.annotations(index), ["instances"])["instances"] == row["target"] + 1
+            video = to_float(read_video(split.video(index)))
+            yield Violated(told["kind"], told["severity"], video[None], torch.from_numpy(mask)[None])
+
+
+def judge(
+    split: Split,
+    rewards: Mapping[str, Reward],
+    groups: Sequence[int],
+    follow: Track,
+    kinds: Sequence[str] | None = None,
+) -> dict[str, list[Judged]]:
+    """What each reward says of the true clips of these groups and of those that break a law.
+
+    Args:
+        follow: the tracker that sees whether a step helps.
+    """
+    found: dict[str, list[Judged]] = {name: [] for name in rewards}
+    for group in groups:
+        batch = truth(split, group)
+        assert batch.video_BCFHW is not None
+        clips = list(violated(split, group, kinds))
+        for name, reward in rewards.items():
+            with torch.no_grad():
+                found[name].append(Judged(group, TRUE, 0.0, reward(batch.video_BCFHW, batch).item()))
+        for clip in track(clips, f"group {group}", len(clips)):
+            severities = [other.severity for other in clips if other.kind == clip.kind]
+            ways = {}
+            if clip.severity in (min(severities), max(severities)):
+                ways = {"towards": batch.video_BCFHW - clip.video_BCFHW, "nearer": nearer(clip, batch)}
+            for name, reward in rewards.items():
+                value, slopes = derivatives(reward, clip.video_BCFHW, batch, ways, follow)
+                found[name].append(Judged(group, clip.kind, clip.severity, value, **slopes))
+    return found
+
+
+def derivatives(
+    reward: Reward, video_BCFHW: Tensor, batch: Batch, ways: Mapping[str, Tensor], follow: Track
+) -> tuple[float, dict[str, float | None]]:
+    """The reward of a clip; where there are ways, its derivative along each, None where that leads nowhere, and what a
+    step gains. Frame 0 is given."""
+    if not ways:
+        with torch.no_grad():
+            return reward(video_BCFHW, batch).item(), {}
+    value, gradient = with_gradient(reward, video_BCFHW, batch)
+    gradient[:, :, 0] = 0
+    slopes = {name: (gradient * way).sum().item() if way.any() else None for name, way in ways.items()}
+    return value, slopes | {"step": gain(video_BCFHW, gradient, batch, follow)}
+
+
+def gain(video_BCFHW: Tensor, gradient_BCFHW: Tensor, batch: Batch, follow: Track) -> float:
+    """By how much a step of size STEP brings the object nearer to its true masks: the fall of the Chamfer distance."""
+    size = gradient_BCFHW[:, :, 1:].double().square().mean().sqrt().clamp_min(1e-30).to(gradient_BCFHW.dtype)
+    moved_BCFHW = (video_BCFHW + STEP / size * gradient_BCFHW).clamp(-1, 1)
+    true_BFHW = true_masks(batch)
+    before, after = (
+        pisa.score(segment(follow, shown, true_BFHW[:, 0])[0].numpy(), true_BFHW[0].numpy(), 1, 1)["chamfer"]
+        for shown in (video_BCFHW, moved_BCFHW)
+    )
+    return before - after
+
+
+def nearer(clip: Violated, batch: Batch) -> Tensor:
+    """The change of pixels, like `video_BCFHW`, that moves the object a pixel (in each axis) nearer to its true place.
+
+    Nothing changes where it is not seen or is already there. Where it leaves, the background appears as the true clip
+    shows it at other times (its shadow stays where it was).
+    """
+    assert batch.video_BCFHW is not None
+    assert batch.instances_BFHW is not None
+    bare = (batch.instances_BFHW == 0)[:, None].to(clip.video_BCFHW.dtype)
+    background_BCHW = (batch.video_BCFHW * bare).sum(2) / bare.sum(2).clamp_min(1)
+    change = torch.zeros_like(clip.video_BCFHW)
+    for t in range(1, clip.video_BCFHW.shape[2]):
+        here, there = clip.mask_BFHW[0, t], true_masks(batch)[0, t]
+        if not here.any() or not there.any():
+            continue
+        way = there.nonzero().double().mean(0) - here.nonzero().double().mean(0)
+        step = tuple((way / way.norm().clamp_min(1e-6) * (way.norm() >= 1)).round().int().tolist())
+        if step == (0, 0):
+            continue
+        seen, moved = clip.video_BCFHW[0, :, t], here.roll(step, (0, 1))
+        without = torch.where(here, background_BCHW[0], seen)
+        change[0, :, t] = torch.where(moved, seen.roll(step, (1, 2)), without) - seen
+    return change
+
+
+def with_gradient(reward: Reward, video_BCFHW: Tensor, batch: Batch) -> tuple[float, Tensor]:
+    """The reward of one clip, and its gradient in the clip's pixels."""
+    video_BCFHW = video_BCFHW.detach().requires_grad_()
+    value = reward(video_BCFHW, batch).sum()
+    (gradient,) = torch.autograd.grad(value, video_BCFHW)
+    return value.item(), gradient
+
+
+def total(judged: Mapping[str, list[Judged]], weights: Mapping[str, float]) -> list[Judged]:
+    """What a weighted sum of rewards says: values and derivatives add up; what a step gains is not known."""
+    rows = []
+    for clips in zip(*(judged[name] for name in weights), strict=True):
+        weighted = list(zip(weights.values(), clips, strict=True))
+        sums: dict[str, Any] = {"reward": sum(w * clip.reward for w, clip in weighted)}
+        for way in ("towards", "nearer"):
+            if getattr(clips[0], way) is not None:
+                sums[way] = sum(w * getattr(clip, way) for w, clip in weighted)
+        rows.append(clips[0]._replace(**sums, step=None))
+    return rows
+
+
+def rho(clips: Sequence[Judged], kind: str) -> float:
+    """Spearman's between reward and severity, the median over groups; nan where none has it at several severities."""
+    found = []
+    for group in dict.fromkeys(clip.group for clip in clips):
+        chosen = [clip for clip in clips if clip.group == group and clip.kind in (TRUE, kind)]
+        rewards, severities = [clip.reward for clip in chosen], [clip.severity for clip in chosen]
+        if len(set(severities)) > 2:
+            # a reward that is blind gives all the same: no order
+            found.append(float(spearmanr(rewards, severities).statistic) if len(set(rewards)) > 1 else 0.0)
+    return float(np.median(found)) if found else float("nan")
+
+
+def right(clips: Sequence[Judged], kind: str, way: str) -> str:
+    """The share of the kind's clips whose derivative or gain in a step is positive; a dash where there is none."""
+    slopes = [slope for clip in clips if clip.kind == kind and (slope := getattr(clip, way)) is not None]
+    return f"{np.mean([slope > 0 for slope in slopes]):.0%}" if slopes else "–"
+
+
+def impostors(batch: Batch) -> dict[str, Tensor]:
+    """What no reward may like; all begin with the true first picture, which is given."""
+    assert batch.video_BCFHW is not None
+    first, rest = batch.video_BCFHW[:, :, :1], torch.ones_like(batch.video_BCFHW[:, :, 1:])
+    noise = torch.rand(rest.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    after = {
+        "frozen": first * rest,
+        "blank": -rest,
+        "flat": first.mean((3, 4), keepdim=True) * rest,
+        "noise": noise,
+    }
+    return {name: torch.cat([first, pictures], 2) for name, pictures in after.items()}
+
+
+def table(judged: Mapping[str, list[Judged]], declared: Mapping[str, Sequence[str]]) -> str:
+    """A line per kind, a column per reward: rho, and the shares towards, nearer and step."""
+    kinds = dict.fromkeys(clip.kind for clips in judged.values() for clip in clips if clip.kind != TRUE)
+
+    def cell(name: str, kind: str) -> str:
+        clips = judged[name]
+        order = rho(clips, kind)
+        text = "–" if math.isnan(order) else f"{order:+.2f}"
+        ways = " ".join(right(clips, kind, way) for way in ("towards", "nearer", "step"))
+        return (f"**{text}**" if kind in declared.get(name, ()) else text) + f" {ways}"
+
+    lines = [[kind, *(cell(name, kind) for name in judged)] for kind in kinds]
+    return markdown(["violation", *judged], lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="which reward sees which violation")
+    parser.add_argument("clips", help="a dataset folder of groups")
+    parser.add_argument("--split", default="test_unseen")
+    parser.add_argument("--groups", type=int, default=1, help="how many, from the first on")
+    parser.add_argument("--rewards", nargs="+", default=names())
+    parser.add_argument("--sum", nargs="*", default=[], help="weighted sums of them, as segmentation=1,trajectory=2")
+    options = parser.parse_args(arguments)
+    try:
+        split = open_split(options.clips, options.split)
+        groups = group_numbers(split, options.groups)
+        modules = {name: resolve("rewards", name) for name in options.rewards}
+        sums = {text: weights(text, options.rewards) for text in options.sum}
+        rewards: dict[str, Reward] = {name: module.load(module.Config()) for name, module in modules.items()}
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    judged = judge(split, rewards, groups, tracker.load(ModelConfig(family="tracker", path="pocket")))
+    declared = {name: module.RANKS for name, module in modules.items()}
+    columns = judged | {text: total(judged, chosen) for text, chosen in sums.items()}
+    print(f"{len(groups)} groups, {len(columns[options.rewards[0]])} clips\n\n{table(columns, declared)}\n")
+    lines: dict[str, list[list[float]]] = {}
+    for group in groups:
+        batch = truth(split, group)
+        assert batch.video_BCFHW is not None
+        for kind, video in ({"true": batch.video_BCFHW} | impostors(batch)).items():
+            with torch.no_grad():
+                values = {name: reward(video, batch).item() for name, reward in rewards.items()}
+            more = [sum(weight * values[name] for name, weight in chosen.items()) for chosen in sums.values()]
+            lines.setdefault(kind, []).append([*values.values(), *more])
+    means = ([kind, *(f"{value:.4f}" for value in np.mean(rows, 0))] for kind, rows in lines.items())
+    print(markdown(["clip", *columns], means))
+    return 0
+
+
+def weights(text: str, known: Sequence[str]) -> dict[str, float]:
+    """ "a=1,b=2" as a mapping.
+
+    Raises:
+        UserError: it is not written so, or names a reward that is not among `known`.
+    """
+    found = {}
+    for part in text.split(","):
+        name, _, weight = part.partition("=")
+        try:
+            found[name] = float(weight)
+        except ValueError:
+            raise UserError(f"--sum {text}: is written name=weight,name=weight") from None
+        if name not in known:
+            raise UserError(f"--sum {text}: {name} is not among {', '.join(known)}")
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

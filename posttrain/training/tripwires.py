@@ -1,0 +1,237 @@
+"""Tripwires: what must not get worse while a reward is trained, followed on clips that are not trained on.
+
+A model can raise a reward by what the reward does not see. So before the first step and every `eval.every` steps the
+same held-out clips are sampled from the same noise (a look), and of each clip are measured
+
+    reward          1      what is trained, the weighted sum
+    reward_*        1      its summands where there are several, and the rewards of `watch`
+    l2, chamfer, iou, vanished  PISA's, of the tracker that scores (metrics/pisa.py)
+    g_error         m/s^2  |g - G|, of the scorecard (metrics/physics.py), where the clips' rows tell the distance
+    drift, jump, growth    the magnitudes of what the scorecard finds sideways (m/s, m) and in size (1/s); 0 in truth
+    motion          ratio  mean |x_(f+1) - x_f| of the pictures
+    sharpness       ratio  variance of the pictures' Laplacian
+    size            ratio  area of the object's mask, geometric mean over the frames in which both have one
+    colour          0..1   root mean square distance of the object's mean colour from the true one, over those frames
+
+where a ratio is to the true clip's, and of all together distance = |theta - theta_0| / |theta_0|, of what is trained.
+
+With q turned so that more is better (-l2; -|log q| for a ratio) and d the change of a clip since the first look, the
+wire of q is tripped where, over the clips,
+
+    mean d(reward) > 0  and  mean d(q) < 0,
+
+both beyond their paired bootstrap intervals, and q by more than `tolerance`, for what is seen by an interval may be too
+little to matter. The reward's interval has level 0.95, those of q 1 - 0.05 / wires (Bonferroni): where nothing but the
+reward changes, chance trips some wire in about one look of twenty. The best look is the one with the highest reward
+among those where no wire is tripped; its weights lie in runs/<run>/best, which `model.start` takes.
+
+All that is known stands in runs/<run>/tripwires.jsonl, a row for each look. A look reads the rows of earlier steps and
+writes them with its own, so that a run that was killed goes on as if it had not been.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from scipy.ndimage import laplace
+from torch import Tensor, nn
+
+from posttrain.core import files
+from posttrain.core.errors import UserError
+from posttrain.core.recipe import Plugin, PluginFrom, Strict
+from posttrain.data.dataset import Clips, to_float
+from posttrain.evaluation.benchmarks.pisa import finite, mean
+from posttrain.evaluation.evaluate import EvalConfig, Look, Tracker
+from posttrain.evaluation.records import interval
+from posttrain.metrics.masks import segment
+from posttrain.models.base import VideoModel
+from posttrain.types import Batch
+
+LOOKS, BEST = "tripwires.jsonl", "best"  # in the run's folder
+RATIOS = ("motion", "sharpness", "size")
+LESS_IS_BETTER = ("l2", "chamfer", "vanished", "g_error", "drift", "jump", "growth", "colour")
+PISA = ("l2", "chamfer", "iou", "vanished")
+LEAST = 4  # clips; fewer pairs say nothing
+Reward = Callable[[Tensor, Batch], Tensor]
+Values = dict[str, list[float | None]]  # by quantity, clip by clip
+
+
+class TripwiresConfig(Strict):
+    """`tripwires:` in a recipe, beside `eval` with its `every`."""
+
+    watch: tuple[Annotated[Plugin, PluginFrom("rewards")], ...] = ()  # rewards that are not trained
+    split: str | None = None  # of eval.clips; None: the last of eval.splits
+    clips: int = Field(16, ge=LEAST)  # the first so many
+    tolerance: float = Field(0.05, ge=0)  # share of the first look's mean; of a ratio, its logarithm
+    # roll_back: training ends where a wire is tripped, and the best look's weights are what it leaves
+    on_trip: Literal["warn", "roll_back"] = "warn"
+
+
+def chooses_by_the_test(wires: TripwiresConfig, measured: EvalConfig) -> bool:
+    """Whether the clips by which weights are chosen are among those that evaluation measures them on."""
+    return wires.on_trip == "roll_back" and (wires.split or measured.splits[-1]) in measured.splits
+
+
+def watching(
+    run: Path, config: TripwiresConfig, trained: Mapping[str, tuple[float, Reward]], model: VideoModel, tracker: Tracker
+) -> Look:
+    """A function for `evaluate.validation(look=...)`, which gives the means for the log; one process calls it.
+
+    Made before training continues, for what the model is now is the start that `distance` is from; it is kept in main
+    memory.
+
+    Args:
+        trained: weight and function of each reward that is trained.
+
+    Raises:
+        UserError: a reward of `watch` is trained, or is not there.
+    """
+    if both := [part.name for part in config.watch if part.name in trained]:
+        raise UserError(f"tripwires.watch: {both[0]} is trained, and followed anyway; leave it out")
+    watched = {part.name: part.module.load(part.config, model.device) for part in config.watch}
+    summands = {name: reward for name, (_, reward) in trained.items()}
+    weights = {name: weight for name, (weight, _) in trained.items()}
+    start = [p.detach().to("cpu", copy=True) for p in trainable(model)]
+
+    def measure(clips: Clips, index: int, video_FHWC: np.ndarray, score: dict[str, Any]) -> dict[str, float | None]:
+        batch, video_BCFHW = clips.load([index]).to(model.device), to_float(video_FHWC)[None].to(model.device)
+        with torch.no_grad():
+            found = {name: float(reward(video_BCFHW, batch)) for name, reward in (summands | watched).items()}
+        reward = sum(weights[name] * found[name] for name in weights)
+        shown = found if len(trained) > 1 else {name: found[name] for name in watched}
+        assert batch.instances_BFHW is not None
+        assert batch.target_B is not None
+        true_BFHW = batch.instances_BFHW == batch.target_B.view(-1, 1, 1, 1)
+        masks_BFHW = segment(tracker, video_BCFHW, true_BFHW[:, 0])
+        looks = appearance(video_FHWC, masks_BFHW[0].cpu().numpy(), clips.read(index)[0], true_BFHW[0].cpu().numpy())
+        named = {f"reward_{name}": value for name, value in shown.items()}
+        scored = {name: score[name] for name in PISA}
+        return finite({"reward": reward, **named, **scored, **card(score["physics"], clips.row(index)), **looks})
+
+    def look(
+        step: int, clips: Clips, videos_BFHWC: Sequence[np.ndarray], scores: Sequence[dict[str, Any]]
+    ) -> dict[str, float]:
+        rows = [measure(clips, *each) for each in zip(range(len(clips)), videos_BFHWC, scores, strict=True)]
+        values: Values = {name: [row[name] for row in rows] for name in rows[0]}
+        earlier = [row for row in read_looks(run) if row["step"] < step]
+        first = earlier[0]["values"] if earlier else values
+        wires = tripped(first, values, config.tolerance)
+        row = {"step": step, "tripped": wires, "values": values}
+        best = best_look([*earlier, row])
+        if best is row:
+            model.save(run / BEST)
+        files.write_jsonl(run / LOOKS, [*earlier, row])
+        if wires:
+            changes = (change(name, first, values) for name in wires)
+            print(
+                f"{run}: step {step}: a wire is tripped: {change('reward', first, values)}, but {', '.join(changes)} "
+                f"since step {earlier[0]['step']}; the weights of step {best['step']} are in {run / BEST}",
+                file=sys.stderr,
+            )
+        means = {name: mean(some) for name, some in values.items()}
+        told = {f"val_{name}": value for name, value in means.items() if value is not None}
+        return told | {"val_distance": distance(start, trainable(model)), "val_tripped": float(len(wires))}
+
+    return look
+
+
+def read_looks(run: Path) -> list[dict[str, Any]]:
+    """Every look of a run, {step, tripped: names, values: {quantity: a number or None for each clip}}."""
+    return files.read_jsonl(run / LOOKS) if (run / LOOKS).exists() else []
+
+
+def ended(run: Path, config: TripwiresConfig, step: int) -> bool:
+    """Whether training ends at `step`: a wire was tripped by then, and the recipe says to roll back."""
+    return config.on_trip == "roll_back" and any(row["tripped"] for row in read_looks(run) if row["step"] <= step)
+
+
+def best_look(looks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The look with the highest mean reward where no wire is tripped; of equals, the first."""
+    return max((row for row in looks if not row["tripped"]), key=lambda row: mean(row["values"]["reward"]) or -math.inf)
+
+
+def tripped(first: Values, now: Values, tolerance: float) -> list[str]:
+    """The wires that are tripped (see the file's head)."""
+    wires = [name for name in now if name != "reward"]
+
+    def moved(name: str, sign: int, least: float, chance: float) -> bool:
+        pairs = [(a, b) for a, b in zip(first[name], now[name], strict=True) if a is not None and b is not None]
+        if len(pairs) < LEAST:
+            return False
+        scale = 1.0 if name in RATIOS else abs(float(np.mean([a for a, _ in pairs])))
+        gain = interval([sign * (goodness(name, b) - goodness(name, a)) for a, b in pairs], level=1 - chance)
+        return bool(gain["low"] > 0 and gain["mean"] > least * scale)
+
+    if not moved("reward", 1, 0.0, 0.05):
+        return []
+    return [name for name in wires if moved(name, -1, tolerance, 0.05 / len(wires))]
+
+
+def goodness(name: str, value: float) -> float:
+    """The quantity turned so that more is better."""
+    if name in RATIOS:
+        return -abs(math.log(max(value, 1e-3)))
+    return -value if name in LESS_IS_BETTER else value
+
+
+def change(name: str, first: Values, now: Values) -> str:
+    """As in "iou .412 -> .301", the means of two looks."""
+    return f"{name} {mean(first[name]):.3g} -> {mean(now[name]):.3g}"
+
+
+def card(physics: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, float | None]:
+    """g_error, drift, jump and growth of a clip (see the file's head); None where the scorecard has none of it."""
+    g, gravity = physics.get("g"), row.get("gravity")
+    found = {"g_error": abs(g[0] - math.hypot(*gravity)) if g and gravity else None}
+    for name, quantity in (("drift", "drift"), ("jump", "jump"), ("growth", "size")):
+        measure = physics.get(quantity)
+        found[name] = abs(measure[0]) if measure else None
+    return found
+
+
+def appearance(
+    video_FHWC: np.ndarray, masks_FHW: np.ndarray, true_FHWC: np.ndarray, true_masks_FHW: np.ndarray
+) -> dict[str, float | None]:
+    """motion, sharpness, size and colour of one clip (see the file's head), None where the truth has nothing of it.
+
+    Args:
+        video_FHWC, true_FHWC: uint8.
+        masks_FHW, true_masks_FHW: bool, of the object.
+    """
+    shown, true = (video.astype(np.float64) / 255 for video in (video_FHWC, true_FHWC))
+
+    def moved(x_FHWC: np.ndarray) -> float:
+        return float(np.abs(np.diff(x_FHWC, axis=0)).mean())
+
+    def edges(x_FHWC: np.ndarray) -> float:
+        return float(laplace(x_FHWC[1:].mean(3), axes=(1, 2)).var((1, 2)).mean())
+
+    def ratio(measured: Callable[[np.ndarray], float]) -> float | None:
+        return measured(shown) / measured(true) if measured(true) > 0 else None
+
+    found: dict[str, float | None] = {"motion": ratio(moved), "sharpness": ratio(edges), "size": None, "colour": None}
+    areas = masks_FHW.sum((1, 2)), true_masks_FHW.sum((1, 2))
+    both = (areas[0] > 0) & (areas[1] > 0) & (np.arange(len(shown)) > 0)  # frame 0 is given
+    if both.any():
+        colour, true_colour = (
+            np.einsum("fhwc,fhw->fc", x[both], masks[both]) / area[both, None]
+            for x, masks, area in zip((shown, true), (masks_FHW, true_masks_FHW), areas, strict=True)
+        )
+        found["size"] = float(np.exp(np.log(areas[0][both] / areas[1][both]).mean()))
+        found["colour"] = float(np.sqrt(((colour - true_colour) ** 2).mean()))
+    return found
+
+
+def trainable(model: VideoModel) -> list[nn.Parameter]:
+    return [p for p in model.transformer.parameters() if p.requires_grad]
+
+
+def distance(start: Sequence[Tensor], now: Sequence[Tensor]) -> float:
+    """|theta - theta_0| / |theta_0|."""
+    moved = sum(float((p.detach().cpu().double() - q.double()).square().sum()) for p, q in zip(now, start, strict=True))
+    return math.sqrt(moved / sum(float(q.double().square().sum()) for q in start))
