@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from unrounded import Unrounded
 
 import posttrain
-from posttrain.core.recipe import Plugin, resolve
+from posttrain.core.recipe import Plugin, plugins, resolve
 from posttrain.data.dataset import Split, open_split
 from posttrain.flow import SamplerConfig
 from posttrain.methods.oro import Sampling, oro_loss
@@ -31,7 +31,7 @@ from posttrain.studies import rewards as matrix
 from posttrain.types import Batch, Random
 from sim import counterfactual, dataset
 
-NAMES = matrix.names()
+NAMES = plugins("rewards")
 KINDS = {kind for name in NAMES for kind in resolve("rewards", name).RANKS}
 FIELDS = ("instances_BFHW", "target_B", "flow_BFCHW", "depth_BFHW")
 WEIGHTS = (("depth", 2.0), ("flow", -0.5))

@@ -41,13 +41,24 @@ def resolve(packages: str | Sequence[str], name: str) -> ModuleType:
         UserError: there is no such plug-in; the message lists those there are.
     """
     packages = [packages] if isinstance(packages, str) else packages
-    full = [p if p.split(".")[0] in ("posttrain", "sim") else f"posttrain.{p}" for p in packages]
+    full = [_package(package) for package in packages]
     for package in full:
         if name in _modules(package) and _is_plugin(module := importlib.import_module(f"{package}.{name}"), package):
             return module
-    offered = [n for p in full for n in _modules(p) if _is_plugin(importlib.import_module(f"{p}.{n}"), p)]
+    offered = plugins(*packages)
     places = " and ".join(package.replace(".", "/") for package in full)
     raise UserError(f"{places}: has no {name!r}, {_suggest(name, offered)}", "unknown_name")
+
+
+def plugins(*packages: str) -> list[str]:
+    """The names that `resolve` takes."""
+    return [
+        n for p in map(_package, packages) for n in _modules(p) if _is_plugin(importlib.import_module(f"{p}.{n}"), p)
+    ]
+
+
+def _package(name: str) -> str:
+    return name if name.split(".")[0] in ("posttrain", "sim") else f"posttrain.{name}"
 
 
 def _modules(package: str) -> list[str]:

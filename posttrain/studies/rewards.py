@@ -24,7 +24,6 @@ Shape letters: B batch, C channels, F frames, H W pixels.
 
 import argparse
 import math
-import pkgutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -34,10 +33,9 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-import posttrain.rewards
 from posttrain.core.errors import UserError
 from posttrain.core.progress import markdown, track
-from posttrain.core.recipe import resolve
+from posttrain.core.recipe import plugins, resolve
 from posttrain.data.dataset import Split, open_split, read_annotations, read_video, to_float
 from posttrain.metrics import pisa
 from posttrain.metrics.masks import Track, segment
@@ -70,12 +68,6 @@ class Violated(NamedTuple):
     severity: float
     video_BCFHW: Tensor
     mask_BFHW: Tensor
-
-
-def names() -> list[str]:
-    """All rewards: the files with a `load`."""
-    found = sorted(module.name for module in pkgutil.iter_modules(posttrain.rewards.__path__))
-    return [name for name in found if hasattr(resolve("rewards", name), "load")]
 
 
 def group_numbers(split: Split, count: int | None = None) -> list[int]:
@@ -270,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("clips", help="a dataset folder of groups")
     parser.add_argument("--split", default="test_unseen")
     parser.add_argument("--groups", type=int, default=1, help="how many, from the first on")
-    parser.add_argument("--rewards", nargs="+", default=names())
+    parser.add_argument("--rewards", nargs="+", default=plugins("rewards"))
     parser.add_argument("--sum", nargs="*", default=[], help="weighted sums of them, as segmentation=1,trajectory=2")
     options = parser.parse_args(arguments)
     try:
