@@ -11,8 +11,10 @@ import torch
 from falling import SIZE, film, rows_of, write_dataset
 
 from posttrain.core import files
+from posttrain.core.codec import read_video
 from posttrain.core.errors import UserError
-from posttrain.data.dataset import Clips, DataConfig, check_same_kind, open_split, read_annotations, read_video
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips, check_same_kind, open_split, read_annotations
 
 SPLIT = "train"
 

@@ -16,8 +16,10 @@ import torch
 from falling import AMBIGUOUS, FPS, SIDE, SIZE, Oracle, RedTracker, film, rows_of, tell, write_dataset
 from rich.console import Console
 
+from posttrain.core.codec import read_video
 from posttrain.core.errors import UserError
-from posttrain.data.dataset import Clips, DataConfig, read_video
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips
 from posttrain.evaluation import evaluate as room
 from posttrain.evaluation.benchmarks import pisa
 from posttrain.evaluation.evaluate import (

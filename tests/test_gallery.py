@@ -23,9 +23,8 @@ from posttrain import cli
 from posttrain.commands import commands
 from posttrain.commands.experiment import open_run
 from posttrain.core import files
+from posttrain.core.codec import inspect, read_video
 from posttrain.core.errors import UserError
-from posttrain.data.dataset import read_video
-from posttrain.data.videos import inspect
 from posttrain.evaluation.benchmarks.pisabench import open_benchmark
 from posttrain.evaluation.evaluate import EvalConfig, evaluate, validation
 from posttrain.evaluation.sample import write_video

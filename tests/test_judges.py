@@ -34,7 +34,8 @@ from transformers import (
 from posttrain import cli
 from posttrain.core.errors import UserError
 from posttrain.core.files import read_jsonl
-from posttrain.data.dataset import Clips, DataConfig, GroupsConfig
+from posttrain.data.config import DataConfig, GroupsConfig
+from posttrain.data.dataset import Clips
 from posttrain.data.groups import Scores, gather
 from posttrain.evaluation.sample import write_video
 from posttrain.judges import endpoint, simulator, vlm

@@ -12,7 +12,8 @@ from falling import write_dataset
 from tiny import wan_folder
 
 from posttrain.core.errors import UserError
-from posttrain.data.dataset import Clips, DataConfig
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips
 from posttrain.data.latents import Latents
 from posttrain.models.base import ModelConfig
 from posttrain.models.wan import model as wan

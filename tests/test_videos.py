@@ -17,11 +17,14 @@ from test_stages import command, contents
 from tiny import wan_folder
 
 from posttrain.core import files
+from posttrain.core.codec import inspect
 from posttrain.core.errors import UserError
-from posttrain.data import videos
-from posttrain.data.dataset import Clips, DataConfig, open_split
+from posttrain.data import listing
+from posttrain.data.config import DataConfig, Wanted
+from posttrain.data.dataset import Clips, open_split
 from posttrain.data.latents import Latents
-from posttrain.data.videos import Wanted, centred, choose, entries, inspect, moved, nearest, plan, read, see
+from posttrain.data.listing import choose, entries
+from posttrain.data.views import centred, moved, nearest, plan, read, see
 from posttrain.models.base import ModelConfig
 from posttrain.models.wan import model as wan
 
@@ -400,7 +403,7 @@ def test_what_is_left_out_is_told_with_the_reason(tmp_path) -> None:
         ("twin.mp4", False, "double: same.mp4 is the same video with the same caption"),
         ("same.mp4", True),
     ]
-    lines = videos.summary(told, 2)
+    lines = listing.summary(told, 2)
     assert lines[0] == "3 of 9 videos are used (1 retimed, 1 cut, 1 cropped), 6 left out"
     assert lines[1].startswith("left out: short.mp4 (too short: ")
     assert lines[3] == "and 4 more"

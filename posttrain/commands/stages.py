@@ -35,8 +35,9 @@ from posttrain.commands.losers import make_samples
 from posttrain.core import files, recipe
 from posttrain.core.errors import UserError
 from posttrain.core.trackers import check_trackers
-from posttrain.data import videos
-from posttrain.data.dataset import Clips, GroupsConfig, Split, check_same_kind, open_split, open_splits
+from posttrain.data import listing
+from posttrain.data.config import GroupsConfig
+from posttrain.data.dataset import Clips, Split, check_same_kind, open_split, open_splits
 from posttrain.evaluation.evaluate import EvalConfig
 from posttrain.rewards import base
 from posttrain.training.run import Run
@@ -209,7 +210,7 @@ def tell(clips: Clips, folder: Path) -> None:
     if told and main_process():
         files.write_jsonl(folder / CLIPS, told)
         for split in clips.splits:
-            for line in videos.summary(split.told) if split.told else ():
+            for line in listing.summary(split.told) if split.told else ():
                 print(f"{split.folder}: {line}", file=sys.stderr)
         print(f"clips: all is listed in {folder / CLIPS}", file=sys.stderr)
 

@@ -106,6 +106,13 @@ def write_json(path: Path | str, value: Any, flush: bool = True) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n", flush)
 
 
+def read_bytes(path: Path | str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})", "missing") from error
+
+
 def read_json(path: Path | str) -> Any:
     try:
         return json.loads(Path(path).read_text())

@@ -1,99 +1,30 @@
 """Read a dataset folder: `<folder>/<split>/metadata.jsonl`, and beside it a video and an .npz per clip.
 
 Its clips are taken as they are, and all agree. Only where a recipe says what `frames`, `fps` and `size` it wants are
-clips retimed and cropped, and then a folder of any videos (videos.py) serves too, without annotations.
+clips retimed and cropped, and then a folder of any videos (listing.py) serves too, without annotations.
 
 Shape letters: B batch, C channels, F frames, H W pixels.
 """
 
-import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import av
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
-from pydantic_core import PydanticCustomError
 
 from posttrain.core import files
+from posttrain.core.codec import read_video
 from posttrain.core.errors import UserError
 from posttrain.core.progress import track
-from posttrain.core.recipe import Strict
-from posttrain.data import videos
-from posttrain.flow import SamplerConfig
+from posttrain.data import listing, views
+from posttrain.data.config import DataConfig, Wanted
+from posttrain.data.views import View
 from posttrain.types import Batch
 
 SHAPE = ("fps", "frames", "size")  # what all clips of a training or a test have in common
-
-
-class GroupsConfig(Strict):
-    """What each true clip is compared with, for methods of preference: counterfactuals, samples of a model, or both.
-
-    A clip with more losers than `losers` makes several groups of that many, and one with fewer makes none.
-    """
-
-    losers: PositiveInt = 3  # m, of each group
-    counterfactuals: bool = False  # clips of the same folder that break a law in the true clip's scene
-    samples: tuple[str, ...] = ()  # folders of <clip>-s<seed>.mp4, with scores.jsonl
-    winner: Literal["true", "sample"] = "true"  # sample: the one with the best scores wins against the others
-    samples_each: NonNegativeInt = 0  # seeds that count in a folder of samples, made by the base first; 0: all there
-    sampler: SamplerConfig = SamplerConfig()  # how the base makes them
-    negative: str = ""  # what it is told not to show; counts where there is guidance
-    batch: PositiveInt = 1  # samples made at once, by each process
-    judge: Literal["simulator"] | None = None  # scores the samples; others do by `posttrain score`
-
-    @model_validator(mode="after")
-    def _any(self) -> "GroupsConfig":
-        if (self.samples_each or self.judge) and not self.samples:
-            raise PydanticCustomError("part", "samples_each and judge are for samples; name their folder in samples")
-        if self.winner == "sample" and (self.counterfactuals or not self.samples):
-            raise PydanticCustomError("part", "samples win against samples; name samples, without counterfactuals")
-        if not self.counterfactuals and not self.samples:
-            raise PydanticCustomError("part", "there are no losers; set counterfactuals: true, or name samples")
-        return self
-
-
-class DataConfig(Strict):
-    """Which clips. `make` names the recipes of `sim make` that film them where they are missing.
-
-    With frames, fps and size (height, width), clips are retimed and cropped to them, and those of any videos are read.
-    `crop` says what is seen of a picture of another shape: its middle, a side of it, or nothing (none: left out).
-    """
-
-    clips: str | list[str]
-    split: str = "train"
-    limit: int | None = Field(None, ge=1)  # the first clips of each folder
-    make: str | list[str] | None = None
-    frames: PositiveInt | None = None
-    fps: PositiveFloat | None = None
-    size: tuple[PositiveInt, PositiveInt] | None = None
-    crop: videos.Crop = "center"
-    uncaptioned: Literal["leave_out", "empty"] = "leave_out"  # what becomes of a video without a caption
-    groups: GroupsConfig | None = None
-
-    @model_validator(mode="after")
-    def _together(self) -> "DataConfig":
-        if None in (self.frames, self.fps, self.size) and (self.frames, self.fps, self.size) != (None, None, None):
-            raise PydanticCustomError("part", "frames, fps and size say together what clips shall be; give all three")
-        if self.crop != "center" and self.size is None:
-            raise PydanticCustomError(
-                "part", "crop is for clips of another size; give frames, fps and size, or leave it out"
-            )
-        return self
-
-    @property
-    def wanted(self) -> videos.Wanted | None:
-        if self.frames is None or self.fps is None or self.size is None:
-            return None
-        return videos.Wanted(self.frames, self.fps, self.size, self.crop)
-
-    @property
-    def folders(self) -> list[str]:
-        return [self.clips] if isinstance(self.clips, str) else self.clips
 
 
 @dataclass(frozen=True)
@@ -105,9 +36,9 @@ class Split:
 
     folder: Path
     rows: list[dict[str, Any]]
-    views: Sequence[videos.View | None]
+    views: Sequence[View | None]
     annotated: bool = True
-    wanted: videos.Wanted | None = None
+    wanted: Wanted | None = None
     told: Sequence[dict[str, Any]] = ()
 
     @property
@@ -142,7 +73,7 @@ def open_splits(config: DataConfig) -> list[Split]:
     """The clips of each folder that a recipe names, as it wants them.
 
     Raises:
-        UserError: as open_split and videos.choose do.
+        UserError: as open_split and listing.choose do.
     """
     wanted = config.wanted
     if wanted is None:
@@ -150,10 +81,10 @@ def open_splits(config: DataConfig) -> list[Split]:
     splits = []
     for folder in config.folders:
         if not _annotated(Path(folder) / config.split / "metadata.jsonl"):
-            listed = videos.entries(folder, config.split)
+            listed = listing.entries(folder, config.split)
             if listed:
-                rows, views, told = videos.choose(listed, wanted, config.uncaptioned, config.limit)
-                splits.append(Split(listed[0].folder, rows, views, False, wanted, told))
+                rows, chosen, told = listing.choose(listed, wanted, config.uncaptioned, config.limit)
+                splits.append(Split(listed[0].folder, rows, chosen, False, wanted, told))
                 continue
         splits.append(_retimed(open_split(folder, config.split), wanted))
     return splits
@@ -163,12 +94,12 @@ def _annotated(metadata: Path) -> bool:
     return metadata.is_file() and any("annotations" in row for row in files.read_jsonl(metadata))
 
 
-def _retimed(split: Split, wanted: videos.Wanted) -> Split:
+def _retimed(split: Split, wanted: Wanted) -> Split:
     """A dataset folder's clips, seen as `wanted`; they are all of one kind, so all are or none is long enough."""
-    places, box, notes = videos.plan(np.arange(split.frames) / split.fps, split.size, wanted)
+    places, box, notes = views.plan(np.arange(split.frames) / split.fps, split.size, wanted)
     if places is None:
         raise UserError(f"{split.folder / 'metadata.jsonl'}: its clips cannot be used ({notes[0]}); ask for less")
-    view = videos.View(tuple(places.tolist()), False, box, wanted.size) if notes else None
+    view = View(tuple(places.tolist()), False, box, wanted.size) if notes else None
     told = [{"file": row["file_name"], "used": True, "notes": notes} for row in split.rows] if notes else []
     return Split(split.folder, split.rows, [view] * len(split.rows), True, wanted, told)
 
@@ -183,7 +114,7 @@ def open_split(folder: Path | str, split: str) -> Split:
     metadata = path / "metadata.jsonl"
     if not metadata.is_file():
         remedy = "film the clips with `python -m sim make RECIPE`"
-        if videos.entries(folder, split):
+        if listing.entries(folder, split):
             remedy = f"{folder} holds videos: train on them with data.frames, data.fps and data.size"
         raise UserError(f"{metadata}: does not exist; {remedy}")
     rows = files.read_jsonl(metadata)
@@ -215,34 +146,6 @@ def check_same_kind(splits: Sequence[Split]) -> None:
     """Refuse splits that differ in fps, frames or size, for instance those of training and of testing."""
     for split in splits[1:]:
         _agree(f"{split.folder / 'metadata.jsonl'}", split.kind, splits[0].kind, str(splits[0].folder))
-
-
-def read_video(path: Path | str) -> np.ndarray:
-    """All frames, uint8 (F, H, W, 3) RGB.
-
-    Raises:
-        UserError: the file is missing, torn, or not a video.
-    """
-    return _decode(Path(path), _read(Path(path)))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _decode(path: Path, content: bytes) -> np.ndarray:
-    try:
-        with av.open(io.BytesIO(content), "r") as container:
-            promised = container.streams.video[0].frames
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (av.FFmpegError, IndexError) as error:
-        raise UserError(f"{path}: is torn or no video; delete it and make it again") from error
-    if not frames or len(frames) < promised:
-        raise UserError(f"{path}: is torn ({len(frames)} of {promised} frames); delete it and make it again")
-    return np.stack(frames)
 
 
 def read_annotations(path: Path | str, keys: Sequence[str] | None = None) -> dict[str, np.ndarray]:
@@ -341,8 +244,8 @@ class Clips:
     def first(self, index: int) -> np.ndarray:
         """The clip's first picture alone, uint8 (H, W, 3)."""
         split, number = self._entries[index]
-        view = split.views[number] or videos.View((0,), False, (0, 0, *split.size), split.size)
-        return videos.read(split.video(number), replace(view, frames=view.frames[:1]))[0]
+        view = split.views[number] or View((0,), False, (0, 0, *split.size), split.size)
+        return views.read(split.video(number), replace(view, frames=view.frames[:1]))[0]
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Pixels uint8 (F, H, W, 3) and instances uint8 (F, H, W) of one clip; None for these if it has none."""
@@ -352,9 +255,9 @@ class Clips:
         row, path, view = split.rows[number], split.video(number), split.views[number]
         if not split.annotated:
             assert view is not None
-            return videos.read(path, view), None
-        content = _read(path)
-        video = _decode(path, content)
+            return views.read(path, view), None
+        content = files.read_bytes(path)
+        video = read_video(path, content)
         if video.shape[:3] != (row["frames"], *row["size"]):
             raise UserError(
                 f"{path}: has {len(video)} frames of {video.shape[1:3]}, but its metadata say {row['frames']} of "
@@ -371,8 +274,8 @@ class Clips:
                 f"{annotations}: instances are {instances.shape}, the video {video.shape[:3]}; make it again"
             )
         if view is not None:
-            video = np.stack([videos.scale(video[frame], view) for frame in view.frames])
-            instances = np.stack([videos.scale_ids(instances[frame], view) for frame in view.frames])
+            video = np.stack([views.scale(video[frame], view) for frame in view.frames])
+            instances = np.stack([views.scale_ids(instances[frame], view) for frame in view.frames])
         return video, instances
 
     def read_truths(self, index: int) -> dict[str, np.ndarray]:

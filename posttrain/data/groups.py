@@ -21,11 +21,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from posttrain.core import files
+from posttrain.core import codec, files
+from posttrain.core.codec import read_video
 from posttrain.core.errors import UserError
 from posttrain.core.progress import track
-from posttrain.data import videos
-from posttrain.data.dataset import Clips, GroupsConfig, read_video
+from posttrain.data import views
+from posttrain.data.config import GroupsConfig
+from posttrain.data.dataset import Clips
 from posttrain.data.latents import Latents
 from posttrain.models.base import VideoModel
 from posttrain.types import Batch
@@ -113,8 +115,8 @@ class Members:
         if sample is None:
             return self.clips.first(index)
         size = self.clips.splits[0].size
-        whole = videos.View((0,), False, (0, 0, *size), size)
-        return videos.read(sample[1], whole)[0]
+        whole = views.View((0,), False, (0, 0, *size), size)
+        return views.read(sample[1], whole)[0]
 
     def scores(self, index: int) -> Scores | None:
         sample = self._sample(index)
@@ -220,7 +222,7 @@ def _check(members: Members, group: Group, pictured: bool) -> None:
     true = members.video(group.winner)
     for index in (group.winner, *group.losers):
         path, sampled = members.video(index), index >= len(clips)
-        facts = videos.inspect(path)
+        facts = codec.inspect(path)
         if sampled:
             rate = float(1 / np.diff(facts.times).mean())
             rate = split.fps if abs(rate / split.fps - 1) < 0.01 else rate

@@ -36,7 +36,8 @@ from posttrain.core import files
 from posttrain.core.errors import UserError
 from posttrain.core.progress import progress
 from posttrain.core.recipe import Strict
-from posttrain.data.dataset import Clips, DataConfig
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips
 from posttrain.evaluation import sample
 from posttrain.evaluation.benchmarks import distribution, pisa
 from posttrain.evaluation.records import FALLS, FIXED, GRID, REFERENCES
