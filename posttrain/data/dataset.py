@@ -98,7 +98,9 @@ def _retimed(split: Split, wanted: Wanted) -> Split:
     """A dataset folder's clips, seen as `wanted`; they are all of one kind, so all are or none is long enough."""
     places, box, notes = views.plan(np.arange(split.frames) / split.fps, split.size, wanted)
     if places is None:
-        raise UserError(f"{split.folder / 'metadata.jsonl'}: its clips cannot be used ({notes[0]}); ask for less")
+        raise UserError(
+            f"{split.folder / 'metadata.jsonl'}: its clips cannot be used ({notes[0]})", "mismatch", "data.frames"
+        )
     view = View(tuple(places.tolist()), False, box, wanted.size) if notes else None
     told = [{"file": row["file_name"], "used": True, "notes": notes} for row in split.rows] if notes else []
     return Split(split.folder, split.rows, [view] * len(split.rows), True, wanted, told)
@@ -113,22 +115,23 @@ def open_split(folder: Path | str, split: str) -> Split:
     path = Path(folder) / split
     metadata = path / "metadata.jsonl"
     if not metadata.is_file():
-        remedy = "film the clips with `python -m sim make RECIPE`"
         if listing.entries(folder, split):
-            remedy = f"{folder} holds videos: train on them with data.frames, data.fps and data.size"
-        raise UserError(f"{metadata}: does not exist; {remedy}")
+            said = f"{folder} holds videos: train on them with data.frames, data.fps and data.size"
+            raise UserError(f"{metadata}: does not exist; {said}", "missing", "data.frames")
+        what, remedy = listing.remedy(folder, split)
+        raise UserError(f"{folder}: {what}; {remedy}", "missing", "data.clips")
     rows = files.read_jsonl(metadata)
     if not rows:
-        raise UserError(f"{metadata}: has no clips; film them with `python -m sim make RECIPE`")
+        raise UserError(f"{metadata}: has no clips; film them with `python -m sim make RECIPE`", "no_clips")
     for line, row in enumerate(rows, 1):
         if missing := [k for k in (*SHAPE, "file_name", "annotations", "sha256", "caption", "target") if k not in row]:
             remedy = "make the dataset again"
             if "annotations" not in row:
                 remedy = "such clips are trained on with data.frames, data.fps and data.size, and cannot be tested with"
-            raise UserError(f"{metadata}:{line}: {missing[0]}: is missing; {remedy}")
+            raise UserError(f"{metadata}:{line}: {missing[0]}: is missing; {remedy}", "format", missing[0])
         for name in (row["file_name"], row["annotations"]):
             if not files.inside(path, name).is_file():
-                raise UserError(f"{metadata}:{line}: {name}: does not exist; make the dataset again")
+                raise UserError(f"{metadata}:{line}: {name}: does not exist; make the dataset again", "missing")
         _agree(f"{metadata}:{line}: {row['file_name']}", row, rows[0], rows[0]["file_name"])
     return Split(path, rows, [None] * len(rows))
 
@@ -138,7 +141,9 @@ def _agree(where: str, kind: dict[str, Any], other: dict[str, Any], name: str) -
         if kind[key] != other[key]:
             raise UserError(
                 f"{where}: {key} is {kind[key]}, but {other[key]} in {name}; clips are not retimed or scaled unless "
-                "data.frames, data.fps and data.size ask for it: use clips of one kind"
+                "data.frames, data.fps and data.size ask for it: use clips of one kind",
+                "mismatch",
+                key,
             )
 
 
@@ -158,7 +163,7 @@ def read_annotations(path: Path | str, keys: Sequence[str] | None = None) -> dic
         with np.load(path, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in (arrays.files if keys is None else keys)}
     except Exception as error:  # zipfile, zlib, numpy and the system each have their own
-        raise UserError(f"{path}: is missing or torn; delete it and make it again") from error
+        raise UserError(f"{path}: is missing or torn; delete it and make it again", "damaged") from error
 
 
 class Clips:
@@ -181,7 +186,9 @@ class Clips:
             if not split.annotated or any(view is not None for view in split.views):
                 raise UserError(
                     f"{split.folder}: {' and '.join(truths)} are known of clips that `sim make` filmed, as they are; "
-                    "drop data.frames, data.fps and data.size, or use such clips"
+                    "drop data.frames, data.fps and data.size, or use such clips",
+                    "mismatch",
+                    "data.frames",
                 )
         self._truths = truths
         check_same_kind(self.splits)
@@ -192,7 +199,11 @@ class Clips:
             for split, index in self._entries
         ]
         if self.annotated and len(set(self.ids)) < len(self.ids):  # a list of any videos may name one twice
-            raise UserError(f"data.clips: {', '.join(config.folders)}: clips share a name; rename one of the folders")
+            raise UserError(
+                f"data.clips: {', '.join(config.folders)}: clips share a name; rename one of the folders",
+                "duplicate",
+                "data.clips",
+            )
         self._decoded: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
         self._annotations: dict[int, dict[str, np.ndarray]] = {}
         if preload:
@@ -261,17 +272,21 @@ class Clips:
         if video.shape[:3] != (row["frames"], *row["size"]):
             raise UserError(
                 f"{path}: has {len(video)} frames of {video.shape[1:3]}, but its metadata say {row['frames']} of "
-                f"{tuple(row['size'])}; delete it and make it again"
+                f"{tuple(row['size'])}; delete it and make it again",
+                "damaged",
             )
         if files.sha256_bytes(content) != row["sha256"]:
-            raise UserError(f"{path}: was changed since it was made (sha256); delete it and make it again")
+            raise UserError(f"{path}: was changed since it was made (sha256); delete it and make it again", "damaged")
         annotations = split.annotations(number)
         if (sha256 := row.get("annotations_sha256")) and files.sha256(annotations) != sha256:
-            raise UserError(f"{annotations}: was changed since it was made (sha256); delete it and make it again")
+            raise UserError(
+                f"{annotations}: was changed since it was made (sha256); delete it and make it again", "damaged"
+            )
         instances = read_annotations(annotations, ["instances"])["instances"]
         if instances.shape != video.shape[:3]:
             raise UserError(
-                f"{annotations}: instances are {instances.shape}, the video {video.shape[:3]}; make it again"
+                f"{annotations}: instances are {instances.shape}, the video {video.shape[:3]}; make it again",
+                "damaged",
             )
         if view is not None:
             video = np.stack([views.scale(video[frame], view) for frame in view.frames])
@@ -288,7 +303,8 @@ class Clips:
         for name, array in arrays.items():
             if array.shape[:3] != (split.frames, *split.size):
                 raise UserError(
-                    f"{path}: {name} is {array.shape}, the video {split.frames, *split.size}; make it again"
+                    f"{path}: {name} is {array.shape}, the video {split.frames, *split.size}; make it again",
+                    "damaged",
                 )
         return arrays
 

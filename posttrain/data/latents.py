@@ -110,7 +110,7 @@ class Latents:
         try:
             return load_file(self._files[index])
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{self._files[index]}: is damaged; delete it and start again") from error
+            raise UserError(f"{self._files[index]}: is damaged; delete it and start again", "damaged") from error
 
 
 class Annotated:

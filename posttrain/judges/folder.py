@@ -52,7 +52,7 @@ def find(folder: Path, clips: Path | None, split: str) -> tuple[list[Video], Pat
     for entry in listing.entries(clips, split):
         if true.setdefault(Path(entry.name).stem, entry) is not entry:
             raise UserError(f"--clips: {clips} has two clips called {Path(entry.name).stem}; rename one of them")
-    matched = [(sample_of(path.stem, true), path) for path in sorted(folder.glob("*.mp4"))]
+    matched = [(sample_of(path.stem, true), path) for path in listing.videos_in(folder)]
     found = [_captioned(true[sample[0]], path, path.name) for sample, path in matched if sample]
     if not found:
         raise UserError(
