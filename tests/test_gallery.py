@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import shutil
+import struct
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -57,6 +58,23 @@ def test_the_middle_of_a_picture_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("size", "expected"), [((1920, 1080), (448, 832)), ((100, 50), (32, 96)), ((9, 9), (32, 32))])
 def test_the_size_that_a_picture_asks_for(size: tuple[int, int], expected: tuple[int, int]) -> None:
     assert natural_size(Image.new("RGB", size), (480, 832)) == expected
+
+
+def test_a_video_gives_its_first_picture_upright(tmp_path: Path) -> None:
+    clip = np.repeat(np.arange(3, dtype=np.uint8)[:, None, None, None] * 60 + 40, 32, 1).repeat(48, 2).repeat(3, 3)
+    clip[:, :16] += 60
+    write_video(tmp_path / "a.mp4", clip, 8)
+    picture = np.asarray(open_picture(tmp_path / "a.mp4")).astype(int)
+    assert np.abs(picture - clip[0]).max() < 8
+    content = (tmp_path / "a.mp4").read_bytes()
+    at = content.index(b"tkhd") + 44
+    turned = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)  # by 90 degrees, clockwise
+    (tmp_path / "turned.mp4").write_bytes(content[:at] + turned + content[at + 36 :])
+    assert np.array_equal(np.asarray(open_picture(tmp_path / "turned.mp4")), np.rot90(picture, -1))
+    (tmp_path / "torn.mp4").write_text("no video")
+    with pytest.raises(UserError, match=r"torn\.mp4: ") as error:
+        open_picture(tmp_path / "torn.mp4")
+    assert error.value.code == "damaged"
 
 
 def test_sheet_and_gif_show_the_frames(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from falling import film, rows_of, write_dataset
+from PIL import Image
 from test_stages import command, contents
 from tiny import wan_folder
 
@@ -29,6 +30,7 @@ from posttrain.data.listing import choose, entries
 from posttrain.data.views import centred, moved, nearest, plan, read, see
 from posttrain.models.base import ModelConfig
 from posttrain.models.wan import model as wan
+from posttrain.reporting.gallery import LINE
 
 LEVEL = 4  # frame k of a test video is grey of brightness 4 k
 WANTED = {"frames": 5, "fps": 8.0, "size": [16, 16]}
@@ -804,7 +806,12 @@ def test_any_videos_train_psft_and_are_listed_before(home) -> None:
     assert code == 0, said
     told, trained = said.index("mine: 3 of 9 videos are used"), said.index("training 2/2")
     assert told < trained
-    assert "clips: all is listed in runs/mine/clips.jsonl" in said[:trained]
+    assert "clips: all is listed in runs/mine/clips.jsonl; 3 of 3 as training sees them are in" in said[:trained]
+    with Image.open(home / "runs" / "mine" / "clips.jpg") as sheet:
+        assert sheet.size == (5 * 128, 3 * (128 + LINE))  # a row for each clip, 5 frames of 32 x 32 enlarged
+        row = np.asarray(sheet)[128 + LINE : 2 * 128 + LINE]
+        grey = [row[80, 64 + 128 * k].mean() / LEVEL for k in range(5)]
+    assert grey == pytest.approx([0, 4, 7, 11, 15], abs=1)  # wide.mp4 is retimed
     listed = files.read_jsonl(home / "runs" / "mine" / "clips.jsonl")
     assert len(listed) == 9
     assert listed[2] == {
@@ -819,6 +826,15 @@ def test_any_videos_train_psft_and_are_listed_before(home) -> None:
     assert code == 0
     assert "latents: 3 of 3 are in" in out
     assert contents(home / "runs" / "mine" / "adapter") == before
+
+
+def test_clips_that_are_given_whole_are_refused_before_they_are_encoded(home) -> None:
+    code, out, said = command(home, "train", "recipe.yaml", "run=single", "data.frames=1")
+    assert code == 1
+    assert "data.frames: clips of 1 are a first picture alone" in said
+    assert "latents:" not in out
+    code, _, said = command(home, "train", "recipe.yaml", "run=pictures", "data.frames=1", "model.conditioning=text")
+    assert code == 0, said
 
 
 def test_a_method_that_needs_masks_refuses_them(home) -> None:
