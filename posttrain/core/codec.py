@@ -243,6 +243,8 @@ def _encode(
     """Write frames to a path or buffer. `fps` may be broken, as 12.5 or 23.976; `threads` 0: as x264 likes."""
     # a path tells its format itself
     with av.open(file, "w", format=None if isinstance(file, str) else "mp4", options=muxer or {}) as container:
+        # the macroblock tree of x264 reads memory that nobody wrote: with it the same frames give other bytes each time
+        options = {**options, "x264-params": "mbtree=0"}
         stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width = frames_FHWC.shape[1:3]
         stream.pix_fmt = pixels
