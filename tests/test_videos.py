@@ -28,6 +28,7 @@ from posttrain.data.dataset import Clips, open_split
 from posttrain.data.latents import Latents
 from posttrain.data.listing import choose, entries
 from posttrain.data.views import centred, moved, nearest, plan, read, see
+from posttrain.judges.folder import find
 from posttrain.models.base import ModelConfig
 from posttrain.models.wan import model as wan
 from posttrain.reporting.gallery import LINE
@@ -602,6 +603,17 @@ def test_videos_of_every_known_kind_are_found_at_any_depth(tmp_path) -> None:
     deep = entries(tmp_path / "deep", "train")
     assert sorted(entry.name for entry in deep) == sorted(f"cups/{name[0]}/{name}" for name in names)
     assert [entry.caption for entry in deep if entry.caption] == ["it falls"]
+
+
+def test_samples_of_every_known_kind_are_scored(tmp_path) -> None:
+    table(tmp_path / "clips" / "metadata.csv", [{"video": "a.mp4", "caption": "it falls"}])
+    (tmp_path / "made").mkdir()
+    for name in ("a-s0.mp4", "a-s1.webm", "a-s2.MOV", "a-s3.txt", "b-s0.webm"):
+        (tmp_path / "made" / name).touch()
+    found, _ = find(tmp_path / "made", tmp_path / "clips", "train")
+    assert [(video.name, video.caption) for video in found] == [
+        (name, "it falls") for name in ("a-s0.mp4", "a-s1.webm", "a-s2.MOV")
+    ]
 
 
 def test_each_folder_without_clips_gets_its_own_remedy(tmp_path, monkeypatch) -> None:

@@ -249,10 +249,8 @@ def _check(members: Members, group: Group, pictured: bool) -> None:
         if pictured or not sampled:
             apart = float((_fields(members.first(index)) - picture).abs().max())
             if apart > SAME_PICTURE:
-                raise UserError(
-                    f"{path}: its first picture is off that of {true} by {apart:.0f} of 255; it continues another",
-                    "mismatch",
-                )
+                said = f"its first picture is not that of {true} (off by {apart:.0f} of 255); it continues another"
+                raise UserError(f"{path}: {said}", "mismatch")
 
 
 def _fields(picture_HWC: np.ndarray) -> torch.Tensor:
