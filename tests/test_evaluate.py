@@ -319,7 +319,7 @@ def test_validation_samples_the_model_as_it_is(tmp_path: Path, config: EvalConfi
 
 
 def test_nothing_to_measure_is_said(tmp_path: Path, config: EvalConfig) -> None:
-    with pytest.raises(UserError, match=r"test_ood/metadata\.jsonl: does not exist"):
+    with pytest.raises(UserError, match=r"has no split test_ood, but test_seen, test_unseen"):
         evaluate(tmp_path, config.model_copy(update={"splits": ("test_ood",)}), models(), RedTracker())
     with pytest.raises(UserError, match="no finished evaluation"):
         read_records(tmp_path)

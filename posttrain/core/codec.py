@@ -92,7 +92,7 @@ def _inspect(path: Path, size: int, changed: int) -> Facts:
     if len(found) < promised:
         raise UserError(f"{path}: cannot be read: torn, {len(found)} of {promised} frames are there", "damaged")
     # a file counts in thousandths of a second, or in other units: of two frames at one time the first is seen
-    marks = tuple(sorted(set(stamps))) if None not in stamps and base else None
+    marks = tuple(sorted(set(stamps))) if stamps and None not in stamps and base else None
     if marks is not None and base is not None:
         times = (np.array(marks) - marks[0]) * float(base)
     elif rate:

@@ -119,7 +119,7 @@ def open_split(folder: Path | str, split: str) -> Split:
             said = f"{folder} holds videos: train on them with data.frames, data.fps and data.size"
             raise UserError(f"{metadata}: does not exist; {said}", "missing", "data.frames")
         what, remedy = listing.remedy(folder, split)
-        raise UserError(f"{folder}: {what}; {remedy}", "missing", "data.clips")
+        raise UserError(f"{folder}: {what}; {remedy}", "missing")
     rows = files.read_jsonl(metadata)
     if not rows:
         raise UserError(f"{metadata}: has no clips; film them with `python -m sim make RECIPE`", "no_clips")

@@ -112,7 +112,7 @@ def remedy(folder: Path | str, split: str) -> tuple[str, str]:
     if folder.is_dir():
         if lists := _lists_below(folder):
             names = ", ".join(str(path.relative_to(folder)) for path in lists[:5])
-            return f"has no split {split}, but {names}", f"{film}, set data.split, or name such a folder in data.clips"
+            return f"has no split {split}, but {names}", f"{film}, ask for another split, or name such a folder itself"
         if not any(_walk(folder)):
             return "is empty", f"put videos there, or {film}"
         ends = ", ".join(sorted({path.suffix or path.name for path in _walk(folder)})[:5])
