@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from posttrain.flow import SamplerConfig
 from posttrain.methods import gdpo, oro, psft
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan.model import load
+from posttrain.models.wan.loading import load
 from posttrain.rewards.base import total
 from posttrain.training.run import Run, TrainConfig
 from posttrain.types import Batch

@@ -25,7 +25,8 @@ from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.folders import read_configs
 from posttrain.models.wan.decode import cache_bytes
-from posttrain.models.wan.model import Wan, load
+from posttrain.models.wan.loading import load
+from posttrain.models.wan.model import Wan
 from posttrain.models.wan.published import PUBLISHED
 from posttrain.pretraining import segmenter
 from posttrain.pretraining.build import SCHEDULER

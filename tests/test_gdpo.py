@@ -19,7 +19,8 @@ from posttrain.methods import gdpo
 from posttrain.methods.gdpo import Config, Physics, gdpo_loss, physics_weights
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan.model import Wan, load
+from posttrain.models.wan.loading import load
+from posttrain.models.wan.model import Wan
 from posttrain.training.run import Run, TrainConfig
 from posttrain.types import Batch
 

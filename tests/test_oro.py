@@ -29,7 +29,8 @@ from posttrain.flow import Last, SamplerConfig
 from posttrain.methods import oro
 from posttrain.methods.oro import Config, Sampling, depends, oro_loss
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan.model import Wan, load
+from posttrain.models.wan.loading import load
+from posttrain.models.wan.model import Wan
 from posttrain.pocket import folder as embedded
 from posttrain.rewards.base import RewardConfig, total
 from posttrain.training.run import Run, TrainConfig

@@ -2,29 +2,25 @@
 
 What is run is the real thing, the method's own loss on the real transformer with its adapter, and for ORO the sampler
 and the decoder, forward and backward. Counted are the bytes that are alive at once and the floating point operations,
-recomputation among them. Attention counts as its flash form does, captions with all of their 512 tokens. Rewards are
+recomputation among them. Attention counts as its flash form does, captions with all tokens they may have. Rewards are
 not asked: ORO's is the mean of the pixels. Losers are not drawn or scored, and cached references are asked for.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from posttrain.core.errors import UserError
 from posttrain.core.meter import Meter
 from posttrain.core.recipe import Strict
 from posttrain.methods import gdpo, oro, psft
 from posttrain.models import lora
-from posttrain.models.base import ModelConfig
-from posttrain.models.folders import read_configs
-from posttrain.models.wan.decode import decode
-from posttrain.models.wan.model import DTYPES, TEXT_TOKENS, Wan
+from posttrain.models.base import ModelConfig, Outline, VideoModel, family, is_video
 from posttrain.training.run import Run, TrainConfig
 from posttrain.types import Batch, Random
 
@@ -50,49 +46,21 @@ class Step(NamedTuple):
         return self.weights + self.optimizer + self.activations
 
 
-class Timetable(UniPCMultistepScheduler):
-    """The scheduler of Wan's folders, whose times can be read where tensors have no values."""
+def metered(model: VideoModel, meter: Meter) -> None:
+    """Let the decoder of `model` count what it offloads in the meter's main memory."""
+    decode = model.decode
 
-    timesteps: Any
+    def counted(z_BCFHW: Tensor, recompute: bool = True, offload: bool = False) -> Tensor:
+        with meter.offloading() if offload else nullcontext():
+            return decode(z_BCFHW, recompute)
 
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        with unset_fake_temporarily():
-            super().set_timesteps(*args, **kwargs)
-            times = self.timesteps.tolist()
-        self.timesteps = [torch.tensor(time) for time in times]
-        self.set_begin_index(0)
+    cast(Any, model).decode = counted
 
 
-class DryWan(Wan):
-    """Wan on a meter. It has no VAE but in ORO, where it decodes."""
-
-    meter: Meter
-
-    def decode(self, z_BCFHW: Tensor, recompute: bool = True, offload: bool = False) -> Tensor:
-        with self.meter.offloading() if offload else nullcontext():
-            return super().decode(z_BCFHW, recompute)
-
-
-def outline(config: ModelConfig, transformer: Mapping[str, Any]) -> WanTransformer3DModel:
-    """The transformer that `config` trains, with its adapter, as shapes alone (on torch's meta device)."""
-    with torch.device("meta"):
-        body = WanTransformer3DModel.from_config(dict(transformer))
-        for name, parameter in body.named_parameters():
-            if not set(name.split(".")) & set(body._keep_in_fp32_modules):
-                parameter.data = parameter.data.to(DTYPES[config.dtype])
-        if config.adapter is not None:
-            lora.attach(body, config.adapter.rank, config.adapter.alpha, config.adapter.targets, config.seed)
-    return body
-
-
-def clips_of(model: Wan, method: Strict, batch: int, losers: int, frames: int, height: int, width: int) -> Batch:
+def clips_of(outline: Outline, method: Strict, batch: int, losers: int, frames: int, height: int, width: int) -> Batch:
     """A micro-batch as the data of `method` are, without values."""
-    shape, text_dim, condition = model.latent_shape(frames, height, width), model.config.text_dim, {}
-    if model.concatenates:
-        channels = model.config.in_channels - shape[0]
-        condition["channels"] = torch.empty(batch, channels, *shape[1:])
-    if model.config.image_dim is not None:
-        condition["image"] = torch.empty(batch, 257, model.config.image_dim)  # CLIP's patches and its class token
+    shape = outline.model.latent_shape(frames, height, width)
+    condition = {name: torch.empty(batch, *size) for name, size in outline.condition.items()}
     more: dict[str, Any] = {}
     if isinstance(method, gdpo.Config):
         more["losers_BMCFHW"] = torch.empty(batch, losers, *shape)
@@ -104,11 +72,11 @@ def clips_of(model: Wan, method: Strict, batch: int, losers: int, frames: int, h
             more["flow_BFCHW"] = torch.empty(batch, frames, 2, height, width)
         if "depth" in told:
             more["depth_BFHW"] = torch.empty(batch, frames, height, width)
-    text_BLD = torch.empty(batch, TEXT_TOKENS, text_dim)
+    text_BLD = torch.empty(batch, outline.model.text_tokens, outline.text_width)
     return Batch(("",) * batch, torch.empty(batch, *shape), text_BLD, condition=condition, **more)
 
 
-def frozen_copy(model: Wan, method: Strict) -> nn.Module | None:
+def frozen_copy(model: VideoModel, method: Strict) -> nn.Module | None:
     """What gdpo's reference is beside the model; `start` is not asked where it would look into the weights."""
     if not isinstance(method, gdpo.Config) or (method.reference == "lora" and lora.attached(model.transformer)):
         return None
@@ -125,7 +93,7 @@ class Turns:
 
 
 def preference_loss(
-    model: Wan, clips: Batch, config: gdpo.Config, random: Random, base: nn.Module | None, precision: str
+    model: VideoModel, clips: Batch, config: gdpo.Config, random: Random, base: nn.Module | None, precision: str
 ) -> Tensor:
     """A step of `gdpo.train` that has to ask its reference."""
     assert clips.z0_BCFHW is not None
@@ -152,14 +120,15 @@ def brightness(video_BCFHW: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Ten
     return video_BCFHW.flatten(1).mean(1), {}
 
 
-def loss_of(model: Wan, clips: Batch, method: Strict, base: nn.Module | None, precision: str) -> Tensor:
+def loss_of(model: VideoModel, clips: Batch, method: Strict, base: nn.Module | None, precision: str) -> Tensor:
     """The loss that `method` takes the gradient of."""
     random = Random(0, 0, range(len(clips.ids)))
     match method:
         case gdpo.Config():
             return preference_loss(model, clips, method, random, base, precision)
         case oro.Config():
-            negative_1LD = torch.empty(1, TEXT_TOKENS, model.config.text_dim) if method.sampler.guided else None
+            assert clips.text_BLD is not None
+            negative_1LD = torch.empty_like(clips.text_BLD[:1]) if method.sampler.guided else None
             return oro.oro_loss(model, clips, brightness, method, random, negative_1LD)[0]
         case psft.Config():
             return psft.psft_loss(model, clips, method, random)[0]
@@ -168,9 +137,7 @@ def loss_of(model: Wan, clips: Batch, method: Strict, base: nn.Module | None, pr
 
 
 def dry_step(
-    config: ModelConfig,
-    transformer: Mapping[str, Any],
-    vae: Mapping[str, Any],
+    outline: Callable[[int, int, int], Outline],
     frames: int,
     height: int,
     width: int,
@@ -182,10 +149,10 @@ def dry_step(
     method: Strict = PSFT,
     losers: int = 1,
 ) -> Step:
-    """One training step of `config`'s model.
+    """One training step of a model.
 
     Args:
-        transformer, vae: the configs of these parts; what they do not say is as in diffusers.
+        outline: gives the model for clips of (frames, height, width), as `Family.outline` does.
         frames, height, width: of the clips, in pixels.
         batch: clips, or groups of them, in one micro-batch on one device.
         accumulates: whether the gradients of a micro-batch before this one are there.
@@ -195,18 +162,14 @@ def dry_step(
     Raises:
         UserError: the clips do not fit the model, or another method is asked for.
     """
-    body = outline(config, transformer)
-    with torch.device("meta"):
-        eyes = AutoencoderKLWan.from_config(dict(vae)).requires_grad_(False)
-    scheduler = Timetable(use_flow_sigmas=True, prediction_type="flow_prediction")
-    parts = {"vae": lambda: eyes}
-    model = DryWan(body, eyes.config, parts, None, scheduler, conditioning=config.conditioning)
+    shapes = outline(frames, height, width)
+    model, body = shapes.model, cast(Any, shapes.model.transformer)
     base = frozen_copy(model, method)
     if block_checkpointing:
         body.enable_gradient_checkpointing()
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
-        model.meter = meter
-        for part in (body, base, eyes if isinstance(method, oro.Config) else None):
+        metered(model, meter)
+        for part in (body, base, shapes.decoder if isinstance(method, oro.Config) else None):
             if part is not None:
                 part.to_empty(device="cpu")
                 for tensor in (*part.parameters(), *part.buffers()):
@@ -215,7 +178,7 @@ def dry_step(
         trained = [p for p in body.parameters() if p.requires_grad]
         for parameter in trained if accumulates else ():
             parameter.grad = torch.empty_like(parameter)
-        clips = clips_of(model, method, batch, losers, frames, height, width)
+        clips = clips_of(shapes, method, batch, losers, frames, height, width)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = loss_of(model, clips, method, base, precision)
             with torch.autocast("cpu", enabled=False):  # as in Run, which keeps what was cast until the step's end
@@ -223,11 +186,10 @@ def dry_step(
         if lacking := [p for p in trained if p.grad is None]:
             raise RuntimeError(f"{len(lacking)} trained tensors get no gradient")
     kept = sum(p.numel() * 4 for p in trained)
-    patch, shape = body.config.patch_size, model.latent_shape(frames, height, width)
     return Step(
         parameters=sum(p.numel() for name, p in body.named_parameters() if ".lora_" not in name),
         trained=sum(p.numel() for p in trained),
-        tokens=(shape[1] // patch[0]) * (shape[2] // patch[1]) * (shape[3] // patch[2]),
+        tokens=shapes.tokens,
         teraflop=meter.flop / 1e12,
         weights=weights / 2**30,
         optimizer=(3 if ema else 2) * kept / 2**30,
@@ -253,37 +215,6 @@ def whole_step(take: Callable[..., Step], method: Strict) -> Step:
     )
 
 
-def dry_decode(
-    vae: Mapping[str, Any],
-    frames: int,
-    height: int,
-    width: int,
-    batch: int = 1,
-    precision: str = "bf16",
-    recompute: bool = True,
-) -> tuple[float, float]:
-    """GiB alive at the worst moment of a decode and its gradient, the VAE's weights among them, and their TFLOP.
-
-    `offload` (models/wan/decode.py) takes all caches (`cache_bytes`) off the GiB but the two that are at hand.
-
-    Args:
-        vae: the config of the VAE; what it does not say is as in diffusers.
-        frames, height, width: of the clips, in pixels.
-    """
-    with torch.device("meta"):
-        eyes = AutoencoderKLWan.from_config(dict(vae)).requires_grad_(False)
-    config = eyes.config
-    with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
-        eyes.to_empty(device="cpu")
-        cells = height // config.scale_factor_spatial, width // config.scale_factor_spatial
-        latents = 1 + (frames - 1) // config.scale_factor_temporal
-        z_BCFHW = torch.empty(batch, config.z_dim, latents, *cells, requires_grad=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = decode(eyes, z_BCFHW, recompute).sum()
-        loss.backward()
-    return meter.peak / 2**30, meter.flop / 1e12
-
-
 def needs(
     config: ModelConfig,
     train: TrainConfig,
@@ -304,21 +235,28 @@ def needs(
     Raises:
         UserError: the model is not there, the clips do not fit it, the batch does not divide, or it is not known.
     """
-    if config.family != "wan":
-        raise UserError(f"model.family: what training takes is only known for wan, not for {config.family}")
+    if not is_video(config.family):
+        raise UserError(
+            f"model.family: what training takes is only known for video models, not for {config.family}",
+            "unsupported",
+            "model.family",
+        )
     if isinstance(method, oro.Config) and config.expert is not None:
-        raise UserError("model.expert: what ORO takes is only known for models of one expert")
+        raise UserError(
+            "model.expert: what ORO takes is only known for models of one expert", "unsupported", "model.expert"
+        )
     parts = train.accumulate * processes
     if train.batch % parts:
         raise UserError(
             f"train.batch: {train.batch} does not divide into {train.accumulate} (train.accumulate) x {processes} "
-            "(processes) parts; lower train.accumulate, or name other --processes"
+            "(processes) parts; lower train.accumulate, or name other --processes",
+            "mismatch",
+            "train.batch",
         )
     batch = train.batch // parts
     take = partial(
         dry_step,
-        config,
-        *read_configs(config.path, config.revision),
+        partial(family(config.family).outline, config),
         *clip,
         batch=batch,
         precision=train.precision,

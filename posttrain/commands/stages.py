@@ -32,7 +32,7 @@ from posttrain.commands.loading import (
     wait,
 )
 from posttrain.commands.losers import make_samples
-from posttrain.core import files, recipe
+from posttrain.core import files
 from posttrain.core.errors import UserError
 from posttrain.core.trackers import check_trackers
 from posttrain.data import videos
@@ -119,8 +119,6 @@ def train(plan: Recipe, folder: Path) -> None:
     check_trackers(plan.train.trackers)
     check_sampler(plan)
     model, method = load_model(plan.model), plan.method.module
-    if plan.eval and not hasattr(model, "transformer"):
-        raise UserError(f"eval: is for video models; leave it out of a {plan.model.family}'s recipe")
     groups = check_groups(plan)
     truths = method.truths(plan.method.config) if hasattr(method, "truths") else ()
     clips = Clips(plan.data, False, bool(groups and groups.counterfactuals), truths)
@@ -271,10 +269,10 @@ def export(plan: Recipe, folder: Path, checked: bool = False) -> None:
 
     need_training(folder)
     if main_process():
-        family, config = recipe.resolve("models", plan.model.family), resolved(plan.model)
-        written = export(folder, plan.export, config, lambda adapter, path: family.save_merged(config, adapter, path))
+        config = resolved(plan.model)
+        written = export(folder, plan.export, config)
         print("export:", *written)
         if checked:
             with tuned_model(plan, folder) as model:
-                for line in check(written[:-1], model, lambda: family.bare(config)):
+                for line in check(written[:-1], model, config):
                     print("check:", line)

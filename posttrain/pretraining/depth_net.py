@@ -20,6 +20,7 @@ from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
 DATA = "clips"
+TRAINS = ("depth",)  # networks of posttrain/nets
 depends = appearance.depends
 
 

@@ -22,6 +22,7 @@ from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
 DATA = "clips"
+TRAINS = ("raft",)  # networks of posttrain/nets
 depends = appearance.depends
 DECAY = 0.8
 

@@ -22,6 +22,7 @@ from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
 DATA = "clips"
+TRAINS = ("tracker", "sam2")  # networks of posttrain/nets
 depends = appearance.depends
 
 

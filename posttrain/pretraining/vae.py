@@ -25,6 +25,7 @@ from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
 DATA = "clips"
+TRAINS = ("vae",)  # networks of posttrain/nets
 
 
 class Config(Strict):

@@ -32,12 +32,13 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import nn
 
-from posttrain.commands.dry import Step, dry_step, outline
+from posttrain.commands.dry import Step, dry_step
 from posttrain.core.files import read_jsonl
 from posttrain.core.progress import markdown, track
 from posttrain.methods import gdpo, psft
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan.model import TEXT_TOKENS, Wan
+from posttrain.models.wan.shapes import of_configs
 from posttrain.training.run import Run, TrainConfig
 from posttrain.types import Batch
 
@@ -99,7 +100,7 @@ class Groups:
 
 def train(row: Row, shape: dict[str, Any], geometry: Geometry, steps: int, device: str) -> float:
     """Seconds of a step, the median of all but the first."""
-    body: Any = outline(row.model, shape).to_empty(device=device)
+    body: Any = of_configs(row.model, shape, {}, *geometry).model.transformer.to_empty(device=device)
     config = body.config
     body.rope = WanRotaryPosEmbed(config.attention_head_dim, config.patch_size, config.rope_max_seq_len).to(device)
     for name, parameter in body.named_parameters():
@@ -183,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     estimates = {}
     for name in names:
         row = ROWS[name]
-        estimates[name] = dry_step(row.model, shape, {}, *geometry, GROUPS, method=row.method, losers=row.losers)
+        outline = partial(of_configs, row.model, shape, {})
+        estimates[name] = dry_step(outline, *geometry, GROUPS, method=row.method, losers=row.losers)
     found = {name: elsewhere(name, words, options.device) for name in track(names, "measuring", len(names))}
     size = f"{estimates['psft'].parameters / 1e6:,.0f}M weights, {GROUPS} x {estimates['psft'].tokens:,} tokens"
     print(f"{size}, {options.device}\n\n{table(found, estimates)}")
