@@ -21,13 +21,14 @@ from posttrain.core.errors import UserError
 from posttrain.core.meter import Meter
 from posttrain.flow import Last, SamplerConfig, frame_times
 from posttrain.methods import gdpo, oro
-from posttrain.models import lora
+from posttrain.models import lora, wan
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.folders import read_configs
+from posttrain.models.wan.adapters import TARGETS
 from posttrain.models.wan.decode import cache_bytes
 from posttrain.models.wan.loading import load
 from posttrain.models.wan.model import Wan
 from posttrain.models.wan.published import PUBLISHED
+from posttrain.models.wan.shapes import of_configs
 from posttrain.pretraining import segmenter
 from posttrain.pretraining.build import SCHEDULER
 from posttrain.training.run import Run, TrainConfig
@@ -49,16 +50,17 @@ COUNTS = {  # parameters of a transformer (an expert), tokens of a clip
 def step(transformer: str, vae: str, frames: int, size: tuple[int, int], recompute: bool) -> Step:
     """The text-to-video 14B and an expert of the A14B are one transformer: run once."""
     config = ModelConfig(path="published", dtype="bf16", adapter=AdapterConfig(rank=RANK))
-    return dry_step(config, json.loads(transformer), json.loads(vae), frames, *size, block_checkpointing=recompute)
+    outline = partial(of_configs, config, json.loads(transformer), json.loads(vae))
+    return dry_step(outline, frames, *size, block_checkpointing=recompute)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_step_of_each_published_model(name: str) -> None:
     """At its own size, with an adapter on every linear map of its blocks, all of which get gradients."""
     model = PUBLISHED[name]
-    shape = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40} | model["transformer"]
+    shape = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40} | model.transformer
     found = step(
-        json.dumps(model["transformer"]), json.dumps(model["vae"]), model["frames"], model["size"], "1.3B" in name
+        json.dumps(model.transformer), json.dumps(model.vae), model.defaults.frames, model.defaults.size, "1.3B" in name
     )
     assert (found.parameters, found.tokens) == COUNTS[name]
     width = 128 * shape["num_attention_heads"]
@@ -70,7 +72,7 @@ def test_a_step_of_each_published_model(name: str) -> None:
 def test_the_work_of_a_step_is_what_its_shapes_say() -> None:
     """1.3B at 480 x 832 x 81, TFLOP: forward 82.1 + 197.8 + 3.1 twice, back through the maps and 2.5 x attention."""
     model = PUBLISHED["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
-    found = step(json.dumps(model["transformer"]), json.dumps(model["vae"]), model["frames"], model["size"], True)
+    found = step(json.dumps(model.transformer), json.dumps(model.vae), model.defaults.frames, model.defaults.size, True)
     expected = 2 * (82.1 + 197.8 + 3.1) + 82.1 + 2.5 * (197.8 + 3.1)
     assert found.teraflop == pytest.approx(expected, rel=0.02)
     inputs = 30 * 32_760 * 1536 * 2 / 2**30  # of the blocks, which are kept
@@ -80,10 +82,11 @@ def test_the_work_of_a_step_is_what_its_shapes_say() -> None:
 def test_recomputing_blocks_costs_work_and_saves_memory() -> None:
     config = ModelConfig(path="x", adapter=AdapterConfig(rank=4))
     shape = {"num_attention_heads": 2, "num_layers": 6, "ffn_dim": 512}
-    kept, again = (dry_step(config, shape, {}, 33, 128, 128, block_checkpointing=on) for on in (False, True))
+    outline = partial(of_configs, config, shape, {})
+    kept, again = (dry_step(outline, 33, 128, 128, block_checkpointing=on) for on in (False, True))
     assert again.teraflop > 1.2 * kept.teraflop
     assert again.activations < 0.5 * kept.activations
-    two = dry_step(config, shape, {}, 33, 128, 128, batch=2)
+    two = dry_step(outline, 33, 128, 128, batch=2)
     assert two.teraflop == pytest.approx(2 * again.teraflop, rel=0.05)
 
 
@@ -108,9 +111,9 @@ def test_a_folder_is_counted_as_it_loads(tmp_path: Path, family: str) -> None:
     folder = wan_folder(tmp_path / "wan", family)
     assert family in FAMILIES
     config = ModelConfig(path=str(folder), adapter=AdapterConfig(rank=2))
-    found = dry_step(config, *read_configs(config.path), 9, 32, 48)
-    wan = load(config)
-    sizes = {trained: sum(p.numel() for p in wan.module.parameters() if p.requires_grad is trained)
+    found = dry_step(partial(wan.outline, config), 9, 32, 48)
+    model = load(config)
+    sizes = {trained: sum(p.numel() for p in model.module.parameters() if p.requires_grad is trained)
              for trained in (True, False)}  # fmt: skip
     assert (found.parameters, found.trained) == (sizes[False], sizes[True])
 
@@ -164,7 +167,7 @@ SIZE = 9, 64, 64
 def small(method: Any = PSFT, adapter: bool = True, size: tuple[int, int, int] = SIZE, **more: Any) -> Step:
     config = ModelConfig(path="x", adapter=AdapterConfig(rank=2) if adapter else None)
     how = {"precision": "fp32", "block_checkpointing": False} | more
-    return dry_step(config, TINY_TRANSFORMER, TINY_VAE, *size, method=method, **how)
+    return dry_step(partial(of_configs, config, TINY_TRANSFORMER, TINY_VAE), *size, method=method, **how)
 
 
 def real() -> Wan:
@@ -173,7 +176,7 @@ def real() -> Wan:
         torch.manual_seed(0)
         body = WanTransformer3DModel.from_config(TINY_TRANSFORMER)
         eyes = AutoencoderKLWan.from_config(TINY_VAE).requires_grad_(False)
-    lora.attach(body, 2, None, lora.TARGETS, 0)
+    lora.attach(body, 2, None, TARGETS, 0)
     return Wan(body, eyes.config, {"vae": lambda: eyes}, None, UniPCMultistepScheduler(**SCHEDULER))
 
 
@@ -347,8 +350,9 @@ def test_what_does_not_fit_is_refused() -> None:
     train = TrainConfig(steps=1, batch=12, lr=1.0, accumulate=2)
     with pytest.raises(UserError, match="32 frames of 256 x 256 do not fit the model"):
         needs(ModelConfig(path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"), train, (32, 256, 256))
-    with pytest.raises(UserError, match="only known for wan"):
+    with pytest.raises(UserError) as raised:
         needs(ModelConfig(family="tracker", path="pocket"), train, (33, 64, 64))
+    assert (raised.value.code, raised.value.field) == ("unsupported", "model.family")
     with pytest.raises(UserError, match=r"method\.name: .* only known for psft, gdpo and oro, not for segmenter"):
         needs(ModelConfig(path="pocket"), train, (33, 64, 64), method=segmenter.Config())
     experts = ModelConfig(path="Wan-AI/Wan2.2-T2V-A14B-Diffusers", expert="high")
