@@ -13,7 +13,8 @@ from posttrain.methods import gdpo, oro, psft
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan.model import load
 from posttrain.rewards.base import total
-from posttrain.training.run import Run, TrainConfig
+from posttrain.training.optim import TrainConfig
+from posttrain.training.run import Run
 from posttrain.types import Batch
 
 

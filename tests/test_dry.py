@@ -29,7 +29,8 @@ from posttrain.models.wan.model import Wan, load
 from posttrain.models.wan.published import PUBLISHED
 from posttrain.pretraining import segmenter
 from posttrain.pretraining.build import SCHEDULER
-from posttrain.training.run import Run, TrainConfig
+from posttrain.training.optim import TrainConfig
+from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
 POCKET = Path(__file__).parent.parent / "recipes" / "pocket"

@@ -20,7 +20,8 @@ from posttrain.methods.gdpo import Config, Physics, gdpo_loss, physics_weights
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan.model import Wan, load
-from posttrain.training.run import Run, TrainConfig
+from posttrain.training.optim import TrainConfig
+from posttrain.training.run import Run
 from posttrain.types import Batch
 
 ONE = torch.ones(1, 1)

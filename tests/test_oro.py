@@ -32,7 +32,8 @@ from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan.model import Wan, load
 from posttrain.pocket import folder as embedded
 from posttrain.rewards.base import RewardConfig, total
-from posttrain.training.run import Run, TrainConfig
+from posttrain.training.optim import TrainConfig
+from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
 CAPTION = "a red ball falls."

@@ -22,7 +22,7 @@ from posttrain.evaluation.evaluate import weights_fingerprint
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, Merged, ModelConfig
 from posttrain.models.wan.model import Wan, initialise, load
-from posttrain.training.run import start_fingerprint
+from posttrain.training.checkpoints import start_fingerprint
 
 ADAPTER = {"rank": 2, "alpha": 4}
 RECIPE: dict[str, Any] = {

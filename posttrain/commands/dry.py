@@ -25,7 +25,8 @@ from posttrain.models.base import ModelConfig
 from posttrain.models.folders import read_configs
 from posttrain.models.wan.decode import decode
 from posttrain.models.wan.model import DTYPES, TEXT_TOKENS, Wan
-from posttrain.training.run import Run, TrainConfig
+from posttrain.training.optim import TrainConfig
+from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
 PSFT = psft.Config()

@@ -23,7 +23,7 @@ from posttrain.evaluation.evaluate import EvalConfig
 from posttrain.models import lora
 from posttrain.models.base import Merged, ModelConfig
 from posttrain.models.wan.published import sampler
-from posttrain.training.run import TrainConfig
+from posttrain.training.optim import TrainConfig
 from posttrain.training.tripwires import TripwiresConfig, chooses_by_the_test
 
 RUNS = Path("runs")

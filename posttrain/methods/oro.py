@@ -27,7 +27,8 @@ from posttrain.core.recipe import Plugin, PluginFrom, Strict
 from posttrain.flow import Grad, SamplerConfig, sample
 from posttrain.models.base import VideoModel
 from posttrain.rewards import base
-from posttrain.training.run import Run, start_fingerprint
+from posttrain.training.checkpoints import start_fingerprint
+from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
 DATA = "annotated latents"

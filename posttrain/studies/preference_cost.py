@@ -38,7 +38,8 @@ from posttrain.core.progress import markdown, track
 from posttrain.methods import gdpo, psft
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan.model import TEXT_TOKENS, Wan
-from posttrain.training.run import Run, TrainConfig
+from posttrain.training.optim import TrainConfig
+from posttrain.training.run import Run
 from posttrain.types import Batch
 
 GROUPS = 2
