@@ -14,12 +14,14 @@ Pictures are mirrored, recoloured and degraded, and a share of the clips is seen
 import torch
 from torch import Tensor
 
+from posttrain.methods.base import pixels
 from posttrain.nets.depth import Model
 from posttrain.pretraining import appearance
 from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
-DATA = "clips"
+TRAINS = ("depth",)
+data = pixels
 depends = appearance.depends
 
 

@@ -16,12 +16,14 @@ video autoencoder, for that is what generated clips look like.
 import torch
 from torch import Tensor
 
+from posttrain.methods.base import pixels
 from posttrain.nets.raft import Model
 from posttrain.pretraining import appearance
 from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
-DATA = "clips"
+TRAINS = ("raft",)
+data = pixels
 depends = appearance.depends
 DECAY = 0.8
 

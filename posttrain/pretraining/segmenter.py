@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from posttrain.metrics import masks
+from posttrain.methods.base import pixels
 from posttrain.nets import sam2, tracker
 from posttrain.pretraining import appearance
 from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
-DATA = "clips"
+TRAINS = ("tracker", "sam2")
+data = pixels
 depends = appearance.depends
 
 
