@@ -25,7 +25,8 @@ from posttrain.core.errors import UserError
 from posttrain.evaluation.sample import sample_clips, write_video
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan.model import Wan, bare, load, save_merged
+from posttrain.models.wan.loading import bare, load, save_merged
+from posttrain.models.wan.model import Wan
 
 ROW = {"caption": "a duck falls.", "frames": 9, "fps": 16}
 REPORT = {

@@ -31,7 +31,7 @@ from posttrain.evaluation.evaluate import EvalConfig, evaluate, validation
 from posttrain.evaluation.sample import write_video
 from posttrain.evaluation.score import imagine
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan.model import load
+from posttrain.models.wan.loading import load
 from posttrain.models.wan.published import made_for, sampler
 from posttrain.reporting.gallery import LINE, Wish, animation, contact_sheet, film, fit, natural_size, open_picture
 from posttrain.training.checkpoints import start_fingerprint

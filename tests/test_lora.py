@@ -17,7 +17,8 @@ from posttrain.core.errors import UserError
 from posttrain.evaluation.sample import sample_clips
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, Merged, ModelConfig
-from posttrain.models.wan.model import Wan, initialise, load
+from posttrain.models.wan.loading import initialise, load
+from posttrain.models.wan.model import Wan
 
 
 def adapted(folder: Path, rank: int = 4, alpha: int | None = None, seed: int = 0) -> Wan:

@@ -29,9 +29,10 @@ from posttrain.flow import Last, SamplerConfig
 from posttrain.methods import oro
 from posttrain.methods.oro import Config, Sampling, depends, oro_loss
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan.model import Wan, load
+from posttrain.models.wan.loading import load
+from posttrain.models.wan.model import Wan
 from posttrain.pocket import folder as embedded
-from posttrain.rewards.base import RewardConfig, total
+from posttrain.rewards.base import RewardConfig, load_all, total
 from posttrain.training.optim import TrainConfig
 from posttrain.training.run import Run
 from posttrain.types import Batch, Random
@@ -261,7 +262,7 @@ def test_it_learns(folder: Path, tmp_path: Path, precision: str) -> None:
         wan.module = run.module
         before, _ = oro_loss(wan, batch, total({"bright": (1.0, brightness)}), config, Random(1, 0, [0, 1]))
         how = oro.Config.model_construct(rewards=(part(brightness),), sampler=config.sampler, recompute=recompute)
-        oro.train(run, wan, how, oro.load_rewards(how, wan.device))
+        oro.train(run, wan, how, load_all(how.rewards))
         after, _ = oro_loss(wan, batch, total({"bright": (1.0, brightness)}), config, Random(1, 0, [0, 1]))
         assert after < before - 0.01
         assert not run.module.training

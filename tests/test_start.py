@@ -21,7 +21,8 @@ from posttrain.core.errors import UserError
 from posttrain.evaluation.evaluate import weights_fingerprint
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, Merged, ModelConfig
-from posttrain.models.wan.model import Wan, initialise, load
+from posttrain.models.wan.loading import initialise, load
+from posttrain.models.wan.model import Wan
 from posttrain.training.checkpoints import start_fingerprint
 
 ADAPTER = {"rank": 2, "alpha": 4}

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from posttrain.core.errors import UserError
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan.model import Wan, load
+from posttrain.models.wan.loading import load
+from posttrain.models.wan.model import Wan
 from posttrain.pocket import folder as embedded
 from posttrain.training.optim import TrainConfig
 from posttrain.training.run import Run

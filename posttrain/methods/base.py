@@ -9,7 +9,7 @@ it leaves out is as the default here.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -98,7 +98,7 @@ class Method:
     # what else `train` gets, by name, as modules or plain values: made of the model as it is where training starts,
     # and before a run is continued. Asked too of a model that has shapes and no values (device "meta")
     inputs: Callable[[Any, Any], dict[str, Any]] = lambda model, config: {}
-    DRY: Dry = field(default_factory=Dry)
+    DRY: Dry = Dry()
 
 
 def method_of(part: Plugin) -> Method:

@@ -40,8 +40,8 @@ from torch import Tensor, nn
 
 from posttrain.core.errors import UserError
 from posttrain.core.recipe import Strict
-from posttrain.flow import TimeKind, frame_times, interpolate, sample_time, target
 from posttrain.data.groups import Groups
+from posttrain.flow import TimeKind, frame_times, interpolate, sample_time, target
 from posttrain.methods.base import Dry, Source
 from posttrain.models import lora
 from posttrain.models.base import VideoModel

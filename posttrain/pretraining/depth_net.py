@@ -20,8 +20,8 @@ from posttrain.pretraining import appearance
 from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
-TRAINS = ("depth",)
 data = pixels
+TRAINS = ("depth",)  # networks of posttrain/nets
 depends = appearance.depends
 
 

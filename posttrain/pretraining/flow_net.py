@@ -22,8 +22,8 @@ from posttrain.pretraining import appearance
 from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
-TRAINS = ("raft",)
 data = pixels
+TRAINS = ("raft",)  # networks of posttrain/nets
 depends = appearance.depends
 DECAY = 0.8
 

@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from posttrain.metrics import masks
 from posttrain.methods.base import pixels
+from posttrain.metrics import masks
 from posttrain.nets import sam2, tracker
 from posttrain.pretraining import appearance
 from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
-TRAINS = ("tracker", "sam2")
 data = pixels
+TRAINS = ("tracker", "sam2")  # networks of posttrain/nets
 depends = appearance.depends
 
 

@@ -25,8 +25,8 @@ from posttrain.nets.vae import Autoencoder, set_latent_statistics
 from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
-TRAINS = ("vae",)
 data = pixels
+TRAINS = ("vae",)  # networks of posttrain/nets
 
 
 class Config(Strict):

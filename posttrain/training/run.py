@@ -317,7 +317,8 @@ class Run:
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         clips = ", ".join(self.data.ids[index] for index in order)
         return UserError(
-            f"{self.folder}: {what} at step {self.steps + 1}, clips {clips}; {last}; lower train.lr or mend these clips",
+            f"{self.folder}: {what} at step {self.steps + 1}, clips {clips}; {last}; "
+            "lower train.lr or mend these clips",
             "not_finite",
         )
 
