@@ -530,8 +530,9 @@ def test_without_scores_there_is_no_physics_rewarding(folder: Path, tmp_path: Pa
     run = Run(tmp_path, wan.module, Pairs(wan.encode_text(["a ball."])[0]), TrainConfig(steps=1, batch=4, lr=1e-2))
     batch = next(run.batches())
     bare = Batch(batch.ids, batch.z0_BCFHW, batch.text_BLD, losers_BMCFHW=batch.losers_BMCFHW)
-    with pytest.raises(UserError, match=r"method.physics: needs scores"):
+    with pytest.raises(UserError) as raised:
         gdpo.draw(wan, bare, Config(), run)
+    assert (raised.value.code, raised.value.field) == ("required", "method.physics")
     assert (gdpo.draw(wan, bare, Config(physics=None), run).alpha_BM == 1).all()
 
 

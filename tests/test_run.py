@@ -453,16 +453,19 @@ def test_a_finished_run_started_again_gives_its_weights(tmp_path):
 
 def test_other_settings_or_clips_do_not_continue_a_run(tmp_path):
     train(Run(tmp_path, network(), Points(), config()))
-    with pytest.raises(UserError, match=r"step-000008: was made with another train\.lr"):
+    with pytest.raises(UserError, match="step-000008") as raised:
         Run(tmp_path, network(), Points(), config(lr=2e-2))
+    assert (raised.value.code, raised.value.field) == ("other_run", "train.lr")
     other = Points()
     other.key = "other points"
-    with pytest.raises(UserError, match="another data;"):
+    with pytest.raises(UserError) as raised:
         Run(tmp_path, network(), other, config())
+    assert (raised.value.code, raised.value.field) == ("other_run", "data")
     start = network()
     start[0].bias.data += 1  # frozen, so in no checkpoint
-    with pytest.raises(UserError, match="another model;"):
+    with pytest.raises(UserError) as raised:
         Run(tmp_path, start, Points(), config())
+    assert (raised.value.code, raised.value.field) == ("other_run", "model")
     assert len(log(tmp_path)) == 8  # and nothing was lost
 
 
@@ -472,15 +475,17 @@ def test_not_a_number_names_the_clips_and_keeps_the_last_checkpoint(tmp_path, ba
     step = sample_order(0, 13, range(13)).index(12)
     assert step > 0
     kept = rf"{tmp_path}/checkpoints/step-{step:06d}"
-    with pytest.raises(UserError, match=rf"is (nan|inf) at step {step + 1}, clips bad; the last good .* {kept};"):
+    with pytest.raises(UserError, match=rf" step {step + 1}, clips bad; .*{kept};") as raised:
         train(run)
+    assert raised.value.code == "not_finite"
     assert len(log(tmp_path)) == step
     assert Run(tmp_path, network(), Points(bad), config(batch=1, steps=13, schedule="constant")).steps == step
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"train\.batch: 4 does not divide into 3"):
+    with pytest.raises(UserError) as raised:
         Run(tmp_path, network(), Points(), config(accumulate=3))
+    assert (raised.value.code, raised.value.field) == ("mismatch", "train.batch")
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
