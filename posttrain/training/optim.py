@@ -1,6 +1,8 @@
 """What steps the weights: AdamW, its schedule, the gradient's norm, the weights' average.
 
-g' = g min(1, clip / |g|),   theta <- AdamW(theta, g', lr(s)),   ema <- d ema + (1 - d) theta
+At step s, with the gradient g of its batch:
+
+    g' = g min(1, clip / |g|),   theta <- AdamW(theta, g', lr(s)),   ema <- d ema + (1 - d) theta
 """
 
 from collections.abc import Iterator
