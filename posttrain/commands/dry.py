@@ -26,7 +26,7 @@ from posttrain.training.optim import TrainConfig
 from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
-SHORT = 2, 3  # steps of a sampler, by which longer ones are told
+SHORT = 2, 3  # steps of the samplers that are run in place of longer ones
 
 
 class Step(NamedTuple):
@@ -163,10 +163,10 @@ def dry_step(
 
 
 def whole_step(take: Callable[..., Step], method: Plugin) -> Step:
-    """`take(method=method)`; what a long sampler takes that is differentiated at all steps is told by two short ones.
+    """`take(method=method)`; a long sampler's from two short ones, where all its steps take the same.
 
     Exact for the arithmetic. The memory grows by what each step keeps; where all weights are trained and the worst
-    moment is in the sampler's backward pass, it is told too large, by two latents a step.
+    moment is in the sampler's backward pass, it is too large by two latents a step.
     """
     less, more = (method_of(method).DRY.shorter(method.config, steps) for steps in SHORT)
     long = sampler(method.config)

@@ -141,8 +141,8 @@ def train(plan: Recipe, folder: Path) -> None:
             look = watching(folder, wires, rewards, model, tracker) if main_process() else None
             watched = {"clips": wires.clips, "split": wires.split, "look": look}
             watched["truths"] = tuple(dict.fromkeys((*truths, *base.truths(wires.watch))))
-            how = plan.eval.model_dump(mode="json", include={"clips", "splits", "every", "sampler", "tracker"})
-            depends |= {"tripwires": wires.model_dump(mode="json"), "eval": how}
+            measured = plan.eval.model_dump(mode="json", include={"clips", "splits", "every", "sampler", "tracker"})
+            depends |= {"tripwires": wires.model_dump(mode="json"), "eval": measured}
         # also where it is not used, so that what evaluation will lack is said before training
         validate = validation(folder, plan.eval, model, tracker, **watched)
         model.unload()  # captions are read

@@ -177,8 +177,8 @@ def draw(model: VideoModel, batch: Batch, config: Config, run: Run) -> Draw:
     source, names = run.random, tuple[Name, ...]()
     if config.cached_draws:
         number = int(run.random.shared() * config.cached_draws)
-        places = [run.data.ids.index(name) for name in batch.ids]
-        source = Random(run.train.seed + 1, number, places)  # another seed than that of the steps' own
+        indices = [run.data.ids.index(name) for name in batch.ids]
+        source = Random(run.train.seed + 1, number, indices)  # another seed than that of the steps' own
         names = tuple((name, number, *j) for name, j in zip(batch.ids, j_BM.tolist(), strict=True))
     j_BM = j_BM.to(z0_BCFHW.device)
     alpha_BM = gamma_BM = torch.ones_like(j_BM, dtype=torch.float32)

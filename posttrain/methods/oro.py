@@ -79,7 +79,7 @@ def oro_loss(
     """
     assert batch.z0_BCFHW is not None
     assert batch.text_BLD is not None
-    truth_BCFHW, how = batch.z0_BCFHW, config.sampler
+    truth_BCFHW, sampler = batch.z0_BCFHW, config.sampler
     if config.frames and model.latent_frames(config.frames) > truth_BCFHW.shape[2]:
         raise UserError(
             f"method.frames: is {config.frames}, more than the clips have; lower it, or leave it out for all",
@@ -92,8 +92,8 @@ def oro_loss(
         random.normal(*truth_BCFHW.shape[1:]).to(truth_BCFHW),
         batch.text_BLD,
         truth_BCFHW[:, :, : model.n_cond_frames] if model.n_cond_frames else None,
-        how.steps,
-        how.weight(model.boundary),
+        sampler.steps,
+        sampler.weight(model.boundary),
         None if negative_1LD is None else negative_1LD.expand_as(batch.text_BLD),
         batch.condition,
         config.grad,
@@ -108,9 +108,9 @@ def oro_loss(
     if config.frames is not None:
         z0_BCFHW, batch = z0_BCFHW[:, :, : model.latent_frames(config.frames)], batch.until(config.frames)
     video_BCFHW = model.decode(z0_BCFHW, "decoder" in config.recompute, config.offload)[:, :, : config.frames]
-    reward_B, found = reward(video_BCFHW, batch)
+    reward_B, summands = reward(video_BCFHW, batch)
     saturated = (video_BCFHW.detach().abs() == 1).float().mean()
-    metrics = {f"reward_{name}": each_B.detach().mean() for name, each_B in found.items()}
+    metrics = {f"reward_{name}": each_B.detach().mean() for name, each_B in summands.items()}
     return -reward_B.mean(), {"saturated": saturated} | metrics
 
 

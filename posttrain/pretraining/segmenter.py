@@ -115,8 +115,8 @@ def segmenter_loss(
     p = logits.sigmoid()
     bce = F.binary_cross_entropy_with_logits(logits, m)
     dice = (1 - (2 * (p * m).sum((2, 3)) + 1) / (p.sum((2, 3)) + m.sum((2, 3)) + 1)).mean()
-    found = (logits > 0).flatten(0, 1).cpu().numpy()
-    overlap = masks.iou(found, mask_BFHW[:, 1:].flatten(0, 1).cpu().numpy()).mean()
+    thresholded = (logits > 0).flatten(0, 1).cpu().numpy()
+    overlap = masks.iou(thresholded, mask_BFHW[:, 1:].flatten(0, 1).cpu().numpy()).mean()
     return config.bce * bce + dice, {"bce": bce.item(), "dice": dice.item(), "iou": float(overlap)}
 
 

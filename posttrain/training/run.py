@@ -11,11 +11,12 @@ A method that learns from what the model makes takes several optimiser steps on 
         run.step(loss, **metrics)
 
 A run that is killed at any moment and started again ends with the same weights, bit for bit, and the same log (but for
-`seconds`): step s sees places s * batch ... (s + 1) * batch - 1 of an endless sequence of samples, in which every epoch
-is a permutation from (seed, epoch); random numbers depend on (seed, step, place); the rest is in the checkpoint. With
-several updates, s // updates takes the place of s in the order of the samples, and checkpoints are written between
-rollouts alone: what made a rollout, the weights of its beginning, is then what the checkpoint holds. A rollout is thus
-never stored; a run that is stopped ends with its last update.
+`seconds`): step s sees positions s * batch ... (s + 1) * batch - 1 of an endless sequence of samples, in which every
+epoch is a permutation from (seed, epoch); random numbers depend on (seed, step, position); the rest is in the checkpoint.
+
+With several updates, s // updates stands for s in the order of the samples, and checkpoints are written after a
+rollout's last update alone. So no rollout is stored: a run that continues makes it again, with the weights and the
+random numbers that it was made with. A run that is asked to stop does so after the last update.
 """
 
 import json
@@ -72,9 +73,9 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
-def sample_order(seed: int, size: int, places: Sequence[int]) -> list[int]:
-    """Dataset indices at these places of the endless sequence of samples."""
-    return [int(_permutation(seed, place // size, size)[place % size]) for place in places]
+def sample_order(seed: int, size: int, positions: Sequence[int]) -> list[int]:
+    """Dataset indices at these positions of the endless sequence of samples."""
+    return [int(_permutation(seed, position // size, size)[position % size]) for position in positions]
 
 
 class Run:
@@ -161,10 +162,10 @@ class Run:
         return self.rollouts(lambda batch: batch, updates=1)
 
     def rollouts(self, make: Callable[[Batch], Rollout], updates: int) -> Iterator[Rollout]:
-        """The same of what `make` makes of each micro-batch, and that again for `updates` optimiser steps.
+        """What `make` makes of each micro-batch, the same for `updates` optimiser steps; call `step` once for each.
 
-        `make` is called once for each, with the precision and the random numbers of the first of these steps, whose
-        loss draws on. It keeps no graph unless it wants one: under torch.no_grad it has none.
+        `make` runs in the first of these steps, and the loss draws its random numbers after those of `make`. Where no
+        gradient is wanted through the rollout, `make` says torch.no_grad() itself. Raises as `batches` does.
         """
         self._updates, made = updates, dict[int, Rollout]()
         with self._surroundings():
@@ -179,7 +180,7 @@ class Run:
                 self._update()
 
     def step(self, loss: Tensor, **metrics: float | Tensor) -> None:
-        """Take the gradient of a micro-batch's loss. The weights move when the loop asks for the next step's first."""
+        """Take the gradient of a micro-batch's loss. The weights move when the loop asks for the next one."""
         with torch.autocast(self.accelerator.device.type, enabled=False):
             self.accelerator.backward(loss)
         self._losses.append({name: float(torch.as_tensor(v).detach()) for name, v in {"loss": loss, **metrics}.items()})
@@ -270,7 +271,7 @@ class Run:
     @contextmanager
     def _micro_batch(self, part: int) -> Iterator[None]:
         """Around one micro-batch: its random numbers, precision, and whether processes exchange its gradient."""
-        self.random = Random(self.train.seed, self.steps, self._places(part))
+        self.random = Random(self.train.seed, self.steps, self._positions(part))
         # for layers that draw on their own, as dropout does
         entropy = np.random.SeedSequence([self.train.seed, self.steps, part, self._rank])
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
@@ -278,17 +279,17 @@ class Run:
         with self.accelerator.accumulate(self.module), self.accelerator.autocast(), attention:
             yield
 
-    def _places(self, part: int) -> range:
+    def _positions(self, part: int) -> range:
         """Of this process's share of a micro-batch in the sequence of samples."""
         first = self._first() + (part * self.accelerator.num_processes + self._rank) * self._share
         return range(first, first + self._share)
 
     def _first(self) -> int:
-        """The place of the step's first sample."""
+        """The position of the step's first sample."""
         return self.steps // self._updates * self.train.batch
 
     def _load(self, part: int) -> Batch:
-        batch = self.data.load(sample_order(self.train.seed, len(self.data), self._places(part)))
+        batch = self.data.load(sample_order(self.train.seed, len(self.data), self._positions(part)))
         return batch.to(self.accelerator.device)
 
     def _look(self) -> dict[str, float]:
