@@ -232,7 +232,7 @@ def _doctor(path: str | None, overrides: Sequence[str], processes: int) -> int:
         split = open_split(folder, plan.data.split)
         clip = (split.frames, *split.size)
     losers = groups.losers if groups else 0
-    needed = needs(plan.model, plan.train, clip, processes, plan.method.config, losers)
+    needed = needs(plan.model, plan.train, plan.method, clip, processes, losers)
     return doctor(lambda: check_recipe(*needed, gpu_memory()))
 
 

@@ -27,8 +27,9 @@ from posttrain.commands.dry import dry_step
 from posttrain.commands.experiment import Recipe
 from posttrain.core.errors import UserError
 from posttrain.core.files import read_json, read_jsonl
+from posttrain.core.recipe import Plugin, plugins, resolve
 from posttrain.core.recipe import load as load_recipe
-from posttrain.core.recipe import plugins, resolve
+from posttrain.methods import psft
 from posttrain.models import lora
 from posttrain.models.base import PROTOCOL, Family, ModelConfig, family
 
@@ -235,7 +236,7 @@ def test_the_dry_run_has_the_real_shapes(home: Path, name: str, conditioning: st
     t_BF = torch.full((1, z_BCFHW.shape[2]), 0.95)
     with torch.no_grad():
         model.velocity(z_BCFHW, t_BF, text_BLD[:1], {key: value[:1] for key, value in condition.items()})
-    step = dry_step(outline, *clip)
+    step = dry_step(outline, *clip, Plugin("psft", psft, psft.Config()))
     trained = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
     assert (step.parameters, step.trained, step.tokens) == (
         sum(p.numel() for p in model.module.parameters()) - trained, trained, seen[0],

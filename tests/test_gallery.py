@@ -34,7 +34,7 @@ from posttrain.models.base import AdapterConfig, Defaults, ModelConfig, sampler
 from posttrain.models.wan.loading import load
 from posttrain.models.wan.published import defaults
 from posttrain.reporting.gallery import LINE, Wish, animation, contact_sheet, film, fit, natural_size, open_picture
-from posttrain.training.run import start_fingerprint
+from posttrain.training.checkpoints import start_fingerprint
 
 
 def test_the_middle_of_a_picture_is_kept(tmp_path: Path) -> None:

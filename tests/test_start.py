@@ -23,7 +23,7 @@ from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, Merged, ModelConfig
 from posttrain.models.wan.loading import initialise, load
 from posttrain.models.wan.model import Wan
-from posttrain.training.run import start_fingerprint
+from posttrain.training.checkpoints import start_fingerprint
 
 ADAPTER = {"rank": 2, "alpha": 4}
 RECIPE: dict[str, Any] = {

@@ -1,15 +1,17 @@
 """A whole training step at full size without its memory or its time: tensors that have a shape and nothing else.
 
-What is run is the real thing, the method's own loss on the real transformer with its adapter, and for ORO the sampler
-and the decoder, forward and backward. Counted are the bytes that are alive at once and the floating point operations,
-recomputation among them. Attention counts as its flash form does, captions with all tokens they may have. Rewards are
-not asked: ORO's is the mean of the pixels. Losers are not drawn or scored, and cached references are asked for.
+What is run is the real thing, the method's own loop on the real transformer with its adapter, and where it decodes the
+sampler and the decoder, forward and backward. Counted are the bytes that are alive at once and the floating point
+operations, recomputation among them. Attention counts as its flash form does, captions with all tokens they may have.
+Rewards are not asked: the mean of the pixels stands in for them. Losers are not scored, and cached references are
+asked for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from posttrain.core.errors import UserError
 from posttrain.core.meter import Meter
-from posttrain.core.recipe import Strict
-from posttrain.methods import gdpo, oro, psft
-from posttrain.models import lora
-from posttrain.models.base import ModelConfig, Outline, VideoModel, family, is_video
-from posttrain.training.run import Run, TrainConfig
+from posttrain.core.recipe import Plugin
+from posttrain.methods.base import method_of, sampler
+from posttrain.models.base import ModelConfig, Outline, family, is_video
+from posttrain.training.optim import TrainConfig
+from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
-PSFT = psft.Config()
-SHORT = 2, 3  # steps of a sampler, by which longer ones are told
+SHORT = 2, 3  # steps of the samplers that are run in place of longer ones
 
 
 class Step(NamedTuple):
@@ -46,94 +47,53 @@ class Step(NamedTuple):
         return self.weights + self.optimizer + self.activations
 
 
-def metered(model: VideoModel, meter: Meter) -> None:
-    """Let the decoder of `model` count what it offloads in the meter's main memory."""
+def metered(shapes: Outline, meter: Meter) -> None:
+    """Let the model count in the meter's main memory what its decoder offloads, and read captions without words."""
+    model = cast(Any, shapes.model)
     decode = model.decode
 
     def counted(z_BCFHW: Tensor, recompute: bool = True, offload: bool = False) -> Tensor:
         with meter.offloading() if offload else nullcontext():
             return decode(z_BCFHW, recompute)
 
-    cast(Any, model).decode = counted
+    model.decode = counted
+    model.encode_text = lambda captions: torch.empty(len(captions), model.text_tokens, shapes.text_width)
 
 
-def clips_of(outline: Outline, method: Strict, batch: int, losers: int, frames: int, height: int, width: int) -> Batch:
-    """A micro-batch as the data of `method` are, without values."""
+def clips_of(outline: Outline, batch: int, frames: int, height: int, width: int) -> Batch:
+    """A micro-batch of latents with their text and conditions, without values."""
     shape = outline.model.latent_shape(frames, height, width)
     condition = {name: torch.empty(batch, *size) for name, size in outline.condition.items()}
-    more: dict[str, Any] = {}
-    if isinstance(method, gdpo.Config):
-        more["losers_BMCFHW"] = torch.empty(batch, losers, *shape)
-    if isinstance(method, oro.Config):
-        told = oro.truths(method)
-        more["video_BCFHW"] = torch.empty(batch, 3, frames, height, width)
-        more["instances_BFHW"] = torch.empty(batch, frames, height, width, dtype=torch.uint8)
-        if "flow" in told:
-            more["flow_BFCHW"] = torch.empty(batch, frames, 2, height, width)
-        if "depth" in told:
-            more["depth_BFHW"] = torch.empty(batch, frames, height, width)
     text_BLD = torch.empty(batch, outline.model.text_tokens, outline.text_width)
-    return Batch(("",) * batch, torch.empty(batch, *shape), text_BLD, condition=condition, **more)
+    return Batch(("",) * batch, torch.empty(batch, *shape), text_BLD, condition=condition)
 
 
-def frozen_copy(model: VideoModel, method: Strict) -> nn.Module | None:
-    """What gdpo's reference is beside the model; `start` is not asked where it would look into the weights."""
-    if not isinstance(method, gdpo.Config) or (method.reference == "lora" and lora.attached(model.transformer)):
-        return None
-    return gdpo.start(model, method)
+def brightness(video_BCFHW: Tensor, batch: Batch) -> Tensor:
+    """Stands in for rewards (rewards/base.py), whose networks are not counted."""
+    return video_BCFHW.flatten(1).mean(1)
 
 
-class Turns:
-    """What `gdpo.in_turn` asks of a run."""
+class DryRun:
+    """What a method's loop asks of a `Run`: one micro-batch, and its gradient."""
 
-    def add(self, part: Callable[[], Tensor]) -> None:
-        loss = part()
-        with torch.autocast("cpu", enabled=False):
+    def __init__(self, module: nn.Module, batch: Batch, train: TrainConfig) -> None:
+        self.module, self.batch, self.train, self.steps = module, batch, train, 0
+        self.random = Random(train.seed, 0, range(len(batch.ids)))
+
+    def batches(self) -> Iterator[Batch]:
+        return self.rollouts(lambda batch: batch, updates=1)
+
+    def rollouts(self, make: Callable[[Batch], Any], updates: int) -> Iterator[Any]:
+        """The first of the updates alone, with what makes the rollout."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.train.precision == "bf16"):
+            yield make(self.batch)
+
+    def step(self, loss: Tensor, **metrics: float | Tensor) -> None:
+        with torch.autocast("cpu", enabled=False):  # as in Run, which keeps what was cast until the step's end
             loss.backward()
 
-
-def preference_loss(
-    model: VideoModel, clips: Batch, config: gdpo.Config, random: Random, base: nn.Module | None, precision: str
-) -> Tensor:
-    """A step of `gdpo.train` that has to ask its reference."""
-    assert clips.z0_BCFHW is not None
-    assert clips.losers_BMCFHW is not None
-    assert clips.text_BLD is not None
-    losers_BMCFHW = clips.losers_BMCFHW[:, : compared(config, clips.losers_BMCFHW.shape[1])]
-    placed = gdpo.place(model, clips.z0_BCFHW, losers_BMCFHW, random, config)
-    ones_BM = torch.ones(losers_BMCFHW.shape[:2])  # physics rewarding has no values to look at
-    drawn = gdpo.Draw(*placed, clips.text_BLD, clips.condition, alpha_BM=ones_BM, gamma_BM=ones_BM, names=())
-    with torch.no_grad(), gdpo.reference(model, base, precision):
-        ref_BN = gdpo.all_errors(model, drawn, config)
-    if config.backward == "in_turn":
-        return gdpo.in_turn(cast(Run, Turns()), model, drawn, ref_BN, config)[0]
-    return gdpo.compare(gdpo.all_errors(model, drawn, config), ref_BN, drawn, config)[0]
-
-
-def compared(config: gdpo.Config, losers: int) -> int:
-    """How many losers of a group go through the model."""
-    return 1 if config.mode == "pair" else losers
-
-
-def brightness(video_BCFHW: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Stands in for rewards (rewards/base.py), whose networks are not counted."""
-    return video_BCFHW.flatten(1).mean(1), {}
-
-
-def loss_of(model: VideoModel, clips: Batch, method: Strict, base: nn.Module | None, precision: str) -> Tensor:
-    """The loss that `method` takes the gradient of."""
-    random = Random(0, 0, range(len(clips.ids)))
-    match method:
-        case gdpo.Config():
-            return preference_loss(model, clips, method, random, base, precision)
-        case oro.Config():
-            assert clips.text_BLD is not None
-            negative_1LD = torch.empty_like(clips.text_BLD[:1]) if method.sampler.guided else None
-            return oro.oro_loss(model, clips, brightness, method, random, negative_1LD)[0]
-        case psft.Config():
-            return psft.psft_loss(model, clips, method, random)[0]
-    name = type(method).__module__.rpartition(".")[2]
-    raise UserError(f"method.name: what training takes is only known for psft, gdpo and oro, not for {name}")
+    def add(self, part: Callable[[], Tensor]) -> None:
+        self.step(part())
 
 
 def dry_step(
@@ -141,12 +101,12 @@ def dry_step(
     frames: int,
     height: int,
     width: int,
+    method: Plugin,
     batch: int = 1,
-    precision: str = "bf16",
+    precision: Literal["fp32", "bf16"] = "bf16",
     block_checkpointing: bool = True,
     ema: bool = False,
     accumulates: bool = False,
-    method: Strict = PSFT,
     losers: int = 1,
 ) -> Step:
     """One training step of a model.
@@ -154,35 +114,39 @@ def dry_step(
     Args:
         outline: gives the model for clips of (frames, height, width), as `Family.outline` does.
         frames, height, width: of the clips, in pixels.
+        method: one that trains video models.
         batch: clips, or groups of them, in one micro-batch on one device.
         accumulates: whether the gradients of a micro-batch before this one are there.
-        method: the Config of psft, gdpo or oro.
         losers: in a group.
 
     Raises:
-        UserError: the clips do not fit the model, or another method is asked for.
+        UserError: the clips do not fit the model.
     """
     shapes = outline(frames, height, width)
     model, body = shapes.model, cast(Any, shapes.model.transformer)
-    base = frozen_copy(model, method)
+    asked = method_of(method)
+    config = asked.DRY.config(method.config)
+    given = asked.inputs(model, config)
+    copies = [part for part in given.values() if isinstance(part, nn.Module)]
+    if asked.rewards(config):
+        given["rewards"] = {"brightness": (1.0, brightness)}
+    settings = TrainConfig(steps=1, batch=batch, lr=1.0, precision=precision)
     if block_checkpointing:
         body.enable_gradient_checkpointing()
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
-        metered(model, meter)
-        for part in (body, base, shapes.decoder if isinstance(method, oro.Config) else None):
-            if part is not None:
-                part.to_empty(device="cpu")
-                for tensor in (*part.parameters(), *part.buffers()):
-                    meter.see(tensor)
+        metered(shapes, meter)
+        for part in (body, *copies, *([shapes.decoder] if asked.DRY.decodes else [])):
+            part.to_empty(device="cpu")
+            for tensor in (*part.parameters(), *part.buffers()):
+                meter.see(tensor)
         weights = meter.live
         trained = [p for p in body.parameters() if p.requires_grad]
         for parameter in trained if accumulates else ():
             parameter.grad = torch.empty_like(parameter)
-        clips = clips_of(shapes, method, batch, losers, frames, height, width)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = loss_of(model, clips, method, base, precision)
-            with torch.autocast("cpu", enabled=False):  # as in Run, which keeps what was cast until the step's end
-                loss.backward()
+        clips = clips_of(shapes, batch, frames, height, width)
+        run = DryRun(body, asked.DRY.batch(clips, config, losers, (frames, height, width)), settings)
+        del clips
+        asked.train(cast(Run, run), model, config, **given)
         if lacking := [p for p in trained if p.grad is None]:
             raise RuntimeError(f"{len(lacking)} trained tensors get no gradient")
     kept = sum(p.numel() * 4 for p in trained)
@@ -198,36 +162,36 @@ def dry_step(
     )
 
 
-def whole_step(take: Callable[..., Step], method: Strict) -> Step:
-    """`take(method=method)`; what a long sampler takes that is differentiated at all steps is told by two short ones.
+def whole_step(take: Callable[..., Step], method: Plugin) -> Step:
+    """`take(method=method)`; a long sampler's from two short ones, where all its steps take the same.
 
     Exact for the arithmetic. The memory grows by what each step keeps; where all weights are trained and the worst
-    moment is in the sampler's backward pass, it is told too large, by two latents a step.
+    moment is in the sampler's backward pass, it is too large by two latents a step.
     """
-    if not isinstance(method, oro.Config) or method.grad != "all" or method.sampler.steps <= SHORT[1]:
+    less, more = (method_of(method).DRY.shorter(method.config, steps) for steps in SHORT)
+    long = sampler(method.config)
+    if less is None or more is None or long is None:
         return take(method=method)
-    samplers = (method.sampler.model_copy(update={"steps": steps}) for steps in SHORT)
-    less, step = (take(method=method.model_copy(update={"sampler": sampler})) for sampler in samplers)
-    more = method.sampler.steps - SHORT[1]
-    return step._replace(
-        teraflop=step.teraflop + more * (step.teraflop - less.teraflop),
-        activations=step.activations + more * (step.activations - less.activations),
+    two, three = (take(method=replace(method, config=config)) for config in (less, more))
+    others = long.steps - SHORT[1]
+    return three._replace(
+        teraflop=three.teraflop + others * (three.teraflop - two.teraflop),
+        activations=three.activations + others * (three.activations - two.activations),
     )
 
 
 def needs(
     config: ModelConfig,
     train: TrainConfig,
+    method: Plugin,
     clip: tuple[int, int, int],
     processes: int = 1,
-    method: Strict = PSFT,
     losers: int = 1,
 ) -> tuple[str, float, float]:
     """What training by `method` on clips of (frames, height, width) takes in each of so many processes.
 
     Args:
-        method: its Config.
-        losers: in each group, for gdpo.
+        losers: in each group, where the method compares clips.
 
     Returns:
         It in a line, its GiB on the device, and its TFLOP a step.
@@ -241,9 +205,12 @@ def needs(
             "unsupported",
             "model.family",
         )
-    if isinstance(method, oro.Config) and config.expert is not None:
+    asked = method_of(method)
+    if sampler(method.config) and config.expert is not None:
         raise UserError(
-            "model.expert: what ORO takes is only known for models of one expert", "unsupported", "model.expert"
+            f"model.expert: what {method.name} takes is only known for models of one expert",
+            "unsupported",
+            "model.expert",
         )
     parts = train.accumulate * processes
     if train.batch % parts:
@@ -267,14 +234,15 @@ def needs(
     )
     step = whole_step(take, method)
     what, each = " x ".join(map(str, clip)), "" if processes == 1 else f"in each of {processes} processes "
-    clips, apart = f"{batch} clips", ""
-    if isinstance(method, gdpo.Config):
-        clips = f"{batch} groups of {1 + compared(method, losers)} clips"
-        apart = ", where the reference is asked" if method.cached_draws else ""
-    if isinstance(method, oro.Config):
-        apart = ", without the rewards' networks"
-        if method.offload:
-            apart = f", {step.offloaded:.1f} GiB of main memory{apart}"
+    clips = f"{batch} clips"
+    if asked.GROUPS:
+        clips = f"{batch} groups of {asked.DRY.members(method.config, losers)} clips"
+    notes = [
+        f"{step.offloaded:.1f} GiB of main memory" if step.offloaded else "",
+        "without the rewards' networks" if asked.rewards(method.config) else "",
+        asked.DRY.note(method.config),
+    ]
+    apart = "".join(f", {note}" for note in notes if note)
     teraflop = step.teraflop * train.accumulate
     line = (
         f"{step.parameters:,} parameters, {step.trained:,} trained; {each}{clips} at once of {what} "

@@ -20,10 +20,11 @@ from posttrain.core.errors import UserError
 from posttrain.core.recipe import Plugin, PluginFrom, Strict
 from posttrain.data.dataset import DataConfig
 from posttrain.evaluation.evaluate import EvalConfig
+from posttrain.methods.base import method_of
 from posttrain.models import lora
 from posttrain.models.base import Defaults, Merged, ModelConfig, family, is_video, sampler
 from posttrain.pocket import FAMILY
-from posttrain.training.run import TrainConfig
+from posttrain.training.optim import TrainConfig
 from posttrain.training.tripwires import TripwiresConfig, chooses_by_the_test
 
 RUNS = Path("runs")
@@ -110,7 +111,7 @@ class Recipe(Strict):
     @classmethod
     def _trains_this_family(cls, method: Plugin, info: ValidationInfo) -> Plugin:
         """A method trains video models, or the networks that its module lists in TRAINS."""
-        model, networks = info.data.get("model"), getattr(method.module, "TRAINS", "video")
+        model, networks = info.data.get("model"), method_of(method).TRAINS
         if model is None:  # what is wrong with it is said elsewhere
             return method
         if not is_video(model.family) if networks == "video" else model.family not in networks:
@@ -150,7 +151,7 @@ class Recipe(Strict):
             return wires
         if not measured or not measured.every:
             raise PydanticCustomError("part", "look at eval.clips every eval.every steps; set both")
-        if not hasattr(method.module, "load_rewards"):
+        if not method_of(method).rewards(method.config):
             raise PydanticCustomError(
                 "part",
                 "are for a method that trains rewards, and {name} is none; leave them out",

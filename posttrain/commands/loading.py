@@ -11,7 +11,7 @@ from posttrain.commands.experiment import ADAPTER, RUNS, TRAINED, Recipe, resolv
 from posttrain.core import distributed, files, recipe
 from posttrain.core.errors import UserError
 from posttrain.models.base import Merged, ModelConfig
-from posttrain.training.run import start_fingerprint
+from posttrain.training.checkpoints import start_fingerprint
 
 CACHE = RUNS / "cache"
 TRACKED = 64  # pixels that the sides of clips may have for the embedded tracker
