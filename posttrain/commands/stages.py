@@ -92,9 +92,9 @@ def check_data(plan: Recipe) -> None:
 
 def check_tracker(measured: EvalConfig) -> list[Split]:
     """The splits that are measured. Raises UserError where they are too large for the embedded tracker."""
-    splits = [open_split(measured.clips, split) for split in measured.splits]
-    others = [measured.grid, measured.falls and measured.falls.clips]
-    splits += [open_split(folder, "test_unseen") for folder in others if folder]
+    from posttrain.evaluation.evaluate import test_sets
+
+    splits = [open_split(test.folder, test.split) for test in test_sets(measured).values()]
     for split in splits:
         if measured.tracker == "pocket" and max(split.size) > TRACKED:
             height, width = split.size
@@ -149,8 +149,8 @@ def train(plan: Recipe, folder: Path) -> None:
 
         tracker, watched = load_tracker(plan.eval.tracker), dict[str, Any]()
         if wires := plan.tripwires:
-            ends = partial(ended, folder, wires)
-            look = watching(folder, wires, rewards, model, tracker) if main_process() else None
+            ends, metrics = partial(ended, folder, wires), plan.eval.benchmark.module.BENCHMARK.metrics
+            look = watching(folder, wires, rewards, model, tracker, metrics) if main_process() else None
             watched = {"clips": wires.clips, "split": wires.split, "look": look}
             watched["truths"] = tuple(dict.fromkeys((*truths, *base.truths(wires.watch))))
             how = plan.eval.model_dump(mode="json", include={"clips", "splits", "every", "sampler", "tracker"})
@@ -172,7 +172,7 @@ def train(plan: Recipe, folder: Path) -> None:
         files.sweep(folder)
         files.sweep(folder / ADAPTER)
         if ends and ends(run.steps):
-            step = best_look(read_looks(folder))["step"]
+            step = best_look(read_looks(folder)).step
             print(f"training: rolled back from step {run.steps} to step {step}", file=sys.stderr)
             with files.replacing(folder / ADAPTER) as temporary:
                 shutil.copytree(folder / BEST, temporary)

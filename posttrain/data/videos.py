@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from posttrain.core import files
 from posttrain.core.errors import UserError
 from posttrain.core.progress import track
+from posttrain.data.schema import ClipRow
 
 TABLES = ("metadata.jsonl", "metadata.json", "metadata.csv")
 LISTS = ("videos.txt", "video.txt")
@@ -197,7 +198,7 @@ def _text(path: Path) -> str:
 
 def choose(
     listed: Sequence[Entry], wanted: Wanted, uncaptioned: str, limit: int | None = None
-) -> tuple[list[dict[str, Any]], list[View], list[dict[str, Any]]]:
+) -> tuple[list[ClipRow], list[View], list[dict[str, Any]]]:
     """The clips that a list of videos gives.
 
     Args:
@@ -211,7 +212,7 @@ def choose(
     Raises:
         UserError: no video can be used.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[ClipRow] = []
     views: list[View] = []
     told: list[dict[str, Any]] = []
     first: dict[tuple[str, str], str] = {}  # the video with this content and caption
@@ -237,8 +238,7 @@ def choose(
                 view, notes = None, [f"double: {first[facts.sha256, caption]} is the same video with the same caption"]
             else:
                 first[facts.sha256, caption] = entry.name
-                kind = {"fps": wanted.fps, "frames": wanted.frames, "size": list(wanted.size)}
-                rows.append({"file_name": entry.name, "caption": caption, **kind, "sha256": facts.sha256})
+                rows.append(ClipRow(entry.name, caption, wanted.fps, wanted.frames, wanted.size, facts.sha256))
                 views.append(view)
         told.append({"file": entry.name, "used": view is not None, "notes": notes})
     if not rows:
