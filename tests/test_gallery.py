@@ -29,7 +29,7 @@ from posttrain.data.videos import inspect
 from posttrain.evaluation.benchmarks.pisabench import open_benchmark
 from posttrain.evaluation.evaluate import EvalConfig, evaluate, validation
 from posttrain.evaluation.sample import write_video
-from posttrain.evaluation.score import imagine
+from posttrain.evaluation.score import sample_missing
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan.model import load
 from posttrain.models.wan.published import made_for, sampler
@@ -181,7 +181,9 @@ def test_videos_are_made_without_what_the_caller_does_not_want(home: Path, tmp_p
     kind, benchmark = {"frames": 5, "fps": 16, "size": [32, 32]}, open_benchmark(tmp_path / "drops")
     for guidance, told in ((2.0, ["square 00 falls.", "a duck that melts"]), (1.0, ["square 00 falls."])):
         ready = partial(contextlib.nullcontext, model)
-        imagine(ready, benchmark, tmp_path / str(guidance), kind, 1, 1, 1, guidance, negative="a duck that melts")
+        sample_missing(
+            ready, benchmark, tmp_path / str(guidance), kind, 1, 1, 1, guidance, negative="a duck that melts"
+        )
         assert said == model.tokenizer(told, padding="max_length", max_length=512).input_ids
         said.clear()
 
@@ -208,9 +210,9 @@ def test_all_texts_are_encoded_before_anything_is_sampled(home: Path, tmp_path: 
     film({"a": ready}, np.zeros((32, 32, 3), np.uint8), wish, tmp_path / "clip")
     assert order() == ["text", "velocity"]
     kind = {"frames": 5, "fps": 16, "size": [32, 32]}
-    imagine(ready, open_benchmark(tmp_path / "drops"), tmp_path / "out", kind, 2, 2, 2, 2.0)
+    sample_missing(ready, open_benchmark(tmp_path / "drops"), tmp_path / "out", kind, 2, 2, 2, 2.0)
     assert order() == ["text", "velocity"]
-    imagine(ready, open_benchmark(tmp_path / "drops"), tmp_path / "few", kind, 1, 2, 2, 2.0, texts_kept=4)
+    sample_missing(ready, open_benchmark(tmp_path / "drops"), tmp_path / "few", kind, 1, 2, 2, 2.0, texts_kept=4)
     assert order() == ["text", "velocity"] * 2  # but of six captions four are kept, so that any number has room
     for path in (tmp_path / "few").rglob("*.mp4"):
         same = read_video(tmp_path / "out" / path.relative_to(tmp_path / "few"))

@@ -74,7 +74,7 @@ def test_counterfactuals_with_their_severity(folder: Path) -> None:
     assert [winner for winner, _ in groups] == ["00000-0", "00001-0"]
     for winner, losers in groups:
         assert sorted(losers) == [f"{winner[:-1]}{i}" for i in (1, 2, 3)]
-    scores = {members.ids[i]: members.scores(i) for i in range(len(members)) if members.clips.row(i)["violation"]}
+    scores = {members.ids[i]: members.scores(i) for i in range(len(members)) if members.clips.row(i).violation}
     assert scores["00000-1"] == (1.0, 0.75)
     assert scores["00001-3"] == (1.0, 0.25)
 
@@ -99,7 +99,7 @@ def test_samples_with_their_scores(folder: Path, tmp_path: Path) -> None:
         (f"0000{g}-0", [f"0000{g}-0-s0-base", f"0000{g}-0-s1-base"]) for g in (0, 1)
     ]
     assert [members.scores(i) for i in range(2, 6)] == [(0.0, 0.5), (0.25, 0.5)] * 2
-    assert members.row(4)["caption"] == "square 1 falls."
+    assert members.row(4).caption == "square 1 falls."
     assert len(members.read(3)[0]) == 5
 
 

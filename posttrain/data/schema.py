@@ -4,7 +4,7 @@ What each world tells besides stands with the field. Numbers are SI units; the w
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -68,15 +68,15 @@ class Violation:
 
     Attributes:
         kind: which law, and how.
-        value: how much, in the kind's own unit, which `meaning` says.
         severity: 0 as the truth, 1 as far from it as a clip in which nothing moves.
+        value: how much, in the kind's own unit, which `meaning` says.
         seen: share of the frames in which the scored object is seen.
     """
 
     kind: str
-    value: float
-    meaning: str
     severity: float
+    value: float = 0.0
+    meaning: str = ""
     seen: float | None = None
 
 
@@ -170,3 +170,9 @@ def to_json(row: ClipRow) -> dict[str, Any]:
         return row.written
     made: dict[str, Any] = json.loads(json.dumps(asdict(row)))
     return {name: value for name, value in made.items() if value not in (None, [], "")}
+
+
+def facts(row: ClipRow, names: Sequence[str]) -> dict[str, Any]:
+    """These fields as JSON has them, None where nothing is known."""
+    known = to_json(row)
+    return {name: known.get(name) for name in names}

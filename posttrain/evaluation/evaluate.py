@@ -232,8 +232,7 @@ def complete(
                     advance("")
             measured = []
             for name, row, *by_seed in zip(batch.ids, rows, *scores, strict=True):
-                facts = schema.to_json(row)
-                truth = {fact: facts.get(fact) for fact in kept_facts}
+                truth = schema.facts(row, kept_facts)
                 measured.append(replace(merge(by_seed), id=name, caption=row.caption, truth=truth))
             seconds = round(record.seconds + time.monotonic() - started, 2)
             record = replace(record, clips=(*record.clips, *measured), seconds=seconds)
