@@ -360,7 +360,7 @@ def test_clips_that_choose_weights_do_not_measure_them(home: Path) -> None:
 def test_what_is_trained_is_not_watched_besides(home: Path) -> None:
     wires = TripwiresConfig.model_construct(watch=(brightness(),))
     with pytest.raises(UserError, match=r"tripwires\.watch: brightness is trained"):
-        watching(home, wires, {"brightness": (1.0, brightness().module.load(None, "cpu"))}, None, None)
+        watching(home, wires, {"brightness": (1.0, brightness().module.load(None, "cpu"))}, None, None, ())
 
 
 VARIANTS = [
