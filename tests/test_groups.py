@@ -185,7 +185,7 @@ def test_what_is_not_comparable_is_refused(folder: Path, tmp_path: Path) -> None
     assert "no clip has 4 losers" in refusal(folder, losers=4, counterfactuals=True)
     assert "missing does not exist" in refusal(folder, samples=(str(tmp_path / "missing"),))
     assert "frames is 7, but 5 in" in refusal(folder, losers=2, samples=made("long", frames=7))
-    assert "fps is 8.0, but 16 in" in refusal(folder, losers=2, samples=made("slow", fps=8))
+    assert "fps is 8.0, but 16.0 in" in refusal(folder, losers=2, samples=made("slow", fps=8))
     [same] = made("same")
     shutil.copy(Path(same) / "00000-0-s0-base.mp4", Path(same) / "00000-0-s7-base.mp4")
     assert "is the same file as" in refusal(folder, losers=2, samples=(same,))

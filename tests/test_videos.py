@@ -377,7 +377,7 @@ def mine(folder: Path) -> Path:
 
 def test_what_is_left_out_is_told_with_the_reason(tmp_path) -> None:
     rows, views, told = choose(entries(mine(tmp_path), "train"), Wanted(5, 8.0, (16, 16)), "leave_out")
-    assert [(row["file_name"], row["caption"]) for row in rows] == [
+    assert [(row.file_name, row.caption) for row in rows] == [
         ("same.mp4", "same falls"),
         ("wide.mp4", "wide falls"),
         ("same.mp4", "another caption"),
@@ -409,7 +409,7 @@ def test_what_is_left_out_is_told_with_the_reason(tmp_path) -> None:
 def test_captions_may_be_empty_and_clips_few_if_the_recipe_says_so(tmp_path) -> None:
     found = entries(mine(tmp_path), "train")
     rows, _, _ = choose(found, Wanted(5, 8.0, (16, 16)), "empty")
-    assert [row["caption"] for row in rows if row["file_name"] == "mute.mp4"] == [""]
+    assert [row.caption for row in rows if row.file_name == "mute.mp4"] == [""]
     rows, _, told = choose(found, Wanted(5, 8.0, (16, 16)), "leave_out", limit=1)
     assert len(rows) == 1
     assert told[1]["notes"] == ["over data.limit: 1 clips"]
@@ -555,5 +555,5 @@ def test_test_clips_of_another_kind_are_still_refused(home) -> None:
     code, _, said = command(home, "train", "recipe.yaml", "run=kinds", "eval={clips: drops}")
     assert code == 1
     assert said.splitlines()[-1].startswith(
-        "drops/test_seen/metadata.jsonl: fps is 16, but 8.0 in mine; clips are not "
+        "drops/test_seen/metadata.jsonl: fps is 16.0, but 8.0 in mine; clips are not "
     )
