@@ -8,7 +8,8 @@ from falling import RedTracker, write_dataset
 from tiny import wan_folder
 
 from posttrain.core.files import read_jsonl, write_jsonl
-from posttrain.data.dataset import Clips, DataConfig
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips
 from posttrain.nets import tracker
 from posttrain.pretraining import check
 

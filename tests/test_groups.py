@@ -19,9 +19,11 @@ from tiny import wan_folder
 from posttrain import cli
 from posttrain.commands.experiment import Recipe
 from posttrain.core import recipe
+from posttrain.core.codec import read_video
 from posttrain.core.errors import UserError
 from posttrain.core.files import read_json, read_jsonl
-from posttrain.data.dataset import Clips, DataConfig, GroupsConfig, read_video
+from posttrain.data.config import DataConfig, GroupsConfig
+from posttrain.data.dataset import Clips
 from posttrain.data.groups import Groups, Members, gather, sample_of
 from posttrain.data.latents import Latents
 from posttrain.evaluation.sample import write_video

@@ -23,7 +23,7 @@ from transformers import Sam2VideoConfig
 
 from posttrain.core import files
 from posttrain.core.errors import UserError
-from posttrain.data.videos import centred
+from posttrain.data.views import centred
 from posttrain.evaluation import score
 from posttrain.evaluation.benchmarks.pisabench import open_benchmark
 from posttrain.evaluation.records import summary

@@ -23,7 +23,7 @@ from posttrain.commands.experiment import ADAPTER, TRAINED, Recipe, is_trained
 from posttrain.core import files, recipe
 from posttrain.core.errors import UserError
 from posttrain.core.recipe import Plugin
-from posttrain.data.dataset import DataConfig
+from posttrain.data.config import DataConfig
 from posttrain.data.schema import ClipRow
 from posttrain.evaluation.benchmarks import pisa
 from posttrain.evaluation.evaluate import EvalConfig

@@ -25,7 +25,8 @@ from posttrain.commands.loading import (
 from posttrain.commands.losers import simulator_judge
 from posttrain.core import files
 from posttrain.core.errors import UserError
-from posttrain.data.dataset import Clips, DataConfig, open_splits
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips, open_splits
 from posttrain.evaluation.evaluate import EvalConfig
 from posttrain.models.base import ModelConfig
 from posttrain.models.wan.published import made_for, sampler

@@ -12,7 +12,8 @@ from posttrain.commands.experiment import Recipe, resolved
 from posttrain.commands.loading import base_model, device, load_tracker, main_process, memory, wait
 from posttrain.core import distributed, files
 from posttrain.core.errors import UserError
-from posttrain.data.dataset import Clips, DataConfig, GroupsConfig
+from posttrain.data.config import DataConfig, GroupsConfig
+from posttrain.data.dataset import Clips
 from posttrain.data.groups import names
 from posttrain.judges.questions import Judge
 from posttrain.models.base import ModelConfig

@@ -5,6 +5,7 @@ Stages meet in files. Each looks at what is there, says what it reuses, does the
     data/...                 the clips (made by `sim`)
     runs/cache/              latents and rows of evaluation that runs share, by content
     runs/<run>/clips.jsonl   which files are retimed, cropped or left out, and why (where any is)
+    runs/<run>/clips.jpg     of these a contact sheet, as training sees them
     runs/<run>/...           recipe and trained weights (see experiment.py)
     runs/<run>/best/         of a run with tripwires, the weights of its best look (see tripwires.py)
     runs/<run>/merged/       the adapter folded into its base, where `export:` lists it
@@ -18,6 +19,8 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from posttrain.commands.experiment import ADAPTER, TRAINED, Recipe, is_trained, members, need_training, resolved
 from posttrain.commands.loading import (
@@ -35,14 +38,16 @@ from posttrain.commands.losers import make_samples
 from posttrain.core import files, recipe
 from posttrain.core.errors import UserError
 from posttrain.core.trackers import check_trackers
-from posttrain.data import videos
-from posttrain.data.dataset import Clips, GroupsConfig, Split, check_same_kind, open_split, open_splits
+from posttrain.data import listing
+from posttrain.data.config import GroupsConfig
+from posttrain.data.dataset import Clips, Split, check_same_kind, open_split, open_splits
 from posttrain.evaluation.evaluate import EvalConfig
+from posttrain.reporting.gallery import contact_sheet
 from posttrain.rewards import base
 from posttrain.training.run import Run
 from posttrain.training.tripwires import BEST, best_look, ended, read_looks, watching
 
-CLIPS = "clips.jsonl"
+CLIPS, SHEET, SHOWN = "clips.jsonl", "clips.jpg", 24  # clips in the contact sheet
 
 
 def run(plan: Recipe, folder: Path) -> None:
@@ -129,7 +134,14 @@ def train(plan: Recipe, folder: Path) -> None:
         bare = next(split.folder for split in clips.splits if not split.annotated)
         raise UserError(f"{bare}: has no masks, which {plan.method.name} learns from; use clips that `sim make` filmed")
     if hasattr(model, "latent_shape"):
-        model.latent_shape(clips.splits[0].frames, *clips.splits[0].size)
+        shape = model.latent_shape(clips.splits[0].frames, *clips.splits[0].size)
+        if plan.model.conditioning == "image" and shape[1] == 1:
+            raise UserError(
+                f"data.frames: clips of {clips.splits[0].frames} are a first picture alone, which is given: nothing is "
+                "left to learn; take longer ones, or set model.conditioning=text",
+                "value",
+                "data.frames",
+            )
     data: Any = clips
     if method.DATA in ("latents", "annotated latents"):
         from posttrain.data.latents import Annotated, Latents
@@ -209,9 +221,14 @@ def tell(clips: Clips, folder: Path) -> None:
     if told and main_process():
         files.write_jsonl(folder / CLIPS, told)
         for split in clips.splits:
-            for line in videos.summary(split.told) if split.told else ():
+            for line in listing.summary(split.told) if split.told else ():
                 print(f"{split.folder}: {line}", file=sys.stderr)
-        print(f"clips: all is listed in {folder / CLIPS}", file=sys.stderr)
+        chosen = dict.fromkeys(np.linspace(0, len(clips) - 1, min(SHOWN, len(clips))).round().astype(int).tolist())
+        captions = {index: " ".join(clips.row(index).caption.split())[:150] for index in chosen}
+        sheet = {f"{index}  {clips.ids[index]}: {caption}": clips.read(index)[0] for index, caption in captions.items()}
+        contact_sheet(folder / SHEET, sheet, columns=6)
+        seen = f"{len(chosen)} of {len(clips)} as training sees them are in {folder / SHEET}"
+        print(f"clips: all is listed in {folder / CLIPS}; {seen}", file=sys.stderr)
 
 
 @memory("evaluation", "lower eval.batch, or measure smaller or shorter clips (eval.clips)")

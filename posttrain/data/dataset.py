@@ -1,100 +1,31 @@
 """Read a dataset folder: `<folder>/<split>/metadata.jsonl`, and beside it a video and an .npz per clip.
 
 Its clips are taken as they are, and all agree. Only where a recipe says what `frames`, `fps` and `size` it wants are
-clips retimed and cropped, and then a folder of any videos (videos.py) serves too, without annotations.
+clips retimed and cropped, and then a folder of any videos (listing.py) serves too, without annotations.
 
 Shape letters: B batch, C channels, F frames, H W pixels.
 """
 
-import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import av
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
-from pydantic_core import PydanticCustomError
 
 from posttrain.core import files
+from posttrain.core.codec import read_video
 from posttrain.core.errors import UserError
 from posttrain.core.progress import track
-from posttrain.core.recipe import Strict
-from posttrain.data import schema, videos
+from posttrain.data import listing, schema, views
+from posttrain.data.config import DataConfig, Wanted
 from posttrain.data.schema import ClipRow
-from posttrain.flow import SamplerConfig
+from posttrain.data.views import View
 from posttrain.types import Batch
 
 SHAPE = ("fps", "frames", "size")  # what all clips of a training or a test have in common
-
-
-class GroupsConfig(Strict):
-    """What each true clip is compared with, for methods of preference: counterfactuals, samples of a model, or both.
-
-    A clip with more losers than `losers` makes several groups of that many, and one with fewer makes none.
-    """
-
-    losers: PositiveInt = 3  # m, of each group
-    counterfactuals: bool = False  # clips of the same folder that break a law in the true clip's scene
-    samples: tuple[str, ...] = ()  # folders of <clip>-s<seed>.mp4, with scores.jsonl
-    winner: Literal["true", "sample"] = "true"  # sample: the one with the best scores wins against the others
-    samples_each: NonNegativeInt = 0  # seeds that count in a folder of samples, made by the base first; 0: all there
-    sampler: SamplerConfig = SamplerConfig()  # how the base makes them
-    negative: str = ""  # what it is told not to show; counts where there is guidance
-    batch: PositiveInt = 1  # samples made at once, by each process
-    judge: Literal["simulator"] | None = None  # scores the samples; others do by `posttrain score`
-
-    @model_validator(mode="after")
-    def _any(self) -> "GroupsConfig":
-        if (self.samples_each or self.judge) and not self.samples:
-            raise PydanticCustomError("part", "samples_each and judge are for samples; name their folder in samples")
-        if self.winner == "sample" and (self.counterfactuals or not self.samples):
-            raise PydanticCustomError("part", "samples win against samples; name samples, without counterfactuals")
-        if not self.counterfactuals and not self.samples:
-            raise PydanticCustomError("part", "there are no losers; set counterfactuals: true, or name samples")
-        return self
-
-
-class DataConfig(Strict):
-    """Which clips. `make` names the recipes of `sim make` that film them where they are missing.
-
-    With frames, fps and size (height, width), clips are retimed and cropped to them, and those of any videos are read.
-    `crop` says what is seen of a picture of another shape: its middle, a side of it, or nothing (none: left out).
-    """
-
-    clips: str | list[str]
-    split: str = "train"
-    limit: int | None = Field(None, ge=1)  # the first clips of each folder
-    make: str | list[str] | None = None
-    frames: PositiveInt | None = None
-    fps: PositiveFloat | None = None
-    size: tuple[PositiveInt, PositiveInt] | None = None
-    crop: videos.Crop = "center"
-    uncaptioned: Literal["leave_out", "empty"] = "leave_out"  # what becomes of a video without a caption
-    groups: GroupsConfig | None = None
-
-    @model_validator(mode="after")
-    def _together(self) -> "DataConfig":
-        if None in (self.frames, self.fps, self.size) and (self.frames, self.fps, self.size) != (None, None, None):
-            raise PydanticCustomError("part", "frames, fps and size say together what clips shall be; give all three")
-        if self.crop != "center" and self.size is None:
-            raise PydanticCustomError(
-                "part", "crop is for clips of another size; give frames, fps and size, or leave it out"
-            )
-        return self
-
-    @property
-    def wanted(self) -> videos.Wanted | None:
-        if self.frames is None or self.fps is None or self.size is None:
-            return None
-        return videos.Wanted(self.frames, self.fps, self.size, self.crop)
-
-    @property
-    def folders(self) -> list[str]:
-        return [self.clips] if isinstance(self.clips, str) else self.clips
 
 
 @dataclass(frozen=True)
@@ -106,9 +37,9 @@ class Split:
 
     folder: Path
     rows: list[ClipRow]
-    views: Sequence[videos.View | None]
+    views: Sequence[View | None]
     annotated: bool = True
-    wanted: videos.Wanted | None = None
+    wanted: Wanted | None = None
     told: Sequence[dict[str, Any]] = ()
 
     @property
@@ -143,7 +74,7 @@ def open_splits(config: DataConfig) -> list[Split]:
     """The clips of each folder that a recipe names, as it wants them.
 
     Raises:
-        UserError: as open_split and videos.choose do.
+        UserError: as open_split and listing.choose do.
     """
     wanted = config.wanted
     if wanted is None:
@@ -151,10 +82,10 @@ def open_splits(config: DataConfig) -> list[Split]:
     splits = []
     for folder in config.folders:
         if not _annotated(Path(folder) / config.split / "metadata.jsonl"):
-            listed = videos.entries(folder, config.split)
+            listed = listing.entries(folder, config.split)
             if listed:
-                rows, views, told = videos.choose(listed, wanted, config.uncaptioned, config.limit)
-                splits.append(Split(listed[0].folder, rows, views, False, wanted, told))
+                rows, chosen, told = listing.choose(listed, wanted, config.uncaptioned, config.limit)
+                splits.append(Split(listed[0].folder, rows, chosen, False, wanted, told))
                 continue
         splits.append(_retimed(open_split(folder, config.split), wanted))
     return splits
@@ -164,12 +95,14 @@ def _annotated(metadata: Path) -> bool:
     return metadata.is_file() and any("annotations" in row for row in files.read_jsonl(metadata))
 
 
-def _retimed(split: Split, wanted: videos.Wanted) -> Split:
+def _retimed(split: Split, wanted: Wanted) -> Split:
     """A dataset folder's clips, seen as `wanted`; they are all of one kind, so all are or none is long enough."""
-    places, box, notes = videos.plan(np.arange(split.frames) / split.fps, split.size, wanted)
+    places, box, notes = views.plan(np.arange(split.frames) / split.fps, split.size, wanted)
     if places is None:
-        raise UserError(f"{split.folder / 'metadata.jsonl'}: its clips cannot be used ({notes[0]}); ask for less")
-    view = videos.View(tuple(places.tolist()), False, box, wanted.size) if notes else None
+        raise UserError(
+            f"{split.folder / 'metadata.jsonl'}: its clips cannot be used ({notes[0]})", "mismatch", "data.frames"
+        )
+    view = View(tuple(places.tolist()), False, box, wanted.size) if notes else None
     told = [{"file": row.file_name, "used": True, "notes": notes} for row in split.rows] if notes else []
     return Split(split.folder, split.rows, [view] * len(split.rows), True, wanted, told)
 
@@ -183,13 +116,14 @@ def open_split(folder: Path | str, split: str) -> Split:
     path = Path(folder) / split
     metadata = path / "metadata.jsonl"
     if not metadata.is_file():
-        remedy = "film the clips with `python -m sim make RECIPE`"
-        if videos.entries(folder, split):
-            remedy = f"{folder} holds videos: train on them with data.frames, data.fps and data.size"
-        raise UserError(f"{metadata}: does not exist; {remedy}")
+        if listing.entries(folder, split):
+            said = f"{folder} holds videos: train on them with data.frames, data.fps and data.size"
+            raise UserError(f"{metadata}: does not exist; {said}", "missing", "data.frames")
+        what, remedy = listing.remedy(folder, split)
+        raise UserError(f"{folder}: {what}; {remedy}", "missing", "data.clips")
     listed, rows = files.read_jsonl(metadata), list[ClipRow]()
     if not listed:
-        raise UserError(f"{metadata}: has no clips; film them with `python -m sim make RECIPE`")
+        raise UserError(f"{metadata}: has no clips; film them with `python -m sim make RECIPE`", "no_clips")
     for line, written in enumerate(listed, 1):
         if missing := [
             k for k in (*SHAPE, "file_name", "annotations", "sha256", "caption", "target") if k not in written
@@ -197,11 +131,11 @@ def open_split(folder: Path | str, split: str) -> Split:
             remedy = "make the dataset again"
             if "annotations" not in written:
                 remedy = "such clips are trained on with data.frames, data.fps and data.size, and cannot be tested with"
-            raise UserError(f"{metadata}:{line}: {missing[0]}: is missing; {remedy}")
+            raise UserError(f"{metadata}:{line}: {missing[0]}: is missing; {remedy}", "format", missing[0])
         row = schema.from_json(written, f"{metadata}:{line}")
         for name in (row.file_name, row.annotations or ""):
             if not files.inside(path, name).is_file():
-                raise UserError(f"{metadata}:{line}: {name}: does not exist; make the dataset again")
+                raise UserError(f"{metadata}:{line}: {name}: does not exist; make the dataset again", "missing")
         rows.append(row)
         _agree(f"{metadata}:{line}: {row.file_name}", _kind(row), _kind(rows[0]), rows[0].file_name)
     return Split(path, rows, [None] * len(rows))
@@ -216,7 +150,9 @@ def _agree(where: str, kind: dict[str, Any], other: dict[str, Any], name: str) -
         if kind[key] != other[key]:
             raise UserError(
                 f"{where}: {key} is {kind[key]}, but {other[key]} in {name}; clips are not retimed or scaled unless "
-                "data.frames, data.fps and data.size ask for it: use clips of one kind"
+                "data.frames, data.fps and data.size ask for it: use clips of one kind",
+                "mismatch",
+                key,
             )
 
 
@@ -224,34 +160,6 @@ def check_same_kind(splits: Sequence[Split]) -> None:
     """Refuse splits that differ in fps, frames or size, for instance those of training and of testing."""
     for split in splits[1:]:
         _agree(f"{split.folder / 'metadata.jsonl'}", split.kind, splits[0].kind, str(splits[0].folder))
-
-
-def read_video(path: Path | str) -> np.ndarray:
-    """All frames, uint8 (F, H, W, 3) RGB.
-
-    Raises:
-        UserError: the file is missing, torn, or not a video.
-    """
-    return _decode(Path(path), _read(Path(path)))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _decode(path: Path, content: bytes) -> np.ndarray:
-    try:
-        with av.open(io.BytesIO(content), "r") as container:
-            promised = container.streams.video[0].frames
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (av.FFmpegError, IndexError) as error:
-        raise UserError(f"{path}: is torn or no video; delete it and make it again") from error
-    if not frames or len(frames) < promised:
-        raise UserError(f"{path}: is torn ({len(frames)} of {promised} frames); delete it and make it again")
-    return np.stack(frames)
 
 
 def read_annotations(path: Path | str, keys: Sequence[str] | None = None) -> dict[str, np.ndarray]:
@@ -264,7 +172,7 @@ def read_annotations(path: Path | str, keys: Sequence[str] | None = None) -> dic
         with np.load(path, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in (arrays.files if keys is None else keys)}
     except Exception as error:  # zipfile, zlib, numpy and the system each have their own
-        raise UserError(f"{path}: is missing or torn; delete it and make it again") from error
+        raise UserError(f"{path}: is missing or torn; delete it and make it again", "damaged") from error
 
 
 class Clips:
@@ -287,7 +195,9 @@ class Clips:
             if not split.annotated or any(view is not None for view in split.views):
                 raise UserError(
                     f"{split.folder}: {' and '.join(truths)} are known of clips that `sim make` filmed, as they are; "
-                    "drop data.frames, data.fps and data.size, or use such clips"
+                    "drop data.frames, data.fps and data.size, or use such clips",
+                    "mismatch",
+                    "data.frames",
                 )
         self._truths = truths
         check_same_kind(self.splits)
@@ -298,7 +208,11 @@ class Clips:
             for split, index in self._entries
         ]
         if self.annotated and len(set(self.ids)) < len(self.ids):  # a list of any videos may name one twice
-            raise UserError(f"data.clips: {', '.join(config.folders)}: clips share a name; rename one of the folders")
+            raise UserError(
+                f"data.clips: {', '.join(config.folders)}: clips share a name; rename one of the folders",
+                "duplicate",
+                "data.clips",
+            )
         self._decoded: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
         self._annotations: dict[int, dict[str, np.ndarray]] = {}
         if preload:
@@ -350,8 +264,8 @@ class Clips:
     def first(self, index: int) -> np.ndarray:
         """The clip's first picture alone, uint8 (H, W, 3)."""
         split, number = self._entries[index]
-        view = split.views[number] or videos.View((0,), False, (0, 0, *split.size), split.size)
-        return videos.read(split.video(number), replace(view, frames=view.frames[:1]))[0]
+        view = split.views[number] or View((0,), False, (0, 0, *split.size), split.size)
+        return views.read(split.video(number), replace(view, frames=view.frames[:1]))[0]
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Pixels uint8 (F, H, W, 3) and instances uint8 (F, H, W) of one clip; None for these if it has none."""
@@ -361,27 +275,31 @@ class Clips:
         row, path, view = split.rows[number], split.video(number), split.views[number]
         if not split.annotated:
             assert view is not None
-            return videos.read(path, view), None
-        content = _read(path)
-        video = _decode(path, content)
+            return views.read(path, view), None
+        content = files.read_bytes(path)
+        video = read_video(path, content)
         if video.shape[:3] != (row.frames, *row.size):
             raise UserError(
                 f"{path}: has {len(video)} frames of {video.shape[1:3]}, but its metadata say {row.frames} of "
-                f"{row.size}; delete it and make it again"
+                f"{row.size}; delete it and make it again",
+                "damaged",
             )
         if files.sha256_bytes(content) != row.sha256:
-            raise UserError(f"{path}: was changed since it was made (sha256); delete it and make it again")
+            raise UserError(f"{path}: was changed since it was made (sha256); delete it and make it again", "damaged")
         annotations = split.annotations(number)
         if (sha256 := row.annotations_sha256) and files.sha256(annotations) != sha256:
-            raise UserError(f"{annotations}: was changed since it was made (sha256); delete it and make it again")
+            raise UserError(
+                f"{annotations}: was changed since it was made (sha256); delete it and make it again", "damaged"
+            )
         instances = read_annotations(annotations, ["instances"])["instances"]
         if instances.shape != video.shape[:3]:
             raise UserError(
-                f"{annotations}: instances are {instances.shape}, the video {video.shape[:3]}; make it again"
+                f"{annotations}: instances are {instances.shape}, the video {video.shape[:3]}; make it again",
+                "damaged",
             )
         if view is not None:
-            video = np.stack([videos.scale(video[frame], view) for frame in view.frames])
-            instances = np.stack([videos.scale_ids(instances[frame], view) for frame in view.frames])
+            video = np.stack([views.scale(video[frame], view) for frame in view.frames])
+            instances = np.stack([views.scale_ids(instances[frame], view) for frame in view.frames])
         return video, instances
 
     def read_truths(self, index: int) -> dict[str, np.ndarray]:
@@ -394,7 +312,8 @@ class Clips:
         for name, array in arrays.items():
             if array.shape[:3] != (split.frames, *split.size):
                 raise UserError(
-                    f"{path}: {name} is {array.shape}, the video {split.frames, *split.size}; make it again"
+                    f"{path}: {name} is {array.shape}, the video {split.frames, *split.size}; make it again",
+                    "damaged",
                 )
         return arrays
 

@@ -4,6 +4,7 @@ So an entry of another VAE, text encoder, clip or caption is never found, entrie
 encoding that was cut off continues.
 """
 
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -80,6 +81,11 @@ class Latents:
         model.unload()  # UMT5 alone is 11 GiB, and training needs it not
         state.wait_for_everyone()
         self._length = model.text_tokens
+        entries = zip(self.ids, self._files, strict=True) if state.is_main_process else ()
+        if full := [name for name, file in entries if _tokens(file) == self._length]:
+            names = ", ".join(full[:3]) + (", ..." if len(full) > 3 else "")
+            said = f"{len(full)} of {len(self)} fill the {self._length} tokens that the model reads"
+            print(f"captions: {said}; what is beyond is cut ({names})", file=sys.stderr)
 
     @property
     def key(self) -> str:
@@ -111,7 +117,7 @@ class Latents:
         try:
             return load_file(self._files[index])
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{self._files[index]}: is damaged; delete it and start again") from error
+            raise UserError(f"{self._files[index]}: is damaged; delete it and start again", "damaged") from error
 
 
 class Annotated:
@@ -132,6 +138,15 @@ class Annotated:
         """Both batches of the clips at `indices` in one."""
         latents, truth = self._latents.load(indices), self._clips.load(indices)
         return replace(truth, z0_BCFHW=latents.z0_BCFHW, text_BLD=latents.text_BLD, condition=latents.condition)
+
+
+def _tokens(file: Path) -> int:
+    """How many tokens an entry's caption has; 0 where the entry is damaged, which reading it tells."""
+    try:
+        with safe_open(file, "pt") as entry:
+            return int(entry.get_slice("text").get_shape()[0])
+    except (SafetensorError, OSError):
+        return 0
 
 
 def _trim(text_LD: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ from posttrain.core.errors import UserError
 from posttrain.core.progress import progress
 from posttrain.core.recipe import Plugin, PluginFrom, Strict
 from posttrain.data import schema
-from posttrain.data.dataset import Clips, DataConfig
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips
 from posttrain.data.schema import ClipRow
 from posttrain.evaluation import records, sample
 from posttrain.evaluation.benchmarks import base, pisa

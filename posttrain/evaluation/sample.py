@@ -2,15 +2,14 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from posttrain.core import codec
 from posttrain.core.errors import UserError
 from posttrain.core.files import replacing
 from posttrain.flow import sample
@@ -107,12 +106,5 @@ def write_video(path: Path | str, frames: Pixels, fps: float) -> None:
 
     H and W must be even.
     """
-    with replacing(path) as temporary, av.open(str(temporary), "w", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream(
-            "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "10", "preset": "medium"}
-        )
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode())
+    with replacing(path) as temporary:
+        codec.write_near_lossless(temporary, frames, fps)

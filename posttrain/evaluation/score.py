@@ -27,10 +27,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from posttrain.core import files
+from posttrain.core import codec, files
 from posttrain.core.errors import UserError
 from posttrain.core.progress import progress
-from posttrain.data import schema, videos
+from posttrain.data import listing, schema, views
 from posttrain.evaluation import records, sample
 from posttrain.evaluation.benchmarks import base, pisa
 from posttrain.evaluation.benchmarks.base import ClipScore, Tracker, merge
@@ -104,7 +104,7 @@ def samples_of(folder: Path, split: str, ids: Sequence[str], several: bool) -> d
     found: dict[str, list[tuple[int, Path]]] = {}
     for path in sorted(place.iterdir()) if place.is_dir() else ():
         parts = re.fullmatch(r"(.+?)(?:-s(\d+))?", path.stem)
-        if parts and path.suffix.lower() in videos.SUFFIXES and parts[1] in known:
+        if parts and path.suffix.lower() in listing.SUFFIXES and parts[1] in known:
             found.setdefault(parts[1], []).append((int(parts[2] or 0), path))
     return {name: [path for _, path in sorted(some)] for name, some in found.items()}
 
@@ -177,10 +177,10 @@ def sample_missing(
 def padded(picture_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A picture (uint8) scaled to fit into `size` (height, width), in the middle of black."""
     height, width = picture_HWC.shape[:2]
-    top, left, tall, wide = videos.centred(size, (height, width))
+    top, left, tall, wide = views.centred(size, (height, width))
     out = np.zeros((*size, 3), np.uint8)
-    view = videos.View((), False, (0, 0, height, width), (tall, wide))
-    out[top : top + tall, left : left + wide] = videos.scale(picture_HWC, view)
+    view = views.View((), False, (0, 0, height, width), (tall, wide))
+    out[top : top + tall, left : left + wide] = views.scale(picture_HWC, view)
     return out
 
 
@@ -207,7 +207,7 @@ def _blank(
     fps: float | None,
 ) -> Record:
     """A record without numbers. Its key changes with everything that its numbers depend on."""
-    sources = [source(module) for module in (pisa, *pisa.BENCHMARK.sources, base, videos)]
+    sources = [source(module) for module in (pisa, *pisa.BENCHMARK.sources, base, codec, views)]
     facts = {
         "clips": [
             [truth.id, truth.key, schema.to_json(truth.row), [files.sha256(p) for p in found[truth.id]]]
@@ -279,12 +279,12 @@ def load(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, float]:
 
     They are its largest centred box of the shape of `size`, scaled to it.
     """
-    facts = videos.inspect(path)
+    facts = codec.inspect(path)
     if len(facts.times) < 2:
         raise UserError(f"{path}: is a single picture; give videos", "format")
     frames = facts.marks or tuple(range(len(facts.times)))
-    view = videos.View(frames, facts.marks is not None, videos.centred(facts.size, size), size)
-    return videos.read(path, view), float(1 / np.median(np.diff(facts.times)))
+    view = views.View(frames, facts.marks is not None, views.centred(facts.size, size), size)
+    return views.read(path, view), float(1 / np.median(np.diff(facts.times)))
 
 
 def score_video(
@@ -293,8 +293,8 @@ def score_video(
     """One video against its truth, as pisa.score has it; `true_path` has the video's frames."""
     height, width = pictures_FHWC.shape[1:3]
     needed = int(len(pictures_FHWC) * truth.row.fps / fps) + 2  # masks beyond are not compared
-    view = videos.View((), False, videos.centred(truth.row.size, (height, width)), (height, width))
-    true_FHW = np.stack([videos.scale_ids(mask, view) for mask in truth.masks(needed)])
+    view = views.View((), False, views.centred(truth.row.size, (height, width)), (height, width))
+    true_FHW = np.stack([views.scale_ids(mask, view) for mask in truth.masks(needed)])
     batch = Batch(
         ids=(truth.id,),
         instances_BFHW=torch.from_numpy(true_FHW[None].astype(np.uint8)).to(device),

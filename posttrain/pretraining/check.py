@@ -25,7 +25,8 @@ from torch import Tensor
 from posttrain.core.errors import UserError
 from posttrain.core.progress import markdown
 from posttrain.core.progress import track as progress
-from posttrain.data.dataset import Clips, DataConfig
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips
 from posttrain.evaluation.benchmarks import pisa as benchmark
 from posttrain.evaluation.benchmarks.base import ClipScore
 from posttrain.evaluation.sample import clip_seed, sample_clips

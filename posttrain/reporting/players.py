@@ -2,18 +2,15 @@
 
 import base64
 import html
-import io
 import math
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 
+from posttrain.core.codec import playable, read_video
 from posttrain.core.errors import UserError
-from posttrain.data.dataset import read_video
 from posttrain.evaluation.benchmarks.base import ClipScore
 from posttrain.evaluation.records import Record, named
 from posttrain.reporting.charts import chart, number, path_d
@@ -52,7 +49,7 @@ def players(chosen: Sequence[Shown], styles: dict[str, str]) -> tuple[str, list[
     """Cards of side-by-side clips over their trajectories, and the data that drive them."""
     films = [film(pictures) for _, _, pictures in chosen]
     for crf in range(16, 52, 5):
-        videos = [encode(frames, shown[0].fps or 1.0, crf) for frames, (shown, _, _) in zip(films, chosen, strict=True)]
+        videos = [playable(frames, each[0][0].fps or 1.0, crf) for frames, each in zip(films, chosen, strict=True)]
         if sum(map(len, videos)) <= BUDGET:
             break
     cards: dict[str, str] = {}
@@ -138,17 +135,3 @@ def film(panels_FHWC: Sequence[np.ndarray]) -> np.ndarray:
     if height <= 128:
         return frames.repeat(2, 1).repeat(2, 2)
     return frames[:, :: math.ceil(height / 256), :: math.ceil(height / 256)]
-
-
-def encode(frames_FHWC: np.ndarray, fps: float, crf: int) -> bytes:
-    """An H.264 mp4 of uint8 frames that every browser plays."""
-    _, height, width, _ = frames_FHWC.shape
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.width, stream.height, stream.pix_fmt = width // 2 * 2, height // 2 * 2, "yuv420p"
-        stream.options = {"crf": str(crf), "preset": "slow", "g": "16"}
-        for frame in frames_FHWC[:, : stream.height, : stream.width]:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode())
-    return buffer.getvalue()

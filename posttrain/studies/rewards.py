@@ -33,10 +33,11 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from posttrain.core.codec import read_video
 from posttrain.core.errors import UserError
 from posttrain.core.progress import markdown, track
 from posttrain.core.recipe import plugins, resolve
-from posttrain.data.dataset import Split, open_split, read_annotations, read_video, targets, to_float
+from posttrain.data.dataset import Split, open_split, read_annotations, targets, to_float
 from posttrain.metrics import pisa
 from posttrain.metrics.masks import Track, segment
 from posttrain.models.base import ModelConfig

@@ -26,7 +26,8 @@ from PIL import Image
 
 from posttrain.core import files
 from posttrain.core.errors import UserError
-from posttrain.data.dataset import Clips, DataConfig, read_annotations
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips, read_annotations
 from posttrain.data.schema import ClipRow
 
 REAL_FPS, SIM_FPS = 120.0, 16.0  # said in the paper and nowhere in the files
