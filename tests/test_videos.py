@@ -211,7 +211,7 @@ def test_of_two_frames_at_one_time_the_first_is_seen(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("name", "codec", "heard"), [("a.mp4", "libx264", 0.7), ("a.mkv", "ffv1", 0.9)])
-def test_damage_that_the_decoder_reports_is_refused(tmp_path, name, codec, heard) -> None:
+def test_damage_that_the_decoder_reports_is_refused(tmp_path, capfd, name, codec, heard) -> None:
     """One flipped bit in each of 40 copies: what decodes to other pictures is refused, as far as a decoder can tell."""
     path = tmp_path / name
     y, x = np.mgrid[:96, :128]
@@ -240,6 +240,7 @@ def test_damage_that_the_decoder_reports_is_refused(tmp_path, name, codec, heard
         except UserError:
             counts["refused"] += 1
     assert counts["refused"] >= heard * (counts["refused"] + counts["other"]), counts
+    assert capfd.readouterr().err == ""
 
 
 def test_a_damaged_clip_is_left_out_before_anything_is_encoded(tmp_path) -> None:
@@ -390,6 +391,19 @@ def test_wide_pixels_are_made_square(tmp_path) -> None:
 def test_other_containers_are_read(tmp_path, name, codec, pixels) -> None:
     path = write(tmp_path / name, steady(8, 10), codec=codec, pixels=pixels, base=10 if name == "a.avi" else 12000)
     assert shown(clip_of(path, Wanted(3, 5.0, (32, 32)))) == [0, 2, 4]
+
+
+def test_a_title_in_another_encoding_does_no_harm(tmp_path) -> None:
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "faelltUm"
+        stream = container.add_stream("ffv1", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        for k in (*range(5), None):
+            picture = np.full((32, 32, 3), LEVEL * (k or 0), np.uint8)
+            container.mux(stream.encode(None if k is None else av.VideoFrame.from_ndarray(picture, "rgb24")))
+    path.write_bytes(path.read_bytes().replace(b"faelltUm", "fällt Öl".encode("latin-1")))
+    assert shown(clip_of(path, Wanted(5, 8.0, (32, 32)))) == [0, 1, 2, 3, 4]
 
 
 def test_sound_does_not_matter(tmp_path) -> None:

@@ -132,7 +132,8 @@ def complaints() -> Iterator[None]:
     av.logging.set_level(av.logging.ERROR)
     av.logging.set_skip_repeated(False)
     try:
-        yield
+        with av.logging.Capture(local=False):  # what is said while a file is opened or closed is shown to nobody
+            yield
     finally:
         av.logging.set_level(None)
 

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -290,28 +291,24 @@ def choose(
     first: dict[tuple[str, str, Part], str] = {}  # the video with this content, caption and part
     folder = listed[0].folder
     pool = ThreadPoolExecutor()
-
-    def look(entry: Entry) -> tuple[str, View | None, list[str]]:
-        return _look(entry, wanted, uncaptioned)
-
-    with codec.complaints(), pool:
-        looked = pool.map(look, listed)
-        for entry in track(listed, f"looking at the videos of {folder}", len(listed)):
-            if limit is not None and len(rows) == limit:
-                pool.shutdown(wait=False, cancel_futures=True)
-                told.append({"file": entry.name, "used": False, "notes": [f"over data.limit: {limit} clips"]})
-                continue
-            sha256, view, notes = next(looked)
-            caption = entry.caption or ""
-            if view is not None:
-                clip = sha256, caption, entry.part
-                if clip in first:
+    with codec.complaints():
+        try:
+            looked = pool.map(partial(_look, wanted=wanted, uncaptioned=uncaptioned), listed)
+            for entry in track(listed, f"looking at the videos of {folder}", len(listed)):
+                if limit is not None and len(rows) == limit:
+                    told.append({"file": entry.name, "used": False, "notes": [f"over data.limit: {limit} clips"]})
+                    continue
+                sha256, view, notes = next(looked)
+                caption = entry.caption or ""
+                if view is not None and (clip := (sha256, caption, entry.part)) in first:
                     view, notes = None, [f"double: {first[clip]} is the same video with the same caption"]
-                else:
+                elif view is not None:
                     first[clip] = entry.name
                     rows.append(ClipRow(entry.name, caption, wanted.fps, wanted.frames, wanted.size, sha256))
                     views.append(view)
-            told.append({"file": entry.name, "used": view is not None, "notes": notes})
+                told.append({"file": entry.name, "used": view is not None, "notes": notes})
+        finally:
+            pool.shutdown(cancel_futures=True)  # those over the limit, or all after Ctrl-C
     if not rows:
         one = f"{told[0]['file']}: {'; '.join(told[0]['notes'])}"
         raise UserError(
