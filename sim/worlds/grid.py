@@ -5,14 +5,14 @@ whether its pair is `id`, in the distribution of the training clips: `seen_depth
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal
-
-import numpy as np
+from typing import Literal
 
 from posttrain.core.errors import UserError
-from sim import drop
-from sim.drop import Range
-from sim.scene import Clip, Scene, Shoot, Trajectory
+from sim.physics.base import Simulate
+from sim.render.base import Render
+from sim.worlds import drop
+from sim.worlds.base import Draw, Take
+from sim.worlds.drop import Range
 
 
 class Config(drop.Config):
@@ -28,27 +28,21 @@ class Config(drop.Config):
     seen_height: Range = (0.5, 1.5)
 
 
-def takes(
-    rng: np.random.Generator, config: Config, objects: list[str], backgrounds: list[str], seed: int, shoot: Shoot
-) -> Iterator[tuple[Scene, Trajectory, Clip, dict[str, Any]]]:
-    """One clip, and what its row tells: depth of the object's centre and height of its lowest point, metres, and `id`.
+def takes(draw: Draw, config: Config, simulate: Simulate, render: Render) -> Iterator[Take]:
+    """One clip; its row tells depth of the object's centre and height of its lowest point, metres, and `id`.
 
     Raises:
         UserError: the ranges leave no room for such a scene.
     """
     for _ in range(drop.ATTEMPTS):
-        depth, height = float(rng.uniform(*config.depth)), float(rng.uniform(*config.drop))
-        filmed = drop.alone(rng, config, objects, backgrounds, seed, depth, height)
-        if filmed is not None:
+        depth, height = float(draw.rng.uniform(*config.depth)), float(draw.rng.uniform(*config.drop))
+        framed = drop.alone(draw, config, simulate, depth, height)
+        if framed is not None:
             seen = _within(depth, config.seen_depth) and _within(height, config.seen_height)
-            yield *filmed, shoot(*filmed), {"depth": depth, "height": height, "id": seen}
+            yield Take(*framed, render(*framed), {"depth": depth, "height": height, "id": seen})
             return
-    raise UserError(f"world: no scene fits after {drop.ATTEMPTS} tries; widen depth, drop, target_pixels or size")
-
-
-def label(scene: Scene) -> str:
-    """The kind of motion, for the metadata."""
-    return drop.label(scene)
+    remedy = "widen depth, drop, target_pixels or size"
+    raise UserError(f"world: no scene fits after {drop.ATTEMPTS} tries; {remedy}", "value", "world")
 
 
 def _within(value: float, limits: Range) -> bool:

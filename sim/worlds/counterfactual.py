@@ -1,11 +1,11 @@
 """Clips that are wrong in a known way by a known amount: groups of one true drop scene and violations of it.
 
-All members of a group have the scene, the camera and the first picture of the true clip (sim/drop.py); each other one
+All members of a group have the scene, the camera and the first picture of the true clip (drop.py); each other one
 breaks one law. A violation's `value` is physical, its `severity` says how wrong the clip is:
 
-    severity = min(1, d / d_frozen),   d = mean over frames and bodies of |x - x_true|, metres,
+    severity = min(1, d / d_static),   d = mean over frames and bodies of |x - x_true|, metres,
 
-with x the bodies' centres of mass and d_frozen that of the clip in which nothing moves. For what vanishes or melts,
+with x the bodies' centres of mass and d_static that of the clip in which nothing moves. For what vanishes or melts,
 whose centre may be right, d is the mean over frames of the pixels in which the target's mask differs from the true one.
 
 Shape letters: T frames, N bodies.
@@ -14,19 +14,21 @@ Shape letters: T frames, N bodies.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from sim import drop
-from sim.physics import analytic, bullet
-from sim.scene import Clip, Scene, Shoot, Trajectory
+from sim.physics import analytic
+from sim.physics.base import Simulate
+from sim.render.base import Render
+from sim.scene import FLOOR, AddEnergy, Clip, Hold, Intervention, Scene, Teleport, Trajectory, Tunnel
+from sim.worlds import drop
+from sim.worlds.base import Draw, Take
 
-# kind -> what its value says, the least and the largest one, and a sweep that grows worse
-KINDS: dict[str, tuple[str, tuple[float, float], tuple[float, ...]]] = {
+# kind of violation -> what its value says, the least and the largest one, and a sweep that grows worse
+VIOLATIONS: dict[str, tuple[str, tuple[float, float], tuple[float, ...]]] = {
     "weak_gravity": ("of g", (0.0, 1.0), (0.8, 0.6, 0.4, 0.2)),
     "strong_gravity": ("of g", (1.0, 20.0), (1.25, 1.6, 2.5, 5.0)),
     "sideways_gravity": ("degrees from down", (0.0, 90.0), (1.0, 3.0, 10.0, 30.0)),
@@ -54,10 +56,10 @@ class Violation:
 
 
 class Config(drop.Config):
-    """`violations`: the values of each kind (default: all kinds of KINDS, swept). Those of a pile need one."""
+    """`violations`: the values of each kind (default: all kinds of VIOLATIONS, swept). Those of a pile need one."""
 
     violations: dict[str, Annotated[tuple[float, ...], Field(min_length=1)]] = Field(
-        default_factory=lambda: {kind: sweep for kind, (_, _, sweep) in KINDS.items()}
+        default_factory=lambda: {kind: sweep for kind, (_, _, sweep) in VIOLATIONS.items()}
     )
     # Of a group at most, the true clip among them, the others drawn; None: all. What violates nothing is left out.
     members: int | None = Field(None, ge=2)
@@ -65,11 +67,11 @@ class Config(drop.Config):
     @field_validator("violations")
     @classmethod
     def _possible(cls, violations: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
-        if unknown := [kind for kind in violations if kind not in KINDS]:
-            known = ", ".join(KINDS)
+        if unknown := [kind for kind in violations if kind not in VIOLATIONS]:
+            known = ", ".join(VIOLATIONS)
             raise PydanticCustomError("violations", f"no violation is called {unknown[0]}; choose from {known}")
         for kind, values in violations.items():
-            meaning, (least, largest), _ = KINDS[kind]
+            meaning, (least, largest), _ = VIOLATIONS[kind]
             if wrong := [value for value in values if not least <= value <= largest]:
                 raise PydanticCustomError(
                     "violations", f"{kind} is {wrong[0]:g}, not {least:g} to {largest:g} {meaning}"
@@ -77,15 +79,13 @@ class Config(drop.Config):
         return violations
 
 
-def group(
-    rng: np.random.Generator, config: Config, objects: list[str], backgrounds: list[str], seed: int
-) -> tuple[Scene, Trajectory, list[Violation]]:
+def group(draw: Draw, config: Config, simulate: Simulate) -> tuple[Scene, Trajectory, list[Violation]]:
     """A true scene and its motion, and which laws the group's other members break.
 
     Raises:
         UserError: as `drop.make`.
     """
-    scene, trajectory = drop.make(rng, config, objects, backgrounds, seed)
+    scene, trajectory = drop.make(draw, config, simulate)
     possible = [
         Violation(kind, value)
         for kind, values in config.violations.items()
@@ -93,62 +93,59 @@ def group(
         if kind != "tunnel_pile" or any(body.role == "pile" for body in scene.bodies)
     ]
     if config.members is not None and config.members - 1 < len(possible):
-        chosen = sorted(rng.choice(len(possible), config.members - 1, replace=False).tolist())
+        chosen = sorted(draw.rng.choice(len(possible), config.members - 1, replace=False).tolist())
         possible = [possible[i] for i in chosen]
     return scene, trajectory, possible
 
 
-def takes(
-    rng: np.random.Generator, config: Config, objects: list[str], backgrounds: list[str], seed: int, shoot: Shoot
-) -> Iterator[tuple[Scene, Trajectory, Clip, dict[str, Any]]]:
-    """The clips of a group, the true one first, and what their rows tell."""
-    scene, true, violations = group(rng, config, objects, backgrounds, seed)
-    truth = shoot(scene, true)
+def takes(draw: Draw, config: Config, simulate: Simulate, render: Render) -> Iterator[Take]:
+    """The clips of a group, the true one first."""
+    scene, true, violations = group(draw, config, simulate)
+    truth = render(scene, true)
     contact = _contact(scene, true)
     height = None if contact is None else analytic.drop_height(contact, config.gravity)
-    yield scene, true, truth, {"group": seed, "violation": None}
+    yield Take(scene, true, truth, {"group": draw.index, "violation": None})
     for violation in violations:
-        trajectory = violate(scene, true, violation)
-        clip = shoot(scene, trajectory)
+        trajectory = violate(scene, true, violation, simulate)
+        clip = render(scene, trajectory)
         clip.rgb[0] = truth.rgb[0]  # shadows are as coarse as the motion is wide, which would tell
         wrong = severity(scene, violation.kind, clip, trajectory, true, truth)
         if wrong < RIGHT:  # as more bounce than what is there already, or a tunnel through a pile that it never hits
             continue
         seen = float((clip.instances == scene.target + 1).any(axis=(1, 2)).mean())
-        more = {"group": seed, "violation": {**told(violation), "severity": wrong, "seen": seen}}
-        yield scene, trajectory, clip, more | {"drop_height": height}
+        labels = {
+            "kind": violation.kind,
+            "value": violation.value,
+            "meaning": VIOLATIONS[violation.kind][0],
+            "severity": wrong,
+            "seen": seen,
+        }
+        yield Take(scene, trajectory, clip, {"group": draw.index, "violation": labels, "drop_height": height})
 
 
-def label(scene: Scene) -> str:
-    """The kind of motion that is true here, for the metadata."""
-    return drop.label(scene)
+def violate(scene: Scene, true: Trajectory, violation: Violation, simulate: Simulate) -> Trajectory:
+    """The scene's motion with one law broken: gravity, time and the release for all bodies, the rest for the target.
 
-
-def told(violation: Violation) -> dict[str, str | float]:
-    """A violation as the metadata tells it."""
-    return {"kind": violation.kind, "value": violation.value, "meaning": KINDS[violation.kind][0]}
-
-
-def violate(scene: Scene, true: Trajectory, violation: Violation) -> Trajectory:
-    """The scene's motion with one law broken: gravity, time and the release for all bodies, the rest for the target."""
+    Raises:
+        UserError: the engine cannot do it.
+    """
     kind, value = violation.kind, violation.value
     times_T = np.arange(scene.frames) / scene.fps
     down = abs(scene.gravity[2])
     target = scene.bodies[scene.target]
-    away = -1.0 if target.position[0] > 0 else 1.0  # towards the middle of the picture
     match kind:
         case "weak_gravity" | "strong_gravity":
-            return bullet.simulate(replace(scene, gravity=(0.0, 0.0, -down * value)))
+            return simulate(replace(scene, gravity=(0.0, 0.0, -down * value)))
         case "upward_gravity":
-            return bullet.simulate(replace(scene, gravity=(0.0, 0.0, down * value)))
+            return simulate(replace(scene, gravity=(0.0, 0.0, down * value)))
         case "sideways_gravity":
             tilt = math.radians(value)
-            gravity = (away * down * math.sin(tilt), 0.0, -down * math.cos(tilt))
-            return bullet.simulate(replace(scene, gravity=gravity))
+            gravity = (_inwards(scene) * down * math.sin(tilt), 0.0, -down * math.cos(tilt))
+            return simulate(replace(scene, gravity=gravity))
         case "slow_motion":
             if value == 0:
-                return frozen(scene)
-            slow = bullet.simulate(replace(scene, fps=scene.fps / value))
+                return static(scene, simulate)
+            slow = simulate(replace(scene, fps=scene.fps / value))
             return replace(slow, contacts=tuple(replace(c, time=c.time / value) for c in slow.contacts))
         case "delay":
             held = min(round(value * scene.fps), scene.frames - 1)
@@ -166,7 +163,7 @@ def violate(scene: Scene, true: Trajectory, violation: Violation) -> Trajectory:
             more = max(value, kept) / (scene.floor_restitution or 1.0)
             other = replace(target, restitution=more if kind == "more_bounce" else value * target.restitution)
             bodies = [other if body is target else body for body in scene.bodies]
-            return bullet.simulate(replace(scene, bodies=tuple(bodies)))
+            return simulate(replace(scene, bodies=tuple(bodies)))
         case "vanish" | "melt":
             scales_TN = np.ones((scene.frames, len(scene.bodies)))
             if kind == "vanish":
@@ -175,7 +172,32 @@ def violate(scene: Scene, true: Trajectory, violation: Violation) -> Trajectory:
                 scales_TN[:, scene.target] = 1 + (value - 1) * times_T / times_T[-1]
             return replace(true, scales_TN=scales_TN)
         case _:
-            return bullet.simulate(scene, _intervention(scene, true, violation, away))
+            return simulate(scene, [intervention(scene, true, violation)])
+
+
+def intervention(scene: Scene, true: Trajectory, violation: Violation) -> Intervention:
+    """What an engine is asked to do: hover, tunnel_floor, tunnel_pile, energy or teleport."""
+    value, target = violation.value, scene.target
+    contact = _contact(scene, true)
+    contact = (scene.frames - 1) / scene.fps if contact is None else contact
+    match violation.kind:
+        case "hover":
+            fall = abs(scene.gravity[2]) * contact**2 / 2
+            return Hold(target, height=scene.bodies[target].position[2] - (1 - value) * fall)
+        case "tunnel_floor":
+            return Tunnel(target, (FLOOR,), depth=value)
+        case "tunnel_pile":
+            pile = tuple(i for i, body in enumerate(scene.bodies) if body.role == "pile")
+            return Tunnel(target, pile, depth=value)
+        case "energy":
+            return AddEnergy(target, height=value)
+        case _:
+            return Teleport(target, time=contact / 2, offset=(_inwards(scene) * value, 0.0, 0.0))
+
+
+def _inwards(scene: Scene) -> float:
+    """Where the middle of the picture is from the target: -1 to the left, 1 to the right."""
+    return -1.0 if scene.bodies[scene.target].position[0] > 0 else 1.0
 
 
 def _contact(scene: Scene, trajectory: Trajectory) -> float | None:
@@ -183,69 +205,9 @@ def _contact(scene: Scene, trajectory: Trajectory) -> float | None:
     return next((c.time for c in trajectory.contacts if scene.target in (c.a, c.b)), None)
 
 
-def _intervention(scene: Scene, true: Trajectory, violation: Violation, away: float) -> bullet.Intervene:
-    """Hover, tunnel, energy, teleport: what is done to the engine's world while it runs."""
-    kind, value, target = violation.kind, violation.value, scene.target
-    step = 1 / (scene.fps * bullet.steps_per_frame(scene.fps))
-    contact = _contact(scene, true)
-    contact = (scene.frames - 1) / scene.fps if contact is None else contact
-    start = np.array(scene.bodies[target].position)
-    fall = abs(scene.gravity[2]) * contact**2 / 2
-    done = False
-
-    def hover(engine: ModuleType, handles: list[int], n: int) -> None:
-        position, turn = engine.getBasePositionAndOrientation(handles[target])
-        lowest = start[2] - (1 - value) * fall
-        if position[2] <= lowest:
-            engine.resetBasePositionAndOrientation(handles[target], (*position[:2], lowest), turn)
-            engine.resetBaseVelocity(handles[target], (0, 0, 0), (0, 0, 0))
-            engine.changeDynamics(handles[target], -1, mass=0)
-
-    def tunnel(engine: ModuleType, handles: list[int], n: int) -> None:
-        if n > 0:
-            return
-        others = [handle for i, handle in enumerate(handles) if i != target]
-        if kind == "tunnel_floor":
-            hidden, ghosts = [0], [engine.createCollisionShape(engine.GEOM_PLANE)]
-            poses = [((0.0, 0.0, -value), (0.0, 0.0, 0.0, 1.0))]
-            surfaces = [(scene.floor_friction, scene.floor_restitution)]
-        else:
-            piled = [i for i, body in enumerate(scene.bodies) if body.role == "pile"]
-            bodies = [scene.bodies[i] for i in piled]
-            hidden, ghosts = [handles[i] for i in piled], [bullet.shape(engine, body) for body in bodies]
-            poses = [((*body.position[:2], body.position[2] - value), bullet.xyzw(body.orientation)) for body in bodies]
-            surfaces = [(body.friction, body.restitution) for body in bodies]
-        for other in hidden:
-            engine.setCollisionFilterPair(handles[target], other, -1, -1, 0)
-        for shape, (position, turn), (friction, restitution) in zip(ghosts, poses, surfaces, strict=True):
-            ghost = engine.createMultiBody(0, shape, basePosition=position, baseOrientation=turn)
-            engine.changeDynamics(ghost, -1, lateralFriction=friction, restitution=restitution)
-            for other in others:
-                engine.setCollisionFilterPair(ghost, other, -1, -1, 0)
-
-    def gain(engine: ModuleType, handles: list[int], n: int) -> None:
-        nonlocal done
-        if done or not any(point[9] > 0 for point in engine.getContactPoints(handles[target])):
-            return
-        done = True
-        (x, y, z), spin = engine.getBaseVelocity(handles[target])
-        z = math.sqrt(z**2 + 2 * abs(scene.gravity[2]) * value)
-        engine.resetBaseVelocity(handles[target], (x, y, z), spin)
-
-    def jump(engine: ModuleType, handles: list[int], n: int) -> None:
-        if n == round(contact / 2 / step):
-            (x, y, z), turn = engine.getBasePositionAndOrientation(handles[target])
-            velocity = engine.getBaseVelocity(handles[target])
-            engine.resetBasePositionAndOrientation(handles[target], (x + away * value, y, z), turn)
-            engine.resetBaseVelocity(handles[target], *velocity)
-
-    return {"hover": hover, "tunnel_floor": tunnel, "tunnel_pile": tunnel, "energy": gain, "teleport": jump}[kind]
-
-
-def frozen(scene: Scene) -> Trajectory:
+def static(scene: Scene, simulate: Simulate) -> Trajectory:
     """Nothing moves."""
-    still = tuple(replace(body, role="moved") for body in scene.bodies)
-    return bullet.simulate(replace(scene, bodies=still))
+    return simulate(replace(scene, bodies=tuple(replace(body, role="moved") for body in scene.bodies)))
 
 
 def deviation(positions_TN3: np.ndarray, true_TN3: np.ndarray) -> float:
