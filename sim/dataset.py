@@ -70,7 +70,7 @@ class Job(Strict):
 
     def describe(self) -> dict[str, Any]:
         """What recipe.json holds, beside the splits."""
-        return {"generator": VERSION, **Job.model_dump(self, mode="json")}
+        return {"generator": VERSION, **self.model_dump(mode="json", include=set(Job.model_fields))}
 
 
 def write(

@@ -103,7 +103,7 @@ def mesh(asset: str) -> Mesh:
     folder = Path(pybullet_data.getDataPath())
     uv, texture = None, None
     if asset not in object_ids():
-        raise UserError(f"{asset}: no such asset; sim.assets.library.object_ids() lists them all", "unknown_name")
+        raise UserError(f"{asset}: no such asset; library.object_ids() lists them all", "unknown_name")
     if name == "toy":
         vertices, faces, _, _ = read_obj(folder / "random_urdfs" / number / f"{number}.obj")
     elif name in MODELS:

@@ -96,9 +96,7 @@ def background(id: str) -> Background:
         UserError: no such background.
     """
     if id not in background_ids():
-        raise UserError(
-            f"{id}: no such background; sim.assets.surfaces.background_ids() lists them all", "unknown_name"
-        )
+        raise UserError(f"{id}: no such background; surfaces.background_ids() lists them all", "unknown_name")
     rng = np.random.default_rng([98, int(id.partition("/")[2])])
     floor = surface(rng, float(np.exp(rng.uniform(np.log(0.12), np.log(0.9)))))
     wall = surface(rng, float(np.exp(rng.uniform(np.log(0.15), np.log(1.2))))) if rng.random() < 0.5 else None

@@ -1,4 +1,4 @@
-"""Free fall and bounces over the floor in closed form: an engine for balls, and what the other engines are tested against.
+"""Free fall and bounces over the floor in closed form: an engine for balls, and what others are tested by.
 
 SI units, z up, heights are those of a body's lowest point. Rotation and friction play no part, so `simulate` refuses
 scenes in which they would: bodies that touch each other, bodies other than balls that touch the floor, gravity that

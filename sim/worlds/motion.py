@@ -1,7 +1,7 @@
 """The pretraining corpus: the scenes of drop.py, in which nothing falls.
 
 What would be dropped hovers, drifts, spins or circles in the air instead, or slides or rolls on the floor; piles rest.
-Paths are kinematic. The target's motion is that of the scene's number in MOTIONS, so that a split holds as many of each.
+Paths are kinematic. The target's motion is that of the scene's number in MOTIONS: a split holds as many of each.
 
 Shape letters: T frames, N bodies, V hull vertices.
 """
