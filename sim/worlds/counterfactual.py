@@ -167,7 +167,7 @@ def violate(scene: Scene, true: Trajectory, violation: Violation, simulate: Simu
         case "vanish" | "melt":
             scales_TN = np.ones((scene.frames, len(scene.bodies)))
             if kind == "vanish":
-                scales_TN[times_T > times_T[-1] - value, scene.target] = 0
+                scales_TN[(times_T > times_T[-1] - value) & (times_T > 0), scene.target] = 0  # all share frame 0
             else:
                 scales_TN[:, scene.target] = 1 + (value - 1) * times_T / times_T[-1]
             return replace(true, scales_TN=scales_TN)
