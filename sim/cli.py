@@ -14,12 +14,14 @@ from sim import dataset
 from sim.bench import bench
 from sim.show import show
 
+Split = Annotated[str, Field(pattern=r"^\w[\w-]*$")]  # it names a folder
+
 
 class Recipe(dataset.Job):
     """A dataset: `out` is its folder, `splits` the number of scenes in each."""
 
     out: str
-    splits: dict[str, Annotated[int, Field(ge=1)]]
+    splits: dict[Split, Annotated[int, Field(ge=1)]] = Field(min_length=1)
 
 
 def make(path: Path | str, overrides: Sequence[str] = (), workers: int | None = None) -> Path:

@@ -66,7 +66,7 @@ class Job(Strict):
     world: Annotated[Plugin, PluginFrom("sim.worlds")]
     physics: Annotated[Plugin, PluginFrom("sim.physics")] = Field({"name": "bullet"}, validate_default=True)
     renderer: Annotated[Plugin, PluginFrom("sim.render")] = Field({"name": "gl"}, validate_default=True)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
     def describe(self) -> dict[str, Any]:
         """What recipe.json holds, beside the splits."""

@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from sim_laws import ENGINE_LAWS, RENDERER_LAWS, WORLD_LAWS, its_clips_can_be_written
 
 from posttrain.core import recipe
 from posttrain.core.errors import UserError
 from posttrain.core.recipe import Plugin, plugins
-from sim import cli, dataset
+from sim import cli, dataset, geometry
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """
@@ -105,9 +106,32 @@ def films(override: str, folder: Path) -> None:
         ("renderer={name: tiny, supersampel: 2}", "supersampel"),
         ("renderer.supersample=9", "renderer.supersample"),
         ("physics={name: bullet, steps: 3}", "physics.steps"),
+        ("world.fps=0", "world.fps"),
+        ("world.fps=-16", "world.fps"),
+        ("world.fps=.nan", "world.fps"),
+        ("world.frames=0", "world.frames"),
+        ("world.width=0", "world.width"),
+        ("world.height=-3", "world.height"),
+        ("world.drop=[1.5,0.5]", "world.drop"),
+        ("world.dropped=[3,2]", "world.dropped"),
+        ("world.dropped=[0,1]", "world.dropped"),
+        ("world.dropped=[1,300]", "255"),  # a mask numbers no more
+        ("world.size=[0.001,0.4]", "size"),  # less than a pixel
+        ("world.size=[0.3,.inf]", "world.size"),
+        ("world.gravity=0", "world.gravity"),
+        ("world.restitution=[0.5,1.2]", "world.restitution"),
+        ("world.sun=[10,120]", "world.sun"),
+        ("world.target_pixels=[24,12]", "world.target_pixels"),
+        ("world={name: grid, depth: [0, 1]}", "world.depth"),
+        ("world={name: grid, size: [0.001, 0.4]}", "size"),
+        ("world={name: ambiguous, depth: [3, 2]}", "world.depth"),
+        ("world={name: motion, period: [0, 1]}", "world.period"),
+        ("splits={}", "splits"),
+        ("splits={../x: 1}", "splits"),
+        ("seed=-1", "seed"),
     ],
 )
-def test_a_wrong_name_or_key_is_one_line_before_anything_is_filmed(
+def test_what_cannot_be_filmed_is_one_line_before_anything_is_filmed(
     override: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -150,3 +174,13 @@ def test_balls_fall_in_closed_form_as_in_bullet() -> None:
         before = int(landing * 16) + 1
         a, b = (take.trajectory.positions_TN3[:before] for take in (one, other))
         assert abs(a - b).max() < 1e-3
+
+
+def test_what_is_smaller_than_two_pixels_is_not_filmed() -> None:
+    """At 2 to 2.5 m 0.06 m are 2 pixels along the longest side and less along the others: such are drawn again."""
+    world = {"name": "grid", **SMALL, "frames": 2, "size": (0.06, 0.1), "depth": (2.0, 2.5), "drop": (0.5, 0.6)}
+    for index in range(6):
+        take = next(dataset.takes(dataset.Job(world=world), "train", index))
+        pixels = geometry.project(take.scene.camera, geometry.paths(take.scene, take.trajectory, 0)[0])[0]
+        assert np.sqrt(np.ptp(pixels, axis=0).prod()) >= 2
+        assert (take.clip.instances[0] == 1).any()

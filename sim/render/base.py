@@ -10,12 +10,14 @@ from posttrain.core.errors import UserError
 from sim.scene import Clip, Scene, Trajectory
 
 PROTOCOL = ("Config", "render")
+MOST = 255  # bodies that a uint8 mask can number
 Render = Callable[[Scene, Trajectory], Clip]  # a renderer with its config: films the trajectory
 
 
 def check(scene: Scene) -> None:
     """Refuse what a Clip cannot hold: more bodies than a uint8 mask can number."""
-    if len(scene.bodies) > 255:
+    if len(scene.bodies) > MOST:
         raise UserError(
-            f"scene {scene.seed}: {len(scene.bodies)} bodies, but a mask numbers at most 255; take fewer", "unsupported"
+            f"scene {scene.seed}: {len(scene.bodies)} bodies, but a mask numbers at most {MOST}; take fewer",
+            "unsupported",
         )

@@ -22,8 +22,7 @@ from sim.physics.base import Simulate
 from sim.render.base import Render
 from sim.scene import Scene
 from sim.worlds import drop
-from sim.worlds.base import Draw, Take
-from sim.worlds.drop import Range
+from sim.worlds.base import Amount, Draw, Positives, Take
 
 
 class Config(drop.Config):
@@ -31,9 +30,12 @@ class Config(drop.Config):
 
     dropped: tuple[Literal[1], Literal[1]] = (1, 1)
     pile: tuple[Literal[0], Literal[0]] = (0, 0)
-    region: Range = (1.0, 0.0)
-    depth: Range = (2.0, 18.0)
+    region: tuple[Amount, Amount] = (1.0, 0.0)
+    depth: Positives = (2.0, 18.0)
     members: int = Field(5, ge=1)  # of a group
+
+    def nearest(self) -> float:
+        return self.depth[0]
 
 
 def group(draw: Draw, config: Config, simulate: Simulate) -> list[Scene]:

@@ -6,9 +6,11 @@ draw. The laws that every world keeps are in tests/sim_laws.py.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from posttrain.core.recipe import Strict
 from sim.scene import Clip, Scene, Trajectory
@@ -16,13 +18,29 @@ from sim.scene import Clip, Scene, Trajectory
 PROTOCOL = ("Config", "takes")
 
 
-class WorldConfig(Strict):
-    """What every world's Config has."""
+def ascending(ends: tuple[float, float]) -> tuple[float, float]:
+    """Refuse a range that ends below its start."""
+    if ends[0] > ends[1]:
+        raise PydanticCustomError("range", "should have its lower end first")
+    return ends
 
-    width: int = 256
-    height: int = 256
-    frames: int = 32
-    fps: float = 16.0
+
+Amount = Annotated[float, Field(ge=0, le=1e9)]
+Positive = Annotated[float, Field(gt=0, le=1e4)]
+Share = Annotated[float, Field(ge=0, le=1)]
+# Both ends of a range belong to it.
+Amounts = Annotated[tuple[Amount, Amount], AfterValidator(ascending)]
+Positives = Annotated[tuple[Positive, Positive], AfterValidator(ascending)]
+Shares = Annotated[tuple[Share, Share], AfterValidator(ascending)]
+
+
+class WorldConfig(Strict):
+    """What every world's Config has: pixels, and frames per second."""
+
+    width: int = Field(256, ge=8, le=8192)
+    height: int = Field(256, ge=8, le=8192)
+    frames: int = Field(32, ge=2)
+    fps: float = Field(16.0, ge=1, le=1000)
 
 
 @dataclass(frozen=True)

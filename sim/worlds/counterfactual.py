@@ -69,13 +69,11 @@ class Config(drop.Config):
     def _possible(cls, violations: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
         if unknown := [kind for kind in violations if kind not in VIOLATIONS]:
             known = ", ".join(VIOLATIONS)
-            raise PydanticCustomError("violations", f"no violation is called {unknown[0]}; choose from {known}")
+            raise PydanticCustomError("part", f"no violation is called {unknown[0]}; choose from {known}")
         for kind, values in violations.items():
             meaning, (least, largest), _ = VIOLATIONS[kind]
             if wrong := [value for value in values if not least <= value <= largest]:
-                raise PydanticCustomError(
-                    "violations", f"{kind} is {wrong[0]:g}, not {least:g} to {largest:g} {meaning}"
-                )
+                raise PydanticCustomError("part", f"{kind} is {wrong[0]:g}, not {least:g} to {largest:g} {meaning}")
         return violations
 
 

@@ -10,58 +10,79 @@ Shape letters: P points, T frames, N bodies, V hull vertices.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
-from pydantic import field_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from posttrain.core.errors import UserError
 from sim.assets import library, surfaces
-from sim.geometry import outline, paths, project
+from sim.geometry import focal_pixels, outline, paths, project
 from sim.physics import bullet
 from sim.physics.base import Simulate, energy_gain
-from sim.render.base import Render
+from sim.render.base import MOST, Render
 from sim.scene import Background, Body, Camera, Light, Material, Scene, Trajectory
-from sim.worlds.base import Draw, Take, WorldConfig
+from sim.worlds.base import Amount, Amounts, Draw, Positive, Positives, Share, Shares, Take, WorldConfig, ascending
 
-Range = tuple[float, float]
+SMALLEST = 2.0  # pixels, root of the area of the target's box: below that it may miss every pixel's centre
 ATTEMPTS = 400
 TOUCH = -2e-3  # metres of overlap of the engine's hulls (1 mm of margin each) that still is a touch
+
+
+def _above_the_horizon(degrees: tuple[float, float]) -> tuple[float, float]:
+    if degrees[1] > 90:
+        raise PydanticCustomError("range", "should end at 90 degrees")
+    return degrees
 
 
 class Config(WorldConfig):
     """Ranges are inclusive and drawn from uniformly; lengths in metres."""
 
-    dropped: tuple[int, int] = (1, 6)
-    pile: tuple[int, int] = (0, 4)  # bodies below each dropped one
-    drop: Range = (0.5, 1.5)
-    size: Range = (0.1, 0.4)
-    region: Range = (2.0, 2.0)  # the ground on which objects start: width, depth
-    camera_gap: float = 1.0  # from the camera to the region before it retreats
-    camera_height: Range = (0.4, 0.6)
-    camera_step: Range = (0.0, 0.4)  # of one retreat
-    target_pixels: Range = (0.0, 1e9)  # of the target in frame 0: root of its box's area
-    hidden: float = 0.5  # share of the target's box that may lie behind another's box
-    texture: float = 1.0  # contrast of procedural patterns; at 64 pixels a fine full one is aliasing and nothing else
+    dropped: Annotated[tuple[Annotated[int, Field(ge=1)], int], AfterValidator(ascending)] = (1, 6)
+    pile: Annotated[tuple[Annotated[int, Field(ge=0)], int], AfterValidator(ascending)] = (0, 4)  # below each dropped
+    drop: Positives = (0.5, 1.5)
+    size: Positives = (0.1, 0.4)
+    region: tuple[Amount, Amount] = (2.0, 2.0)  # the ground on which objects start: width, depth
+    camera_gap: Positive = 1.0  # from the camera to the region before it retreats
+    camera_height: Positives = (0.4, 0.6)
+    camera_step: Amounts = (0.0, 0.4)  # of one retreat
+    target_pixels: Amounts = (0.0, 1e9)  # of the target in frame 0: root of its box's area
+    hidden: Share = 0.5  # share of the target's box that may lie behind another's box
+    texture: Amount = 1.0  # contrast of procedural patterns; at 64 pixels a fine full one is aliasing and nothing else
     studio: bool = False  # before a backdrop of the floor's colour, without wall or horizon
-    contrast: float = 0.0  # least sRGB distance of the target's colour from those of wall or sky, and floor
+    contrast: Amount = 0.0  # least sRGB distance of the target's colour from those of wall or sky, and floor
     shapes: tuple[str, ...] = ()  # categories of objects, as "ball"; none named: all
-    density: Range = (200.0, 800.0)  # kg / m^3
-    friction: Range = (0.5, 0.9)
-    restitution: Range = (0.2, 0.6)
-    floor_friction: Range = (0.7, 1.0)
-    floor_restitution: Range = (0.4, 0.7)
-    sun: Range = (60.0, 85.0)  # degrees above the horizon
-    gravity: float = 9.81
+    density: Positives = (200.0, 800.0)  # kg / m^3
+    friction: Amounts = (0.5, 0.9)
+    restitution: Shares = (0.2, 0.6)
+    floor_friction: Amounts = (0.7, 1.0)
+    floor_restitution: Shares = (0.4, 0.7)
+    sun: Annotated[Positives, AfterValidator(_above_the_horizon)] = (60.0, 85.0)  # degrees above the horizon
+    gravity: Positive = 9.81
+
+    def nearest(self) -> float:
+        """Metres from the camera to the nearest object, at least."""
+        return self.camera_gap
 
     @field_validator("shapes")
     @classmethod
     def _known(cls, shapes: tuple[str, ...]) -> tuple[str, ...]:
         known = {library.category(asset) for asset in library.object_ids()}
         if unknown := [shape for shape in shapes if shape not in known]:
-            raise PydanticCustomError("shapes", f"no object is a {unknown[0]}; choose from {', '.join(sorted(known))}")
+            raise PydanticCustomError("part", f"no object is a {unknown[0]}; choose from {', '.join(sorted(known))}")
         return shapes
+
+    @model_validator(mode="after")
+    def _can_be_seen(self) -> Self:
+        size, bodies = self.size[0], self.dropped[1] * (1 + self.pile[1])
+        pixels = focal_pixels(Camera((0.0, 0.0, 0.0), width=self.width)) * size / self.nearest()
+        if pixels < SMALLEST:
+            remedy = "take larger ones, a nearer camera or more pixels"
+            raise PydanticCustomError("part", f"size: {size:g} m are {pixels:.2g} pixels at most; {remedy}")
+        if bodies > MOST:
+            raise PydanticCustomError("part", f"dropped and pile make up to {bodies} bodies; take {MOST} at most")
+        return self
 
 
 def takes(draw: Draw, config: Config, simulate: Simulate, render: Render) -> Iterator[Take]:
@@ -227,7 +248,7 @@ def _large_enough(scene: Scene, config: Config) -> bool:
     target = scene.bodies[scene.target]
     pixels_V2 = project(replace(scene.camera, position=(x, y, z)), outline(target) + target.position)[0]
     low, high = config.target_pixels
-    return low <= float(np.sqrt(np.prod(np.ptp(pixels_V2, axis=0)))) <= high
+    return max(low, SMALLEST) <= float(np.sqrt(np.prod(np.ptp(pixels_V2, axis=0)))) <= high
 
 
 def _hidden(scene: Scene, trajectory: Trajectory, target_TV3: np.ndarray) -> float:

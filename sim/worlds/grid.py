@@ -11,8 +11,7 @@ from posttrain.core.errors import UserError
 from sim.physics.base import Simulate
 from sim.render.base import Render
 from sim.worlds import drop
-from sim.worlds.base import Draw, Take
-from sim.worlds.drop import Range
+from sim.worlds.base import Amount, Amounts, Draw, Positives, Take
 
 
 class Config(drop.Config):
@@ -20,12 +19,15 @@ class Config(drop.Config):
 
     dropped: tuple[Literal[1], Literal[1]] = (1, 1)
     pile: tuple[Literal[0], Literal[0]] = (0, 0)
-    drop: Range = (0.5, 2.5)
-    camera_height: Range = (0.5, 0.5)
-    region: Range = (0.0, 0.0)
-    depth: Range = (1.0, 5.0)
-    seen_depth: Range = (1.0, 3.0)
-    seen_height: Range = (0.5, 1.5)
+    drop: Positives = (0.5, 2.5)
+    camera_height: Positives = (0.5, 0.5)
+    region: tuple[Amount, Amount] = (0.0, 0.0)
+    depth: Positives = (1.0, 5.0)
+    seen_depth: Amounts = (1.0, 3.0)
+    seen_height: Amounts = (0.5, 1.5)
+
+    def nearest(self) -> float:
+        return self.depth[0]
 
 
 def takes(draw: Draw, config: Config, simulate: Simulate, render: Render) -> Iterator[Take]:
@@ -45,5 +47,5 @@ def takes(draw: Draw, config: Config, simulate: Simulate, render: Render) -> Ite
     raise UserError(f"world: no scene fits after {drop.ATTEMPTS} tries; {remedy}", "value", "world")
 
 
-def _within(value: float, limits: Range) -> bool:
+def _within(value: float, limits: tuple[float, float]) -> bool:
     return limits[0] <= value <= limits[1]

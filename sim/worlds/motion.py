@@ -20,8 +20,7 @@ from sim.physics.base import Simulate
 from sim.render.base import Render
 from sim.scene import Body, Scene, Trajectory
 from sim.worlds import drop
-from sim.worlds.base import Draw, Take
-from sim.worlds.drop import Range
+from sim.worlds.base import Amounts, Draw, Positives, Take
 
 AIR = ("hover", "drift", "spin", "orbit")
 MOTIONS = (*AIR, "slide", "roll")
@@ -33,13 +32,13 @@ LEVEL = ("to the right", "away", "to the left", "towards us")
 class Config(drop.Config):
     """Lengths in metres, speeds in metres or radians per second."""
 
-    bob: Range = (0.0, 0.04)  # amplitude while hovering
-    drift: Range = (0.05, 0.45)
-    spin: Range = (0.5, 3.0)
-    radius: Range = (0.05, 0.2)
-    period: Range = (2.0, 5.0)  # seconds per circle
-    push: Range = (0.3, 1.2)  # first speed of what slides or rolls
-    slide: Range = (0.15, 0.8)  # the way it takes to stop
+    bob: Amounts = (0.0, 0.04)  # amplitude while hovering
+    drift: Amounts = (0.05, 0.45)
+    spin: Amounts = (0.5, 3.0)
+    radius: Amounts = (0.05, 0.2)
+    period: Positives = (2.0, 5.0)  # seconds per circle
+    push: Positives = (0.3, 1.2)  # first speed of what slides or rolls
+    slide: Positives = (0.15, 0.8)  # the way it takes to stop
 
 
 def takes(draw: Draw, config: Config, simulate: Simulate, render: Render) -> Iterator[Take]:
