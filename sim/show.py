@@ -1,6 +1,6 @@
 """Look at a dataset: a contact sheet, or a page on which its clips move. Under each clip stands what it is.
 
-Of a world with groups (sim/counterfactual.py, sim/ambiguous.py) a group's clips come together, and each tells its
+Of a world with groups (worlds/counterfactual.py, worlds/ambiguous.py) a group's clips come together, and each tells its
 violation, or its depth.
 """
 
@@ -37,14 +37,16 @@ def show(folder: Path | str, split: str | None, count: int, output: Path | str) 
     """Write the first `count` clips (of groups: groups) of one split or of each to `output`, a .png or an .html.
 
     Raises:
-        UserError: the folder holds no clips, or `output` is of another kind.
+        UserError: the folder holds no clips, or `output` is neither.
     """
     folder, output = Path(folder), Path(output)
     names = [split] if split else sorted(path.parent.name for path in folder.glob("*/metadata.jsonl"))
     if not names:
-        raise UserError(f"{folder}: holds no split with a metadata.jsonl; make it with `python -m sim make RECIPE`")
+        raise UserError(
+            f"{folder}: holds no split with a metadata.jsonl; make it with `python -m sim make RECIPE`", "no_clips"
+        )
     if output.suffix not in (".png", ".html"):
-        raise UserError(f"--output: {output} is neither a .png nor an .html")
+        raise UserError(f"--output: {output} is neither a .png nor an .html", "value", "--output")
     groups = [group for name in names for group in grouped(folder / name)[:count]]
     if output.suffix == ".html":
         write_text(output, page(folder.name, groups))

@@ -360,7 +360,7 @@ def test_a_folder_of_groups_by_severity(home: Path, capsys: pytest.CaptureFixtur
     clips = Clips(DataConfig(clips="drops"), preload=False, violated=True)
     members, _ = gather(clips, GroupsConfig(counterfactuals=True))
     for row, index in zip(rows, range(8), strict=True):
-        if clips.row(index)["violation"]:
+        if clips.row(index).violation:
             assert members.scores(index) == (row["sa"], row["pc"])  # what groups take it for
 
 

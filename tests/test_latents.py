@@ -17,7 +17,7 @@ from posttrain.data.config import DataConfig
 from posttrain.data.dataset import Clips
 from posttrain.data.latents import Latents
 from posttrain.models.base import ModelConfig
-from posttrain.models.wan import model as wan
+from posttrain.models.wan import loading as wan
 from posttrain.models.wan.model import Wan
 
 

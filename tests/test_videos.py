@@ -30,7 +30,7 @@ from posttrain.data.listing import choose, entries
 from posttrain.data.views import centred, moved, nearest, plan, read, see
 from posttrain.judges.folder import find
 from posttrain.models.base import ModelConfig
-from posttrain.models.wan import model as wan
+from posttrain.models.wan import loading as wan
 from posttrain.reporting.gallery import LINE
 
 LEVEL = 4  # frame k of a test video is grey of brightness 4 k
@@ -252,7 +252,7 @@ def test_a_damaged_clip_is_left_out_before_anything_is_encoded(tmp_path) -> None
     content[at : at + 200] = bytes(200)
     (tmp_path / "b.mp4").write_bytes(content)
     rows, _, told = choose(entries(tmp_path, "train"), Wanted(60, 8.0, (64, 64)), "empty")
-    assert [row["file_name"] for row in rows] == ["a.mp4", "c.mp4"]
+    assert [row.file_name for row in rows] == ["a.mp4", "c.mp4"]
     assert told[1]["notes"][0].startswith("damaged: ")
 
 
@@ -587,7 +587,7 @@ def test_the_links_of_a_hub_snapshot_are_followed_and_no_others(tmp_path) -> Non
     (blobs / f"{2:064}").write_text("video,caption\na.mp4,it falls\n")
     write(tmp_path / "film.mp4", steady(5, 8)).rename(blobs / f"{0:064}")
     rows, views, _ = choose(entries(snapshot, "train"), Wanted(5, 8.0, (16, 16)), "leave_out")
-    assert rows[0]["caption"] == "it falls"
+    assert rows[0].caption == "it falls"
     assert shown(read(snapshot / "train" / "a.mp4", views[0])) == [0, 1, 2, 3, 4]
     (snapshot / "train" / "metadata.csv").unlink()
     assert [entry.name for entry in entries(snapshot, "train")] == ["a.mp4"]
@@ -693,7 +693,7 @@ def mine(folder: Path) -> Path:
 
 def test_what_is_left_out_is_told_with_the_reason(tmp_path) -> None:
     rows, views, told = choose(entries(mine(tmp_path), "train"), Wanted(5, 8.0, (16, 16)), "leave_out")
-    assert [(row["file_name"], row["caption"]) for row in rows] == [
+    assert [(row.file_name, row.caption) for row in rows] == [
         ("same.mp4", "same falls"),
         ("wide.mp4", "wide falls"),
         ("same.mp4", "another caption"),
@@ -729,7 +729,7 @@ def test_what_is_left_out_is_told_with_the_reason(tmp_path) -> None:
 def test_captions_may_be_empty_and_clips_few_if_the_recipe_says_so(tmp_path) -> None:
     found = entries(mine(tmp_path), "train")
     rows, _, _ = choose(found, Wanted(5, 8.0, (16, 16)), "empty")
-    assert [row["caption"] for row in rows if row["file_name"] == "mute.mp4"] == [""]
+    assert [row.caption for row in rows if row.file_name == "mute.mp4"] == [""]
     rows, _, told = choose(found, Wanted(5, 8.0, (16, 16)), "leave_out", limit=1)
     assert len(rows) == 1
     assert told[1]["notes"] == ["over data.limit: 1 clips"]
@@ -889,5 +889,5 @@ def test_test_clips_of_another_kind_are_still_refused(home) -> None:
     code, _, said = command(home, "train", "recipe.yaml", "run=kinds", "eval={clips: drops}")
     assert code == 1
     assert said.splitlines()[-1].startswith(
-        "drops/test_seen/metadata.jsonl: fps is 16, but 8.0 in mine; clips are not "
+        "drops/test_seen/metadata.jsonl: fps is 16.0, but 8.0 in mine; clips are not "
     )

@@ -19,8 +19,9 @@ from posttrain.core import files
 from posttrain.core.codec import read_video
 from posttrain.core.errors import UserError
 from posttrain.core.progress import track
-from posttrain.data import listing, views
+from posttrain.data import listing, schema, views
 from posttrain.data.config import DataConfig, Wanted
+from posttrain.data.schema import ClipRow
 from posttrain.data.views import View
 from posttrain.types import Batch
 
@@ -35,7 +36,7 @@ class Split:
     """
 
     folder: Path
-    rows: list[dict[str, Any]]
+    rows: list[ClipRow]
     views: Sequence[View | None]
     annotated: bool = True
     wanted: Wanted | None = None
@@ -45,7 +46,7 @@ class Split:
     def kind(self) -> dict[str, Any]:
         """fps, frames and size of its clips."""
         if self.wanted is None:
-            return {key: self.rows[0][key] for key in SHAPE}
+            return _kind(self.rows[0])
         return {"fps": self.wanted.fps, "frames": self.wanted.frames, "size": list(self.wanted.size)}
 
     @property
@@ -63,10 +64,10 @@ class Split:
         return int(height), int(width)
 
     def video(self, index: int) -> Path:
-        return self.folder / self.rows[index]["file_name"]
+        return self.folder / self.rows[index].file_name
 
     def annotations(self, index: int) -> Path:
-        return self.folder / self.rows[index]["annotations"]
+        return self.folder / (self.rows[index].annotations or "")
 
 
 def open_splits(config: DataConfig) -> list[Split]:
@@ -102,7 +103,7 @@ def _retimed(split: Split, wanted: Wanted) -> Split:
             f"{split.folder / 'metadata.jsonl'}: its clips cannot be used ({notes[0]})", "mismatch", "data.frames"
         )
     view = View(tuple(places.tolist()), False, box, wanted.size) if notes else None
-    told = [{"file": row["file_name"], "used": True, "notes": notes} for row in split.rows] if notes else []
+    told = [{"file": row.file_name, "used": True, "notes": notes} for row in split.rows] if notes else []
     return Split(split.folder, split.rows, [view] * len(split.rows), True, wanted, told)
 
 
@@ -120,20 +121,28 @@ def open_split(folder: Path | str, split: str) -> Split:
             raise UserError(f"{metadata}: does not exist; {said}", "missing", "data.frames")
         what, remedy = listing.remedy(folder, split)
         raise UserError(f"{folder}: {what}; {remedy}", "missing")
-    rows = files.read_jsonl(metadata)
-    if not rows:
+    listed, rows = files.read_jsonl(metadata), list[ClipRow]()
+    if not listed:
         raise UserError(f"{metadata}: has no clips; film them with `python -m sim make RECIPE`", "no_clips")
-    for line, row in enumerate(rows, 1):
-        if missing := [k for k in (*SHAPE, "file_name", "annotations", "sha256", "caption", "target") if k not in row]:
+    for line, written in enumerate(listed, 1):
+        if missing := [
+            k for k in (*SHAPE, "file_name", "annotations", "sha256", "caption", "target") if k not in written
+        ]:
             remedy = "make the dataset again"
-            if "annotations" not in row:
+            if "annotations" not in written:
                 remedy = "such clips are trained on with data.frames, data.fps and data.size, and cannot be tested with"
             raise UserError(f"{metadata}:{line}: {missing[0]}: is missing; {remedy}", "format", missing[0])
-        for name in (row["file_name"], row["annotations"]):
+        row = schema.from_json(written, f"{metadata}:{line}")
+        for name in (row.file_name, row.annotations or ""):
             if not files.inside(path, name).is_file():
                 raise UserError(f"{metadata}:{line}: {name}: does not exist; make the dataset again", "missing")
-        _agree(f"{metadata}:{line}: {row['file_name']}", row, rows[0], rows[0]["file_name"])
+        rows.append(row)
+        _agree(f"{metadata}:{line}: {row.file_name}", _kind(row), _kind(rows[0]), rows[0].file_name)
     return Split(path, rows, [None] * len(rows))
+
+
+def _kind(row: ClipRow) -> dict[str, Any]:
+    return {"fps": row.fps, "frames": row.frames, "size": list(row.size)}
 
 
 def _agree(where: str, kind: dict[str, Any], other: dict[str, Any], name: str) -> None:
@@ -195,7 +204,7 @@ class Clips:
         self._entries = [(split, index) for split in self.splits for index in _chosen(split, config.limit, violated)]
         several = len(self.splits) > 1
         self.ids = [
-            (f"{split.folder.parent.name}/" if several else "") + _id(split, split.rows[index]["file_name"])
+            (f"{split.folder.parent.name}/" if several else "") + _id(split, split.rows[index].file_name)
             for split, index in self._entries
         ]
         if self.annotated and len(set(self.ids)) < len(self.ids):  # a list of any videos may name one twice
@@ -225,13 +234,13 @@ class Clips:
     def key(self) -> str:
         """Changes with the clips' pictures, annotations or order."""
         rows = [self.row(i) for i in range(len(self))]
-        sums = [[row["sha256"], row.get("annotations_sha256"), *self.seen(i)] for i, row in enumerate(rows)]
+        sums = [[row.sha256, row.annotations_sha256, *self.seen(i)] for i, row in enumerate(rows)]
         return files.sha256_json(sums)
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def row(self, index: int) -> dict[str, Any]:
+    def row(self, index: int) -> ClipRow:
         """The clip's row of metadata.jsonl."""
         split, number = self._entries[index]
         return split.rows[number]
@@ -250,7 +259,7 @@ class Clips:
     def group(self, index: int) -> tuple[Path, Any] | None:
         """What the clip has in common with those that continue the same first picture; None where there are none."""
         split, number = self._entries[index]
-        return (split.folder, split.rows[number]["group"]) if "group" in split.rows[number] else None
+        return None if split.rows[number].group is None else (split.folder, split.rows[number].group)
 
     def first(self, index: int) -> np.ndarray:
         """The clip's first picture alone, uint8 (H, W, 3)."""
@@ -269,16 +278,16 @@ class Clips:
             return views.read(path, view), None
         content = files.read_bytes(path)
         video = read_video(path, content)
-        if video.shape[:3] != (row["frames"], *row["size"]):
+        if video.shape[:3] != (row.frames, *row.size):
             raise UserError(
-                f"{path}: has {len(video)} frames of {video.shape[1:3]}, but its metadata say {row['frames']} of "
-                f"{tuple(row['size'])}; delete it and make it again",
+                f"{path}: has {len(video)} frames of {video.shape[1:3]}, but its metadata say {row.frames} of "
+                f"{row.size}; delete it and make it again",
                 "damaged",
             )
-        if files.sha256_bytes(content) != row["sha256"]:
+        if files.sha256_bytes(content) != row.sha256:
             raise UserError(f"{path}: was changed since it was made (sha256); delete it and make it again", "damaged")
         annotations = split.annotations(number)
-        if (sha256 := row.get("annotations_sha256")) and files.sha256(annotations) != sha256:
+        if (sha256 := row.annotations_sha256) and files.sha256(annotations) != sha256:
             raise UserError(
                 f"{annotations}: was changed since it was made (sha256); delete it and make it again", "damaged"
             )
@@ -325,16 +334,17 @@ class Clips:
 
 def _chosen(split: Split, limit: int | None, violated: bool) -> list[int]:
     """The first `limit` true clips; `violated`: and in their groups those that break a law on purpose."""
-    true = [i for i, row in enumerate(split.rows) if not row.get("violation")][:limit]
+    true = [i for i, row in enumerate(split.rows) if not row.violation][:limit]
     if not violated:
         return true
-    groups = {split.rows[i]["group"] for i in true if "group" in split.rows[i]}
-    return sorted({*true, *(i for i, row in enumerate(split.rows) if row.get("violation") and row["group"] in groups)})
+    groups = {group for i in true if (group := split.rows[i].group) is not None}
+    return sorted({*true, *(i for i, row in enumerate(split.rows) if row.violation and row.group in groups)})
 
 
-def targets(rows: Sequence[dict[str, Any]]) -> torch.Tensor | None:
+def targets(rows: Sequence[ClipRow]) -> torch.Tensor | None:
     """The instance id of each clip's scored object, int64 (B,); None unless all have one."""
-    return torch.tensor([row["target"] + 1 for row in rows]) if all("target" in row for row in rows) else None
+    known = [row.target + 1 for row in rows if row.target is not None]
+    return torch.tensor(known) if len(known) == len(rows) else None
 
 
 def _id(split: Split, name: str) -> str:

@@ -29,6 +29,7 @@ from posttrain.data import listing, views
 from posttrain.data.config import GroupsConfig
 from posttrain.data.dataset import Clips
 from posttrain.data.latents import Latents
+from posttrain.data.schema import ClipRow
 from posttrain.models.base import VideoModel
 from posttrain.types import Batch
 
@@ -70,7 +71,7 @@ def names(clips: Clips) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for index in range(len(clips)):
-        if clips.row(index).get("violation"):
+        if clips.row(index).violation:
             continue
         path = clips.video(index)
         if (other := found.setdefault(path.stem, index)) != index:
@@ -95,9 +96,12 @@ class Members:
         """Of a sample the clip that it continues, its file and its scores; None for a clip of the dataset."""
         return self.samples[index - len(self.clips)] if index >= len(self.clips) else None
 
-    def row(self, index: int) -> dict[str, Any]:
+    def row(self, index: int) -> ClipRow:
         sample = self._sample(index)
-        return {"caption": self.clips.row(sample[0])["caption"]} if sample else self.clips.row(index)
+        if sample is None:
+            return self.clips.row(index)
+        true = self.clips.row(sample[0])
+        return ClipRow(sample[1].name, true.caption, true.fps, true.frames, true.size)
 
     def video(self, index: int) -> Path:
         sample = self._sample(index)
@@ -121,7 +125,11 @@ class Members:
 
     def scores(self, index: int) -> Scores | None:
         sample = self._sample(index)
-        return sample[2] if sample else Scores(sa=1.0, pc=1.0 - self.clips.row(index)["violation"]["severity"])
+        if sample:
+            return sample[2]
+        violation = self.clips.row(index).violation
+        assert violation is not None  # of a true clip nobody asks
+        return Scores(sa=1.0, pc=1.0 - violation.severity)
 
 
 def gather(
@@ -139,7 +147,7 @@ def gather(
             are the same file; there are samples and two true clips have one name; or a score is missing or out of
             range.
     """
-    true = [index for index in range(len(clips)) if not clips.row(index).get("violation")]
+    true = [index for index in range(len(clips)) if not clips.row(index).violation]
     places = names(clips) if config.samples else {}
     samples = [sample for folder in config.samples for sample in _samples(Path(folder), places, config, scored)]
     members = Members(clips, samples)
@@ -148,7 +156,7 @@ def gather(
     for index in sorted(set(range(len(clips))) - set(true)):
         others = losers[winners[clips.group(index)]]
         # two tunnels that end alike are one clip
-        if clips.row(index)["sha256"] not in [clips.row(other)["sha256"] for other in others]:
+        if clips.row(index).sha256 not in [clips.row(other).sha256 for other in others]:
             others.append(index)
     for number, (winner, _, _) in enumerate(samples, len(clips)):
         losers[winner].append(number)

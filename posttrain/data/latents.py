@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from posttrain.core import files
 from posttrain.core.errors import UserError
 from posttrain.core.progress import track
 from posttrain.data.dataset import Clips, targets, to_float
+from posttrain.data.schema import ClipRow
 from posttrain.models.base import VideoModel
 from posttrain.types import Batch
 
@@ -33,7 +34,7 @@ class Readable(Protocol):
     @property
     def ids(self) -> Sequence[str]: ...
     def __len__(self) -> int: ...
-    def row(self, index: int) -> dict[str, Any]: ...
+    def row(self, index: int) -> ClipRow: ...
     def video(self, index: int) -> Path: ...
     def seen(self, index: int) -> list[str]: ...
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]: ...
@@ -54,7 +55,7 @@ class Latents:
             sums = list(pool.map(lambda i: files.sha256(clips.video(i)), range(len(clips))))
         rows = [clips.row(index) for index in range(len(clips))]
         base = model.cache_key()
-        self.keys = [files.sha256_json([base, sums[i], row["caption"], *clips.seen(i)]) for i, row in enumerate(rows)]
+        self.keys = [files.sha256_json([base, sums[i], row.caption, *clips.seen(i)]) for i, row in enumerate(rows)]
         self._rows = rows
         self._files = [Path(folder) / key[:2] / f"{key}.safetensors" for key in self.keys]
         state = PartialState()
@@ -66,7 +67,7 @@ class Latents:
         texts: dict[str, Tensor] = {}
         for index in track(mine, "encoding clips", len(mine)) if mine else ():
             video, _ = clips.read(index)
-            caption = rows[index]["caption"]
+            caption = rows[index].caption
             with torch.no_grad():
                 pixels = to_float(video)[None].to(model.device)
                 z0_CFHW = model.encode(pixels)[0]

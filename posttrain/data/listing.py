@@ -33,6 +33,7 @@ from posttrain.core import codec, files
 from posttrain.core.errors import UserError
 from posttrain.core.progress import track
 from posttrain.data.config import Wanted
+from posttrain.data.schema import ClipRow
 from posttrain.data.views import WHOLE, Part, View, see
 
 TABLES = ("metadata.jsonl", "metadata.json", "metadata.csv", "metadata.tsv")
@@ -270,7 +271,7 @@ def within(folder: Path, name: str) -> Path:
 
 def choose(
     listed: Sequence[Entry], wanted: Wanted, uncaptioned: str, limit: int | None = None
-) -> tuple[list[dict[str, Any]], list[View], list[dict[str, Any]]]:
+) -> tuple[list[ClipRow], list[View], list[dict[str, Any]]]:
     """The clips that a list of videos gives. All are decoded once, so that damage is known before anything is encoded.
 
     Args:
@@ -284,7 +285,7 @@ def choose(
     Raises:
         UserError: no video can be used.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[ClipRow] = []
     views: list[View] = []
     told: list[dict[str, Any]] = []
     first: dict[tuple[str, str, Part], str] = {}  # the video with this content, caption and part
@@ -303,8 +304,7 @@ def choose(
                     view, notes = None, [f"double: {first[clip]} is the same video with the same caption"]
                 elif view is not None:
                     first[clip] = entry.name
-                    kind = {"fps": wanted.fps, "frames": wanted.frames, "size": list(wanted.size)}
-                    rows.append({"file_name": entry.name, "caption": caption, **kind, "sha256": sha256})
+                    rows.append(ClipRow(entry.name, caption, wanted.fps, wanted.frames, wanted.size, sha256))
                     views.append(view)
                 told.append({"file": entry.name, "used": view is not None, "notes": notes})
         finally:

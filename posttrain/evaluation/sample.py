@@ -1,5 +1,6 @@
 """From first pictures and captions to video clips, and clips to files that browsers play."""
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -85,6 +86,11 @@ def sample_clips(
     video_BCFHW = model.decode(z0_BCFHW)
     model.release()
     return to_uint8(video_BCFHW)
+
+
+def clip_seed(seed: int, clip: str) -> int:
+    """The seed of a clip's noise: a function of (seed, clip id) alone, whatever batch the clip is in."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{clip}".encode()).digest()[:8], "big") >> 1
 
 
 def to_uint8(video_BCFHW: Tensor) -> Pixels:

@@ -44,7 +44,8 @@ def counterfactuals(clips: Clips) -> Judge:
     rows = {clips.video(index): clips.row(index) for index in range(len(clips))}
 
     def judge(path: Path, caption: str) -> Scores:
-        return of_severity((rows[path].get("violation") or {"severity": 0.0})["severity"])
+        violation = rows[path].violation
+        return of_severity(violation.severity if violation else 0.0)
 
     return judge
 
@@ -73,7 +74,9 @@ def samples(clips: Clips, track: Track, device: torch.device) -> Judge:
         index = places[sample[0]]
         _, instances_FHW = clips.read(index)
         assert instances_FHW is not None
-        true_FHW = instances_FHW == clips.row(index)["target"] + 1
+        target = clips.row(index).target
+        assert target is not None
+        true_FHW = instances_FHW == target + 1
         if not true_FHW[0].any():
             raise UserError(f"{clips.video(index)}: shows no object to follow in its first picture; leave it out")
         facts, size = codec.inspect(path), true_FHW.shape[1:]
