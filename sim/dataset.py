@@ -25,18 +25,17 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
-from fractions import Fraction
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Annotated, Any
 
-import av
 import numpy as np
 from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from posttrain.core.codec import lossless
 from posttrain.core.errors import UserError
 from posttrain.core.files import explain, read_json, sha256, sweep, write_bytes, write_json, write_jsonl, write_text
 from posttrain.core.recipe import Plugin, PluginFrom, Strict
@@ -133,21 +132,6 @@ def finished(out: Path, split: str, index: int) -> bool:
         return False
 
 
-def encode(rgb_THW3: np.ndarray, fps: float) -> bytes:
-    """uint8 frames as an H.264 RGB mp4 without loss (High 4:4:4 Predictive, qp 0); same frames, same bytes."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("libx264rgb", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width = rgb_THW3.shape[1:3]
-        stream.pix_fmt = "rgb24"
-        stream.options = {"crf": "0", "preset": "veryfast"}
-        stream.thread_count = 1
-        for picture in rgb_THW3:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
-    return buffer.getvalue()
-
-
 def pack(arrays: dict[str, np.ndarray]) -> bytes:
     """An .npz that np.load reads, with the fastest zlib level and no clock in it."""
     buffer = io.BytesIO()
@@ -213,7 +197,7 @@ def make_and_write(out: Path, job: Job, split: str, index: int) -> None:
 def write_take(out: Path, job: Job, split: str, name: str, take: Take) -> dict[str, Any]:
     """Write a clip's two files; returns its row."""
     row = describe(job, split, name, take)
-    video = encode(take.clip.rgb, take.scene.fps)
+    video = lossless(take.clip.rgb, take.scene.fps)
     annotations = pack(
         {
             "instances": take.clip.instances,

@@ -13,15 +13,18 @@ from safetensors.torch import load_file
 from tiny import FAMILIES, wan_folder
 
 from posttrain.core.errors import UserError
-from posttrain.data.dataset import Clips, DataConfig
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips
 from posttrain.data.latents import Latents
 from posttrain.evaluation.sample import sample_clips
 from posttrain.flow import sample
 from posttrain.methods import psft
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan.model import Wan, load
-from posttrain.training.run import Run, TrainConfig
+from posttrain.models.wan.loading import load
+from posttrain.models.wan.model import Wan
+from posttrain.training.optim import TrainConfig
+from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
 CASES = [(family, conditioning) for family in FAMILIES for conditioning in ("image", "text")]

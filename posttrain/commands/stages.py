@@ -5,6 +5,7 @@ Stages meet in files. Each looks at what is there, says what it reuses, does the
     data/...                 the clips (made by `sim`)
     runs/cache/              latents and rows of evaluation that runs share, by content
     runs/<run>/clips.jsonl   which files are retimed, cropped or left out, and why (where any is)
+    runs/<run>/clips.jpg     of these a contact sheet, as training sees them
     runs/<run>/...           recipe and trained weights (see experiment.py)
     runs/<run>/best/         of a run with tripwires, the weights of its best look (see tripwires.py)
     runs/<run>/merged/       the adapter folded into its base, where `export:` lists it
@@ -19,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from posttrain.commands.experiment import ADAPTER, TRAINED, Recipe, is_trained, members, need_training, resolved
 from posttrain.commands.loading import (
     CACHE,
@@ -32,17 +35,20 @@ from posttrain.commands.loading import (
     wait,
 )
 from posttrain.commands.losers import make_samples
-from posttrain.core import files, recipe
+from posttrain.core import files
 from posttrain.core.errors import UserError
 from posttrain.core.trackers import check_trackers
-from posttrain.data import videos
-from posttrain.data.dataset import Clips, GroupsConfig, Split, check_same_kind, open_split, open_splits
+from posttrain.data import listing
+from posttrain.data.config import GroupsConfig
+from posttrain.data.dataset import Clips, Split, check_same_kind, open_split, open_splits
 from posttrain.evaluation.evaluate import EvalConfig
+from posttrain.methods.base import Source, fingerprints, method_of, sampler
+from posttrain.reporting.gallery import contact_sheet
 from posttrain.rewards import base
 from posttrain.training.run import Run
 from posttrain.training.tripwires import BEST, best_look, ended, read_looks, watching
 
-CLIPS = "clips.jsonl"
+CLIPS, SHEET, SHOWN = "clips.jsonl", "clips.jpg", 24  # clips in the contact sheet
 
 
 def run(plan: Recipe, folder: Path) -> None:
@@ -78,7 +84,7 @@ def film(plan: Recipe) -> None:
         if code in (-2, 130):
             raise KeyboardInterrupt
         if code:
-            raise UserError(f"{maker}: its clips could not be made (the line above says why)")
+            raise UserError(f"{maker}: its clips could not be made (the line above says why)", "internal", "data.make")
     wait()
 
 
@@ -92,15 +98,17 @@ def check_data(plan: Recipe) -> None:
 
 def check_tracker(measured: EvalConfig) -> list[Split]:
     """The splits that are measured. Raises UserError where they are too large for the embedded tracker."""
-    splits = [open_split(measured.clips, split) for split in measured.splits]
-    others = [measured.grid, measured.falls and measured.falls.clips]
-    splits += [open_split(folder, "test_unseen") for folder in others if folder]
+    from posttrain.evaluation.evaluate import test_sets
+
+    splits = [open_split(test.folder, test.split) for test in test_sets(measured).values()]
     for split in splits:
         if measured.tracker == "pocket" and max(split.size) > TRACKED:
             height, width = split.size
             raise UserError(
                 f"eval.tracker: the embedded one was made for {TRACKED} x {TRACKED} pixels, and the clips in "
-                f"{split.folder} have {height} x {width}; name a SAM 2, as facebook/sam2.1-hiera-large"
+                f"{split.folder} have {height} x {width}; name a SAM 2, as facebook/sam2.1-hiera-large",
+                "mismatch",
+                "eval.tracker",
             )
     return splits
 
@@ -118,47 +126,39 @@ def train(plan: Recipe, folder: Path) -> None:
     """
     check_trackers(plan.train.trackers)
     check_sampler(plan)
-    model, method = load_model(plan.model), plan.method.module
-    if plan.eval and not hasattr(model, "transformer"):
-        raise UserError(f"eval: is for video models; leave it out of a {plan.model.family}'s recipe")
+    model, method, config = load_model(plan.model), method_of(plan.method), plan.method.config
     groups = check_groups(plan)
-    truths = method.truths(plan.method.config) if hasattr(method, "truths") else ()
+    truths = tuple(dict.fromkeys((*method.truths(config), *base.truths(method.rewards(config)))))
     clips = Clips(plan.data, False, bool(groups and groups.counterfactuals), truths)
     tell(clips, folder)
-    if method.DATA in ("clips", "annotated latents") and not clips.annotated:
-        bare = next(split.folder for split in clips.splits if not split.annotated)
-        raise UserError(f"{bare}: has no masks, which {plan.method.name} learns from; use clips that `sim make` filmed")
-    if hasattr(model, "latent_shape"):
-        model.latent_shape(clips.splits[0].frames, *clips.splits[0].size)
-    data: Any = clips
-    if method.DATA in ("latents", "annotated latents"):
-        from posttrain.data.latents import Annotated, Latents
-
-        data = Latents(model, clips, CACHE / "latents")
-        data = Annotated(data, clips) if method.DATA == "annotated latents" else data
-    if groups:
-        from posttrain.data.groups import Groups
-
-        scored = hasattr(method, "scored") and method.scored(plan.method.config)
-        data = Groups(model, clips, groups, CACHE / "latents", plan.model.conditioning == "image", scored)
-    depends = method.depends(plan.method.config) if hasattr(method, "depends") else {}
-    rewards = method.load_rewards(plan.method.config, model.device) if hasattr(method, "load_rewards") else {}
+    if method.TRAINS == "video":
+        shape = model.latent_shape(clips.splits[0].frames, *clips.splits[0].size)
+        if plan.model.conditioning == "image" and shape[1] == 1:
+            raise UserError(
+                f"data.frames: clips of {clips.splits[0].frames} are a first picture alone, which is given: nothing is "
+                "left to learn; take longer ones, or set model.conditioning=text",
+                "value",
+                "data.frames",
+            )
+    data = method.data(Source(model, clips, groups, plan.model.conditioning == "image", CACHE / "latents"), config)
+    depends = method.depends(config) | fingerprints(method.rewards(config))
+    rewards = base.load_all(method.rewards(config), model.device)
     validate, ends, every = None, None, plan.eval.every if plan.eval else 0
     if plan.eval:
         from posttrain.evaluation.evaluate import validation
 
         tracker, watched = load_tracker(plan.eval.tracker), dict[str, Any]()
         if wires := plan.tripwires:
-            ends = partial(ended, folder, wires)
-            look = watching(folder, wires, rewards, model, tracker) if main_process() else None
+            ends, metrics = partial(ended, folder, wires), plan.eval.benchmark.module.BENCHMARK.metrics
+            look = watching(folder, wires, rewards, model, tracker, metrics) if main_process() else None
             watched = {"clips": wires.clips, "split": wires.split, "look": look}
             watched["truths"] = tuple(dict.fromkeys((*truths, *base.truths(wires.watch))))
-            how = plan.eval.model_dump(mode="json", include={"clips", "splits", "every", "sampler", "tracker"})
-            depends |= {"tripwires": wires.model_dump(mode="json"), "eval": how}
+            measured = plan.eval.model_dump(mode="json", include={"clips", "splits", "every", "sampler", "tracker"})
+            depends |= {"tripwires": wires.model_dump(mode="json"), "eval": measured}
         # also where it is not used, so that what evaluation will lack is said before training
         validate = validation(folder, plan.eval, model, tracker, **watched)
         model.unload()  # captions are read
-    started = [method.start(model, plan.method.config)] if hasattr(method, "start") else [rewards] if rewards else []
+    inputs = method.inputs(model, config) | ({"rewards": rewards} if rewards else {})
     run = Run(folder, model.module, data, plan.train, validate, every, depends, ends)
     if is_trained(folder, run.meaning):
         print(f"training: {folder / ADAPTER} is complete", file=sys.stderr)
@@ -166,13 +166,13 @@ def train(plan: Recipe, folder: Path) -> None:
     if data is clips:
         clips.preload()
     model.module = run.module
-    method.train(run, model, plan.method.config, *started)
+    method.train(run, model, config, **inputs)
     model.module = run.finish()
     if main_process():
         files.sweep(folder)
         files.sweep(folder / ADAPTER)
         if ends and ends(run.steps):
-            step = best_look(read_looks(folder))["step"]
+            step = best_look(read_looks(folder)).step
             print(f"training: rolled back from step {run.steps} to step {step}", file=sys.stderr)
             with files.replacing(folder / ADAPTER) as temporary:
                 shutil.copytree(folder / BEST, temporary)
@@ -185,21 +185,29 @@ def train(plan: Recipe, folder: Path) -> None:
 def check_sampler(plan: Recipe) -> None:
     """Refuse to train one sampler and to measure another: what the one learns need not show in the other."""
     measured = plan.eval and plan.eval.sampler
-    trained = getattr(plan.method.config, "sampler", measured)
+    trained = sampler(plan.method.config)
     if measured and trained and trained != measured:
         raise UserError(
             f"method.sampler: trains {trained.model_dump()}, but eval.sampler measures {measured.model_dump()}; "
-            "leave method.sampler out, and it is eval's"
+            "leave method.sampler out, and it is eval's",
+            "conflict",
+            "method.sampler",
         )
 
 
 def check_groups(plan: Recipe) -> GroupsConfig | None:
     """What the method compares true clips with. Raises UserError where recipe and method differ on whether there is."""
-    groups, wanted = plan.data.groups, plan.method.module.DATA == "groups"
+    groups, wanted = plan.data.groups, method_of(plan.method).GROUPS
     if wanted and groups is None:
-        raise UserError(f"data.groups: is missing; say what {plan.method.name} compares true clips with")
+        raise UserError(
+            f"data.groups: is missing; say what {plan.method.name} compares true clips with", "required", "data.groups"
+        )
     if groups is not None and not wanted:
-        raise UserError(f"data.groups: is not for {plan.method.name}, which learns from true clips alone; leave it out")
+        raise UserError(
+            f"data.groups: is not for {plan.method.name}, which learns from true clips alone; leave it out",
+            "conflict",
+            "data.groups",
+        )
     return groups
 
 
@@ -209,9 +217,14 @@ def tell(clips: Clips, folder: Path) -> None:
     if told and main_process():
         files.write_jsonl(folder / CLIPS, told)
         for split in clips.splits:
-            for line in videos.summary(split.told) if split.told else ():
+            for line in listing.summary(split.told) if split.told else ():
                 print(f"{split.folder}: {line}", file=sys.stderr)
-        print(f"clips: all is listed in {folder / CLIPS}", file=sys.stderr)
+        chosen = dict.fromkeys(np.linspace(0, len(clips) - 1, min(SHOWN, len(clips))).round().astype(int).tolist())
+        captions = {index: " ".join(clips.row(index).caption.split())[:150] for index in chosen}
+        sheet = {f"{index}  {clips.ids[index]}: {caption}": clips.read(index)[0] for index, caption in captions.items()}
+        contact_sheet(folder / SHEET, sheet, columns=6)
+        seen = f"{len(chosen)} of {len(clips)} as training sees them are in {folder / SHEET}"
+        print(f"clips: all is listed in {folder / CLIPS}; {seen}", file=sys.stderr)
 
 
 @memory("evaluation", "lower eval.batch, or measure smaller or shorter clips (eval.clips)")
@@ -225,7 +238,11 @@ def evaluate(plan: Recipe, folder: Path) -> None:
     from posttrain.evaluation.records import print_table, read_records
 
     if plan.eval is None:
-        raise UserError(f"{folder / 'recipe.yaml'}: eval: is missing; say what to measure, as in eval.clips=data/drops")
+        raise UserError(
+            f"{folder / 'recipe.yaml'}: eval: is missing; say what to measure, as in eval.clips=data/drops",
+            "required",
+            "eval",
+        )
     check_tracker(plan.eval)
     need_training(folder)
     if main_process():
@@ -271,10 +288,10 @@ def export(plan: Recipe, folder: Path, checked: bool = False) -> None:
 
     need_training(folder)
     if main_process():
-        family, config = recipe.resolve("models", plan.model.family), resolved(plan.model)
-        written = export(folder, plan.export, config, lambda adapter, path: family.save_merged(config, adapter, path))
+        config = resolved(plan.model)
+        written = export(folder, plan.export, config)
         print("export:", *written)
         if checked:
             with tuned_model(plan, folder) as model:
-                for line in check(written[:-1], model, lambda: family.bare(config)):
+                for line in check(written[:-1], model, config):
                     print("check:", line)

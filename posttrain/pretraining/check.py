@@ -25,12 +25,15 @@ from torch import Tensor
 from posttrain.core.errors import UserError
 from posttrain.core.progress import markdown
 from posttrain.core.progress import track as progress
-from posttrain.data.dataset import Clips, DataConfig
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips
 from posttrain.evaluation.benchmarks import pisa as benchmark
-from posttrain.evaluation.sample import sample_clips
+from posttrain.evaluation.benchmarks.base import ClipScore
+from posttrain.evaluation.sample import clip_seed, sample_clips
 from posttrain.metrics import masks, pisa
 from posttrain.models.base import ModelConfig
-from posttrain.models.wan import model as wan
+from posttrain.models.wan.loading import load as load_wan
+from posttrain.models.wan.model import Wan
 from posttrain.nets import depth, raft, sam2, tracker
 from posttrain.types import Batch
 
@@ -42,7 +45,7 @@ Row = dict[str, Any]
 Show = Callable[[Batch], Tensor]  # the pictures to measure, video_BCFHW in [-1, 1]
 
 
-def through(model: wan.Wan) -> Show:
+def through(model: Wan) -> Show:
     """True clips as the model's autoencoder gives them back, rounded to bytes."""
 
     @torch.no_grad()
@@ -75,14 +78,14 @@ def measure(track: masks.Track, clips: Clips, show: Show) -> list[Row]:
         true_BFHW = batch.instances_BFHW == batch.target_B.view(-1, 1, 1, 1)
         found_BFHW = masks.segment(track, video_BCFHW, true_BFHW[:, 0])
         for i, index in enumerate(indices):
-            true, found, info = true_BFHW[i].numpy(), found_BFHW[i].numpy(), clips.row(index)
-            score = pisa.score(found, true, info["fps"], info["fps"])
+            true, found, row = true_BFHW[i].numpy(), found_BFHW[i].numpy(), clips.row(index)
+            score = pisa.score(found, true, row.fps, row.fps)
             error = (video_BCFHW[i] - batch.video_BCFHW[i]).square().mean(0)
             rows.append(
                 {
                     "size": size_bin(true[0].sum() ** 0.5),
-                    "motion": info["motion"],
-                    "company": "alone" if len(info["bodies"]) == 1 else "others in view",
+                    "motion": row.motion,
+                    "company": "alone" if len(row.bodies) == 1 else "others in view",
                     "iou": float(masks.iou(found, true)[1:].mean()),
                     "l2": score["l2"],
                     "vanished": score["vanished"],
@@ -131,24 +134,24 @@ def check_vae(track: masks.Track, data: Sequence[Clips], show: Show) -> str:
     return markdown(["clips", "pictures", "IoU", "L2", "vanished", "PSNR", "in the object"], lines)
 
 
-def check_base(model: wan.Wan, track: masks.Track, data: Sequence[Clips], steps: int) -> str:
+def check_base(model: Wan, track: masks.Track, data: Sequence[Clips], steps: int) -> str:
     """PISA's scores, means over each data set's clips (one seed)."""
     lines = []
     for clips in data:
-        scores: dict[str, list[Row]] = {"base": [], "frozen": []}
+        scores: dict[str, list[ClipScore]] = {"base": [], "frozen": []}
         starts = range(0, len(clips), BATCH)
         for start in progress(starts, "sampling", len(starts)):
             indices = range(start, min(start + BATCH, len(clips)))
             rows = [clips.row(i) for i in indices]
             videos = np.stack([clips.read(i)[0] for i in indices])
-            seeds = [benchmark.clip_seed(0, clips.ids[i]) for i in indices]
-            captions = [row["caption"] for row in rows]
+            seeds = [clip_seed(0, clips.ids[i]) for i in indices]
+            captions = [row.caption for row in rows]
             made = sample_clips(model, videos[:, 0], captions, seeds, videos.shape[1], steps)
             held = np.repeat(videos[:, :1], videos.shape[1], axis=1)
             for name, pictures in (("base", made), ("frozen", held)):
-                scores[name] += benchmark.score_videos(pictures, clips.load(indices), rows, track, rows[0]["fps"])
+                scores[name] += benchmark.score(pictures, clips.load(indices), rows, rows[0].fps, track)
         for name, found in scores.items():
-            means = [f"{np.mean([s[key] for s in found]):.4f}" for key in ("l2", "chamfer", "iou", "vanished")]
+            means = [f"{np.mean([s.numbers[key] for s in found]):.4f}" for key in ("l2", "chamfer", "iou", "vanished")]
             lines.append([clips.splits[0].folder.parent.name, name, *means])
     return markdown(["clips", "row", "L2", "chamfer", "IoU", "vanished"], lines)
 
@@ -211,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         truths = [options.part] if options.part in ("flow", "depth") else []
         kinds = [DataConfig(clips=c, split=options.split, limit=options.limit) for c in options.clips]
         data = [Clips(kind, truths=truths) for kind in kinds]
-        model = wan.load(ModelConfig(path=options.model))
+        model = load_wan(ModelConfig(path=options.model))
         if options.part == "segmenter":
             print(check_segmenter(track, data, {"true": truth, "through the VAE": through(model)}))
         elif options.part == "flow":

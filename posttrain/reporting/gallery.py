@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
+from posttrain.core.codec import first_picture
 from posttrain.core.errors import UserError
 from posttrain.core.files import replacing
 from posttrain.core.progress import track
+from posttrain.data.listing import SUFFIXES
 from posttrain.evaluation.sample import Pixels, encode_texts, sample_clips, write_video
 from posttrain.models.base import VideoModel
 
-CELL = 32  # what the sides of every Wan model's clips are multiples of
 LINE = 14  # pixels of a line of text
 
 
@@ -35,7 +36,9 @@ class Wish:
 
 
 def open_picture(path: Path | str) -> Image.Image:
-    """A picture file, upright and in RGB. Raises UserError if it is none."""
+    """A picture file, or a video's first picture, upright and in RGB. Raises UserError if it is none."""
+    if Path(path).suffix.lower() in SUFFIXES - {".gif"} and Path(path).is_file():
+        return Image.fromarray(first_picture(Path(path)))
     try:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture).convert("RGB")
@@ -45,10 +48,10 @@ def open_picture(path: Path | str) -> Image.Image:
         raise UserError(f"{path}: cannot be read as a picture; give a PNG, JPEG or WebP file") from error
 
 
-def natural_size(picture: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of about the picture's shape and no more pixels than `size` has, in multiples of CELL."""
+def natural_size(picture: Image.Image, size: tuple[int, int], side: int) -> tuple[int, int]:
+    """(height, width) of about the picture's shape and no more pixels than `size` has, in multiples of `side`."""
     shrink = min(1.0, (size[0] * size[1] / (picture.width * picture.height)) ** 0.5)
-    height, width = (max(CELL, int(side * shrink) // CELL * CELL) for side in (picture.height, picture.width))
+    height, width = (max(side, int(length * shrink) // side * side) for length in (picture.height, picture.width))
     return height, width
 
 
@@ -121,7 +124,7 @@ def film(
 
 
 def contact_sheet(path: Path | str, clips: Mapping[str, Pixels], columns: int = 8) -> None:
-    """Write a PNG: a row for each clip, `columns` frames from first to last, its name below."""
+    """Write a .png or .jpg: a row for each clip, `columns` frames from first to last, its name below."""
     rows = []
     for name, clip in clips.items():
         chosen = np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)
@@ -131,7 +134,7 @@ def contact_sheet(path: Path | str, clips: Mapping[str, Pixels], columns: int = 
         ImageDraw.Draw(row).text((2, strip.shape[0] + 1), name, fill="black")
         rows.append(np.asarray(row))
     with replacing(path) as temporary:
-        Image.fromarray(np.concatenate(rows)).save(temporary, format="PNG")
+        Image.fromarray(np.concatenate(rows)).save(temporary)
 
 
 def animation(path: Path | str, rows: Sequence[Sequence[Pixels]], fps: float, labels: Sequence[str]) -> None:
