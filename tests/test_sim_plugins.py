@@ -67,7 +67,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fix
     section, package = request.param
     text = (ROOT / "CONTRIBUTING.md").read_text()
     path, code = re.search(
-        rf"^### {section}\n.*?This one, `([\w/]+\.py)`.*?```python\n(.*?)```", text, re.S | re.M
+        rf"^##+ {section}\n.*?This one, `([\w/]+\.py)`.*?```python\n(.*?)```", text, re.S | re.M
     ).groups()
     assert Path(path).parent == Path(*package.split("."))
     (tmp_path / Path(path).name).write_text(code)
