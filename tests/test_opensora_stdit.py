@@ -30,7 +30,10 @@ def model(dtype: torch.dtype = torch.float64, **changes: Any) -> STDiT3:
 
 
 def inputs(
-    size: tuple[int, int] = (5, 6), frames: int = 3, lengths: tuple[int, ...] = (4, 9), dtype: torch.dtype = torch.float64
+    size: tuple[int, int] = (5, 6),
+    frames: int = 3,
+    lengths: tuple[int, ...] = (4, 9),
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     batch = len(lengths)
@@ -142,7 +145,9 @@ def reference(made: STDiT3, given: dict[str, Tensor], b: int) -> Tensor:
             k, v = linear(weights, f"{name}.cross_attn.kv_linear", y).chunk(2, dim=1)
             read = attend(linear(weights, f"{name}.cross_attn.q_linear", flat), k, v, heads)
             tokens = tokens + linear(weights, f"{name}.cross_attn.proj", read).view_as(tokens)
-            rest = [mlp(weights, f"{name}.mlp", norm(tokens[f]) * (1 + table[f][4]) + table[f][3]) for f in range(frames)]
+            rest = [
+                mlp(weights, f"{name}.mlp", norm(tokens[f]) * (1 + table[f][4]) + table[f][3]) for f in range(frames)
+            ]
             tokens = torch.stack([tokens[f] + table[f][5] * rest[f] for f in range(frames)])
 
     table = weights["final_layer.scale_shift_table"]

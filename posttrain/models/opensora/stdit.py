@@ -1,4 +1,4 @@
-"""STDiT3, the transformer of Open-Sora v1.2: blocks that attend within a frame and blocks that attend along time, in turn.
+"""STDiT3, the transformer of Open-Sora v1.2: blocks that attend within a frame, and blocks that attend along time.
 
 Parameter names and shapes, the order of arithmetic and every rounding are those of the published model. What is said of
 it here holds for its own terms: times from 0 (data) to 1000 (noise), velocity = data - noise. model.py has ours.
@@ -8,6 +8,7 @@ L text tokens, D text width.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,9 +85,10 @@ class Rope(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, patch: tuple[int, int, int], channels: int, width: int) -> None:
+    def __init__(self, patch: Sequence[int], channels: int, width: int) -> None:
         super().__init__()
-        self.proj = nn.Conv3d(channels, width, kernel_size=patch, stride=patch)
+        size: Any = tuple(patch)
+        self.proj = nn.Conv3d(channels, width, kernel_size=size, stride=size)
 
 
 class ScalarEmbed(nn.Module):
@@ -114,6 +116,8 @@ class Mlp(nn.Module):
 
 class CaptionEmbed(nn.Module):
     """The text's width to the model's. `y_embedding` stands for no caption at all."""
+
+    y_embedding: Tensor
 
     def __init__(self, text_width: int, width: int, tokens: int, dropout: float) -> None:
         super().__init__()
@@ -248,7 +252,7 @@ class STDiT3(ModelMixin, ConfigMixin, PeftAdapterMixin):
         model_max_length: int = 300,
         qk_norm: bool = True,
         in_channels: int = 4,
-        patch_size: tuple[int, int, int] = (1, 2, 2),
+        patch_size: Sequence[int] = (1, 2, 2),
         pred_sigma: bool = True,
         input_sq_size: int = 512,
         class_dropout_prob: float = 0.1,
@@ -260,7 +264,7 @@ class STDiT3(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.gradient_checkpointing = False
         self.out_channels = in_channels * (2 if pred_sigma else 1)
         self.rope = Rope(hidden_size // num_heads)
-        self.x_embedder = PatchEmbed(tuple(patch_size), in_channels, hidden_size)
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder, self.fps_embedder = ScalarEmbed(hidden_size), ScalarEmbed(hidden_size)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
         self.y_embedder = CaptionEmbed(caption_channels, hidden_size, model_max_length, class_dropout_prob)
@@ -279,9 +283,11 @@ class STDiT3(ModelMixin, ConfigMixin, PeftAdapterMixin):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.fps_embedder.mlp[0].weight, std=0.02)
-        nn.init.zeros_(self.fps_embedder.mlp[2].weight)
-        for block in self.temporal_blocks:
+        fps: Any = self.fps_embedder.mlp
+        nn.init.normal_(fps[0].weight, std=0.02)
+        nn.init.zeros_(fps[2].weight)
+        temporal: Any = self.temporal_blocks
+        for block in temporal:
             for layer in (block.attn.proj, block.cross_attn.proj, block.mlp.fc2):
                 nn.init.zeros_(layer.weight)
 

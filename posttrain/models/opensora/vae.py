@@ -75,7 +75,7 @@ def _blocks(channels: int, out: int, count: int, groups: int) -> nn.ModuleList:
     return nn.ModuleList(ResBlock(channels if j == 0 else out, out, groups) for j in range(count))
 
 
-def _through(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+def _through(blocks: Any, x: Tensor) -> Tensor:
     for block in blocks:
         x = block(x)
     return x
