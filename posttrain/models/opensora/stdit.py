@@ -13,16 +13,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
+
+from posttrain.models.opensora.weights import Published
 
 # name endings of the layers that get an adapter
 TARGETS = (
     *("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj"),
     *("mlp.fc1", "mlp.fc2"),
 )
+NULL = "y_embedder.y_embedding"  # the learned text that stands for none
 FREQUENCIES = 256  # width of the sinusoidal embedding of a scalar
 
 
@@ -224,7 +226,7 @@ def _norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
-class STDiT3(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class STDiT3(Published, PeftAdapterMixin):
     """The transformer; its defaults are those of the published STDiT3-XL/2.
 
     Args:
@@ -276,6 +278,14 @@ class STDiT3(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.spatial_blocks, self.temporal_blocks = blocks(temporal=False), blocks(temporal=True)
         self.final_layer = FinalLayer(hidden_size, math.prod(patch_size) * self.out_channels)
         self._initialise()
+
+    @classmethod
+    def constants(cls, config: dict[str, Any]) -> dict[str, Tensor]:
+        """The learned text that stands for none is zero where it is lacking: then guidance means little."""
+        return {
+            "rope.freqs": rope_frequencies(config["hidden_size"] // config["num_heads"]),
+            NULL: torch.zeros(config["model_max_length"], config["caption_channels"]),
+        }
 
     def _initialise(self) -> None:
         """Weights to train from scratch: at first the frames do not see each other along time."""

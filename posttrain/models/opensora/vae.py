@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
+from diffusers import AutoencoderKL
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from posttrain.models.opensora.weights import Published
 
 # of the published image autoencoder, in diffusers' terms
 SPATIAL: dict[str, Any] = {
@@ -194,7 +196,7 @@ class SpatialVAE(nn.Module):
         self.module = AutoencoderKL(**config)
 
 
-class OpenSoraVAE(ModelMixin, ConfigMixin):
+class OpenSoraVAE(Published):
     """Pixels in [-1, 1] to normalised latents and back; the defaults are those of the published model.
 
     Args:
@@ -226,6 +228,21 @@ class OpenSoraVAE(ModelMixin, ConfigMixin):
         self.register_buffer("shift", torch.tensor(shift).view(1, -1, 1, 1, 1))
         self.spatial_scaling_factor = spatial_scaling_factor
         self.micro_frame_size, self.micro_batch_size = micro_frame_size, micro_batch_size
+
+    @classmethod
+    def constants(cls, config: dict[str, Any]) -> dict[str, Tensor]:
+        values = {"scale": config.get("scale", SCALE), "shift": config.get("shift", SHIFT)}
+        return {name: torch.tensor(value).view(1, -1, 1, 1, 1) for name, value in values.items()}
+
+    @property
+    def channels(self) -> int:
+        """Of the latents."""
+        return self.temporal_vae.post_quant_conv.conv.in_channels
+
+    @property
+    def space_factor(self) -> int:
+        """Pixels along each side of a latent cell."""
+        return 2 ** (len(self.spatial_vae.module.config.block_out_channels) - 1)
 
     def encode(self, video: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> Tensor:
         """Latents (B, C, T', H // 8, W // 8) of pixels (B, 3, T, H, W).
