@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, T5EncoderModel
 from posttrain.core.errors import UserError
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, Merged, ModelConfig
-from posttrain.models.opensora import TARGETS, text
-from posttrain.models.opensora.loading import bare, load, save_merged
+from posttrain.models.opensora import TARGETS, outline, text
+from posttrain.models.opensora.loading import MODEL, bare, load, save_merged
 from posttrain.models.opensora.stdit import NULL, STDiT3, rope_frequencies
 from posttrain.models.opensora.vae import SCALE, OpenSoraVAE
 from posttrain.models.opensora.weights import read
@@ -286,6 +286,21 @@ def test_whole_weights_are_saved_and_restored(folder: Path, tmp_path: Path) -> N
     with pytest.raises(UserError):
         fresh.restore(tmp_path / "nowhere")
     assert lora.unwrap(fresh.transformer) is fresh.transformer
+
+
+def test_the_published_model_as_shapes(folder: Path) -> None:
+    """Without the hub; what of it is trained."""
+    shapes = outline(config(Path(MODEL)), 32, 256, 256)
+    tensors = shapes.model.transformer.state_dict()
+    assert sum(tensor.numel() for tensor in tensors.values()) == 1_208_872_772
+    assert all(tensor.is_meta for tensor in tensors.values())
+    assert sum(tensor.numel() for tensor in shapes.decoder.state_dict().values()) == 393_341_015
+    assert shapes.tokens == 9 * 16 * 16
+    trained = sum(p.numel() for p in shapes.model.transformer.parameters() if p.requires_grad)
+    assert trained == 1_208_872_772 - 300 * 4096 - 36 - (4096 + 1) * 1152 - (1152 + 1) * 1152
+    small = outline(config(folder, adapter={"rank": 2}, dtype="bf16"), 9, 40, 32)
+    assert small.tokens == 3 * 3 * 2  # an odd number of cells is padded
+    assert small.model.transformer.x_embedder.proj.weight.dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------------------------------------------ text

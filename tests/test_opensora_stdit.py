@@ -266,7 +266,7 @@ def test_positions_are_rounded_as_the_weights_and_width_comes_first() -> None:
     assert torch.equal(exact[0, :8], exact[3, :8])  # both tokens of column 0
     assert torch.equal(exact[0, 8:], exact[2, 8:])  # all tokens of row 0
     coarse = position_embedding(2, 3, 16, 0.5, torch.bfloat16, cpu)
-    table = (10000 ** -(torch.arange(0, 8, 2).float() / 8)).bfloat16().float()
+    table = (1 / 10000 ** (torch.arange(0, 8, 2).float() / 8)).bfloat16().float()
     column = 1 / 0.5 * (round(math.sqrt(6)) / 3)
     assert torch.equal(coarse[1, :4], (column * table).sin().bfloat16())
 

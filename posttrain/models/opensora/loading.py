@@ -9,7 +9,7 @@ What is not in the folder is the published part, from the hub.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from posttrain.models.opensora.vae import OpenSoraVAE
 from posttrain.models.opensora.weights import files_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MODEL = "hpcai-tech/OpenSora-STDiT-v3"
 VAE = "hpcai-tech/OpenSora-VAE-v1.2"
 TEXT = (
     "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"  # T5 v1.1-XXL in safetensors, below text_encoder/ and tokenizer/
@@ -50,18 +51,7 @@ def locate(path: str, revision: str | None = None) -> Parts:
     Raises:
         UserError: `path` is no folder and not to be had from the hub.
     """
-    if Path(path).is_dir():
-        if revision is not None:
-            raise UserError(
-                f"model.revision: {revision} is for hub ids, and {path} is a folder; leave it out",
-                "conflict",
-                "model.revision",
-            )
-        root = Path(path).absolute()  # later the working directory may be another
-    elif len(Path(path).parts) != 2 or path.startswith((".", "/", "~")):
-        raise UserError(f"model.path: {path} does not exist; give a folder or a hub id", "missing", "model.path")
-    else:
-        root = _fetch(path, revision, "*")
+    root = folder_of(path, revision)
     text = None
     if not ((root / "text_encoder").is_dir() and (root / "tokenizer").is_dir()):
         text = _fetch(TEXT, None, "text_encoder/*", "tokenizer/*")
@@ -73,6 +63,34 @@ def locate(path: str, revision: str | None = None) -> Parts:
         (text or root) / "tokenizer",
         float(read_json(index).get("fps", FPS)) if index.exists() else FPS,
     )
+
+
+def folder_of(path: str, revision: str | None = None) -> Path:
+    """The folder that `path` names, absolute, for later the working directory may be another. Errors as `locate`."""
+    if Path(path).is_dir():
+        if revision is not None:
+            raise UserError(
+                f"model.revision: {revision} is for hub ids, and {path} is a folder; leave it out",
+                "conflict",
+                "model.revision",
+            )
+        return Path(path).absolute()
+    if len(Path(path).parts) != 2 or path.startswith((".", "/", "~")):
+        raise UserError(f"model.path: {path} does not exist; give a folder or a hub id", "missing", "model.path")
+    return _fetch(path, revision, "*", "transformer/*", "vae/*", "text_encoder/*", "tokenizer/*")
+
+
+def read_configs(path: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the configs of transformer and VAE say; {}: as our classes' defaults, which are the published models.
+
+    Raises:
+        UserError: as `locate`. The published model is known without the hub.
+    """
+    if path == MODEL and not Path(path).is_dir():
+        return {}, {}
+    root = folder_of(path, revision)
+    transformer, vae = (root / name if (root / name).is_dir() else None for name in ("transformer", "vae"))
+    return STDiT3.read_config(transformer or root), OpenSoraVAE.read_config(vae) if vae else {}
 
 
 def _fetch(name: str, revision: str | None, *patterns: str) -> Path:
@@ -97,7 +115,12 @@ def bare(config: ModelConfig, dtype: torch.dtype | None = None) -> STDiT3:
     Raises:
         UserError: it cannot be loaded, or `start` or `merge` do not fit it.
     """
-    return _transformer(config, locate(config.path, config.revision).transformer, dtype or DTYPES[config.dtype])
+    return _transformer(config, _transformer_folder(config), dtype or DTYPES[config.dtype])
+
+
+def _transformer_folder(config: ModelConfig) -> Path:
+    root = folder_of(config.path, config.revision)
+    return root / "transformer" if (root / "transformer").is_dir() else root
 
 
 def _transformer(config: ModelConfig, folder: Path, dtype: torch.dtype | None) -> STDiT3:
@@ -124,6 +147,13 @@ def _transformer(config: ModelConfig, folder: Path, dtype: torch.dtype | None) -
     return transformer
 
 
+def freeze(transformer: STDiT3, trained: bool) -> None:
+    """Say what is trained where there is no adapter: all but the text's projection and the frequencies along time."""
+    transformer.requires_grad_(trained)
+    for frozen in (transformer.rope, transformer.y_embedder):
+        frozen.requires_grad_(False)
+
+
 def _is_adapter(start: str) -> bool:
     """Whether `model.start` is a file of low-rank matrices; other files are weights, as folders are."""
     return Path(start).is_file() and Path(start).suffix == ".safetensors"
@@ -135,7 +165,7 @@ def save_merged(config: ModelConfig, adapter: Path, path: Path) -> None:
     Raises:
         UserError: as `bare` and `lora.load`, or the folder cannot be written.
     """
-    transformer = _transformer(config, locate(config.path, config.revision).transformer, None)
+    transformer = _transformer(config, _transformer_folder(config), None)
     lora.merge(transformer, adapter)
     transformer.save_published(path)
 
@@ -181,9 +211,7 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> OpenSora:
                 "mismatch",
                 "model.path",
             )
-    transformer.requires_grad_(config.dtype == "fp32")
-    for frozen in (transformer.rope, transformer.y_embedder):
-        frozen.requires_grad_(False)
+    freeze(transformer, config.dtype == "fp32")
     if config.adapter is not None:
         adapter = config.adapter
         lora.attach(transformer, adapter.rank, adapter.alpha, adapter.targets or TARGETS, config.seed)

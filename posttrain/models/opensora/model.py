@@ -49,6 +49,7 @@ class OpenSora:
 
     times = (0.0, 1.0)
     boundary = 0.0
+    whole_text = False  # True: every text has all tokens, and its values are not asked
 
     def __init__(
         self,
@@ -73,7 +74,6 @@ class OpenSora:
         self.n_cond_frames = int(conditioning == "image")
         self.text_tokens: int = self.config.model_max_length
         self.fps = fps
-        self.whole_text = False  # True: every text has all tokens, and its values are not asked
         self._clip: tuple[int, int, int] | None = None  # pictures, height, width of the clips that are worked on
 
     @property
@@ -213,7 +213,6 @@ class OpenSora:
         def each(value: float) -> Tensor:
             return torch.full((batch,), value, device=z_BCFHW.device)
 
-        height, width = (float(self.space * side) for side in cells)
         v_BCFHW = transformer(
             z_BCFHW.to(self.dtype),
             TIMES * t_BF[:, -1],
@@ -221,9 +220,8 @@ class OpenSora:
             mask_BL,
             x_mask,
             fps=each(IMAGE_FPS if self._pictures(frames) == 1 else self.fps),
-            # numbers: a device would have to be asked for them
-            height=torch.tensor([height]),
-            width=torch.tensor([width]),
+            height=[self.space * cells[0]],  # as numbers: a device would have to be asked for them
+            width=[self.space * cells[1]],
         )
         return -v_BCFHW[:, :channels].to(z_BCFHW.dtype)
 

@@ -30,7 +30,7 @@ FREQUENCIES = 256  # width of the sinusoidal embedding of a scalar
 
 def rope_frequencies(head_dim: int) -> Tensor:
     """theta_k = 10000^(-2k / head_dim), k = 0 .. head_dim / 2 - 1; float32."""
-    return 10000 ** -(torch.arange(0, head_dim, 2).float() / head_dim)
+    return 1 / 10000 ** (torch.arange(0, head_dim, 2).float() / head_dim)
 
 
 def position_embedding(
@@ -43,7 +43,7 @@ def position_embedding(
     """
     base = round(math.sqrt(rows * columns))
     half = width // 2
-    frequencies = (10000 ** -(torch.arange(0, half, 2, device=device).float() / half)).to(dtype)
+    frequencies = (1 / 10000 ** (torch.arange(0, half, 2, device=device).float() / half)).to(dtype)
 
     def embed(count: int) -> Tensor:
         positions = torch.arange(count, device=device) / scale * (base / count)
@@ -309,8 +309,8 @@ class STDiT3(Published, PeftAdapterMixin):
         mask: Tensor | list[int] | None = None,
         x_mask: Tensor | None = None,
         fps: Tensor | None = None,
-        height: Tensor | None = None,
-        width: Tensor | None = None,
+        height: Tensor | Sequence[float] | None = None,
+        width: Tensor | Sequence[float] | None = None,
         **ignored: Any,
     ) -> Tensor:
         """What the model says of noisy latents: (B, out_channels, T, H, W), float32; the first 4 are data - noise.
@@ -327,7 +327,7 @@ class STDiT3(Published, PeftAdapterMixin):
             mask: (B', L), 1 for valid tokens, repeated to B; None: all are valid. With `skip_y_embedder`: the lengths.
             x_mask: (B, T) bool; None: no frame is clean.
             fps: (B'',), repeated to B.
-            height, width: of the clip in pixels, (B,); the first one counts for all.
+            height, width: of the clip in pixels, (B,) or numbers in a list; the first one counts for all.
         """
         if fps is None or height is None or width is None:
             raise ValueError("fps, height and width are needed")
