@@ -23,7 +23,7 @@ from posttrain.flow import SamplerConfig
 from posttrain.methods.oro import Sampling, oro_loss
 from posttrain.metrics import pisa
 from posttrain.models.base import ModelConfig
-from posttrain.models.wan import model as wan_model
+from posttrain.models.wan import loading as wan_model
 from posttrain.models.wan.model import Wan
 from posttrain.rewards import depth, flow, segmentation, trajectory
 from posttrain.rewards.base import Reward, contrast, load_all, total, truths
