@@ -131,8 +131,8 @@ def _transformer(config: ModelConfig, folder: Path, dtype: torch.dtype | None) -
     source = folder
     if config.start and not _is_adapter(config.start):
         source = Path(config.start)
-        told = STDiT3.read_config(source) if source.is_dir() else {}
-        if any(told[name] != shape[name] for name in told.keys() & shape.keys()):
+        own = STDiT3.read_config(source) if source.is_dir() else {}
+        if any(own[name] != shape[name] for name in own.keys() & shape.keys()):
             raise UserError(
                 f"model.start: {config.start} was trained from another model; name that one in model.path",
                 "mismatch",

@@ -26,6 +26,7 @@ from torch.autograd.graph import save_on_cpu
 from posttrain.core.errors import UserError
 from posttrain.core.files import replacing
 from posttrain.models import lora
+from posttrain.models.base import text_lengths
 from posttrain.models.opensora import text
 from posttrain.models.opensora.conditioning import IMAGE_FPS
 from posttrain.models.opensora.rflow import TIMES
@@ -183,10 +184,9 @@ class OpenSora:
     def _text(self, text_BLD: Tensor) -> tuple[Tensor, Tensor]:
         """y_B1LD with the learned text where there is none, and its mask_BL, both cut to the longest."""
         batch, length, _ = text_BLD.shape
-        place_L = torch.arange(length, device=text_BLD.device)
         if self.whole_text:
             return text_BLD[:, None], torch.ones(batch, length, dtype=torch.bool, device=text_BLD.device)
-        lengths_B = ((text_BLD != 0).any(-1) * (place_L + 1)).amax(1)
+        lengths_B = text_lengths(text_BLD)
         none_B = lengths_B == 0
         if bool(none_B.any()):
             null_LD = lora.unwrap(self.transformer).y_embedder.y_embedding[:length].to(text_BLD)
@@ -195,7 +195,7 @@ class OpenSora:
             guided = batch == 2 * half and bool(none_B[:half].all()) and not bool(none_B[half:].any())
             lengths_B = lengths_B[half:].repeat(2) if guided else lengths_B.masked_fill(none_B, length)
         kept = int(lengths_B.max())
-        return text_BLD[:, None, :kept], place_L[:kept] < lengths_B[:, None]
+        return text_BLD[:, None, :kept], torch.arange(kept, device=text_BLD.device) < lengths_B[:, None]
 
     # -------------------------------------------------------------------------------------------- sampling
 

@@ -338,9 +338,9 @@ class STDiT3(Published, PeftAdapterMixin):
         rows, columns = x.shape[3] // patch_h, x.shape[4] // patch_w
 
         scale = (float(height[0]) * float(width[0])) ** 0.5 / self.config.input_sq_size
-        place_SC = position_embedding(rows, columns, self.config.hidden_size, scale, dtype, x.device)
+        position_SC = position_embedding(rows, columns, self.config.hidden_size, scale, dtype, x.device)
         x_BTSC = self.x_embedder.proj(x).flatten(3).permute(0, 2, 3, 1)
-        x_BTSC = x_BTSC + place_SC.to(x_BTSC.dtype)
+        x_BTSC = x_BTSC + position_SC.to(x_BTSC.dtype)
 
         fps_BC = self.fps_embedder(fps.reshape(-1), dtype)
         fps_BC = fps_BC.repeat(batch // len(fps_BC), 1)
@@ -373,8 +373,8 @@ class STDiT3(Published, PeftAdapterMixin):
         if self.config.skip_y_embedder:
             lengths = mask.long().tolist() if isinstance(mask, Tensor) else list(mask or [])
             y_BLC = nn.utils.rnn.pad_sequence(list(y.squeeze(0).split(lengths)), batch_first=True)
-            place_L = torch.arange(y_BLC.shape[1], device=y.device)
-            return y_BLC, place_L < torch.tensor(lengths, device=y.device)[:, None]
+            index_L = torch.arange(y_BLC.shape[1], device=y.device)
+            return y_BLC, index_L < torch.tensor(lengths, device=y.device)[:, None]
         y_BLC = self.y_embedder(y.squeeze(1))
         if mask is None:
             return y_BLC, None

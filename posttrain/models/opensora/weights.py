@@ -36,8 +36,8 @@ def files_of(path: Path) -> list[Path]:
             if wrong := [name for name in names if Path(name).name != name]:
                 raise UserError(f"{indexes[0]}: names {wrong[0]!r}, which is no file of its folder", "outside")
             return [path / name for name in names]
-        if found := sorted(path.glob(f"*.{ending}")):
-            return found
+        if files := sorted(path.glob(f"*.{ending}")):
+            return files
     for inner in (path / "model", path / "ema.pt"):
         if inner.exists():
             return files_of(inner)
@@ -58,20 +58,20 @@ def read(path: Path) -> dict[str, Tensor]:
             raise UserError(f"{file}: does not exist; get this file of the model again", "missing")
         try:
             if file.suffix == ".safetensors":
-                found = load_file(file)
+                tensors = load_file(file)
             else:
-                found = torch.load(file, map_location="cpu", weights_only=True)
+                tensors = torch.load(file, map_location="cpu", weights_only=True)
         except (SafetensorError, OSError, RuntimeError, EOFError) as error:
             raise UserError(
                 f"{file}: is torn ({_reason(error)}); get this file of the model again", "damaged"
             ) from error
         except Exception as error:  # of the unpickler, for all that is no tensor
             raise UserError(f"{file}: holds more than tensors ({_reason(error)})", "format") from error
-        if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise UserError(f"{file}: is no list of named tensors", "format")
-        if twice := sorted(found.keys() & weights.keys()):
+        if twice := sorted(tensors.keys() & weights.keys()):
             raise UserError(f"{file}: has {twice[0]}, and so has a file beside it; keep one of them", "duplicate")
-        weights |= found
+        weights |= tensors
     return weights
 
 
@@ -117,8 +117,8 @@ class Published(ModelMixin, ConfigMixin):
             UserError: there is none beside safetensors.
         """
         bare = not (folder / CONFIG).exists() and files_of(folder)[0].suffix != ".safetensors"
-        told, known = {} if bare else read_json(folder / CONFIG), inspect.signature(cls.__init__).parameters
-        return {name: value for name, value in told.items() if name in known}
+        config, known = {} if bare else read_json(folder / CONFIG), inspect.signature(cls.__init__).parameters
+        return {name: value for name, value in config.items() if name in known}
 
     @classmethod
     def build(
