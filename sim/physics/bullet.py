@@ -10,19 +10,41 @@ Shape letters: S physics steps, T frames, N bodies, V hull vertices.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
 
 import numpy as np
 
-from sim import assets
-from sim.scene import FLOOR, Body, Contact, Quaternion, Scene, Trajectory, Vector
+from posttrain.core.recipe import Strict
+from sim.assets import library
+from sim.geometry import xyzw
+from sim.scene import (
+    FLOOR,
+    AddEnergy,
+    Body,
+    Contact,
+    Hold,
+    Intervention,
+    Quaternion,
+    Scene,
+    Teleport,
+    Trajectory,
+    Tunnel,
+    Vector,
+)
 
 RATE = 240  # physics steps per second, or the next rate that is a whole number of steps per frame
 GAP = 3  # steps without impulse that end a touch
-Intervene = Callable[[ModuleType, list[int], int], None]  # engine, the bodies' handles (the floor's is 0), step
 STILL = 5e-3  # metres (and radians) per second below which a settling body rests
+Hook = Callable[[int], None]  # called before each step with its number, 0 before anything has moved
+
+
+class Config(Strict):
+    """Nothing to choose."""
+
+
+DEFAULT = Config()
 
 
 @lru_cache(maxsize=1)
@@ -40,25 +62,15 @@ def engine() -> ModuleType:
     return pybullet
 
 
-def xyzw(quaternion: Quaternion) -> Quaternion:
-    w, x, y, z = quaternion
-    return x, y, z, w
-
-
-def is_round(body: Body) -> bool:
-    """Whether physics takes a sphere for it instead of a hull."""
-    return body.asset.partition("/")[0] in assets.ROUND
-
-
 def steps_per_frame(fps: float) -> int:
     return math.ceil(RATE / fps)
 
 
 def shape(bullet: ModuleType, body: Body) -> int:
     """What collides for it: a sphere or its convex hull."""
-    if is_round(body):
+    if library.is_round(body.asset):
         return int(bullet.createCollisionShape(bullet.GEOM_SPHERE, radius=body.size / 2))
-    vertices = (assets.hull(body.asset) * body.size).tolist()
+    vertices = (library.hull(body.asset) * body.size).tolist()
     return int(bullet.createCollisionShape(bullet.GEOM_MESH, vertices=vertices))
 
 
@@ -87,10 +99,8 @@ def _load(scene: Scene) -> tuple[ModuleType, list[int], float]:
     return bullet, [_add(bullet, body) for body in scene.bodies], step
 
 
-def simulate(scene: Scene, intervene: Intervene | None = None) -> Trajectory:
+def simulate(scene: Scene, interventions: Sequence[Intervention] = (), config: Config = DEFAULT) -> Trajectory:
     """Let the scene go at time 0: `dropped` bodies fall from rest, `pile` rests, `moved` are fixed obstacles.
-
-    `intervene` is called before each step, step 0 before anything has moved, and may change the engine's world.
 
     A contact's time is that of the step that first resists it, at most one step off; its impulse is the sum of the
     normal impulses until the two part (or the clip ends, for what comes to rest).
@@ -103,12 +113,13 @@ def simulate(scene: Scene, intervene: Intervene | None = None) -> Trajectory:
         if body.role == "dropped":
             bullet.resetBaseVelocity(handle, (-gravity * step / 2).tolist(), (0, 0, 0))
 
+    hooks = [_hook(bullet, handles, scene, step, intervention) for intervention in interventions]
     poses, velocities = [], []  # of every step, then every body
     touches: dict[tuple[int, int], list[float]] = {}  # (time, impulse, last step) of what touches now
     contacts = []
     for n in range((scene.frames - 1) * per_frame + 1):
-        if intervene is not None:
-            intervene(bullet, handles, n)
+        for hook in hooks:
+            hook(n)
         poses.append([sum(bullet.getBasePositionAndOrientation(handle), ()) for handle in handles])
         velocities.append([sum(bullet.getBaseVelocity(handle), ()) for handle in handles])
         bullet.stepSimulation()
@@ -142,10 +153,62 @@ def simulate(scene: Scene, intervene: Intervene | None = None) -> Trajectory:
     )
 
 
-def energy_gain(trajectory: Trajectory) -> float:
-    """The largest rise of the energy above what it was before, as a share of the energy at time 0."""
-    energy = trajectory.energy
-    return float((energy - np.minimum.accumulate(energy)).max() / energy[0])
+def _hook(bullet: ModuleType, handles: list[int], scene: Scene, step: float, intervention: Intervention) -> Hook:
+    """What carries out an intervention while the world runs. The floor's handle is 0."""
+    handle = handles[intervention.body]
+    done = False
+
+    def hold(n: int, height: float) -> None:
+        (x, y, z), turn = bullet.getBasePositionAndOrientation(handle)
+        if z <= height:
+            bullet.resetBasePositionAndOrientation(handle, (x, y, height), turn)
+            bullet.resetBaseVelocity(handle, (0, 0, 0), (0, 0, 0))
+            bullet.changeDynamics(handle, -1, mass=0)
+
+    def tunnel(n: int, through: tuple[int, ...], depth: float) -> None:
+        if n > 0:
+            return
+        for index in through:
+            bullet.setCollisionFilterPair(handle, 0 if index == FLOOR else handles[index], -1, -1, 0)
+            if index == FLOOR:
+                copied, turn = bullet.createCollisionShape(bullet.GEOM_PLANE), (0.0, 0.0, 0.0, 1.0)
+                position, surface = (0.0, 0.0, -depth), (scene.floor_friction, scene.floor_restitution)
+            else:
+                body = scene.bodies[index]
+                (x, y, z), turn = body.position, xyzw(body.orientation)
+                copied, position, surface = shape(bullet, body), (x, y, z - depth), (body.friction, body.restitution)
+            copy = bullet.createMultiBody(0, copied, basePosition=position, baseOrientation=turn)
+            bullet.changeDynamics(copy, -1, lateralFriction=surface[0], restitution=surface[1])
+            for other in handles:
+                if other != handle:
+                    bullet.setCollisionFilterPair(copy, other, -1, -1, 0)
+
+    def add_energy(n: int, height: float) -> None:
+        nonlocal done
+        if done or not any(point[9] > 0 for point in bullet.getContactPoints(handle)):
+            return
+        done = True
+        (x, y, z), spin = bullet.getBaseVelocity(handle)
+        z = math.sqrt(z**2 + 2 * abs(scene.gravity[2]) * height)
+        bullet.resetBaseVelocity(handle, (x, y, z), spin)
+
+    def teleport(n: int, time: float, offset: Vector) -> None:
+        if n == round(time / step):
+            position, turn = bullet.getBasePositionAndOrientation(handle)
+            velocity = bullet.getBaseVelocity(handle)
+            moved = tuple(p + o for p, o in zip(position, offset, strict=True))
+            bullet.resetBasePositionAndOrientation(handle, moved, turn)
+            bullet.resetBaseVelocity(handle, *velocity)
+
+    match intervention:
+        case Hold(_, height):
+            return lambda n: hold(n, height)
+        case Tunnel(_, through, depth):
+            return lambda n: tunnel(n, through, depth)
+        case AddEnergy(_, height):
+            return lambda n: add_energy(n, height)
+        case Teleport(_, time, offset):
+            return lambda n: teleport(n, time, offset)
 
 
 def _rotate_back(xyzw_SN4: np.ndarray, vectors_SN3: np.ndarray) -> np.ndarray:
@@ -158,7 +221,7 @@ def _rotate_back(xyzw_SN4: np.ndarray, vectors_SN3: np.ndarray) -> np.ndarray:
 def settle(scene: Scene, seconds: float = 6.0) -> list[tuple[Vector, Quaternion]] | None:
     """Poses of the bodies after they came to rest, or None if they did not within `seconds`.
 
-    Motion is damped here: it is the place of rest that matters, not the way to it.
+    Motion is damped here: where bodies come to rest matters, not the way to it.
     """
     bullet, handles, step = _load(scene)
     for handle in handles:
