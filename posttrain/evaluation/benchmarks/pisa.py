@@ -36,7 +36,7 @@ GRID, FALLS = "grid", "falls"  # test sets beside the splits
 
 
 class FallsConfig(Strict):
-    """The test of p(t|y): an ambiguous set (sim/worlds/ambiguous.py), and how many videos of each of its clips are made."""
+    """The test of p(t|y): an ambiguous set (sim/worlds/ambiguous.py), and the number of videos of each of its clips."""
 
     clips: str
     seeds: int = Field(6, ge=1)
