@@ -76,11 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if asked and not options.run:
                 raise UserError(f"--{next(iter(asked))}: is for the videos that --run makes; leave it out")
             tracker = options.tracker or "pocket"
-            commands.score(options.target, options.clips, options.run, tracker, options.fps, options.out, asked)
+            given = tracker, options.fps, options.out, asked, options.truth_fps
+            commands.score(options.target, options.clips, options.run, *given)
             return 0
         if options.command == "eval" and (ignored := [name for name in SCORING if getattr(options, name) is not None]):
             raise UserError(
-                f"--{ignored[0]}: is for --clips and --run; a run's own measurement is its recipe's, eval.*"
+                f"--{ignored[0].replace('_', '-')}: is for --clips and --run; a run's own measurement is its recipe's, eval.*"
             )
         whole = open_run(options.target, options.overrides)
         runs = members(*whole)
@@ -136,6 +137,8 @@ def _scoring(command: argparse.ArgumentParser) -> None:
         "set needs; by default the embedded tracker, made for 64 x 64 pixels",
     )
     group.add_argument("--fps", type=float, help="of the videos, where their files say it wrongly")
+    truth = "of the benchmark's clips, where their files do not say it (clip_info.json: fps)"
+    group.add_argument("--truth-fps", type=float, metavar="FPS", help=truth)
     group.add_argument("--out", metavar="FOLDER", help="where scores and report go (runs/eval-<benchmark>)")
 
 
@@ -147,7 +150,7 @@ def _add_compare(parsers: Any) -> None:
 
 
 ASKED = ("steps", "guidance", "seeds")  # options of `eval --run`
-SCORING = ("tracker", "fps", "out", *ASKED)  # and of `eval --clips`
+SCORING = ("tracker", "fps", "truth_fps", "out", *ASKED)  # and of `eval --clips`
 JUDGING = ("model", "frames", "url", "rate", "tracker")  # options of `score`
 WISHES = ("prompt", "negative", "seeds", "frames", "fps", "steps", "guidance", "guidance_low")  # see gallery.Wish
 

@@ -188,6 +188,7 @@ def score(
     fps: float | None = None,
     out: str | None = None,
     asked: Mapping[str, Any] | None = None,
+    truth_fps: float | None = None,
 ) -> None:
     """Score videos against a benchmark, a row of the table each; print the tables and write the report.
 
@@ -200,6 +201,7 @@ def score(
         out: the folder for scores and report; None: runs/eval-<benchmark>.
         asked: steps, guidance and seeds for the videos of `runs`; what is left out is as in the run's recipe, and where
             that has no `eval`, as usual for the model, with one seed.
+        truth_fps: of the benchmark's clips, where their files do not say it.
 
     Raises:
         UserError: the benchmark, a folder or a run is not what it should be; the line says how.
@@ -217,7 +219,8 @@ def score(
             raise UserError(f"{path}: does not exist; --clips names folders of videos")
     follower = load_tracker(tracker)
     masks = CACHE / "masks"
-    truths = open_benchmark(benchmark, getattr(follower, "clicks", None), weights_fingerprint(follower.module), masks)
+    follows = weights_fingerprint(follower.module)
+    truths = open_benchmark(benchmark, getattr(follower, "clicks", None), follows, masks, truth_fps)
     if tracker == "pocket" and any(max(truth.row.size) > TRACKED for split in truths.values() for truth in split):
         print(
             f"the embedded tracker was made for {TRACKED} x {TRACKED} pixels; name a SAM 2 with --tracker",
@@ -229,9 +232,10 @@ def score(
     if len(dict(rows)) < len(rows) or any(not name or "/" in name for name, _ in rows):
         raise UserError("--clips: each row of the table needs a name of its own; give one, as in kling=videos/k")
     if main_process():
-        records = score(folder, truths, dict(rows), follower, fps, device())
+        made = [name for name, _ in rows[len(clips) :]]
+        records = score(folder, truths, dict(rows), follower, fps, device(), made)
         print_table(records)
-        print("\nas the published code counts (PISA, table 1):")
+        print("\nas the published code counts (PISA, table 1): cut where the shorter of video and true clip ends")
         print_table(records, released=True)
         print("report:", report(folder)[1])
     wait()

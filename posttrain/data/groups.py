@@ -284,7 +284,7 @@ def check_first_picture(
 
 def _fields(picture_HWC: np.ndarray, object_HW: np.ndarray | None) -> torch.Tensor:
     """The mean colours of its 8 x 8 fields and, where it is known, of the object: (fields, 3)."""
-    picture = torch.from_numpy(picture_HWC).permute(2, 0, 1).float()
+    picture = torch.tensor(picture_HWC).permute(2, 0, 1).float()
     fields = torch.nn.functional.adaptive_avg_pool2d(picture, 8).flatten(1).T
     if object_HW is None or not object_HW.any():
         return fields

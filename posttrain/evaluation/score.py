@@ -15,10 +15,11 @@ Departure from the published evaluation: in generated videos the object is follo
 the authors click again. Files are those of evaluate.py, which see: evaluation/, samples/, resumable, reused by key.
 """
 
+import math
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import islice
@@ -52,6 +53,7 @@ def score(
     tracker: Tracker,
     fps: float | None = None,
     device: torch.device | str = "cpu",
+    made: Collection[str] = (),
 ) -> list[Record]:
     """Score the videos of each folder on every split; returns the records (also in `out`/evaluation).
 
@@ -59,11 +61,14 @@ def score(
         folders: row name -> folder.
         tracker: the segmenter that follows the object in the videos, on `device`.
         fps: the videos' frames per second, where their files say it wrongly; None is what they say.
+        made: rows whose videos `sample_missing` made from the benchmark's pictures. Others have to begin with these.
 
     Raises:
         UserError: a folder has no video of any clip, a video is torn or does not begin as its clip, or `out` holds
             scores of another kind.
     """
+    if fps is not None and not 0 < fps < math.inf:
+        raise UserError(f"--fps: {fps:g} is no rate; give frames per second", "value", "--fps")
     out = Path(out)
     protocol = {"tracker": weights_fingerprint(tracker.module), "splits": sorted(benchmark)}
     _claim(out, protocol)
@@ -79,7 +84,7 @@ def score(
             if len(chosen) < len(truths):
                 lacking = next(truth.id for truth in truths if truth.id not in found)
                 say(record, f"{len(chosen)} of {len(truths)} have a video in {folder} ({lacking} has none)")
-            _complete(out, record, chosen, found, tracker, device)
+            _complete(out, record, chosen, found, tracker, device, row not in made)
             scored = True
         for split in empty if scored else ():
             print(
@@ -241,6 +246,7 @@ def _complete(
     found: Mapping[str, Sequence[Path]],
     tracker: Tracker,
     device: torch.device | str,
+    checked: bool,
 ) -> None:
     """Score the clips that the record's file does not have yet, one by one."""
     path = out / "evaluation" / file_name(record.model, record.folder)
@@ -260,7 +266,7 @@ def _complete(
                 pictures, times_F = load(video, scored_size(truth.row.size))
                 if record.given_fps:
                     times_F = metric.even_times(len(pictures), record.given_fps)
-                scored = score_video(video, pictures, times_F, truth, tracker, device)
+                scored = score_video(pictures, times_F, truth, tracker, device, video if checked else None)
                 places, rate = steady(times_F)
                 scores.append(in_places(scored, places))
                 sample.write_video(samples / f"{truth.id}-s{seed}.mp4", pictures[places], rate)
@@ -293,24 +299,25 @@ def load(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def score_video(
-    path: Path,
     pictures_FHWC: np.ndarray,
     times_F: np.ndarray,
     truth: Truth,
     tracker: Tracker,
     device: torch.device | str = "cpu",
+    path: Path | None = None,
 ) -> ClipScore:
     """One video against its truth, as pisa.score has it; `true_path` has the video's frames.
 
     Raises:
-        UserError: mismatch: the video, called `path`, does not begin as the true clip does.
+        UserError: mismatch: the video, where it is called by its `path`, does not begin as the true clip does.
     """
     height, width = pictures_FHWC.shape[1:3]
     view = views.View((), False, views.centred(truth.row.size, (height, width)), (height, width))
     # all of them, also for a short video: what it lacks is charged where there is an object
     true_FHW = np.stack([views.scale_ids(mask, view) for mask in truth.masks(truth.row.frames)])
-    first = views.scale(truth.picture(), view)
-    groups.check_first_picture(path, pictures_FHWC[0], first, f"clip {truth.id}", true_FHW[0])
+    if path is not None:
+        first = views.scale(truth.picture(), view)
+        groups.check_first_picture(path, pictures_FHWC[0], first, f"clip {truth.id}", true_FHW[0])
     batch = Batch(
         ids=(truth.id,),
         instances_BFHW=torch.from_numpy(true_FHW[None].astype(np.uint8)).to(device),

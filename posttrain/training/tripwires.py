@@ -214,6 +214,8 @@ def goodness(better: str, value: float) -> float:
     """The quantity turned so that more is better; see `Metric.better`."""
     if better == "one":
         return -abs(math.log(max(value, 1e-3)))
+    if better == "zero":
+        return -abs(value)
     return -value if better == "less" else value
 
 
