@@ -81,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.command == "eval" and (ignored := [name for name in SCORING if getattr(options, name) is not None]):
             raise UserError(
-                f"--{ignored[0].replace('_', '-')}: is for --clips and --run; a run's own measurement is its recipe's, eval.*"
+                f"--{ignored[0].replace('_', '-')}: is for --clips and --run; a run's own measurement is its recipe's, "
+                "eval.*"
             )
         whole = open_run(options.target, options.overrides)
         runs = members(*whole)

@@ -170,7 +170,9 @@ def test_lifting_gives_the_fall_back(beta: float, depth: float) -> None:
     assert z == pytest.approx(depth)
     np.testing.assert_allclose(heights, true)
     assert d.fall_error(heights, np.arange(len(heights)) / FPS, t_drop) == pytest.approx(0, abs=1e-12)
-    assert d.fall_error(np.append(heights + 0.1, 7.0), np.arange(len(heights) + 1) / FPS, t_drop) == pytest.approx(0.1)  # after the fall is no fall
+    assert d.fall_error(np.append(heights + 0.1, 7.0), np.arange(len(heights) + 1) / FPS, t_drop) == pytest.approx(
+        0.1
+    )  # after the fall is no fall
 
 
 def test_what_is_level_with_the_camera_cannot_be_lifted() -> None:

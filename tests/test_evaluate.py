@@ -314,7 +314,9 @@ def test_left_and_right_do_not_make_none() -> None:
     drifting = np.zeros((9, SIZE, SIZE), bool)
     for k, mask in enumerate(drifting):
         mask[4 + k : 10 + k, 20 - 2 * k : 26 - 2 * k] = True
-    left, right = (pisa.card(masks, even_times(len(masks), FPS), row)["drift"] for masks in (drifting, drifting[:, :, ::-1]))
+    left, right = (
+        pisa.card(masks, even_times(len(masks), FPS), row)["drift"] for masks in (drifting, drifting[:, :, ::-1])
+    )
     assert left is not None
     assert right is not None
     assert left[0] == pytest.approx(right[0])

@@ -254,7 +254,7 @@ def test_a_frame_counts_by_the_time_that_it_stands_for() -> None:
 
 
 def test_other_rates_of_one_fall_give_the_same_numbers() -> None:
-    """Filmed at 24, 30, 60 frames per second and at any moments: L2 of a late fall within 0.002, contact within a gap."""
+    """Filmed at 24, 30, 60 frames per second and at any moments: L2 within 0.002, the contact within a gap."""
     true, late = fall(0.46, 0.3), 1 / 16
     expected = score(fall(0.46, 0.3, late), true, 16, 16)
     rng = np.random.default_rng(0)

@@ -60,7 +60,7 @@ def printed(records: list[Record], width: int = 80, released: bool = False) -> l
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_a_printed_table_fits_and_leaves_nothing_out(width: int) -> None:
-    """Also with long names: every metric, the whole interval, how many clips a mean is of, the share that never lands."""
+    """Also with long names: every metric, the whole interval, of how many clips, the share that never lands."""
     long = "stepfun-video-t2v-30b-with-a-very-long-suffix-for-the-settings"
     lines = printed([scored("base"), scored(long), scored("[b]x[/b]", split="seen")], width)
     assert max(map(len, lines)) <= width

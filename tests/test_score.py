@@ -295,7 +295,7 @@ def filmed_at(path: Path, times_F: np.ndarray, codec: str, pixels: str, start: i
 
 
 def test_each_frame_has_its_own_time(tmp_path: Path) -> None:
-    """One fall as GIF, WebM, at 60 frames per second and at any moments: L2 within 0.02, IoU 0.15, g 6%, whole spans."""
+    """One fall as GIF, WebM, at 60 frames per second, at any moments: L2 within 0.02, IoU 0.15, g 6%, whole spans."""
     write_dataset(tmp_path / "drops", ["test_unseen"], clips=1, frames=17)
     some = np.random.default_rng(1).choice(np.arange(1, 60), 40, replace=False)
     kinds = {
@@ -340,7 +340,7 @@ def test_a_video_begins_as_its_clip_does(tmp_path: Path) -> None:
 
 
 def test_a_short_video_no_longer_wins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The first picture frozen into 5 frames and into 17: the shorter one is worse, and the table says what it lacks."""
+    """The first picture frozen into 5 frames and 17: the shorter one is worse, and the table says what it lacks."""
     write_dataset(tmp_path / "drops", ["test_unseen"], clips=1, frames=17)
     frozen = np.repeat(film(rows_of(2, 1), 4, 200)[0], 17, 0)
     write_video(tmp_path / "short" / "00000.mp4", frozen[:5])

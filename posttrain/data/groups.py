@@ -36,8 +36,8 @@ from posttrain.types import Batch
 SCORES = "scores.jsonl"
 # How much first pictures may differ: of 255, in the mean of any of 8 x 8 fields and colours, and of the object. The
 # pocket's autoencoder and H.264 change up to 19 (120 clips of three datasets, mean 9.5) and of the object 7; the most
-# alike of 30 scenes differ by 33 to 64, a clip that starts two of 16 frames per second late by 31 to 100. What starts one
-# frame late differs by 9 to 27 and cannot be told from the autoencoder.
+# alike of 30 scenes differ by 33 to 64, a clip that starts two of 16 frames per second late by 31 to 100. What starts
+# one frame late differs by 9 to 27 and cannot be told from the autoencoder.
 SAME_PICTURE = 25.0
 
 
@@ -276,8 +276,8 @@ def check_first_picture(
     apart = float((_fields(picture_HWC, object_HW) - _fields(true_HWC, object_HW)).abs().max())
     if apart > SAME_PICTURE:
         raise UserError(
-            f"{path}: its first picture is not that of {true} (off by {apart:.0f} of 255): it continues another clip, or "
-            "begins later",
+            f"{path}: its first picture is not that of {true} (off by {apart:.0f} of 255): it continues another clip, "
+            "or begins later",
             "mismatch",
         )
 

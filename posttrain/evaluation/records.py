@@ -253,12 +253,10 @@ def position(record: Record) -> tuple[bool, str, int]:
     return record.split != "unseen", record.split, names.index(record.row) if record.row in names else len(names)
 
 
-def interval(
-    values: Sequence[float | None], statistic: Literal["mean", "median"] = "mean", level: float = 0.95
-) -> dict[str, Any]:
-    """Mean of the values that exist, its percentile bootstrap interval (10,000 resamples, seeded), their number.
+def interval(values: Sequence[float | None], statistic: Literal["mean", "median"] = "mean") -> dict[str, Any]:
+    """Mean of the values that exist, its 95% percentile bootstrap interval (10,000 resamples, seeded), their number.
 
-    Or their median, and its interval. `level` is the interval's.
+    Or their median, and its interval.
     """
     present = np.array([value for value in values if value is not None], dtype=float)
     if not len(present):
@@ -269,7 +267,6 @@ def interval(
             (present,),
             getattr(np, statistic),
             n_resamples=10_000,
-            confidence_level=level,
             method="percentile",
             rng=np.random.default_rng(0),
             batch=1000,

@@ -7,9 +7,10 @@ A folder holds a video for each clip of the benchmark that is to be scored, <cli
 several samples of it; where the benchmark has several splits, in a folder per split (seen/00.mp4, unseen/00-s1.mp4).
 
 Videos may have any size, rate and length; each frame has its own time, by the file's time stamps. What a video lacks of
-the true clip counts as vanished. Its first picture has to be the benchmark's. Models that cannot make the benchmark's shape get its first picture padded
-with black, so the largest centred box of that shape is what is scored, scaled to the truth's own size, at most 256
-pixels on the shorter side (as PisaBench's authors do). The frames that are compared are those of metrics/pisa.py.
+the true clip counts as vanished. Its first picture has to be the benchmark's. Models that cannot make the benchmark's
+shape get its first picture padded with black, so the largest centred box of that shape is what is scored, scaled to the
+truth's own size, at most 256 pixels on the shorter side (as PisaBench's authors do). The frames that are compared are
+those of metrics/pisa.py.
 
 Departure from the published evaluation: in generated videos the object is followed from its true mask in frame 0, where
 the authors click again. Files are those of evaluate.py, which see: evaluation/, samples/, resumable, reused by key.

@@ -76,8 +76,8 @@ SCORECARD = (  # quantities of metrics/physics.py
     Metric("size", "Growth", "1/s", "truth"),
 )
 NOTE = (
-    "L2 and Chamfer: how far the generated object is from the simulated one, in units of the picture's diagonal. What a "
-    "video lacks of the true clip counts as vanished."
+    "L2 and Chamfer: how far the generated object is from the simulated one, in units of the picture's diagonal. What "
+    "a video lacks of the true clip counts as vanished."
 )
 
 
@@ -114,9 +114,9 @@ def score(
         tracker: the segmenter; it sees the video and the true mask of frame 0, on the batch's device.
 
     Returns:
-        For each clip METRICS in the paper's convention (time_error in seconds and time_offset in milliseconds, None where
-        nothing lands), `released` with l2, chamfer, iou, vanished, span in the other one; the scorecard, empty where camera and distance are not known,
-        of what is sideways the magnitude; `lifted` of an ambiguous set. A number that does not exist is None.
+        For each clip METRICS in the paper's convention (time_error in seconds and time_offset in milliseconds, None
+        where nothing lands), `released` with l2, chamfer, iou, vanished, span in the other one; the scorecard, empty
+        where camera and distance are not known, of what is sideways the magnitude; `lifted` of an ambiguous set. A number that does not exist is None.
     """
     assert batch.instances_BFHW is not None
     assert batch.target_B is not None

@@ -5,8 +5,8 @@
     <...>/<split>/metadata.jsonl                               ours (data/dataset.py)
 
 These rates stand nowhere in PisaBench's files. A set of one's own in its layout says in clip_info.json how many frames
-per second there are ("fps": 24), or is opened with the rate; else it is refused, unless it has PisaBench's own number of
-real clips, or its names of simulated ones.
+per second there are ("fps": 24), or is opened with the rate; else it is refused, unless it has PisaBench's own number
+of real clips, or its names of simulated ones.
 
 clip_info.json is {"prompt": "A black eraser falls.", "points": [{"positive": [[x, y], ...], "negative": [...]}, ...]},
 an entry of `points` for each object, no `points` for simulated clips; mask.npz holds `mask` (frames, objects, H, W).
@@ -100,7 +100,9 @@ def open_benchmark(
             split = scene.parent.relative_to(folder).as_posix() if scene.parent != folder else folder.name
             found.setdefault(split, []).append(scene)
         return {
-            split: [_published(scene, rate, clicks, follower, cache) for scene, rate in _rates(split, some, fps).items()]
+            split: [
+                _published(scene, rate, clicks, follower, cache) for scene, rate in _rates(split, some, fps).items()
+            ]
             for split, some in found.items()
         }
     splits = sorted(path.parent.name for path in folder.glob("*/metadata.jsonl"))
@@ -156,8 +158,10 @@ def _rates(split: str, scenes: Sequence[Path], asked: float | None) -> dict[Path
                 "required",
                 "--truth-fps",
             )
-        print(f"{split}: nothing says the rate of the true clips; taken as PisaBench's {assumed:g} fps", file=sys.stderr)
-    rates = {scene: info.get("fps", assumed) for scene, info in infos.items()}
+        print(
+            f"{split}: nothing says the rate of the true clips; taken as PisaBench's {assumed:g} fps", file=sys.stderr
+        )
+    rates: dict[Path, Any] = {scene: info.get("fps", assumed) for scene, info in infos.items()}
     for scene, rate in rates.items():
         path = scene / "clip_info.json"
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
