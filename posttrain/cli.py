@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.core import recipe
-from posttrain.core.errors import UserError
+from posttrain.core.errors import UserError, one_line
 
 COMMANDS = {
     "run": "every stage of a recipe: clips, training, evaluation, report, export; continues what was cut off",
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if whole[0].divided and (options.command == "report" or (options.command == "run" and whole[0].eval)):
             stages.report(*whole)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)

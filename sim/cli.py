@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from posttrain.core import recipe
-from posttrain.core.errors import UserError
+from posttrain.core.errors import UserError, one_line
 from posttrain.core.recipe import Plugin, PluginFrom, Strict
 from sim import dataset
 from sim.bench import bench
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print(show(options.dataset, options.split, options.count, options.output))
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; finished clips are kept and the same command continues", file=sys.stderr)
