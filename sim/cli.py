@@ -1,6 +1,5 @@
 """`python -m sim make RECIPE [a.b=c ...]` films a dataset; `python -m sim show DATASET` shows some of it."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +50,7 @@ def make(path: Path | str, overrides: Sequence[str] = (), workers: int | None = 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sim", description=__doc__)
+    parser = recipe.Parser(prog="python -m sim", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("make", help="film the dataset of a recipe; continues where it was stopped")
     making.add_argument("recipe")

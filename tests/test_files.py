@@ -178,14 +178,16 @@ def test_what_cannot_be_read_is_named(tmp_path):
     path = tmp_path / "a.json"
     for content, line in (
         (b'{\n "a": }', "2"), (b"", "1"), (b'"\xe4"', "1"), (b'{\n"a": "\xe4"}', "2"), (b"\x00\x01\x02", "1"),
-        (b"NaN", ""), (b"[-Infinity]", ""), (b"1e999", ""), (b"[" * 100_000, ""), (b"9" * 5000, ""), (b'"' + b"x" * 10_000, "1"),
+        (b"NaN", ""), (b"[-Infinity]", ""), (b"1e999", ""), (b"[" * 100_000, ""), (b"9" * 5000, ""),
+        (b'"' + b"x" * 10_000, "1"),
     ):  # fmt: skip
         assert code(files.read_json, path, content) == ("format", line), content[:20]
     for content in (b"[1]", b"null", b"3", b'"text"'):
         assert code(files.read_object, path, content) == ("format", "")
     for content, line in (
         (b'{"a": 1}\n{"a"', "2"), (b'{"a": 1}\nnull\n', "2"), (b"\n\n[1, 2]", "3"), (b'"text"', "1"), (b"3\n", "1"),
-        (b'{"a": NaN}', "1"), (b'{"a": 1}\n{"a": "\xe4"}', "2"), (b'{"a": "\x00"}', "1"), (b'{"a": 1}\n' + b'{"a":' * 50_000, "2"),
+        (b'{"a": NaN}', "1"), (b'{"a": 1}\n{"a": "\xe4"}', "2"), (b'{"a": "\x00"}', "1"),
+        (b'{"a": 1}\n' + b'{"a":' * 50_000, "2"),
     ):  # fmt: skip
         assert code(files.read_jsonl, path, content) == ("format", line), content[:20]
 

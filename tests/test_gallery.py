@@ -20,7 +20,7 @@ from PIL import Image
 from tiny import wan_folder
 
 from posttrain import cli
-from posttrain.commands import commands
+from posttrain.commands import sampling
 from posttrain.commands.experiment import open_run
 from posttrain.core import files
 from posttrain.core.errors import UserError
@@ -162,14 +162,14 @@ def test_the_second_expert_has_its_own_guidance(tmp_path: Path) -> None:
 def test_a_run_is_sampled_as_it_was_measured(home: Path) -> None:
     plan, _ = open_run(str(home / "runs" / "try"))
     measured = plan.model_copy(update={"eval": EvalConfig(clips="x", sampler={"steps": 3, "guidance_low": 2.0})})
-    assert commands._usual(measured) == {"steps": 3, "guidance": 1.0, "guidance_low": 2.0}
+    assert sampling._usual(measured) == {"steps": 3, "guidance": 1.0, "guidance_low": 2.0}
 
 
 @pytest.mark.parametrize(("path", "device", "dtype"), [("wan", "cpu", "fp32"), ("wan", "cuda", "bf16"),
                                                        ("pocket", "cuda", "fp32")])  # fmt: skip
 def test_a_model_alone_is_bf16_on_a_gpu(path: str, device: str, dtype: str) -> None:
     for pictured, conditioning in ((True, "image"), (False, "text")):
-        config = commands.alone(path, pictured, torch.device(device))
+        config = sampling.alone(path, pictured, torch.device(device))
         assert (config.path, config.dtype, config.conditioning) == (path, dtype, conditioning)
 
 

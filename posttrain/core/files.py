@@ -65,8 +65,8 @@ def _refusal(error: Exception) -> OSError:
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             if any(f"[Errno {number}]" in why for _, _, why in error.args[0]):
                 return OSError(number, os.strerror(number))
-    if isinstance(error, SafetensorError) and (number := re.search(r"os error (\d+)", str(error))):
-        return OSError(int(number[1]), str(error))
+    if isinstance(error, SafetensorError) and (said := re.search(r"os error (\d+)", str(error))):
+        return OSError(int(said[1]), str(error))
     return error if isinstance(error, OSError) else OSError(str(error))
 
 
@@ -211,8 +211,8 @@ def _reason(error: Exception) -> str:
     return "it is nested too deeply" if isinstance(error, RecursionError) else printable(str(error), 200)
 
 
-def write_jsonl(path: Path | str, rows: list[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+def write_jsonl(path: Path | str, rows: list[dict[str, Any]], flush: bool = True) -> None:
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), flush)
 
 
 def sha256(path: Path | str) -> str:

@@ -269,7 +269,8 @@ def _explain(error: ValidationError, values: Any, schema: type[BaseModel], origi
     """Raise the first complaint as one line; an unknown key comes first, for it is often why another is missing."""
     errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     first, keys = errors[0], errors[0]["loc"]
-    message, code = first["msg"][:1].lower() + first["msg"][1:], "value"
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    code: Any = "value"
     if first["type"] == "extra_forbidden":
         code, keys = "unknown_key", _written(keys, values)
         message = f"unknown key, {_suggest(str(keys[-1]), _fields(schema, keys[:-1], values))}"

@@ -14,6 +14,7 @@ from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation
 from posttrain.core.files import replacing
 from posttrain.models.base import ModelConfig
 from posttrain.models.folders import network
+from posttrain.nets.precision import wide
 from posttrain.nets.sam2 import MEAN, STD
 
 NEAREST = 0.01  # metres, where a metric model's answer is turned over
@@ -38,11 +39,11 @@ class Depth(nn.Module):
         height, width = pictures_NCHW.shape[-2:]
         patch, side = self.net.config.patch_size, self.net.backbone.config.image_size
         size = [patch * max(1, round(length * side / min(height, width) / patch)) for length in (height, width)]
-        mean, std = (pictures_NCHW.new_tensor(v).view(-1, 1, 1) for v in (MEAN, STD))
-        shown = (pictures_NCHW + 1) / 2
+        shown = (wide(pictures_NCHW) + 1) / 2
         if size != [height, width]:
             shown = F.interpolate(shown, size, mode="bicubic", antialias=True)
-        found = self.net((shown - mean) / std).predicted_depth
+        mean, std = (shown.new_tensor(v).view(-1, 1, 1) for v in (MEAN, STD))
+        found = wide(self.net((shown - mean) / std).predicted_depth)
         if self.net.config.depth_estimation_type == "metric":
             found = 1 / found.clamp_min(NEAREST)
         if size != [height, width]:
