@@ -490,7 +490,6 @@ ADDRESSES = (
     "http://me:pw@h/v1",
     "http://h/v1?k=1",
     "http://h:99999",
-    "http://[",
     "",
 )
 

@@ -4,6 +4,6 @@ import torch
 from torch import Tensor
 
 
-def wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
     """`x` in float32; in float64 where it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

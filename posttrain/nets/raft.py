@@ -26,7 +26,7 @@ from torchvision.models.optical_flow._utils import upsample_flow
 from posttrain.core.errors import UserError, printable
 from posttrain.core.files import read_object, replacing, write_json
 from posttrain.models.base import ModelConfig
-from posttrain.nets.precision import wide
+from posttrain.nets.precision import widened
 from posttrain.pocket import folder
 
 SMALLEST = 128  # pixels of a side: the coarsest of four correlation volumes is then 2 x 2
@@ -73,7 +73,7 @@ class Flow(nn.Module):
     def see(self, video_BCFHW: Tensor) -> Tensor:
         """The last of them alone, with the whole gradient; every picture is encoded once for both of its pairs."""
         shown = self._enlarged(video_BCFHW)
-        features = wide(self.net.feature_encoder(shown.flatten(0, 1))).unflatten(0, shown.shape[:2])
+        features = widened(self.net.feature_encoder(shown.flatten(0, 1))).unflatten(0, shown.shape[:2])
         first, second = features[:, :-1].flatten(0, 1), features[:, 1:].flatten(0, 1)
         context = self.net.context_encoder(shown[:, :-1].flatten(0, 1))
         hidden = self.net.update_block.hidden_state_size
@@ -87,7 +87,7 @@ class Flow(nn.Module):
             seen = self.net.corr_block.index_pyramid(centroids_coords=start + flow)
             state, change = self.net.update_block(state, context, seen, flow)
             flow = flow + change  # float32, as the coordinates are: bf16 has steps of a pixel from 256 on
-        mask = None if self.net.mask_predictor is None else wide(self.net.mask_predictor(state))
+        mask = None if self.net.mask_predictor is None else widened(self.net.mask_predictor(state))
         return self._scaled(upsample_flow(flow, mask), video_BCFHW)
 
     def _enlarged(self, video_BCFHW: Tensor) -> Tensor:
@@ -95,12 +95,12 @@ class Flow(nn.Module):
         batch, _, frames, height, width = video_BCFHW.shape
         times = max(1.0, SMALLEST / min(height, width))
         size = [8 * math.ceil(side * times / 8) for side in (height, width)]
-        pictures = wide(video_BCFHW).transpose(1, 2).flatten(0, 1)
+        pictures = widened(video_BCFHW).transpose(1, 2).flatten(0, 1)
         return F.interpolate(pictures, size, mode="bilinear").unflatten(0, (batch, frames))
 
     def _scaled(self, flow_NCHW: Tensor, video_BCFHW: Tensor) -> Tensor:
         """The flow of enlarged pictures in pixels of the video."""
-        flow_NCHW = wide(flow_NCHW)
+        flow_NCHW = widened(flow_NCHW)
         batch, _, frames, height, width = video_BCFHW.shape
         tall, wide = flow_NCHW.shape[-2:]
         seen = F.interpolate(flow_NCHW, (height, width), mode="bilinear", antialias=True)
@@ -243,10 +243,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{path}: does not exist; train it, or choose another path", "missing", "path") from None
     except Exception as error:  # safetensors, pickle, zip and the system each have their own
-        reason = printable(str(error), 200)
-        raise UserError(
-            f"{path}: cannot be read as weights ({reason}); get the file again", "damaged", "path"
-        ) from error
+        message = f"{path}: cannot be read as weights ({printable(str(error), 200)}); get the file again"
+        raise UserError(message, "damaged", "path") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{path}: holds no state dict; name a file of RAFT's weights", "format", "path")
     return weights

@@ -131,14 +131,12 @@ def load(config: ModelConfig, device: str = "cpu") -> Model:
     if config.init == "pretrained":
         weights = path / "model.safetensors"
         if not weights.exists():
-            raise UserError(
-                f"{weights}: does not exist; train it, or choose another model.path", "missing", "model.path"
-            )
+            message = f"{weights}: does not exist; train it, or choose another model.path"
+            raise UserError(message, "missing", "model.path")
         try:
             module.load_state_dict(load_file(weights))
         except (RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
-            raise UserError(
-                f"{weights}: does not fit the tracker ({reason}); train it again", "mismatch", "model.path"
-            ) from error
+            message = f"{weights}: does not fit the tracker ({reason}); train it again"
+            raise UserError(message, "mismatch", "model.path") from error
     return Model(module.to(device))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.core.recipe import Plugin, Strict
-from posttrain.nets.precision import wide
+from posttrain.nets.precision import widened
 from posttrain.types import Batch
 
 PROTOCOL = ("Config", "TRUTHS", "RANKS", "load")
@@ -76,5 +76,5 @@ def contrast(video_BCFHW: Tensor, true_BCFHW: Tensor) -> Tensor:
     What a network sees in a flat picture is what it was used to see: rewards charge such a picture with their largest
     error. Nothing is asked from half on, where clips differ in what they show.
     """
-    shown, true = (wide(video[:, :, 1:]).flatten(3).std(3).mean(1) for video in (video_BCFHW, true_BCFHW))
+    shown, true = (widened(video[:, :, 1:]).flatten(3).std(3).mean(1) for video in (video_BCFHW, true_BCFHW))
     return (2 * shown / true.clamp_min(1e-6)).clamp_max(1.0)
