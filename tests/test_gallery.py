@@ -290,7 +290,8 @@ def test_what_is_conditioned_on_text_takes_no_picture(home: Path) -> None:
     assert np.abs(base - alone).mean() < 0.5
     assert np.abs(base - tuned).mean() > 1
     code, _, said = sampled(home, "words", *SMALL)
-    assert (code, said) == (1, "--image: words was trained on text alone (model.conditioning); leave it out\n")
+    assert code == 1
+    assert said.startswith("--image: words was trained on text alone")
 
 
 @pytest.mark.parametrize("target", ["try", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"])

@@ -419,9 +419,13 @@ def test_samples_of_another_model_are_refused_also_where_none_are_made(
     used = ["groups", "recipe.yaml", "data.groups={losers: 2, samples: [made]}", "run=used", "model.conditioning=text"]
     assert cli.main(used) == 0
     assert cli.main([*used, "model.revision=two"]) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith(
-        "made/samples.json: the samples there are of another model; name another folder in data.groups.samples, "
-        "or delete made/samples.json to use them all the same"
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith(
+            "made/samples.json: the samples there are of another model; name another folder in data.groups.samples, "
+            "or delete made/samples.json to use them all the same"
+        )
     )
     (home / "made" / "samples.json").unlink()
     assert cli.main([*used, "model.revision=two"]) == 0
@@ -486,9 +490,13 @@ def test_missing_scores_are_said_before_anything_is_encoded(home: Path, capsys: 
     samples(home / "made", scores=False)
     command = ["train", "recipe.yaml", "data.groups={losers: 2, samples: [made]}", "model.conditioning=text"]
     assert cli.main(command) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith(
-        "made/scores.jsonl: does not exist, and losers are weighed by their scores; `posttrain score made`, "
-        "or set method.physics=null"
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith(
+            "made/scores.jsonl: does not exist, and losers are weighed by their scores; `posttrain score made`, "
+            "or set method.physics=null"
+        )
     )
     assert not (home / "runs" / "cache" / "latents").exists()
     assert cli.main([*command, "method.physics=null"]) == 0

@@ -277,9 +277,9 @@ def test_a_full_gpu_is_one_line_with_its_remedy(home, finished):
 
 def test_an_unwritable_run_folder_is_named(home):
     (home / "file").write_text("")
-    assert refused(home, "run", "recipe.yaml", "run=../file/x") == (
-        "runs/../file/x/recipe.yaml: cannot be written (a folder on the way is a file); choose another folder [not_writable]\n"
-    )
+    said = refused(home, "run", "recipe.yaml", "run=../file/x")
+    assert said.startswith("runs/../file/x/recipe.yaml: ")
+    assert said.endswith(" [not_writable]\n")
 
 
 @pytest.fixture
