@@ -85,7 +85,7 @@ def _do(options: argparse.Namespace) -> int:
             raise UserError("--height, --width: give both or neither", "required", "--height")
         if options.height is not None:
             wishes["size"] = options.height, options.width
-        sampling.sample(options.target, options.image, wishes, options.scale, options.output)
+        sampling.sample(options.target, options.image, wishes, options.scale, options.output, options.family)
     elif options.command == "score":
         scoring.score(options.folder, options.judge, options.clips, options.split, _given(options, JUDGING))
     elif options.command == "eval" and (options.clips or options.run):
@@ -183,11 +183,12 @@ WISHES = ("prompt", "negative", "seeds", "frames", "fps", "steps", "guidance", "
 
 def _add_sample(parsers: Any) -> None:
     text = "continue a picture, or words alone, into clips; with a run, base and tuned side by side"
-    usual = "What is left out is as in the run; for a model alone as its authors use it (models/wan/published.py)."
+    usual = "What is left out is as in the run; for a model alone as its authors use it."
     command = parsers.add_parser("sample", help=text, description=f"{text}. {usual}")
     command.add_argument("target", metavar="RUN|MODEL", help='a run, "pocket", a diffusers folder or a hub id')
     image = "the first frame, of which the middle is cut to the size; leave it out where the text alone counts"
     command.add_argument("--image", type=Path, help=image)
+    command.add_argument("--family", help="of a model alone, as in model.family (default: the embedded model's)")
     command.add_argument("--prompt", required=True)
     command.add_argument("--negative", help="what should not be seen; counts where the guidance is above 1")
     command.add_argument(
@@ -195,7 +196,9 @@ def _add_sample(parsers: Any) -> None:
     )
     for side in ("height", "width"):
         command.add_argument(f"--{side}", type=positive, help="pixels")
-    command.add_argument("--frames", type=positive, help="4k + 1 for Wan")
+    command.add_argument(
+        "--frames", type=positive, help="pictures, the first among them; many models take 4k + 1 alone"
+    )
     command.add_argument("--fps", type=rate, help="of the files: how fast they play")
     command.add_argument("--steps", type=positive, help="of the sampler")
     command.add_argument("--guidance", type=number, help="1 leaves guidance out")
@@ -276,7 +279,7 @@ def _doctor(path: str | None, overrides: Sequence[str], processes: int) -> int:
         split = open_split(folder, plan.data.split)
         clip = (split.frames, *split.size)
     losers = groups.losers if groups else 0
-    needed = needs(plan.model, plan.train, clip, processes, plan.method.config, losers)
+    needed = needs(plan.model, plan.train, plan.method, clip, processes, losers)
     return doctor(lambda: check_recipe(*needed, gpu_memory()))
 
 

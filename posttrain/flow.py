@@ -63,6 +63,19 @@ class Velocity(Protocol):
     ) -> Tensor: ...
 
 
+class Scheduler(Protocol):
+    """At which times a clip is sampled, and the step from one to the next. Those of diffusers for flows keep this."""
+
+    config: Any  # its num_train_timesteps is t = 1 in the scheduler's own unit: 1000 in diffusers, or 1
+    timesteps: Any  # scalar tensors from noise to data, in that unit; there after set_timesteps
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
+        """Choose so many times."""
+
+    def step(self, v_BCFHW: Tensor, timestep: Tensor, z_BCFHW: Tensor, return_dict: bool) -> tuple[Tensor, ...]:
+        """(z_BCFHW at the next time,), of the velocity at this one; called once for each of `timesteps`, in order."""
+
+
 def interpolate(z0_BCFHW: Tensor, eps_BCFHW: Tensor, t_BF: Tensor) -> Tensor:
     """z_t = (1 - t) z_0 + t eps, frame by frame."""
     t = t_BF[:, None, :, None, None]
@@ -129,7 +142,7 @@ def active_steps(grad: Grad, steps: int) -> frozenset[int]:
 
 def sample(
     model: Velocity,
-    scheduler: Any,
+    scheduler: Scheduler,
     noise_BCFHW: Tensor,
     text_BLD: Tensor,
     first_BC1HW: Tensor | None,
@@ -142,8 +155,8 @@ def sample(
 ) -> Tensor:
     """Solve dz = v dt from noise (t = 1) to data (t = 0); differentiable.
 
-    The grid and the update are those of `scheduler`, a fresh diffusers scheduler of the model folder, so the
-    result is what the stock pipeline makes of the same noise.
+    The grid and the update are those of `scheduler`, a fresh one of the model folder, so the result is what the stock
+    pipeline makes of the same noise.
 
     Where gradients are wanted, a step keeps its z_t alone and is computed again in the backward pass: the gradient of
     keeping everything, bit for bit, in the memory of one step.

@@ -33,6 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wan(folder: Path) -> Any:
     """It, loaded once for the tests of a file."""
     from posttrain.models.base import ModelConfig
-    from posttrain.models.wan.model import load
+    from posttrain.models.wan.loading import load
 
     return load(ModelConfig(path=str(folder)))

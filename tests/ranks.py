@@ -11,9 +11,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from posttrain.flow import SamplerConfig
 from posttrain.methods import gdpo, oro, psft
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan.model import load
+from posttrain.models.wan.loading import load
 from posttrain.rewards.base import total
-from posttrain.training.run import Run, TrainConfig
+from posttrain.training.optim import TrainConfig
+from posttrain.training.run import Run
 from posttrain.types import Batch
 
 
@@ -77,11 +78,11 @@ def preferences(folder: Path, wan_folder: Path) -> None:
     """
     for name, config in PREFERENCES.items():
         wan = load(ModelConfig(path=str(wan_folder), adapter=AdapterConfig(rank=2)))
-        base = gdpo.start(wan, config)
+        inputs = gdpo.inputs(wan, config)
         data = Noise(wan.encode_text(["a ball falls."])[0])
         run = Run(folder / name, wan.module, data, TrainConfig(steps=5, batch=4, lr=1e-2, ema=0.9))
         wan.module = run.module
-        gdpo.train(run, wan, config, base)
+        gdpo.train(run, wan, config, **inputs)
 
 
 def curve(folder: Path) -> None:

@@ -22,7 +22,7 @@ from posttrain.commands.doctor import (
 from posttrain.core.errors import UserError
 from posttrain.core.files import sha256
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan.model import load
+from posttrain.models.wan.loading import load
 from posttrain.nets.tracker import Tracker
 
 

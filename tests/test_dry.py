@@ -16,24 +16,29 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from posttrain import cli
 from posttrain.commands.doctor import check_recipe
-from posttrain.commands.dry import PSFT, Step, brightness, dry_step, needs, whole_step
+from posttrain.commands.dry import Step, brightness, dry_step, needs, whole_step
 from posttrain.core.errors import UserError
 from posttrain.core.meter import Meter
+from posttrain.core.recipe import Plugin
 from posttrain.flow import Last, SamplerConfig, frame_times
-from posttrain.methods import gdpo, oro
-from posttrain.models import lora
+from posttrain.methods import gdpo, oro, psft
+from posttrain.models import lora, wan
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.folders import read_configs
+from posttrain.models.wan.adapters import TARGETS
 from posttrain.models.wan.decode import cache_bytes
-from posttrain.models.wan.model import Wan, load
+from posttrain.models.wan.loading import load
+from posttrain.models.wan.model import Wan
 from posttrain.models.wan.published import PUBLISHED
-from posttrain.pretraining import segmenter
+from posttrain.models.wan.shapes import of_configs
 from posttrain.pretraining.build import SCHEDULER
-from posttrain.training.run import Run, TrainConfig
+from posttrain.rewards.base import total
+from posttrain.training.optim import TrainConfig
+from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
 POCKET = Path(__file__).parent.parent / "recipes" / "pocket"
 RANK = 32
+PSFT = Plugin("psft", psft, psft.Config())
 COUNTS = {  # parameters of a transformer (an expert), tokens of a clip
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (1_418_996_800, 32_760),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": (14_288_491_584, 32_760),
@@ -48,16 +53,17 @@ COUNTS = {  # parameters of a transformer (an expert), tokens of a clip
 def step(transformer: str, vae: str, frames: int, size: tuple[int, int], recompute: bool) -> Step:
     """The text-to-video 14B and an expert of the A14B are one transformer: run once."""
     config = ModelConfig(path="published", dtype="bf16", adapter=AdapterConfig(rank=RANK))
-    return dry_step(config, json.loads(transformer), json.loads(vae), frames, *size, block_checkpointing=recompute)
+    outline = partial(of_configs, config, json.loads(transformer), json.loads(vae))
+    return dry_step(outline, frames, *size, PSFT, block_checkpointing=recompute)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_step_of_each_published_model(name: str) -> None:
     """At its own size, with an adapter on every linear map of its blocks, all of which get gradients."""
     model = PUBLISHED[name]
-    shape = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40} | model["transformer"]
+    shape = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40} | model.transformer
     found = step(
-        json.dumps(model["transformer"]), json.dumps(model["vae"]), model["frames"], model["size"], "1.3B" in name
+        json.dumps(model.transformer), json.dumps(model.vae), model.defaults.frames, model.defaults.size, "1.3B" in name
     )
     assert (found.parameters, found.tokens) == COUNTS[name]
     width = 128 * shape["num_attention_heads"]
@@ -69,7 +75,7 @@ def test_a_step_of_each_published_model(name: str) -> None:
 def test_the_work_of_a_step_is_what_its_shapes_say() -> None:
     """1.3B at 480 x 832 x 81, TFLOP: forward 82.1 + 197.8 + 3.1 twice, back through the maps and 2.5 x attention."""
     model = PUBLISHED["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
-    found = step(json.dumps(model["transformer"]), json.dumps(model["vae"]), model["frames"], model["size"], True)
+    found = step(json.dumps(model.transformer), json.dumps(model.vae), model.defaults.frames, model.defaults.size, True)
     expected = 2 * (82.1 + 197.8 + 3.1) + 82.1 + 2.5 * (197.8 + 3.1)
     assert found.teraflop == pytest.approx(expected, rel=0.02)
     inputs = 30 * 32_760 * 1536 * 2 / 2**30  # of the blocks, which are kept
@@ -79,10 +85,11 @@ def test_the_work_of_a_step_is_what_its_shapes_say() -> None:
 def test_recomputing_blocks_costs_work_and_saves_memory() -> None:
     config = ModelConfig(path="x", adapter=AdapterConfig(rank=4))
     shape = {"num_attention_heads": 2, "num_layers": 6, "ffn_dim": 512}
-    kept, again = (dry_step(config, shape, {}, 33, 128, 128, block_checkpointing=on) for on in (False, True))
+    outline = partial(of_configs, config, shape, {})
+    kept, again = (dry_step(outline, 33, 128, 128, PSFT, block_checkpointing=on) for on in (False, True))
     assert again.teraflop > 1.2 * kept.teraflop
     assert again.activations < 0.5 * kept.activations
-    two = dry_step(config, shape, {}, 33, 128, 128, batch=2)
+    two = dry_step(outline, 33, 128, 128, PSFT, batch=2)
     assert two.teraflop == pytest.approx(2 * again.teraflop, rel=0.05)
 
 
@@ -107,9 +114,9 @@ def test_a_folder_is_counted_as_it_loads(tmp_path: Path, family: str) -> None:
     folder = wan_folder(tmp_path / "wan", family)
     assert family in FAMILIES
     config = ModelConfig(path=str(folder), adapter=AdapterConfig(rank=2))
-    found = dry_step(config, *read_configs(config.path), 9, 32, 48)
-    wan = load(config)
-    sizes = {trained: sum(p.numel() for p in wan.module.parameters() if p.requires_grad is trained)
+    found = dry_step(partial(wan.outline, config), 9, 32, 48, PSFT)
+    model = load(config)
+    sizes = {trained: sum(p.numel() for p in model.module.parameters() if p.requires_grad is trained)
              for trained in (True, False)}  # fmt: skip
     assert (found.parameters, found.trained) == (sizes[False], sizes[True])
 
@@ -160,10 +167,10 @@ SIZE = 9, 64, 64
 
 
 @cache
-def small(method: Any = PSFT, adapter: bool = True, size: tuple[int, int, int] = SIZE, **more: Any) -> Step:
+def small(method: Plugin = PSFT, adapter: bool = True, size: tuple[int, int, int] = SIZE, **more: Any) -> Step:
     config = ModelConfig(path="x", adapter=AdapterConfig(rank=2) if adapter else None)
     how = {"precision": "fp32", "block_checkpointing": False} | more
-    return dry_step(config, TINY_TRANSFORMER, TINY_VAE, *size, method=method, **how)
+    return dry_step(partial(of_configs, config, TINY_TRANSFORMER, TINY_VAE), *size, method=method, **how)
 
 
 def real() -> Wan:
@@ -172,16 +179,17 @@ def real() -> Wan:
         torch.manual_seed(0)
         body = WanTransformer3DModel.from_config(TINY_TRANSFORMER)
         eyes = AutoencoderKLWan.from_config(TINY_VAE).requires_grad_(False)
-    lora.attach(body, 2, None, lora.TARGETS, 0)
+    lora.attach(body, 2, None, TARGETS, 0)
     return Wan(body, eyes.config, {"vae": lambda: eyes}, None, UniPCMultistepScheduler(**SCHEDULER))
 
 
-def preference(**more: Any) -> gdpo.Config:
-    return gdpo.Config(physics=None, **more)
+def preference(**more: Any) -> Plugin:
+    return Plugin("gdpo", gdpo, gdpo.Config(physics=None, **more))
 
 
-def reward(steps: int, guidance: float = 1.0, **more: Any) -> oro.Config:
-    return oro.Config(rewards=[{"name": "object"}], sampler=SamplerConfig(steps=steps, guidance=guidance), **more)
+def reward(steps: int, guidance: float = 1.0, **more: Any) -> Plugin:
+    sampler = SamplerConfig(steps=steps, guidance=guidance)
+    return Plugin("oro", oro, oro.Config(rewards=[{"name": "object"}], sampler=sampler, **more))
 
 
 class Some:
@@ -264,23 +272,25 @@ def test_a_copy_is_weights() -> None:
     lean, copied = small(preference()), small(preference(reference="full_copy"))
     assert copied.weights == pytest.approx(2 * lean.weights)
     assert copied.activations == pytest.approx(lean.activations, rel=0.01)
-    with pytest.raises(UserError, match=r"model\.adapter: is missing; the reference is the model without it"):
+    with pytest.raises(UserError) as raised:
         small(preference(), adapter=False)
+    assert (raised.value.code, raised.value.field) == ("required", "model.adapter")
 
 
 @pytest.mark.parametrize("how", [{}, {"backward": "in_turn"}, {"mode": "sum"}, {"reference": "full_copy"}])
 def test_a_dry_step_of_gdpo_is_one_of_its_training(tmp_path: Path, how: dict[str, Any]) -> None:
     """Of real tensors in `gdpo.train`: the same operations, and the same bytes to 3%."""
-    model, config = real(), preference(**how)
-    base, settings = gdpo.start(model, config), TrainConfig(steps=1, batch=2, lr=1e-3)
+    model, method = real(), preference(**how)
+    settings = TrainConfig(steps=1, batch=2, lr=1e-3)
+    base = gdpo.inputs(model, method.config)["base"]
     run = Run(tmp_path, model.module, Some(model), settings)
     model.module = run.module
     with Meter() as meter:
         seen(meter, model)
         for tensor in base.parameters() if base else ():
             meter.see(tensor)
-        gdpo.train(run, model, config, base)
-    found = small(config, batch=2, losers=3)
+        gdpo.train(run, model, method.config, base)
+    found = small(method, batch=2, losers=3)
     assert meter.flop == pytest.approx(found.teraflop * 1e12)
     bytes_of_eyes = sum(p.nbytes for p in model.vae.parameters())
     assert meter.peak - bytes_of_eyes == pytest.approx((found.weights + found.activations) * 2**30, rel=0.03)
@@ -292,14 +302,16 @@ def test_a_dry_step_of_gdpo_is_one_of_its_training(tmp_path: Path, how: dict[str
 )
 def test_a_dry_step_of_oro_is_one_of_its_training(how: dict[str, Any]) -> None:
     """Of real tensors in `oro_loss`: the same operations, and the same bytes to 3%."""
-    model, config = real(), reward(3, **how)
+    model, method = real(), reward(3, **how)
     with Meter() as meter:
         seen(meter, model)
         batch = Some(model).load([0, 1])
         told = {"video_BCFHW": torch.zeros(2, 3, *SIZE), "instances_BFHW": torch.zeros(2, *SIZE, dtype=torch.uint8)}
         batch = Batch(batch.ids, batch.z0_BCFHW, batch.text_BLD, **told)
-        oro.oro_loss(model, batch, brightness, config, Random(0, 0, [0, 1]), torch.zeros(1, 512, 64))[0].backward()
-    found = small(config, batch=2)
+        bright = total({"": (1.0, brightness)})
+        loss, _ = oro.oro_loss(model, batch, bright, method.config, Random(0, 0, [0, 1]), torch.zeros(1, 512, 64))
+        loss.backward()
+    found = small(method, batch=2)
     assert meter.flop == pytest.approx(found.teraflop * 1e12)
     assert meter.peak == pytest.approx((found.weights + found.activations) * 2**30, rel=0.03)
 
@@ -345,24 +357,24 @@ def test_gradients_of_the_micro_batch_before_lie_beside_the_decode() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     train = TrainConfig(steps=1, batch=12, lr=1.0, accumulate=2)
     with pytest.raises(UserError, match="32 frames of 256 x 256 do not fit the model"):
-        needs(ModelConfig(path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"), train, (32, 256, 256))
-    with pytest.raises(UserError, match="only known for wan"):
-        needs(ModelConfig(family="tracker", path="pocket"), train, (33, 64, 64))
-    with pytest.raises(UserError, match=r"method\.name: .* only known for psft, gdpo and oro, not for segmenter"):
-        needs(ModelConfig(path="pocket"), train, (33, 64, 64), method=segmenter.Config())
+        needs(ModelConfig(path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"), train, PSFT, (32, 256, 256))
+    with pytest.raises(UserError) as raised:
+        needs(ModelConfig(family="tracker", path="pocket"), train, PSFT, (33, 64, 64))
+    assert (raised.value.code, raised.value.field) == ("unsupported", "model.family")
     experts = ModelConfig(path="Wan-AI/Wan2.2-T2V-A14B-Diffusers", expert="high")
-    with pytest.raises(UserError, match=r"model\.expert: what ORO takes is only known for models of one expert"):
-        needs(experts, train, (33, 64, 64), method=reward(2))
-    with pytest.raises(
-        UserError, match=r"train.batch: 12 does not divide into 2 \(train.accumulate\) x 4 \(processes\)"
-    ):
-        needs(ModelConfig(path="pocket"), train, (33, 64, 64), 4)
+    with pytest.raises(UserError) as raised:
+        needs(experts, train, reward(2), (33, 64, 64))
+    assert (raised.value.code, raised.value.field) == ("unsupported", "model.expert")
+    with pytest.raises(UserError) as raised:
+        needs(ModelConfig(path="pocket"), train, PSFT, (33, 64, 64), 4)
+    assert (raised.value.code, raised.value.field) == ("mismatch", "train.batch")
 
 
 def test_processes_share_the_batch(tmp_path: Path) -> None:
     config = ModelConfig(path=str(wan_folder(tmp_path / "wan")), adapter=AdapterConfig(rank=2))
     train = TrainConfig(steps=1, batch=8, lr=1.0, accumulate=2)
-    (line, memory, teraflop), alone = needs(config, train, (9, 32, 48), 4), needs(config, train, (9, 32, 48))
+    alone = needs(config, train, PSFT, (9, 32, 48))
+    line, memory, teraflop = needs(config, train, PSFT, (9, 32, 48), 4)
     assert "trained; in each of 4 processes 1 clips at once of 9 x 32 x 48" in line
     assert "trained; 4 clips at once of 9 x 32 x 48" in alone[0]
     assert teraflop == pytest.approx(alone[2] / 4, rel=0.05)

@@ -28,7 +28,7 @@ from posttrain.evaluation.evaluate import (
 )
 from posttrain.evaluation.records import REFERENCES, print_table, read_falls, read_records, summary
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan.model import load
+from posttrain.models.wan.loading import load
 
 FRAMES, CLIPS = 17, 3
 

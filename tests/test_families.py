@@ -20,8 +20,10 @@ from posttrain.flow import sample
 from posttrain.methods import psft
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan.model import Wan, load
-from posttrain.training.run import Run, TrainConfig
+from posttrain.models.wan.loading import load
+from posttrain.models.wan.model import Wan
+from posttrain.training.optim import TrainConfig
+from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
 CASES = [(family, conditioning) for family in FAMILIES for conditioning in ("image", "text")]

@@ -28,7 +28,8 @@ from posttrain.flow import (
     target,
 )
 from posttrain.models.base import ModelConfig
-from posttrain.models.wan.model import Wan, load
+from posttrain.models.wan.loading import load
+from posttrain.models.wan.model import Wan
 from posttrain.types import Random
 
 

@@ -30,11 +30,11 @@ from posttrain.evaluation.benchmarks.pisabench import open_benchmark
 from posttrain.evaluation.evaluate import EvalConfig, evaluate, validation
 from posttrain.evaluation.sample import write_video
 from posttrain.evaluation.score import imagine
-from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan.model import load
-from posttrain.models.wan.published import made_for, sampler
+from posttrain.models.base import AdapterConfig, Defaults, ModelConfig, sampler
+from posttrain.models.wan.loading import load
+from posttrain.models.wan.published import defaults
 from posttrain.reporting.gallery import LINE, Wish, animation, contact_sheet, film, fit, natural_size, open_picture
-from posttrain.training.run import start_fingerprint
+from posttrain.training.checkpoints import start_fingerprint
 
 
 def test_the_middle_of_a_picture_is_kept(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_the_middle_of_a_picture_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("size", "expected"), [((1920, 1080), (448, 832)), ((100, 50), (32, 96)), ((9, 9), (32, 32))])
 def test_the_size_that_a_picture_asks_for(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    assert natural_size(Image.new("RGB", size), (480, 832)) == expected
+    assert natural_size(Image.new("RGB", size), (480, 832), 32) == expected
 
 
 def test_sheet_and_gif_show_the_frames(tmp_path: Path) -> None:
@@ -123,19 +123,17 @@ def frames(path: Path) -> np.ndarray:
 
 
 def test_what_is_left_out_is_as_the_models_authors_have_it() -> None:
-    assert made_for("pocket") == {
-        "frames": 33, "size": (64, 64), "fps": 16, "steps": 12, "guidance": 1.0, "guidance_low": None
-    }  # fmt: skip
+    assert defaults("pocket") == Defaults(frames=33, size=(64, 64), fps=16, steps=12, guidance=1.0, guidance_low=None)
     for path in ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "/models/Wan2.2-TI2V-5B-Diffusers"):
-        assert [made_for(path)[key] for key in ("frames", "size", "fps", "steps")] == [121, (704, 1280), 24, 50]
-    assert made_for("mine") == made_for("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-    two = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+        assert defaults(path)[:4] == (121, (704, 1280), 24, 50)
+    assert defaults("mine") == defaults("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    two = defaults("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
     assert sampler(two) == {"steps": 40, "guidance": 4.0, "guidance_low": 3.0}
     assert sampler(two, {"steps": 9}) == {"steps": 9, "guidance": 4.0, "guidance_low": 3.0}
     assert sampler(two, {"guidance": 6.0}) == {"steps": 40, "guidance": 6.0, "guidance_low": None}
     low = {"steps": 9, "guidance": 5.0, "guidance_low": 2.0, "size": (1, 1)}
-    assert sampler("mine", low) == {"steps": 9, "guidance": 5.0, "guidance_low": 2.0}
-    assert sampler("mine", low, {"guidance": 1.0})["guidance_low"] is None
+    assert sampler(defaults("mine"), low) == {"steps": 9, "guidance": 5.0, "guidance_low": 2.0}
+    assert sampler(defaults("mine"), low, {"guidance": 1.0})["guidance_low"] is None
 
 
 @pytest.mark.parametrize("fps", [16, 12.5, 24000 / 1001])

@@ -19,8 +19,10 @@ from posttrain.methods import gdpo
 from posttrain.methods.gdpo import Config, Physics, gdpo_loss, physics_weights
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan.model import Wan, load
-from posttrain.training.run import Run, TrainConfig
+from posttrain.models.wan.loading import load
+from posttrain.models.wan.model import Wan
+from posttrain.training.optim import TrainConfig
+from posttrain.training.run import Run
 from posttrain.types import Batch
 
 ONE = torch.ones(1, 1)
@@ -283,13 +285,13 @@ def trained(
 ) -> tuple[list[dict[str, Any]], list[list[Tensor]]]:
     """The log, and the gradients that AdamW got."""
     settings = {"steps": 3, "batch": 2, "lr": 1e-3, "clip": 1e9} | train
-    base = gdpo.start(wan, config)
+    inputs = gdpo.inputs(wan, config)
     if disturbed:
         disturb(wan)
     run = Run(out, wan.module, Pairs(wan.encode_text(["a ball."])[0], groups), TrainConfig(**settings))
     wan.module = run.module
     with gradients_of_each_step() as seen:
-        gdpo.train(run, wan, config, base)
+        gdpo.train(run, wan, config, **inputs)
     return read_jsonl(out / "log.jsonl"), seen
 
 
@@ -388,7 +390,7 @@ def test_in_turn_has_the_memory_of_one(folder: Path, tmp_path: Path) -> None:
         run = Run(tmp_path / backward, wan.module, data, settings)
         wan.module = run.module
         with Meter() as meter:
-            gdpo.train(run, wan, config)
+            gdpo.train(run, wan, config, base=None)
         peaks[backward] = meter.peak
     assert peaks["in_turn"] < 0.4 * peaks["together"]
 
@@ -460,7 +462,7 @@ def test_a_run_that_was_cut_off_ends_the_same(folder: Path, tmp_path: Path, conf
 
     hook = register_optimizer_step_pre_hook(stop)
     with pytest.raises(CutOff):
-        gdpo.train(run, wan, config)
+        gdpo.train(run, wan, config, base=None)
     hook.remove()
     rows, _ = trained(tmp_path / "cut", adapted(folder), config, **options)
     assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
@@ -528,20 +530,23 @@ def test_without_scores_there_is_no_physics_rewarding(folder: Path, tmp_path: Pa
     run = Run(tmp_path, wan.module, Pairs(wan.encode_text(["a ball."])[0]), TrainConfig(steps=1, batch=4, lr=1e-2))
     batch = next(run.batches())
     bare = Batch(batch.ids, batch.z0_BCFHW, batch.text_BLD, losers_BMCFHW=batch.losers_BMCFHW)
-    with pytest.raises(UserError, match=r"method.physics: needs scores"):
+    with pytest.raises(UserError) as raised:
         gdpo.draw(wan, bare, Config(), run)
+    assert (raised.value.code, raised.value.field) == ("required", "method.physics")
     assert (gdpo.draw(wan, bare, Config(physics=None), run).alpha_BM == 1).all()
 
 
 def test_a_reference_that_is_not_the_start_is_refused(folder: Path) -> None:
     wan = adapted(folder)
     disturb(wan)
-    with pytest.raises(UserError, match=r"model.start: .* model.merge"):
-        gdpo.start(wan, Config())
+    with pytest.raises(UserError) as raised:
+        gdpo.inputs(wan, Config())
+    assert (raised.value.code, raised.value.field) == ("conflict", "model.start")
     bare = load(ModelConfig(path=str(folder)))
-    with pytest.raises(UserError, match=r"model.adapter: is missing.*full_copy"):
-        gdpo.start(bare, Config())
-    copied = gdpo.start(bare, Config(reference="full_copy"))
+    with pytest.raises(UserError) as raised:
+        gdpo.inputs(bare, Config())
+    assert (raised.value.code, raised.value.field) == ("required", "model.adapter")
+    copied = gdpo.inputs(bare, Config(reference="full_copy"))["base"]
     assert not any(p.requires_grad for p in copied.parameters())
     assert all(p.requires_grad for p in bare.module.parameters())
 

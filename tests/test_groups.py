@@ -27,7 +27,8 @@ from posttrain.data.latents import Latents
 from posttrain.evaluation.sample import write_video
 from posttrain.flow import SamplerConfig
 from posttrain.models.base import ModelConfig
-from posttrain.models.wan.model import Wan, load
+from posttrain.models.wan.loading import load
+from posttrain.models.wan.model import Wan
 from posttrain.studies import preferences
 
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ from posttrain.core.errors import UserError
 from posttrain.data.dataset import Clips, DataConfig
 from posttrain.data.latents import Latents
 from posttrain.models.base import ModelConfig
-from posttrain.models.wan import model as wan
+from posttrain.models.wan import loading as wan
 from posttrain.models.wan.model import Wan
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from posttrain.core.files import read_jsonl
 from posttrain.methods import psft
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan.model import load
-from posttrain.training.run import Run, TrainConfig
+from posttrain.models.wan.loading import load
+from posttrain.training.optim import TrainConfig
+from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
 SHAPE = (2, 3, 4, 2, 2)  # B C F H W

@@ -24,7 +24,7 @@ from posttrain.flow import SamplerConfig
 from posttrain.methods.oro import Sampling, oro_loss
 from posttrain.metrics import pisa
 from posttrain.models.base import ModelConfig
-from posttrain.models.wan import model as wan_model
+from posttrain.models.wan import loading as wan_model
 from posttrain.models.wan.model import Wan
 from posttrain.rewards import depth, flow, segmentation, trajectory
 from posttrain.rewards.base import Reward, contrast, load_all, total, truths
@@ -497,7 +497,7 @@ print([(part.name, part.config.weight) for part in parts], total.tolist(), list(
 def test_adding_a_reward_is_one_file_and_one_line(tmp_path: Path) -> None:
     """The file and the line that CONTRIBUTING.md gives, in a copy of the package; README.md's are no others."""
     package = Path(posttrain.__file__).parent
-    pages = (("README.md", "## Adding a reward\n"), ("CONTRIBUTING.md", "### A new reward\n"))
+    pages = (("README.md", "## Adding a reward\n"), ("CONTRIBUTING.md", "## A new reward\n"))
     for name, title in pages:
         section = (package.parent / name).read_text().split(title)[1].split("\n##")[0]
         place, file = re.search(r"`([\w/]+/<name>\.py)`:\n```python\n(.*?)```", section, re.DOTALL).groups()

@@ -19,7 +19,8 @@ from posttrain.core.files import read_jsonl
 from posttrain.nets import sam2, tracker
 from posttrain.pocket import folder
 from posttrain.pretraining import segmenter
-from posttrain.training.run import Run, TrainConfig
+from posttrain.training.optim import TrainConfig
+from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
 FRAMES, SIZE = 9, 32

@@ -21,7 +21,8 @@ from posttrain.core.errors import UserError
 from posttrain.core.files import read_jsonl
 from posttrain.core.trackers import check_trackers
 from posttrain.evaluation.sample import write_video
-from posttrain.training.run import Run, TrainConfig
+from posttrain.training.optim import TrainConfig
+from posttrain.training.run import Run
 from posttrain.types import Batch
 
 FRAMES, FPS = 5, 8
@@ -53,10 +54,10 @@ def train(folder: Path, trackers: Sequence[str], until: int = 8) -> None:
     run = Run(folder, nn.Linear(1, 1), Points(), config, validate, validate_every=3)
     batches = run.batches()
     for batch in batches:
-        run.step((run.module(batch.video_BCFHW) + batch.video_BCFHW).square().mean())
         if run.steps == until:
             batches.close()
             return
+        run.step((run.module(batch.video_BCFHW) + batch.video_BCFHW).square().mean())
 
 
 def curve(rows: Iterable[dict[str, Any]], key: str) -> dict[int, float]:

@@ -29,7 +29,7 @@ from posttrain.flow import SamplerConfig
 from posttrain.methods import oro
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.rewards.base import RewardConfig
-from posttrain.training.run import TrainConfig
+from posttrain.training.optim import TrainConfig
 from posttrain.training.tripwires import (
     BEST,
     LOOKS,

@@ -23,7 +23,7 @@ from posttrain.data.dataset import Clips, DataConfig, open_split
 from posttrain.data.latents import Latents
 from posttrain.data.videos import Wanted, centred, choose, entries, inspect, moved, nearest, plan, read, see
 from posttrain.models.base import ModelConfig
-from posttrain.models.wan import model as wan
+from posttrain.models.wan import loading as wan
 
 LEVEL = 4  # frame k of a test video is grey of brightness 4 k
 WANTED = {"frames": 5, "fps": 8.0, "size": [16, 16]}

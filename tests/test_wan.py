@@ -16,9 +16,11 @@ from torch import Tensor
 
 from posttrain.core.errors import UserError
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan.model import Wan, load
+from posttrain.models.wan.loading import load
+from posttrain.models.wan.model import Wan
 from posttrain.pocket import folder as embedded
-from posttrain.training.run import Run, TrainConfig
+from posttrain.training.optim import TrainConfig
+from posttrain.training.run import Run
 
 CAPTIONS = ["a red ball falls.", "  A  duck &amp; a wooden box\nfall. ", "", "ball " * 600]
 

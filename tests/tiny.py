@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from posttrain.models.wan.model import initialise
+from posttrain.models.wan.loading import initialise
 from posttrain.pretraining.build import TRANSFORMER, VAE, build
 
 TINY_VAE = VAE | {"base_dim": 4, "decoder_base_dim": 4, "z_dim": 8, "dim_mult": [1, 1, 1]}

@@ -20,10 +20,11 @@ from posttrain.core.errors import UserError, printable
 from posttrain.core.recipe import Plugin, PluginFrom, Strict
 from posttrain.data.dataset import DataConfig
 from posttrain.evaluation.evaluate import EvalConfig
+from posttrain.methods.base import method_of
 from posttrain.models import lora
-from posttrain.models.base import Merged, ModelConfig
-from posttrain.models.wan.published import sampler
-from posttrain.training.run import TrainConfig
+from posttrain.models.base import Defaults, Merged, ModelConfig, family, is_video, sampler
+from posttrain.pocket import FAMILY
+from posttrain.training.optim import TrainConfig
 from posttrain.training.tripwires import TripwiresConfig, chooses_by_the_test
 
 RUNS = Path("runs")
@@ -91,7 +92,7 @@ class Recipe(Strict):
     def _sampled_as_usual(cls, values: Any) -> Any:
         """What `eval.sampler` leaves out is as usual for the model, and what `method.sampler` does, as in `eval`."""
         match values:
-            case {"model": {"path": str(path)}}:
+            case {"model": {"path": str(path)} as model} if defaults := _defaults(model.get("family", FAMILY), path):
                 said: list[dict[str, Any]] = []
                 for key in ("eval", "method"):
                     part = values.get(key)
@@ -99,7 +100,7 @@ class Recipe(Strict):
                         continue
                     if isinstance(asked := part.get("sampler", {}), dict):
                         said.append(asked)
-                        values = values | {key: part | {"sampler": asked | sampler(path, *said)}}
+                        values = values | {key: part | {"sampler": asked | sampler(defaults, *said)}}
         return values
 
     @model_validator(mode="before")
@@ -107,9 +108,10 @@ class Recipe(Strict):
     def _losers_as_usual(cls, values: Any) -> Any:
         """What `data.groups.sampler` leaves out is as usual for the model too."""
         match values:
-            case {"model": {"path": str(path)}, "data": {"groups": {**groups}} as data}:
-                if isinstance(asked := groups.get("sampler", {}), dict):
-                    return values | {"data": data | {"groups": groups | {"sampler": asked | sampler(path, asked)}}}
+            case {"model": {"path": str(path)} as model, "data": {"groups": {**groups}} as data}:
+                defaults = _defaults(model.get("family", FAMILY), path)
+                if defaults and isinstance(asked := groups.get("sampler", {}), dict):
+                    return values | {"data": data | {"groups": groups | {"sampler": asked | sampler(defaults, asked)}}}
         return values
 
     @field_validator("sweep")
@@ -124,6 +126,35 @@ class Recipe(Strict):
             if odd := [n for n in names if n[:1] in (".", "") or not n.isprintable() or len(n) > 100]:
                 raise PydanticCustomError("value", "has a value that names no folder: {name}", {"name": printable(odd)})
         return sweep
+
+    @field_validator("method")
+    @classmethod
+    def _trains_this_family(cls, method: Plugin, info: ValidationInfo) -> Plugin:
+        """A method trains video models, or the networks that its module lists in TRAINS."""
+        model, networks = info.data.get("model"), method_of(method).TRAINS
+        if model is None:  # what is wrong with it is said elsewhere
+            return method
+        if not is_video(model.family) if networks == "video" else model.family not in networks:
+            raise PydanticCustomError(
+                "part",
+                "{name} trains {trained}, and model.family is {family}; change one of them",
+                {
+                    "name": method.name,
+                    "trained": "video models" if networks == "video" else " or ".join(networks),
+                    "family": model.family,
+                },
+            )
+        return method
+
+    @field_validator("eval")
+    @classmethod
+    def _of_a_video_model(cls, measured: EvalConfig | None, info: ValidationInfo) -> EvalConfig | None:
+        model = info.data.get("model")
+        if measured and model and not is_video(model.family):
+            raise PydanticCustomError(
+                "part", "is for video models; leave it out of a {family}'s recipe", {"family": model.family}
+            )
+        return measured
 
     @field_validator("table")
     @classmethod
@@ -140,7 +171,7 @@ class Recipe(Strict):
             return wires
         if not measured or not measured.every:
             raise PydanticCustomError("part", "look at eval.clips every eval.every steps; set both")
-        if not hasattr(method.module, "load_rewards"):
+        if not method_of(method).rewards(method.config):
             raise PydanticCustomError(
                 "part",
                 "are for a method that trains rewards, and {name} is none; leave them out",
@@ -151,6 +182,14 @@ class Recipe(Strict):
                 "part", "choose weights with roll_back, so their split must not be measured; take it from eval.splits"
             )
         return wires
+
+
+def _defaults(name: Any, path: str) -> Defaults | None:
+    """Of the model that a recipe names; None for a network. What is wrong with the family's name is said elsewhere."""
+    try:
+        return family(name).defaults(path) if isinstance(name, str) else None
+    except UserError:
+        return None
 
 
 def _samples(method: Any) -> bool:

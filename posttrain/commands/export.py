@@ -9,7 +9,7 @@ low noise is merged into `transformer_2`, as diffusers has it.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,7 @@ from torch import nn
 from posttrain.core.errors import UserError
 from posttrain.core.files import read_json, read_jsonl, write_text
 from posttrain.models import lora
-from posttrain.models.base import ModelConfig, VideoModel
-from posttrain.models.folders import concatenates
-from posttrain.models.wan.published import made_for, sampler
+from posttrain.models.base import ModelConfig, VideoModel, family, sampler
 
 ADAPTER, MERGED = "adapter", "merged"  # below the run folder
 EXPERTS = {"high": ("high_noise", "transformer"), "low": ("low_noise", "transformer_2"), None: ("", "transformer")}
@@ -33,14 +31,12 @@ def export(
     run: Path | str,
     formats: Sequence[str] = ("diffusers",),
     config: ModelConfig | None = None,
-    merge: Callable[[Path, Path], None] | None = None,
 ) -> list[Path]:
     """Check the trained weights in `run`, write what `formats` lists and the model card; return the paths, card last.
 
     Args:
         formats: "diffusers" (what training left, and the card), "comfyui", "merged".
         config: the model with the files that its start and merge mean; None: as the run's recipe names them.
-        merge: called with the adapter's file and the folder to write, for "merged".
 
     Raises:
         UserError: the run has no trained weights, they are damaged, a format needs an adapter and there is none, or
@@ -50,31 +46,36 @@ def export(
     adapter, transformer = run / ADAPTER / lora.FILE, run / ADAPTER / "transformer"
     weights = next((path for path in (adapter, transformer) if path.exists()), None)
     if weights is None:
-        raise UserError(f"{run / ADAPTER}: has no weights; finish the run first (posttrain run)")
+        raise UserError(f"{run / ADAPTER}: has no weights; finish the run first (posttrain run)", "unfinished")
     for file in [weights] if weights.is_file() else sorted(weights.glob("*.safetensors")):
         _check(file)
     if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run / 'recipe.yaml'}: does not exist; name the folder of a run")
+        raise UserError(f"{run / 'recipe.yaml'}: does not exist; name the folder of a run", "missing")
     text = (run / "recipe.yaml").read_text()
     model = yaml.safe_load(text)["model"]
     if weights.is_dir() and (other := sorted(set(formats) - {"diffusers"})):
-        raise UserError(f"{run}: export: {other[0]} needs an adapter; all weights were trained, {weights} holds them")
+        raise UserError(
+            f"{run}: export: {other[0]} needs an adapter; all weights were trained, {weights} holds them",
+            "conflict",
+            "export",
+        )
     written = [weights]
-    noise, name = EXPERTS[model.get("expert")]
+    config = config or ModelConfig(**model)
+    noise, name = EXPERTS[config.expert]
     if "comfyui" in formats:
         written += [run / ADAPTER / ("_".join(filter(None, (run.resolve().name, noise, "comfyui"))) + ".safetensors")]
-        lora.save_comfyui(weights, written[-1])
-    if "merged" in formats and merge is not None:
+        lora.save_comfyui(weights, written[-1], family(config.family).original_name)
+    if "merged" in formats:
         written += [run / MERGED / name]
-        merge(weights, written[-1])
+        family(config.family).save_merged(config, weights, written[-1])
     report = read_json(run / "report.json") if (run / "report.json").is_file() else {"rows": []}
     card = run / ADAPTER / "README.md"
-    write_text(card, _card(text, report["rows"], written, config or ModelConfig(**model)))
+    write_text(card, _card(text, report["rows"], written, config))
     return [*written, card]
 
 
 @torch.no_grad()
-def check(files: Sequence[Path], model: VideoModel, stock: Callable[[], nn.Module]) -> Iterator[str]:
+def check(files: Sequence[Path], model: VideoModel, config: ModelConfig) -> Iterator[str]:
     """Load each file as others do and compare velocity and adapter with ours; yield a line about each.
 
     On the device is one transformer at a time.
@@ -82,7 +83,7 @@ def check(files: Sequence[Path], model: VideoModel, stock: Callable[[], nn.Modul
     Args:
         files: adapters (safetensors) and transformer folders, as `export` returns them.
         model: the trained model.
-        stock: a fresh transformer of diffusers', what training started from without an adapter.
+        config: what it was loaded by; its `start` and `merge` are files and folders.
 
     Raises:
         UserError: a file's velocity is another. At most 1% of what the adapter changes may differ, beside the rounding
@@ -90,15 +91,15 @@ def check(files: Sequence[Path], model: VideoModel, stock: Callable[[], nn.Modul
             As a small adapter hides in that, its share in the weights must be 1, too: within 1e-3, or where it is
             folded into coarse weights, which rounds, within 0.25 (and told alone where a sum cannot hold it).
     """
-    from diffusers import WanPipeline
-
+    stock = family(config.family)
     ours, device, random = model.transformer, model.device, torch.Generator().manual_seed(0)
-    z_BCFHW = torch.randn((1, *model.latent_shape(9, 64, 64)), generator=random).to(device)
+    side, frames = 2 * stock.SIDE, stock.FRAMES
+    z_BCFHW = torch.randn((1, *model.latent_shape(frames, side, side)), generator=random).to(device)
     low, high = model.times
     t_BF = torch.full((1, z_BCFHW.shape[2]), low + 0.9 * (high - low), device=device)
     text_BLD = model.encode_text(["a ball falls."])
     with torch.no_grad():
-        condition = model.condition((2 * torch.rand((1, 3, 1, 64, 64), generator=random) - 1).to(device), 9)
+        condition = model.condition((2 * torch.rand((1, 3, 1, side, side), generator=random) - 1).to(device), frames)
     model.unload()
 
     def velocity(transformer: nn.Module) -> torch.Tensor:
@@ -116,9 +117,8 @@ def check(files: Sequence[Path], model: VideoModel, stock: Callable[[], nn.Modul
     ours.to("cpu")
     for file in files:
         if file.is_file():
-            transformer = stock()
-            parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
-            WanPipeline(transformer=transformer, **parts).load_lora_weights(str(file))
+            transformer = stock.bare(config)
+            stock.load_stock_adapter(transformer, file)
         else:
             dtype = next(ours.parameters()).dtype
             transformer = type(lora.unwrap(ours)).from_pretrained(file, torch_dtype=dtype)
@@ -129,12 +129,14 @@ def check(files: Sequence[Path], model: VideoModel, stock: Callable[[], nn.Modul
         changes = f", of which the adapter makes {effect:.2g}; {share:.1%} of it in the weights" if adapted else ""
         numbers = f"largest error {error:.1e} of a velocity up to {largest:.2g}{changes}"
         if not error <= allowed:
-            raise UserError(f"{file}: {numbers}; more than {allowed:.1e} is wrong: delete it and export again")
+            raise UserError(
+                f"{file}: {numbers}; more than {allowed:.1e} is wrong: delete it and export again", "mismatch"
+            )
         folded = coarse and file.is_dir()
         hidden = file.is_dir() and effect < (2**-8 if coarse else 2**-20) * largest  # too small for sums to hold
         if not hidden and not abs(share - 1) <= (0.25 if folded else 1e-3):
             rounded = ", or hand out the adapter: coarse weights round it away" if folded else ""
-            raise UserError(f"{file}: {numbers}, which should be 100%: delete it and export again{rounded}")
+            raise UserError(f"{file}: {numbers}, which should be 100%: delete it and export again{rounded}", "mismatch")
         transformer.to("cpu")  # before the next one comes
         yield f"{file}: {numbers}"
 
@@ -153,9 +155,11 @@ def _check(file: Path) -> None:
         with safe_open(file, framework="pt") as tensors:
             broken = [name for name in tensors.keys() if not tensors.get_tensor(name).isfinite().all()]
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: is damaged; run the recipe again, it continues from its last checkpoint") from error
+        raise UserError(
+            f"{file}: is damaged; run the recipe again, it continues from its last checkpoint", "damaged"
+        ) from error
     if broken:
-        raise UserError(f"{file}: {broken[0]} is not finite; train again with a lower train.lr")
+        raise UserError(f"{file}: {broken[0]} is not finite; train again with a lower train.lr", "not_finite")
 
 
 def _card(text: str, rows: list[dict[str, Any]], written: Sequence[Path], config: ModelConfig) -> str:
@@ -218,68 +222,17 @@ def _clip(recipe: dict[str, Any]) -> dict[str, Any]:
 def _purpose(path: Path) -> str:
     if path.is_file():
         return "the same adapter for ComfyUI (`models/loras`)"
-    return "the whole transformer with the adapter folded in, for `WanTransformer3DModel.from_pretrained`"
+    return "the whole transformer with the adapter folded in, for `from_pretrained` of diffusers"
 
 
 def _usage(config: ModelConfig, weights: Path, recipe: dict[str, Any]) -> str:
-    """How diffusers makes a clip, in Markdown; the sampler is that of the evaluation."""
-    adapter, start, image = weights.is_file(), config.start, config.conditioning == "image"
-    channels = concatenates(config.path, config.revision)
-    if channels and not image:
-        return (
-            "diffusers gives an image-to-video model no clip without a picture; `posttrain sample` does, from the run."
-        )
-    pipeline, name = "WanImageToVideoPipeline" if image else "WanPipeline", EXPERTS[config.expert][1]
-    transformer = "adapter/transformer" if not adapter else start if start and Path(start).is_dir() else None
-    options = ["base", *([f"revision={config.revision!r}"] if config.revision else [])]
-    bf16 = config.dtype == "bf16"
-    options += ['torch_dtype={"vae": torch.float32, "default": torch.bfloat16}'] if bf16 else []
-    options += [f"{name}=transformer"] if transformer else []
-    options += ["expand_timesteps=True"] if image and not channels else []  # the picture is a clean latent
-    lines = ["import torch"] if bf16 else []
-    lines += [f"from diffusers import {pipeline}{', WanTransformer3DModel' if transformer else ''}"]
-    lines += [
-        f"from diffusers.utils import encode_video{', load_image' if image else ''}  # needs PyAV (pip install av)"
-    ]
-    if config.path == "pocket":
-        lines += ["from posttrain.pocket import folder", "", 'base = folder("wan")']
-    else:
-        lines += ["", f"base = {config.path!r}"]
-    if transformer:
-        kind = ", torch_dtype=torch.bfloat16" if bf16 else ""
-        lines += [f"transformer = WanTransformer3DModel.from_pretrained({transformer!r}{kind})"]
-    place = "" if config.path == "pocket" else '.to("cuda")'
-    lines += [f"pipe = {pipeline}.from_pretrained({', '.join(options)}){place}"]
-    own, other = ("", ", load_into_transformer_2=True")[:: -1 if config.expert == "low" else 1]
-    if adapter and config.merge:  # the run's adapter is a change to a base that has them
-        names = [f"merged_{number}" for number in range(len(config.merge))]
-        for key, item in zip(names, config.merge, strict=True):
-            lines += [f"pipe.load_lora_weights({item.path!r}, adapter_name={key!r}{own})"]
-        lines += [
-            f'pipe.load_lora_weights("adapter", adapter_name="trained"{own})',
-            f"pipe.{name}.set_adapters({[*names, 'trained']!r}, {[*(item.scale for item in config.merge), 1.0]!r})",
-        ]
-    elif adapter:
-        lines += [f'pipe.load_lora_weights("adapter"{own})']
-    if config.other_adapter:  # of the expert that was not trained
-        lines += [f"pipe.load_lora_weights({config.other_adapter!r}{other})"]
-    clip, how = _clip(recipe), sampler(config.path, (recipe.get("eval") or {}).get("sampler") or {})
-    wishes = [f"prompt={clip.get('caption', 'a ball falls.')!r}"]
-    if image:
-        lines += ['image = load_image("first_picture.png")']
-        wishes = ["image=image", *wishes, "height=image.height", "width=image.width"]
-    elif "size" in clip:
-        wishes += [f"height={clip['size'][0]}", f"width={clip['size'][1]}"]
-    wishes += [f"num_frames={clip['frames']}"] if "frames" in clip else []
-    wishes += [f"num_inference_steps={how['steps']}", f"guidance_scale={how['guidance']}"]
-    wishes += [f"guidance_scale_2={how['guidance_low']}"] if how["guidance_low"] else []
-    lines += [
-        "clip = pipe(",
-        *(f"    {wish}," for wish in wishes),
-        ")",
-        f'encode_video(clip.frames[0], fps={clip.get("fps") or made_for(config.path)["fps"]}, output_path="clip.mp4")',
-    ]
-    return "```python\n{}\n```".format("\n".join(lines))
+    """How the stock pipeline makes a clip, in Markdown; the sampler is that of the evaluation."""
+    model, asked = family(config.family), (recipe.get("eval") or {}).get("sampler") or {}
+    how = sampler(model.defaults(config.path), asked)
+    code = model.pipeline_code(config, weights.is_file(), _clip(recipe), how)
+    if code is None:
+        return "No stock pipeline makes such a clip; `posttrain sample` does, from the run."
+    return f"```python\n{code}\n```"
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

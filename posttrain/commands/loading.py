@@ -11,7 +11,7 @@ from posttrain.commands.experiment import ADAPTER, RUNS, TRAINED, Recipe, resolv
 from posttrain.core import distributed, files, recipe
 from posttrain.core.errors import UserError
 from posttrain.models.base import Merged, ModelConfig
-from posttrain.training.run import start_fingerprint
+from posttrain.training.checkpoints import start_fingerprint
 
 CACHE = RUNS / "cache"
 TRACKED = 64  # pixels that the sides of clips may have for the embedded tracker
@@ -24,7 +24,7 @@ def memory(what: str, remedy: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(" GPU ")[0]  # the rest is for who tunes the allocator
-        raise UserError(f"{what}: the GPU's memory is full ({reason}); {remedy}") from error
+        raise UserError(f"{what}: the GPU's memory is full ({reason}); {remedy}", "memory") from error
 
 
 @contextmanager
@@ -45,22 +45,21 @@ def tuned_model(plan: Recipe, folder: Path) -> Iterator[Any]:
     model = load_model(plan.model)
     if files.read_json(folder / TRAINED)["model"] != start_fingerprint(model.module):
         name = f"model.path {plan.model.path}"
-        raise UserError(f"{folder / ADAPTER}: was trained on other weights than {name} has now; train again as run=...")
+        raise UserError(
+            f"{folder / ADAPTER}: was trained on other weights than {name} has now; train again as run=...",
+            "mismatch",
+            "model.path",
+        )
     model.restore(folder / ADAPTER)
     yield model
 
 
 def load_model(config: ModelConfig) -> Any:
-    """The model of `models/<family>.py` that a recipe names, on this process's device."""
+    """The model, or the network of nets/, that a recipe names, on this process's device."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one per part of a model
-    model = recipe.resolve(("models", "nets"), config.family).load(resolved(config), device())
-    if (config.start or config.merge) and not hasattr(model, "transformer"):
-        raise UserError(
-            f"model: start and merge are for video models; name the folder of a {config.family} in model.path"
-        )
-    return model
+    return recipe.resolve(("models", "nets"), config.family).load(resolved(config), device())
 
 
 def load_tracker(path: str = "pocket") -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -11,13 +11,19 @@ from posttrain.commands.experiment import RUNS, Recipe, need_training, open_run
 from posttrain.commands.loading import base_model, device, load_model, main_process, memory, tuned_model
 from posttrain.core.errors import UserError
 from posttrain.data.dataset import Clips
-from posttrain.models.base import ModelConfig
-from posttrain.models.wan.published import made_for, sampler
+from posttrain.models.base import ModelConfig, sampler
+from posttrain.models.base import family as family_of
+from posttrain.pocket import FAMILY
 
 
 @memory("sampling", "ask for fewer pixels (--height, --width) or --frames")
 def sample(
-    target: str, image: Path | None, wishes: dict[str, Any], scale: float = 1.0, output: Path | None = None
+    target: str,
+    image: Path | None,
+    wishes: dict[str, Any],
+    scale: float = 1.0,
+    output: Path | None = None,
+    family: str | None = None,
 ) -> None:
     """Let a run (the base and what it became, side by side) or a model continue a picture, or follow a text alone.
 
@@ -28,13 +34,13 @@ def sample(
         wishes: fields of `gallery.Wish`; those that are missing are as the run was trained and measured.
         scale: how much a run's adapter counts.
         output: the folder; None: samples/asked in the run's folder, or runs/samples/<model>.
+        family: of a model that is no run; None: that of the embedded model.
 
     Raises:
         UserError: there is no such thing, the picture cannot be read, is missing or is not wanted, or the wishes do not
             fit the model.
     """
     from posttrain.models import lora
-    from posttrain.models.folders import concatenates
     from posttrain.reporting.gallery import Wish, blank, film, fit, natural_size, open_picture, slug
 
     picture, run = image and open_picture(image), Path(target).suffix == ".yaml"
@@ -46,7 +52,9 @@ def sample(
             raise UserError(f"--image: {target} was trained on text alone (model.conditioning); leave it out")
         if plan.model.conditioning == "image" and image is None:
             raise UserError(f"--image: is missing; {target} was trained to continue a first picture, name one")
-        path, name = plan.model.path, plan.method.name if scale == 1 else f"{plan.method.name} x{scale:g}"
+        if family is not None:
+            raise UserError("--family: is for a model alone; a run's recipe names its own", "conflict", "--family")
+        config, name = plan.model, plan.method.name if scale == 1 else f"{plan.method.name} x{scale:g}"
 
         @contextmanager
         def tuned() -> Iterator[Any]:
@@ -63,15 +71,18 @@ def sample(
     else:
         if scale != 1:
             raise UserError(f"--scale: {target} is no run and has no adapter; leave it out or name a run")
-        if image is None and concatenates(target):
-            raise UserError(f"--image: is missing; {target} is made to continue a first picture, name one")
-        path, name, usual = target, Path(target).name, {}
-        config = alone(path, image is not None, device())
+        if image is None and family_of(family or FAMILY).needs_picture(target):
+            raise UserError(
+                f"--image: is missing; {target} is made to continue a first picture, name one", "required", "--image"
+            )
+        config, name, usual = alone(target, image is not None, device(), family or FAMILY), Path(target).name, {}
         models = {name: lambda: nullcontext(load_model(config))}
         output = output or RUNS / "samples" / name
-    asked = {**made_for(path), **usual, **wishes, **sampler(path, usual, wishes)}
-    if picture and path != "pocket" and "size" not in {**usual, **wishes}:
-        asked["size"] = natural_size(picture, asked["size"])
+    of_model = family_of(config.family)
+    defaults = of_model.defaults(config.path)
+    asked = {**defaults._asdict(), **usual, **wishes, **sampler(defaults, usual, wishes)}
+    if picture and config.path != "pocket" and "size" not in {**usual, **wishes}:
+        asked["size"] = natural_size(picture, asked["size"], of_model.SIDE)
     wish = Wish(**asked)
     if main_process():
         pixels, done = fit(picture, wish.size) if picture else blank(wish.size)
@@ -79,10 +90,10 @@ def sample(
         print("samples:", *film(models, pixels, wish, output / (image.stem if image else slug(wish.prompt))))
 
 
-def alone(path: str, pictured: bool, device: torch.device) -> ModelConfig:
+def alone(path: str, pictured: bool, device: torch.device, family: str = FAMILY) -> ModelConfig:
     """How a model that is no run is loaded: on a GPU in half the memory, as the recipes have it."""
-    large = path != "pocket" and device.type == "cuda"
-    return ModelConfig(path=path, conditioning="image" if pictured else "text", dtype="bf16" if large else "fp32")
+    dtype: Literal["bf16", "fp32"] = "bf16" if path != "pocket" and device.type == "cuda" else "fp32"
+    return ModelConfig(family=family, path=path, conditioning="image" if pictured else "text", dtype=dtype)
 
 
 def _usual(plan: Recipe) -> dict[str, Any]:

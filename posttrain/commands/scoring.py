@@ -24,7 +24,7 @@ from posttrain.core import files
 from posttrain.core.errors import UserError
 from posttrain.data.dataset import Clips, DataConfig, open_splits
 from posttrain.evaluation.evaluate import EvalConfig
-from posttrain.models.wan.published import sampler
+from posttrain.models.base import family, sampler
 
 FRAMES = 16  # of a video that a model is shown
 
@@ -180,7 +180,8 @@ def _sampled(target: str, truths: Any, out: Path, asked: Mapping[str, Any]) -> l
     need_training(folder)
     kind = open_splits(plan.data)[0].kind
     measured = plan.eval or EvalConfig(clips="", seeds=1, batch=1)
-    how = sampler(plan.model.path, measured.sampler.model_dump() if plan.eval else {}, asked)
+    defaults = family(plan.model.family).defaults(plan.model.path)
+    how = sampler(defaults, measured.sampler.model_dump() if plan.eval else {}, asked)
     seeds = asked.get("seeds", measured.seeds)
     start = files.read_json(folder / TRAINED)["model"]  # also what model.start and model.merge put into it
     model = plan.model.model_dump(mode="json")

@@ -32,12 +32,13 @@ from posttrain.commands.loading import (
     wait,
 )
 from posttrain.commands.losers import make_samples
-from posttrain.core import files, recipe
+from posttrain.core import files
 from posttrain.core.errors import UserError
 from posttrain.core.trackers import check_trackers
 from posttrain.data import videos
 from posttrain.data.dataset import Clips, GroupsConfig, Split, check_same_kind, open_split, open_splits
 from posttrain.evaluation.evaluate import EvalConfig
+from posttrain.methods.base import Source, fingerprints, method_of, sampler
 from posttrain.rewards import base
 from posttrain.training.run import Run
 from posttrain.training.tripwires import BEST, best_look, ended, read_looks, watching
@@ -78,7 +79,7 @@ def film(plan: Recipe) -> None:
         if code in (-2, 130):
             raise KeyboardInterrupt
         if code:
-            raise UserError(f"{maker}: its clips could not be made (the line above says why)")
+            raise UserError(f"{maker}: its clips could not be made (the line above says why)", "internal", "data.make")
     wait()
 
 
@@ -100,7 +101,9 @@ def check_tracker(measured: EvalConfig) -> list[Split]:
             height, width = split.size
             raise UserError(
                 f"eval.tracker: the embedded one was made for {TRACKED} x {TRACKED} pixels, and the clips in "
-                f"{split.folder} have {height} x {width}; name a SAM 2, as facebook/sam2.1-hiera-large"
+                f"{split.folder} have {height} x {width}; name a SAM 2, as facebook/sam2.1-hiera-large",
+                "mismatch",
+                "eval.tracker",
             )
     return splits
 
@@ -118,31 +121,16 @@ def train(plan: Recipe, folder: Path) -> None:
     """
     check_trackers(plan.train.trackers)
     check_sampler(plan)
-    model, method = load_model(plan.model), plan.method.module
-    if plan.eval and not hasattr(model, "transformer"):
-        raise UserError(f"eval: is for video models; leave it out of a {plan.model.family}'s recipe")
+    model, method, config = load_model(plan.model), method_of(plan.method), plan.method.config
     groups = check_groups(plan)
-    truths = method.truths(plan.method.config) if hasattr(method, "truths") else ()
+    truths = tuple(dict.fromkeys((*method.truths(config), *base.truths(method.rewards(config)))))
     clips = Clips(plan.data, False, bool(groups and groups.counterfactuals), truths)
     tell(clips, folder)
-    if method.DATA in ("clips", "annotated latents") and not clips.annotated:
-        bare = next(split.folder for split in clips.splits if not split.annotated)
-        raise UserError(f"{bare}: has no masks, which {plan.method.name} learns from; use clips that `sim make` filmed")
-    if hasattr(model, "latent_shape"):
+    if method.TRAINS == "video":
         model.latent_shape(clips.splits[0].frames, *clips.splits[0].size)
-    data: Any = clips
-    if method.DATA in ("latents", "annotated latents"):
-        from posttrain.data.latents import Annotated, Latents
-
-        data = Latents(model, clips, CACHE / "latents")
-        data = Annotated(data, clips) if method.DATA == "annotated latents" else data
-    if groups:
-        from posttrain.data.groups import Groups
-
-        scored = hasattr(method, "scored") and method.scored(plan.method.config)
-        data = Groups(model, clips, groups, CACHE / "latents", plan.model.conditioning == "image", scored)
-    depends = method.depends(plan.method.config) if hasattr(method, "depends") else {}
-    rewards = method.load_rewards(plan.method.config, model.device) if hasattr(method, "load_rewards") else {}
+    data = method.data(Source(model, clips, groups, plan.model.conditioning == "image", CACHE / "latents"), config)
+    depends = method.depends(config) | fingerprints(method.rewards(config))
+    rewards = base.load_all(method.rewards(config), model.device)
     validate, ends, every = None, None, plan.eval.every if plan.eval else 0
     if plan.eval:
         from posttrain.evaluation.evaluate import validation
@@ -153,12 +141,12 @@ def train(plan: Recipe, folder: Path) -> None:
             look = watching(folder, wires, rewards, model, tracker) if main_process() else None
             watched = {"clips": wires.clips, "split": wires.split, "look": look}
             watched["truths"] = tuple(dict.fromkeys((*truths, *base.truths(wires.watch))))
-            how = plan.eval.model_dump(mode="json", include={"clips", "splits", "every", "sampler", "tracker"})
-            depends |= {"tripwires": wires.model_dump(mode="json"), "eval": how}
+            measured = plan.eval.model_dump(mode="json", include={"clips", "splits", "every", "sampler", "tracker"})
+            depends |= {"tripwires": wires.model_dump(mode="json"), "eval": measured}
         # also where it is not used, so that what evaluation will lack is said before training
         validate = validation(folder, plan.eval, model, tracker, **watched)
         model.unload()  # captions are read
-    started = [method.start(model, plan.method.config)] if hasattr(method, "start") else [rewards] if rewards else []
+    inputs = method.inputs(model, config) | ({"rewards": rewards} if rewards else {})
     run = Run(folder, model.module, data, plan.train, validate, every, depends, ends)
     if is_trained(folder, run.meaning):
         print(f"training: {folder / ADAPTER} is complete", file=sys.stderr)
@@ -166,7 +154,7 @@ def train(plan: Recipe, folder: Path) -> None:
     if data is clips:
         clips.preload()
     model.module = run.module
-    method.train(run, model, plan.method.config, *started)
+    method.train(run, model, config, **inputs)
     model.module = run.finish()
     if main_process():
         files.sweep(folder)
@@ -185,21 +173,29 @@ def train(plan: Recipe, folder: Path) -> None:
 def check_sampler(plan: Recipe) -> None:
     """Refuse to train one sampler and to measure another: what the one learns need not show in the other."""
     measured = plan.eval and plan.eval.sampler
-    trained = getattr(plan.method.config, "sampler", measured)
+    trained = sampler(plan.method.config)
     if measured and trained and trained != measured:
         raise UserError(
             f"method.sampler: trains {trained.model_dump()}, but eval.sampler measures {measured.model_dump()}; "
-            "leave method.sampler out, and it is eval's"
+            "leave method.sampler out, and it is eval's",
+            "conflict",
+            "method.sampler",
         )
 
 
 def check_groups(plan: Recipe) -> GroupsConfig | None:
     """What the method compares true clips with. Raises UserError where recipe and method differ on whether there is."""
-    groups, wanted = plan.data.groups, plan.method.module.DATA == "groups"
+    groups, wanted = plan.data.groups, method_of(plan.method).GROUPS
     if wanted and groups is None:
-        raise UserError(f"data.groups: is missing; say what {plan.method.name} compares true clips with")
+        raise UserError(
+            f"data.groups: is missing; say what {plan.method.name} compares true clips with", "required", "data.groups"
+        )
     if groups is not None and not wanted:
-        raise UserError(f"data.groups: is not for {plan.method.name}, which learns from true clips alone; leave it out")
+        raise UserError(
+            f"data.groups: is not for {plan.method.name}, which learns from true clips alone; leave it out",
+            "conflict",
+            "data.groups",
+        )
     return groups
 
 
@@ -225,7 +221,11 @@ def evaluate(plan: Recipe, folder: Path) -> None:
     from posttrain.evaluation.records import print_table, read_records
 
     if plan.eval is None:
-        raise UserError(f"{folder / 'recipe.yaml'}: eval: is missing; say what to measure, as in eval.clips=data/drops")
+        raise UserError(
+            f"{folder / 'recipe.yaml'}: eval: is missing; say what to measure, as in eval.clips=data/drops",
+            "required",
+            "eval",
+        )
     check_tracker(plan.eval)
     need_training(folder)
     if main_process():
@@ -271,10 +271,10 @@ def export(plan: Recipe, folder: Path, checked: bool = False) -> None:
 
     need_training(folder)
     if main_process():
-        family, config = recipe.resolve("models", plan.model.family), resolved(plan.model)
-        written = export(folder, plan.export, config, lambda adapter, path: family.save_merged(config, adapter, path))
+        config = resolved(plan.model)
+        written = export(folder, plan.export, config)
         print("export:", *written)
         if checked:
             with tuned_model(plan, folder) as model:
-                for line in check(written[:-1], model, lambda: family.bare(config)):
+                for line in check(written[:-1], model, config):
                     print("check:", line)

@@ -1,3 +1,117 @@
-"""What a method is: a module of this package, or of pretraining/, that a recipe names in `method:`."""
+"""What a method is: a module of this package, or of pretraining/, that a recipe names in `method:`.
 
-PROTOCOL = ("Config", "DATA", "train")
+It is one page: a docstring with the paper, its equation and every departure, a `Config`, a pure loss, and the loop
+
+    train(run, model, config, **inputs)
+
+All else that is asked of a method is a field of `Method` below. A module that has a name of a field means it so; what
+it leaves out is as the default here.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from posttrain.core.errors import UserError
+from posttrain.core.recipe import Plugin, Strict
+from posttrain.data.dataset import Clips, GroupsConfig
+from posttrain.data.latents import Annotated, Latents
+from posttrain.flow import SamplerConfig
+from posttrain.training.checkpoints import start_fingerprint
+from posttrain.training.run import Data
+from posttrain.types import Batch
+
+PROTOCOL = ("Config", "train")  # what a module must have
+
+
+class Source(NamedTuple):
+    """What the data of a method are made of."""
+
+    model: Any  # a VideoModel, or a network of nets/
+    clips: Clips
+    groups: GroupsConfig | None  # `data.groups` of the recipe, of methods with GROUPS
+    image_conditioned: bool  # whether the base that makes samples is given first pictures
+    cache: Path  # where latents are kept
+
+
+def latents(source: Source, config: Any) -> Data:
+    """Latents, text and conditions of the clips; Batch.z0_BCFHW, text_BLD, condition, target_B."""
+    return Latents(source.model, source.clips, source.cache)
+
+
+def annotated_latents(source: Source, config: Any) -> Data:
+    """The same, and the truth about the clips: video_BCFHW, instances_BFHW and what `truths` names."""
+    need_masks(source.clips)
+    return Annotated(Latents(source.model, source.clips, source.cache), source.clips)
+
+
+def pixels(source: Source, config: Any) -> Data:
+    """The clips as they are, with masks: video_BCFHW, instances_BFHW, target_B and what `truths` names."""
+    need_masks(source.clips)
+    return source.clips
+
+
+def need_masks(clips: Clips) -> None:
+    """Refuse clips of which it is not known what is where in them."""
+    if not clips.annotated:
+        bare = next(split.folder for split in clips.splits if not split.annotated)
+        raise UserError(
+            f"{bare}: has no masks, which the method learns from; use clips that `sim make` filmed",
+            "mismatch",
+            "data.clips",
+        )
+
+
+@dataclass(frozen=True)
+class Dry:
+    """What a training step without values (commands/dry.py) has to know of a video model's method."""
+
+    # the Config without what looks at values
+    config: Callable[[Any], Any] = lambda config: config
+    # (a batch of latents, config, losers in a group, (frames, height, width)) -> the batch that `data` gives
+    batch: Callable[[Batch, Any, int, tuple[int, int, int]], Batch] = lambda batch, config, losers, clip: batch
+    # the Config with a sampler of so many steps, where what is taken grows evenly with them; None where it does not
+    shorter: Callable[[Any, int], Any] = lambda config, steps: None
+    # of groups, how many clips go through the model
+    members: Callable[[Any, int], int] = lambda config, losers: 1 + losers
+    decodes: bool = False  # whether the model's decoder is asked
+    note: Callable[[Any], str] = lambda config: ""  # what is counted otherwise than in training, in a few words
+
+
+@dataclass(frozen=True)
+class Method:
+    """All that is asked of a method, with what holds where its module does not say."""
+
+    Config: type[Strict]
+    train: Callable[..., None]  # (run, model, config, **inputs)
+    TRAINS: Literal["video"] | tuple[str, ...] = "video"  # or the names of the networks in nets/ that it trains
+    GROUPS: bool = False  # whether it compares true clips with others, which `data.groups` names
+    # what batches hold of the truth besides pictures and masks: "flow", "depth"
+    truths: Callable[[Any], Sequence[str]] = lambda config: ()
+    data: Callable[[Source, Any], Data] = latents
+    # the rewards that it trains. Their truths are added to `truths`, their networks to `depends`; `train` gets them
+    # loaded, as `rewards` (rewards/base.py: weight and function by name), and tripwires follow them
+    rewards: Callable[[Any], tuple[Plugin, ...]] = lambda config: ()
+    # what the trained weights depend on besides clips, settings and start: values that JSON can hold, by name
+    depends: Callable[[Any], dict[str, Any]] = lambda config: {}
+    # what else `train` gets, by name, as modules or plain values: made of the model as it is where training starts,
+    # and before a run is continued. Asked too of a model that has shapes and no values (device "meta")
+    inputs: Callable[[Any, Any], dict[str, Any]] = lambda model, config: {}
+    DRY: Dry = Dry()
+
+
+def method_of(part: Plugin) -> Method:
+    """The method that a recipe names."""
+    return Method(**{f.name: vars(part.module)[f.name] for f in fields(Method) if f.name in vars(part.module)})
+
+
+def sampler(config: Strict) -> SamplerConfig | None:
+    """How a method samples; None if its Config has no `sampler`, so that it does not."""
+    return dict(config).get("sampler")
+
+
+def fingerprints(rewards: Sequence[Plugin]) -> dict[str, str]:
+    """Hashes of the networks that these rewards ask, by the recipe's key."""
+    asked = {part.name: part for part in rewards if hasattr(part.module, "net")}
+    return {f"method.rewards.{name}": start_fingerprint(part.module.net(part.config)) for name, part in asked.items()}

@@ -29,7 +29,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Literal
 
@@ -40,13 +40,15 @@ from torch import Tensor, nn
 
 from posttrain.core.errors import UserError
 from posttrain.core.recipe import Strict
+from posttrain.data.groups import Groups
 from posttrain.flow import TimeKind, frame_times, interpolate, sample_time, target
+from posttrain.methods.base import Dry, Source
 from posttrain.models import lora
 from posttrain.models.base import VideoModel
 from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
-DATA = "groups"
+GROUPS = True
 Mode = Literal["pair", "sum", "exact"]
 
 
@@ -77,9 +79,11 @@ class Config(Strict):
     backward: Literal["together", "in_turn"] = "together"  # in_turn: memory of one member, one more forward
 
 
-def scored(config: Config) -> bool:
-    """Whether losers are weighed by scores, which all of them then need."""
-    return config.physics is not None
+def data(source: Source, config: Config) -> Groups:
+    """The latents of true clips and of losers, with scores where `physics` weighs them, which all then need."""
+    assert source.groups is not None
+    scored = config.physics is not None
+    return Groups(source.model, source.clips, source.groups, source.cache, source.image_conditioned, scored)
 
 
 def physics_weights(sa: Tensor, pc: Tensor, constants: Physics | None = None) -> tuple[Tensor, Tensor]:
@@ -159,7 +163,7 @@ class Draw:
     condition: dict[str, Tensor]
     alpha_BM: Tensor
     gamma_BM: Tensor
-    names: tuple[Name, ...]
+    names: tuple[Name, ...]  # of the groups, where their draws are their own
 
 
 def draw(model: VideoModel, batch: Batch, config: Config, run: Run) -> Draw:
@@ -170,17 +174,21 @@ def draw(model: VideoModel, batch: Batch, config: Config, run: Run) -> Draw:
     assert text_BLD is not None
     count, m = losers_BMCFHW.shape[:2]
     j_BM = (run.random.uniform(1) * m).long() if config.mode == "pair" else torch.arange(m).expand(count, m)
-    source, number = run.random, 0
+    source, names = run.random, tuple[Name, ...]()
     if config.cached_draws:
         number = int(run.random.shared() * config.cached_draws)
-        places = [run.data.ids.index(name) for name in batch.ids]
-        source = Random(run.train.seed + 1, number, places)  # another seed than that of the steps' own
-    names = tuple((name, number, *j) for name, j in zip(batch.ids, j_BM.tolist(), strict=True))
+        indices = [run.data.ids.index(name) for name in batch.ids]
+        source = Random(run.train.seed + 1, number, indices)  # another seed than that of the steps' own
+        names = tuple((name, number, *j) for name, j in zip(batch.ids, j_BM.tolist(), strict=True))
     j_BM = j_BM.to(z0_BCFHW.device)
     alpha_BM = gamma_BM = torch.ones_like(j_BM, dtype=torch.float32)
     if config.physics:
         if batch.semantic_adherence_BM is None or batch.physical_commonsense_BM is None:
-            raise UserError("method.physics: needs scores of all losers; score the samples, or set method.physics=null")
+            raise UserError(
+                "method.physics: needs scores of all losers; score the samples, or set method.physics=null",
+                "required",
+                "method.physics",
+            )
         alpha_BM, gamma_BM = physics_weights(
             batch.semantic_adherence_BM.gather(1, j_BM), batch.physical_commonsense_BM.gather(1, j_BM), config.physics
         )
@@ -246,23 +254,28 @@ def cached_errors(model: VideoModel, drawn: Draw, config: Config, cache: dict[Na
     return torch.stack([cache[name] for name in drawn.names])
 
 
-def start(model: VideoModel, config: Config) -> nn.Module | None:
-    """The frozen copy that is the reference; None where that is the model without its adapter.
-
-    It is asked for before a run is continued, while the model is what training starts from.
+def inputs(model: VideoModel, config: Config) -> dict[str, nn.Module | None]:
+    """`base`, the frozen copy that is the reference; None where that is the model without its adapter.
 
     Raises:
         UserError: the model without its adapter is not what training starts from.
     """
     if config.reference == "full_copy":
-        return copy.deepcopy(model.transformer).requires_grad_(False)
+        return {"base": copy.deepcopy(model.transformer).requires_grad_(False)}
     if not lora.attached(model.transformer):
         raise UserError(
-            "model.adapter: is missing; the reference is the model without it. Or method.reference=full_copy"
+            "model.adapter: is missing; the reference is the model without it. Or method.reference=full_copy",
+            "required",
+            "model.adapter",
         )
-    if any(p.any() for name, p in model.transformer.named_parameters() if ".lora_B." in name):
-        raise UserError("model.start: the reference would be the model before it; name the adapter in model.merge")
-    return None
+    adapter = [p for name, p in model.transformer.named_parameters() if ".lora_B." in name and not p.is_meta]
+    if any(p.any() for p in adapter):
+        raise UserError(
+            "model.start: the reference would be the model before it; name the adapter in model.merge",
+            "conflict",
+            "model.start",
+        )
+    return {"base": None}
 
 
 @contextmanager
@@ -311,8 +324,8 @@ def in_turn(
     return loss.detach() + rest - rest.detach(), metrics
 
 
-def train(run: Run, model: VideoModel, config: Config, base: nn.Module | None = None) -> None:
-    """`base` is what `start` gave."""
+def train(run: Run, model: VideoModel, config: Config, base: nn.Module | None) -> None:
+    """`base` is what `inputs` gave."""
     cache: dict[Name, Tensor] = {}
     for batch in run.batches():
         drawn = draw(model, batch, config, run)
@@ -325,3 +338,26 @@ def train(run: Run, model: VideoModel, config: Config, base: nn.Module | None = 
         else:
             loss, metrics = in_turn(run, model, drawn, ref_BN, config)
         run.step(loss, **metrics)
+
+
+def without_values(config: Config) -> Config:
+    """The same work where no score is looked at, and where the reference is asked for what it is asked once."""
+    return config.model_copy(update={"physics": None, "cached_draws": 0})
+
+
+def dry_batch(batch: Batch, config: Config, losers: int, clip: tuple[int, int, int]) -> Batch:
+    """With losers beside the true clips (commands/dry.py)."""
+    assert batch.z0_BCFHW is not None
+    count, *shape = batch.z0_BCFHW.shape
+    return replace(batch, losers_BMCFHW=torch.empty(count, losers, *shape))
+
+
+def members(config: Config, losers: int) -> int:
+    return 2 if config.mode == "pair" else 1 + losers
+
+
+def note(config: Config) -> str:
+    return "where the reference is asked" if config.cached_draws else ""
+
+
+DRY = Dry(config=without_values, batch=dry_batch, members=members, note=note)

@@ -15,6 +15,7 @@ back.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -25,12 +26,13 @@ from torch import Tensor
 from posttrain.core.errors import UserError
 from posttrain.core.recipe import Plugin, PluginFrom, Strict
 from posttrain.flow import Grad, SamplerConfig, sample
+from posttrain.methods.base import Dry, annotated_latents
 from posttrain.models.base import VideoModel
 from posttrain.rewards import base
-from posttrain.training.run import Run, start_fingerprint
+from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
-DATA = "annotated latents"
+data = annotated_latents
 
 
 class Sampling(Strict):
@@ -53,15 +55,8 @@ class Config(Sampling):
         return self
 
 
-def truths(config: Config) -> tuple[str, ...]:
-    """What the rewards must be told of the clips beside their pictures and masks."""
-    return base.truths(config.rewards)
-
-
-def depends(config: Config) -> dict[str, str]:
-    """What the trained weights depend on beside clips and settings: the weights of the networks that are asked."""
-    asked = {part.name: part for part in config.rewards if hasattr(part.module, "net")}
-    return {f"method.rewards.{name}": start_fingerprint(part.module.net(part.config)) for name, part in asked.items()}
+def rewards(config: Config) -> tuple[Plugin, ...]:
+    return config.rewards
 
 
 def oro_loss(
@@ -84,10 +79,12 @@ def oro_loss(
     """
     assert batch.z0_BCFHW is not None
     assert batch.text_BLD is not None
-    truth_BCFHW, how = batch.z0_BCFHW, config.sampler
+    truth_BCFHW, sampler = batch.z0_BCFHW, config.sampler
     if config.frames and model.latent_frames(config.frames) > truth_BCFHW.shape[2]:
         raise UserError(
-            f"method.frames: is {config.frames}, more than the clips have; lower it, or leave it out for all"
+            f"method.frames: is {config.frames}, more than the clips have; lower it, or leave it out for all",
+            "mismatch",
+            "method.frames",
         )
     z0_BCFHW = sample(
         model,
@@ -95,31 +92,30 @@ def oro_loss(
         random.normal(*truth_BCFHW.shape[1:]).to(truth_BCFHW),
         batch.text_BLD,
         truth_BCFHW[:, :, : model.n_cond_frames] if model.n_cond_frames else None,
-        how.steps,
-        how.weight(model.boundary),
+        sampler.steps,
+        sampler.weight(model.boundary),
         None if negative_1LD is None else negative_1LD.expand_as(batch.text_BLD),
         batch.condition,
         config.grad,
         "steps" in config.recompute,
     )
     if torch.is_grad_enabled() and not z0_BCFHW.requires_grad:
-        raise UserError("method.grad: at these steps no weight that is trained is asked; name steps of model.expert")
+        raise UserError(
+            "method.grad: at these steps no weight that is trained is asked; name steps of model.expert",
+            "conflict",
+            "method.grad",
+        )
     if config.frames is not None:
         z0_BCFHW, batch = z0_BCFHW[:, :, : model.latent_frames(config.frames)], batch.until(config.frames)
     video_BCFHW = model.decode(z0_BCFHW, "decoder" in config.recompute, config.offload)[:, :, : config.frames]
-    reward_B, found = reward(video_BCFHW, batch)
+    reward_B, summands = reward(video_BCFHW, batch)
     saturated = (video_BCFHW.detach().abs() == 1).float().mean()
-    metrics = {f"reward_{name}": each_B.detach().mean() for name, each_B in found.items()}
+    metrics = {f"reward_{name}": each_B.detach().mean() for name, each_B in summands.items()}
     return -reward_B.mean(), {"saturated": saturated} | metrics
 
 
-def load_rewards(config: Config, device: torch.device) -> dict[str, tuple[float, base.Reward]]:
-    """Weight and function of each reward."""
-    return base.load_all(config.rewards, device)
-
-
 def train(run: Run, model: VideoModel, config: Config, rewards: Mapping[str, tuple[float, base.Reward]]) -> None:
-    """`rewards` is what `load_rewards` gave."""
+    """`rewards` are the recipe's, loaded."""
     reward = base.total(rewards)
     negative_1LD = model.encode_text([""]) if config.sampler.guided else None
     model.unload()
@@ -127,3 +123,25 @@ def train(run: Run, model: VideoModel, config: Config, rewards: Mapping[str, tup
     for batch in run.batches():
         loss, metrics = oro_loss(model, batch, reward, config, run.random, negative_1LD)
         run.step(loss, **metrics)
+
+
+def dry_batch(batch: Batch, config: Config, losers: int, clip: tuple[int, int, int]) -> Batch:
+    """With the truth beside latents (commands/dry.py)."""
+    count, (frames, height, width), known = len(batch.ids), clip, base.truths(config.rewards)
+    return replace(
+        batch,
+        video_BCFHW=torch.empty(count, 3, frames, height, width),
+        instances_BFHW=torch.empty(count, frames, height, width, dtype=torch.uint8),
+        flow_BFCHW=torch.empty(count, frames, 2, height, width) if "flow" in known else None,
+        depth_BFHW=torch.empty(count, frames, height, width) if "depth" in known else None,
+    )
+
+
+def shorter(config: Config, steps: int) -> Config | None:
+    """The same with a sampler of fewer steps, where all are differentiated."""
+    if config.grad != "all" or config.sampler.steps <= steps:
+        return None
+    return config.model_copy(update={"sampler": config.sampler.model_copy(update={"steps": steps})})
+
+
+DRY = Dry(batch=dry_batch, shorter=shorter, decodes=True)

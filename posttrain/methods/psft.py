@@ -22,8 +22,6 @@ from posttrain.models.base import VideoModel
 from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
-DATA = "latents"
-
 
 class Config(Strict):
     timesteps: TimeKind = "logit_normal"

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from posttrain.core.errors import UserError
 from posttrain.core.files import read_json
 from posttrain.models.base import ModelConfig
-from posttrain.models.wan.published import PUBLISHED
 from posttrain.pocket import folder
 
 # What is fetched of a hub repository: the parts a folder may have, and in them configs, vocabularies and safe weights.
@@ -21,18 +20,29 @@ PARTS += ["image_encoder", "image_processor"]
 WANTED = ["model_index.json", *(f"{part}/*.{kind}" for part in PARTS for kind in ("json", "safetensors", "model"))]
 
 
-def find(path: str, revision: str | None = None) -> Path:
+def find(path: str, revision: str | None = None, embedded: str | None = None) -> Path:
     """The diffusers folder that `path` names: "pocket", a folder, or a hub id, which is fetched unless it is there.
+
+    Args:
+        embedded: the folder in posttrain/pocket that "pocket" means; None: there is no embedded model of this family.
 
     Raises:
         UserError: there is none.
     """
-    if path == "pocket" or Path(path).is_dir():
+    pocket = path == "pocket" and embedded is not None
+    if pocket or Path(path).is_dir():
         if revision is not None:
-            raise UserError(f"model.revision: {revision} is for hub ids, and {path} is a folder; leave it out")
-        return folder("wan") if path == "pocket" else Path(path)
+            raise UserError(
+                f"model.revision: {revision} is for hub ids, and {path} is a folder; leave it out",
+                "conflict",
+                "model.revision",
+            )
+        return folder(str(embedded)) if pocket else Path(path)
     if len(Path(path).parts) != 2 or path.startswith((".", "/", "~")):
-        raise UserError(f"model.path: {path} does not exist; give 'pocket', a diffusers folder or a hub id")
+        offered = "'pocket', a" if embedded else "a"
+        raise UserError(
+            f"model.path: {path} does not exist; give {offered} diffusers folder or a hub id", "missing", "model.path"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -41,7 +51,9 @@ def find(path: str, revision: str | None = None) -> Path:
         at = f" at revision {revision}" if revision else ""
         raise UserError(
             f"model.path: {path}{at} is no folder and cannot be got from the hub ({_reason(error)}); check its name, "
-            "model.revision, the network and the login (hf auth login), or give a folder"
+            "model.revision, the network and the login (hf auth login), or give a folder",
+            "network",
+            "model.path",
         ) from error
 
 
@@ -56,15 +68,19 @@ def network(kind: type[PreTrainedModel], config: ModelConfig, part: str) -> Any:
     local = Path(config.path).exists() or config.path.startswith((".", "/", "~")) or config.path.count("/") != 1
     path, name = str(folder(part)) if config.path == "pocket" else config.path, kind.__name__
     if local and not (Path(path) / "config.json").exists():
-        raise UserError(f"{Path(path) / 'config.json'}: does not exist; name the folder of a {name} or a hub id")
+        raise UserError(
+            f"{Path(path) / 'config.json'}: does not exist; name the folder of a {name} or a hub id",
+            "missing",
+            "model.path",
+        )
     try:
         if config.init == "random":
             return kind.config_class.from_pretrained(path)
         net, info = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # transformers, huggingface_hub and safetensors each raise their own kinds
-        raise UserError(f"{path}: cannot be loaded as a {name} ({_reason(error)})") from error
+        raise UserError(f"{path}: cannot be loaded as a {name} ({_reason(error)})", "format", "model.path") from error
     if info["missing_keys"]:  # transformers would leave these random and only warn
-        raise UserError(f"{path}: lacks {sorted(info['missing_keys'])[0]}; it is no whole {name}")
+        raise UserError(f"{path}: lacks {sorted(info['missing_keys'])[0]}; it is no whole {name}", "damaged")
     return net
 
 
@@ -72,23 +88,27 @@ def _reason(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def check_files(place: Path) -> None:
+def check_files(part: Path) -> None:
     """Refuse a part whose weights are missing, torn, or lack a shard; their headers alone are read."""
-    indexes = place.glob("*.safetensors.index.json")
+    indexes = part.glob("*.safetensors.index.json")
     shards = {str(name) for index in indexes for name in read_json(index).get("weight_map", {}).values()}
-    names = sorted(shards or {path.name for path in place.glob("*.safetensors")})
+    names = sorted(shards or {path.name for path in part.glob("*.safetensors")})
     if not names:
-        raise UserError(f"{place}: has no .safetensors file; get this part of the model in that format")
+        raise UserError(f"{part}: has no .safetensors file; get this part of the model in that format", "missing")
     for name in names:
         if Path(name).name != name:
-            raise UserError(f"{place}: its index names {name!r}, which is no file of this folder; get the model again")
+            raise UserError(
+                f"{part}: its index names {name!r}, which is no file of this folder; get the model again", "outside"
+            )
         try:
-            with safe_open(place / name, framework="pt"):
+            with safe_open(part / name, framework="pt"):
                 pass
         except FileNotFoundError as error:
-            raise UserError(f"{place / name}: does not exist; get this file of the model again") from error
+            raise UserError(f"{part / name}: does not exist; get this file of the model again", "missing") from error
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{place / name}: is torn ({_reason(error)}); get this file of the model again") from error
+            raise UserError(
+                f"{part / name}: is torn ({_reason(error)}); get this file of the model again", "damaged"
+            ) from error
 
 
 def load_part(kind: Any, root: Path, name: str, **options: Any) -> Any:
@@ -96,43 +116,25 @@ def load_part(kind: Any, root: Path, name: str, **options: Any) -> Any:
 
     `kind` is the class whose `from_pretrained` reads it, or a function that does.
     """
-    place = root / name
-    if not place.is_dir():
-        raise UserError(f"{place}: does not exist; model.path must name a whole diffusers folder")
+    part = root / name
+    if not part.is_dir():
+        raise UserError(
+            f"{part}: does not exist; model.path must name a whole diffusers folder", "missing", "model.path"
+        )
     weighty = isinstance(kind, type) and issubclass(kind, nn.Module)
     if weighty:
-        check_files(place)
+        check_files(part)
         options |= {"use_safetensors": True, "output_loading_info": True}
     read = kind.from_pretrained if hasattr(kind, "from_pretrained") else kind
     try:
         loaded = read(str(root), subfolder=name, local_files_only=True, **options)
     except Exception as error:  # diffusers, transformers and safetensors each raise their own kinds
-        raise UserError(f"{place}: cannot be loaded ({_reason(error)}); get this part of the model again") from error
+        raise UserError(
+            f"{part}: cannot be loaded ({_reason(error)}); get this part of the model again", "damaged"
+        ) from error
     if weighty:
         loaded, info = loaded
         if info["missing_keys"]:  # diffusers would leave these random and only warn
             lacking = sorted(info["missing_keys"])[0]
-            raise UserError(f"{place}: lacks {lacking}; get this part of the model again")
+            raise UserError(f"{part}: lacks {lacking}; get this part of the model again", "damaged")
     return loaded
-
-
-def read_configs(path: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The configs of transformer and VAE of `model.path`; those of the published models without the hub.
-
-    Raises:
-        UserError: it is neither a folder nor one of these, and is not to be had from the hub.
-    """
-    if path in PUBLISHED and not Path(path).is_dir():
-        return PUBLISHED[path]["transformer"], PUBLISHED[path]["vae"]
-    transformer, vae = (read_json(find(path, revision) / name / "config.json") for name in ("transformer", "vae"))
-    return transformer, vae
-
-
-def concatenates(path: str, revision: str | None = None) -> bool:
-    """Whether `model.path` takes the first picture as further channels, as the image-to-video models do.
-
-    Raises:
-        UserError: as read_configs.
-    """
-    transformer, vae = read_configs(path, revision)
-    return bool(transformer.get("in_channels", 16) != vae.get("z_dim", 16))

@@ -1,14 +1,15 @@
 """Low-rank adapters: attach to a transformer, switch off (the reference model), save, load, fold into the weights.
 
 W' = W + (alpha / rank) B A with B = 0 at the start (Hu et al. 2021). The saved file is diffusers' own, with the
-adapter's metadata in its header, so that a stock pipeline's `load_lora_weights` also gets alpha != rank right.
+adapter's metadata in its header, so that a stock pipeline's `load_lora_weights` also gets alpha != rank right. A
+transformer here is any ModelMixin of diffusers that is a PeftAdapterMixin; what a family has of its own is an argument.
 """
 
 import json
-import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +23,6 @@ from posttrain.core.files import write_bytes
 
 FILE = "pytorch_lora_weights.safetensors"
 NAME = "default"
-# Every linear map of a Wan block: attn1 is self-attention, attn2 attends to the text.
-TARGETS = (
-    *(f"{attn}.{proj}" for attn in ("attn1", "attn2") for proj in ("to_q", "to_k", "to_v", "to_out.0")),
-    *("ffn.net.0.proj", "ffn.net.2"),
-)
-# What the original Wan code, and with it ComfyUI, calls the layers of diffusers' transformer.
-ORIGINAL = {
-    "attn2.add_k_proj": "cross_attn.k_img",
-    "attn2.add_v_proj": "cross_attn.v_img",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    "condition_embedder.time_proj": "time_projection.1",
-    "proj_out": "head.head",
-} | {
-    f"{ours}.{proj}": f"{theirs}.{letter}"
-    for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn"))
-    for proj, letter in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"))
-}
 
 
 def unwrap(transformer: nn.Module) -> Any:
@@ -66,12 +45,18 @@ def attach(transformer: nn.Module, rank: int, alpha: int | None, targets: Sequen
     Raises:
         UserError: a target names no layer.
     """
-    from peft import LoraConfig  # peft takes seconds to import, and recipes need TARGETS alone
+    from peft import LoraConfig  # peft takes seconds to import
     from peft.functional import cast_adapter_dtype
 
     for target in targets:
         if not _linear(transformer, [target]):
-            raise UserError(f"model.adapter.targets: no linear layer ends in {target!r}; a Wan block has {TARGETS}")
+            names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+            near = get_close_matches(target, names, n=1, cutoff=0)[0]
+            raise UserError(
+                f"model.adapter.targets: no linear layer ends in {target!r}; the name of one is {near!r}",
+                "unknown_name",
+                "model.adapter.targets",
+            )
     transformer.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -143,38 +128,51 @@ def save(transformer: nn.Module, folder: Path | str) -> Path:
     return path
 
 
-def save_comfyui(file: Path | str, path: Path | str) -> None:
-    """Write the adapter that `save` put into `file` as ComfyUI reads it: the original Wan names, alpha folded into B.
+def save_comfyui(file: Path | str, path: Path | str, original_name: Callable[[str], str | None]) -> None:
+    """Write the adapter that `save` put into `file` as ComfyUI reads it: in the original names, alpha folded into B.
+
+    Args:
+        original_name: the name of a layer there, None where it has none.
 
     Raises:
         UserError: it adapts a layer for which there is no original name.
     """
-    with safe_open(file, "pt") as tensors:
-        metadata = json.loads(tensors.metadata()["lora_adapter_metadata"])
-        weights = {name: tensors.get_tensor(name) for name in sorted(tensors.keys())}
+    weights, metadata = read(Path(file))
     scale = metadata["transformer.lora_alpha"] / metadata["transformer.r"]
     renamed = {}
     for name, tensor in weights.items():
         layer, matrix = name.removeprefix("transformer.").rsplit(".lora_", 1)  # "A.weight" or "B.weight"
-        block = re.match(r"blocks\.\d+\.", layer)
-        place = block.group() if block else ""
-        original = ORIGINAL.get(layer.removeprefix(place))
+        original = original_name(layer)
         if original is None:
-            raise UserError(f"{file}: ComfyUI has no name for {layer}; leave `comfyui` out of export:")
+            raise UserError(
+                f"{file}: ComfyUI has no name for {layer}; leave `comfyui` out of export:", "unsupported", "export"
+            )
         scaled = tensor * scale if matrix.startswith("B") else tensor
-        renamed[f"diffusion_model.{place}{original}.lora_{matrix}"] = scaled.contiguous()
+        renamed[f"diffusion_model.{original}.lora_{matrix}"] = scaled.contiguous()
     write_bytes(path, save_tensors(renamed, {"format": "pt"}))
 
 
-def load(transformer: nn.Module, path: Path | str) -> None:
+Weights = tuple[dict[str, torch.Tensor], dict[str, Any]]  # of an adapter by name, and its metadata
+
+
+def read(file: Path) -> Weights:
+    """What `save` put into `file`."""
+    with safe_open(file, "pt") as tensors:
+        metadata = json.loads((tensors.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        return {name: tensors.get_tensor(name) for name in sorted(tensors.keys())}, metadata
+
+
+def load(transformer: nn.Module, path: Path | str, read: Callable[[Path], Weights] = read) -> None:
     """Put the adapter at `path` (a file, or the folder that `save` wrote into) onto `transformer`.
 
-    It takes the place of one that is there. Files in diffusers', ComfyUI's and musubi's names are read, by diffusers.
+    It takes the place of one that is there.
+
+    Args:
+        read: how the file is read; a family may know more layouts than that of `save`.
 
     Raises:
         UserError: the file is absent, or it and this transformer do not have the same layers.
     """
-    from diffusers.loaders import WanLoraLoaderMixin
     from diffusers.utils import logging
     from peft.functional import cast_adapter_dtype
     from peft.utils import get_peft_model_state_dict
@@ -182,32 +180,33 @@ def load(transformer: nn.Module, path: Path | str) -> None:
     inner, path = unwrap(transformer), Path(path)
     path = path / FILE if path.suffix != ".safetensors" else path
     if not path.is_file():
-        raise UserError(f"{path}: does not exist; train the run first or name its adapter folder")
+        raise UserError(f"{path}: does not exist; train the run first or name its adapter folder", "missing")
     if attached(inner):
         inner.delete_adapters(NAME)
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what it would only warn of is refused below
     try:
-        weights, metadata = WanLoraLoaderMixin.lora_state_dict(
-            str(path), return_lora_metadata=True, use_safetensors=True, local_files_only=True
-        )
+        weights, metadata = read(path)
         with warnings.catch_warnings(action="ignore"):  # peft's, of the same
-            inner.load_lora_adapter(weights, prefix="transformer", adapter_name=NAME, metadata=metadata)
+            inner.load_lora_adapter(weights, prefix="transformer", adapter_name=NAME, metadata=metadata or None)
     except Exception as error:  # peft, diffusers and safetensors each raise their own kinds
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = lines[min(1, len(lines) - 1)].strip()  # torch's first line only says that there are more
-        raise UserError(f"{path}: does not fit the model ({reason}); use the base that it was trained on") from error
+        raise UserError(
+            f"{path}: does not fit the model ({reason}); use the base that it was trained on", "mismatch"
+        ) from error
     finally:
         logging.set_verbosity(level)
     given = {key.removeprefix("transformer.") for key in weights}
     taken = set(get_peft_model_state_dict(inner, adapter_name=NAME)) if attached(inner) else set()
-    targets = (metadata or {}).get("transformer.target_modules", [])  # peft makes layers for what the file has, no more
+    targets = metadata.get("transformer.target_modules", [])  # peft makes layers for what the file has, no more
     adapted = {key.split(".lora_")[0] for key in given}
     lacking = set(_linear(inner, targets if isinstance(targets, list) else [])) - adapted
     if wrong := sorted(given - taken) or sorted(taken - given) or sorted(lacking):
         where = "model" if wrong[0] in given else "file"
         raise UserError(
-            f"{path}: does not fit the model (the {where} has no {wrong[0]}); use the base that it was trained on"
+            f"{path}: does not fit the model (the {where} has no {wrong[0]}); use the base that it was trained on",
+            "mismatch",
         )
     cast_adapter_dtype(inner, NAME)
 
@@ -219,26 +218,30 @@ def _linear(transformer: nn.Module, targets: Sequence[str]) -> list[str]:
     return [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
 
 
-def proceed(transformer: nn.Module, path: Path | str) -> None:
-    """Give the adapter that is attached the weights at `path`, so that training goes on from there.
+def proceed(transformer: nn.Module, path: Path | str, read: Callable[[Path], Weights] = read) -> None:
+    """Give the adapter that is attached the weights at `path`, read as in `load`, so that training goes on from there.
 
     Raises:
         UserError: as `load`, or it has another rank, alpha or other targets than the one attached.
     """
     inner = unwrap(transformer)
     before, wanted = inner.peft_config[NAME], _shapes(inner)
-    load(inner, path)
+    load(inner, path, read)
     after, found = inner.peft_config[NAME], _shapes(inner)
     if (before.r, before.lora_alpha) != (after.r, after.lora_alpha):
         raise UserError(
             f"{path}: has rank {after.r} and alpha {after.lora_alpha}, but model.adapter has {before.r} and "
-            f"{before.lora_alpha}; set model.adapter to those of the file, or fold it in with model.merge"
+            f"{before.lora_alpha}; set model.adapter to those of the file, or fold it in with model.merge",
+            "mismatch",
+            "model.adapter",
         )
     if differing := sorted(set(wanted.items()) ^ set(found.items())):
-        place = "adapts" if differing[0] in found.items() else "does not adapt"
+        what = "adapts" if differing[0] in found.items() else "does not adapt"
         layer = differing[0][0].split(".lora_")[0]
         raise UserError(
-            f"{path}: {place} {layer}, unlike model.adapter; set model.adapter.targets to those of the file"
+            f"{path}: {what} {layer}, unlike model.adapter; set model.adapter.targets to those of the file",
+            "mismatch",
+            "model.adapter.targets",
         )
 
 
@@ -247,13 +250,13 @@ def _shapes(transformer: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in transformer.named_parameters() if ".lora_" in name}
 
 
-def merge(transformer: nn.Module, path: Path | str, scale: float = 1.0) -> None:
+def merge(transformer: nn.Module, path: Path | str, scale: float = 1.0, read: Callable[[Path], Weights] = read) -> None:
     """Fold the adapter at `path`, times `scale`, into a transformer that has none: W + scale alpha / rank B A.
 
     Raises:
         UserError: as `load`.
     """
-    load(transformer, path)
+    load(transformer, path, read)
     fuse(transformer, scale)
     unwrap(transformer).requires_grad_(True)  # peft had frozen it
 
@@ -267,4 +270,6 @@ def fuse(transformer: nn.Module, scale: float = 1.0) -> None:
 
 def rescale(transformer: nn.Module, scale: float) -> None:
     """Let the adapter count `scale` times as much as it was trained to; 0 is the base."""
-    unwrap(transformer).set_adapters(NAME, scale)
+    for layer in unwrap(transformer).modules():
+        if hasattr(layer, "lora_A"):
+            layer.set_scale(NAME, scale)

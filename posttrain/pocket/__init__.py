@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+FAMILY = "wan"  # of the embedded video model: the package in posttrain/models
+
 
 def folder(part: str) -> Path:
     """Where an embedded part lives: `wan` (the diffusers folder), `tracker`, `sam2`, `raft` or `depth`."""

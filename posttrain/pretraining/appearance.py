@@ -15,7 +15,7 @@ from torch import Tensor
 from posttrain.core.recipe import Strict
 from posttrain.models.base import ModelConfig
 from posttrain.nets import vae
-from posttrain.training.run import start_fingerprint
+from posttrain.training.checkpoints import start_fingerprint
 
 Show = Callable[[str, Tensor], Tensor]  # (clip id, its video_CFHW) -> how it is seen
 

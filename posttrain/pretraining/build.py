@@ -19,7 +19,7 @@ from transformers import Sam2VideoModel, T5Tokenizer, UMT5Config, UMT5EncoderMod
 
 from posttrain.core.files import read_jsonl, replacing, sha256, write_json, write_text
 from posttrain.models.base import ModelConfig
-from posttrain.models.wan.model import initialise
+from posttrain.models.wan.loading import initialise
 from posttrain.nets import depth, raft
 from posttrain.pocket import folder
 

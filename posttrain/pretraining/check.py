@@ -30,7 +30,8 @@ from posttrain.evaluation.benchmarks import pisa as benchmark
 from posttrain.evaluation.sample import sample_clips
 from posttrain.metrics import masks, pisa
 from posttrain.models.base import ModelConfig
-from posttrain.models.wan import model as wan
+from posttrain.models.wan.loading import load as load_wan
+from posttrain.models.wan.model import Wan
 from posttrain.nets import depth, raft, sam2, tracker
 from posttrain.types import Batch
 
@@ -42,7 +43,7 @@ Row = dict[str, Any]
 Show = Callable[[Batch], Tensor]  # the pictures to measure, video_BCFHW in [-1, 1]
 
 
-def through(model: wan.Wan) -> Show:
+def through(model: Wan) -> Show:
     """True clips as the model's autoencoder gives them back, rounded to bytes."""
 
     @torch.no_grad()
@@ -131,7 +132,7 @@ def check_vae(track: masks.Track, data: Sequence[Clips], show: Show) -> str:
     return markdown(["clips", "pictures", "IoU", "L2", "vanished", "PSNR", "in the object"], lines)
 
 
-def check_base(model: wan.Wan, track: masks.Track, data: Sequence[Clips], steps: int) -> str:
+def check_base(model: Wan, track: masks.Track, data: Sequence[Clips], steps: int) -> str:
     """PISA's scores, means over each data set's clips (one seed)."""
     lines = []
     for clips in data:
@@ -211,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         truths = [options.part] if options.part in ("flow", "depth") else []
         kinds = [DataConfig(clips=c, split=options.split, limit=options.limit) for c in options.clips]
         data = [Clips(kind, truths=truths) for kind in kinds]
-        model = wan.load(ModelConfig(path=options.model))
+        model = load_wan(ModelConfig(path=options.model))
         if options.part == "segmenter":
             print(check_segmenter(track, data, {"true": truth, "through the VAE": through(model)}))
         elif options.part == "flow":

@@ -14,12 +14,14 @@ Pictures are mirrored, recoloured and degraded, and a share of the clips is seen
 import torch
 from torch import Tensor
 
+from posttrain.methods.base import pixels
 from posttrain.nets.depth import Model
 from posttrain.pretraining import appearance
 from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
-DATA = "clips"
+data = pixels
+TRAINS = ("depth",)  # networks of posttrain/nets
 depends = appearance.depends
 
 
@@ -45,7 +47,7 @@ def draw(
     total, size = batch.video_BCFHW.shape[2], batch.video_BCFHW.shape[3:]
     draws, colours = random.uniform(config.pictures, 4), random.uniform(config.pictures, 12)
     noise = random.normal(config.pictures, 3, *size)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    drawn: list[tuple[Tensor, Tensor, Tensor]] = []
     for i in range(len(draws)):
         video = show(batch.ids[i], batch.video_BCFHW[i])
         for k, (place, left, painted, worse) in enumerate(draws[i].tolist()):
@@ -54,8 +56,8 @@ def draw(
             grain = noise[i, k, :, None]
             picture = appearance.altered(picture, bodies[None], painted, worse, colours[i, k], grain, config)
             seen = (picture[:, 0], 1 / batch.depth_BFHW[i, t], bodies)
-            found.append((seen[0].flip(-1), seen[1].flip(-1), seen[2].flip(-1)) if left < 0.5 else seen)
-    pictures, truths, masks = zip(*found, strict=True)
+            drawn.append((seen[0].flip(-1), seen[1].flip(-1), seen[2].flip(-1)) if left < 0.5 else seen)
+    pictures, truths, masks = zip(*drawn, strict=True)
     return torch.stack(pictures), torch.stack(truths), torch.stack(masks)
 
 

@@ -16,12 +16,14 @@ video autoencoder, for that is what generated clips look like.
 import torch
 from torch import Tensor
 
+from posttrain.methods.base import pixels
 from posttrain.nets.raft import Model
 from posttrain.pretraining import appearance
 from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
-DATA = "clips"
+data = pixels
+TRAINS = ("raft",)  # networks of posttrain/nets
 depends = appearance.depends
 DECAY = 0.8
 
@@ -50,7 +52,7 @@ def draw(
     total, size = batch.video_BCFHW.shape[2], batch.video_BCFHW.shape[3:]
     tries, draws = random.uniform(config.pairs, 1 + config.tries), random.uniform(config.pairs, 7)
     colours, noise = random.uniform(config.pairs, 12), random.normal(config.pairs, 3, 2, *size)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    drawn: list[tuple[Tensor, Tensor, Tensor]] = []
     for i in range(len(draws)):
         video, flow = show(batch.ids[i], batch.video_BCFHW[i]), batch.flow_BFCHW[i]
         instances = batch.instances_BFHW[i]
@@ -76,8 +78,8 @@ def draw(
                     true.flip(-2) * true.new_tensor([1, -1]).view(2, 1, 1),
                     bodies.flip(-2),
                 )
-            found.append((pair, true, bodies))
-    pairs, flows, masks = zip(*found, strict=True)
+            drawn.append((pair, true, bodies))
+    pairs, flows, masks = zip(*drawn, strict=True)
     return torch.stack(pairs), torch.stack(flows), torch.stack(masks)
 
 

@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from posttrain.methods.base import pixels
 from posttrain.metrics import masks
 from posttrain.nets import sam2, tracker
 from posttrain.pretraining import appearance
 from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
-DATA = "clips"
+data = pixels
+TRAINS = ("tracker", "sam2")  # networks of posttrain/nets
 depends = appearance.depends
 
 
@@ -113,8 +115,8 @@ def segmenter_loss(
     p = logits.sigmoid()
     bce = F.binary_cross_entropy_with_logits(logits, m)
     dice = (1 - (2 * (p * m).sum((2, 3)) + 1) / (p.sum((2, 3)) + m.sum((2, 3)) + 1)).mean()
-    found = (logits > 0).flatten(0, 1).cpu().numpy()
-    overlap = masks.iou(found, mask_BFHW[:, 1:].flatten(0, 1).cpu().numpy()).mean()
+    thresholded = (logits > 0).flatten(0, 1).cpu().numpy()
+    overlap = masks.iou(thresholded, mask_BFHW[:, 1:].flatten(0, 1).cpu().numpy()).mean()
     return config.bce * bce + dice, {"bce": bce.item(), "dice": dice.item(), "iou": float(overlap)}
 
 

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.core.recipe import Strict
+from posttrain.methods.base import pixels
 from posttrain.nets.vae import Autoencoder, set_latent_statistics
 from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
-DATA = "clips"
+data = pixels
+TRAINS = ("vae",)  # networks of posttrain/nets
 
 
 class Config(Strict):

@@ -15,7 +15,6 @@ from posttrain.core.progress import track
 from posttrain.evaluation.sample import Pixels, encode_texts, sample_clips, write_video
 from posttrain.models.base import VideoModel
 
-CELL = 32  # what the sides of every Wan model's clips are multiples of
 LINE = 14  # pixels of a line of text
 
 
@@ -45,10 +44,10 @@ def open_picture(path: Path | str) -> Image.Image:
         raise UserError(f"{path}: cannot be read as a picture; give a PNG, JPEG or WebP file") from error
 
 
-def natural_size(picture: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of about the picture's shape and no more pixels than `size` has, in multiples of CELL."""
+def natural_size(picture: Image.Image, size: tuple[int, int], side: int) -> tuple[int, int]:
+    """(height, width) of about the picture's shape and no more pixels than `size` has, in multiples of `side`."""
     shrink = min(1.0, (size[0] * size[1] / (picture.width * picture.height)) ** 0.5)
-    height, width = (max(CELL, int(side * shrink) // CELL * CELL) for side in (picture.height, picture.width))
+    height, width = (max(side, int(length * shrink) // side * side) for length in (picture.height, picture.width))
     return height, width
 
 

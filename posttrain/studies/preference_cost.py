@@ -32,13 +32,17 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import nn
 
-from posttrain.commands.dry import Step, dry_step, outline
+from posttrain.commands.dry import Step, dry_step
 from posttrain.core.files import read_jsonl
 from posttrain.core.progress import markdown, track
+from posttrain.core.recipe import Plugin
 from posttrain.methods import gdpo, psft
+from posttrain.methods.base import method_of
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan.model import TEXT_TOKENS, Wan
-from posttrain.training.run import Run, TrainConfig
+from posttrain.models.wan.shapes import of_configs
+from posttrain.training.optim import TrainConfig
+from posttrain.training.run import Run
 from posttrain.types import Batch
 
 GROUPS = 2
@@ -50,14 +54,20 @@ Geometry = tuple[int, int, int]  # frames, height, width
 
 class Row(NamedTuple):
     what: str
-    method: psft.Config | gdpo.Config
+    method: Plugin
     losers: int = 1
     model: ModelConfig = ADAPTED
 
 
-pair = partial(gdpo.Config, physics=None)
+PSFT = Plugin("psft", psft, psft.Config())
+
+
+def pair(**settings: Any) -> Plugin:
+    return Plugin("gdpo", gdpo, gdpo.Config(physics=None, **settings))
+
+
 ROWS = {
-    "psft": Row("LoRA, true clips", psft.Config()),
+    "psft": Row("LoRA, true clips", PSFT),
     "pair": Row("LoRA-SR, pair", pair()),
     "in_turn": Row("LoRA-SR, pair in turn", pair(backward="in_turn")),
     "sum": Row("LoRA-SR, three losers", pair(mode="sum"), losers=3),
@@ -99,7 +109,7 @@ class Groups:
 
 def train(row: Row, shape: dict[str, Any], geometry: Geometry, steps: int, device: str) -> float:
     """Seconds of a step, the median of all but the first."""
-    body: Any = outline(row.model, shape).to_empty(device=device)
+    body: Any = of_configs(row.model, shape, {}, *geometry).model.transformer.to_empty(device=device)
     config = body.config
     body.rope = WanRotaryPosEmbed(config.attention_head_dim, config.patch_size, config.rope_max_seq_len).to(device)
     for name, parameter in body.named_parameters():
@@ -109,15 +119,13 @@ def train(row: Row, shape: dict[str, Any], geometry: Geometry, steps: int, devic
     model = Wan(body, eyes.config, {}, None, None, conditioning="text", device=device)
     data = Groups(model.latent_shape(*geometry), row.losers, config.text_dim, steps)
     settings = TrainConfig(steps=steps + 1, batch=GROUPS, lr=1e-6, precision="bf16", block_checkpointing=True)
-    base = gdpo.start(model, row.method) if isinstance(row.method, gdpo.Config) else None
+    method, wanted = method_of(row.method), row.method.config
+    inputs = method.inputs(model, wanted)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(folder, model.module, data, settings)
         model.module = run.module
         with suppress(Enough):
-            if isinstance(row.method, gdpo.Config):
-                gdpo.train(run, model, row.method, base)
-            else:
-                psft.train(run, model, row.method)
+            method.train(run, model, wanted, **inputs)
         return statistics.median(step["seconds"] for step in read_jsonl(Path(folder) / "log.jsonl")[1:])
 
 
@@ -183,7 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     estimates = {}
     for name in names:
         row = ROWS[name]
-        estimates[name] = dry_step(row.model, shape, {}, *geometry, GROUPS, method=row.method, losers=row.losers)
+        outline = partial(of_configs, row.model, shape, {})
+        estimates[name] = dry_step(outline, *geometry, row.method, GROUPS, losers=row.losers)
     found = {name: elsewhere(name, words, options.device) for name in track(names, "measuring", len(names))}
     size = f"{estimates['psft'].parameters / 1e6:,.0f}M weights, {GROUPS} x {estimates['psft'].tokens:,} tokens"
     print(f"{size}, {options.device}\n\n{table(found, estimates)}")

@@ -21,34 +21,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import (
-    AutoImageProcessor,
-    AutoTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    UMT5Config,
-    UMT5EncoderModel,
-)
 
 from posttrain.core.errors import UserError
-from posttrain.core.files import read_json, replacing
+from posttrain.core.files import replacing
 from posttrain.models import lora
-from posttrain.models.base import ModelConfig
-from posttrain.models.folders import check_files, find, load_part
+from posttrain.models.folders import load_part
+from posttrain.models.wan import adapters
 from posttrain.models.wan.decode import decode
-from posttrain.models.wan.padding import fold_padding
 
 TEXT_TOKENS = 512
 PREPROCESSING = "1"  # raise it when encode, encode_text or condition change, so that cached latents are made again
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-EXPERTS = {"high": "transformer", "low": "transformer_2"}
 
 
 class Wan:
@@ -142,7 +129,9 @@ class Wan:
         if frames % time != 1 or height % cell_h or width % cell_w:
             raise UserError(
                 f"data.clips: {frames} frames of {height} x {width} do not fit the model; "
-                f"make clips of {time}k + 1 frames with sides in multiples of {cell_h} x {cell_w}"
+                f"make clips of {time}k + 1 frames with sides in multiples of {cell_h} x {cell_w}",
+                "mismatch",
+                "data.clips",
             )
         return config.z_dim, self.latent_frames(frames), height // space, width // space
 
@@ -241,7 +230,7 @@ class Wan:
     @cached_property
     def _key(self) -> str:
         digest = hashlib.sha256(PREPROCESSING.encode())
-        digest.update(json.dumps([_shape(self.vae_config), *self._reading()], sort_keys=True).encode())
+        digest.update(json.dumps([architecture(self.vae_config), *self._reading()], sort_keys=True).encode())
         if self.concatenates:
             digest.update(json.dumps(["channels", self.image_conditioned]).encode())
         if self.image_processor is not None:
@@ -274,185 +263,17 @@ class Wan:
         """Read back what `save` wrote. Raises UserError when it is absent or of another shape."""
         if (path / "transformer").is_dir():
             trained = load_part(WanTransformer3DModel, path, "transformer", torch_dtype=self.dtype)
-            if _shape(trained.config) != _shape(self.config):
-                raise UserError(f"{path / 'transformer'}: was trained from another model; name that one in model.path")
+            if architecture(trained.config) != architecture(self.config):
+                raise UserError(
+                    f"{path / 'transformer'}: was trained from another model; name that one in model.path",
+                    "mismatch",
+                    "model.path",
+                )
             lora.unwrap(self.transformer).load_state_dict(trained.state_dict())
         else:
-            lora.load(self.transformer, path)
+            lora.load(self.transformer, path, adapters.read)
 
 
-def _shape(config: dict[str, Any]) -> dict[str, Any]:
+def architecture(config: dict[str, Any]) -> dict[str, Any]:
     """A diffusers config without what tells where it was loaded from."""
     return {name: value for name, value in config.items() if not name.startswith("_")}
-
-
-def initialise(config: dict[str, Any], seed: int) -> WanTransformer3DModel:
-    """A transformer of this architecture with weights drawn from `seed`; its output starts at zero."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        transformer = WanTransformer3DModel.from_config(config)
-    nn.init.zeros_(transformer.proj_out.weight)
-    nn.init.zeros_(transformer.proj_out.bias)
-    return transformer
-
-
-def _place(config: ModelConfig) -> tuple[Path, str]:
-    """The folder below which the transformer that is trained lies, and the name of its folder there."""
-    start = Path(config.start) if config.start else None
-    if start and start.is_dir():
-        return start.parent, start.name
-    return find(config.path, config.revision), EXPERTS[config.expert or "high"]
-
-
-def bare(config: ModelConfig, dtype: torch.dtype | None = None) -> WanTransformer3DModel:
-    """diffusers' own transformer as training starts from it, before there is an adapter; None: in `config.dtype`.
-
-    Raises:
-        UserError: it cannot be loaded, or `start` or `merge` do not fit it.
-    """
-    root = find(config.path, config.revision)
-    shape = load_part(WanTransformer3DModel.load_config, root, EXPERTS[config.expert or "high"])
-    if config.init == "random":
-        return initialise(shape, config.seed)
-    place, name = _place(config)
-    transformer = load_part(WanTransformer3DModel, place, name, torch_dtype=dtype or DTYPES[config.dtype])
-    if any(transformer.config.get(key) != value for key, value in _shape(shape).items()):
-        raise UserError(f"model.start: {config.start} was trained from another model; name that one in model.path")
-    for adapter in config.merge:
-        lora.merge(transformer, adapter.path, adapter.scale)
-    return transformer
-
-
-def save_merged(config: ModelConfig, adapter: Path, path: Path) -> None:
-    """Write the diffusers folder `path`: the transformer with `adapter` folded in, in the dtype of its base's files.
-
-    Raises:
-        UserError: as `bare` and `lora.load`, or the folder cannot be written.
-    """
-    place, name = _place(config)
-    dtype, probe = torch.float32, "blocks.0.attn1.to_q.weight"
-    for file in sorted((place / name).glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            if probe in tensors.keys():
-                dtype = tensors.get_tensor(probe).dtype
-    transformer = bare(config, dtype)
-    lora.merge(transformer, adapter)
-    with replacing(path) as temporary:
-        transformer.save_pretrained(temporary)
-
-
-def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
-    """Load the model that a recipe names, into main memory; only what will be trained has requires_grad.
-
-    The transformer is read now, the other parts when they are used; that they fit together is checked now.
-
-    Weights of `dtype: bf16` are not trained themselves (small steps vanish in them), and neither is a model of two
-    experts where none is named; both can be sampled.
-
-    Raises:
-        UserError: no such model, or a part is missing, broken or does not fit the others.
-    """
-    root = find(config.path, config.revision)
-    index = read_json(root / "model_index.json")
-    two = index.get("transformer_2", [None])[0] is not None
-    boundary = index.get("boundary_ratio") or 0.0
-    if two != bool(boundary):
-        raise UserError(f"{root / 'model_index.json'}: transformer_2 and boundary_ratio need each other; get it again")
-    if two and config.adapter is not None and config.expert is None:
-        raise UserError(f"model.expert: is missing; {config.path} has two experts, say which to train: high or low")
-    if not two and (config.expert is not None or config.other_adapter is not None):
-        field = "expert" if config.expert is not None else "other_adapter"
-        raise UserError(f"model.{field}: is for models of two experts, and {config.path} has one; leave it out")
-    if config.init == "random" and config.dtype != "fp32":
-        raise UserError("model.dtype: random weights are fp32, for all of them are trained; leave it out")
-    dtype = DTYPES[config.dtype]
-    expert = config.expert or "high"
-    name, other_name = (EXPERTS[key] for key in (expert, "low" if expert == "high" else "high"))
-
-    vae_config = load_part(_vae_config, root, "vae")
-    configs = {"text_encoder": load_part(UMT5Config, root, "text_encoder")}
-    tokenizer = load_part(AutoTokenizer, root, "tokenizer")
-    schedule = load_part(diffusers.UniPCMultistepScheduler.load_config, root, "scheduler")
-    scheduler = getattr(diffusers, schedule["_class_name"]).from_config(schedule)
-    shape = load_part(WanTransformer3DModel.load_config, root, name)
-    image_processor = None
-    if shape.get("image_dim") is not None:
-        configs["image_encoder"] = load_part(CLIPVisionConfig, root, "image_encoder")
-        image_processor = load_part(AutoImageProcessor, root, "image_processor")
-    for part in ("vae", *configs):
-        check_files(root / part)
-    _check_parts(root / name / "config.json", shape, vae_config, **configs)
-    if two:
-        other_shape = load_part(WanTransformer3DModel.load_config, root, other_name)
-        check_files(root / other_name)
-        _check_parts(root / other_name / "config.json", other_shape, vae_config, **configs)
-        if other_shape.get("in_channels") != shape.get("in_channels"):
-            raise UserError(f"{root / other_name / 'config.json'}: in_channels is not {name}'s; get the model again")
-        if config.other_adapter is not None and not (Path(config.other_adapter) / lora.FILE).is_file():
-            raise UserError(f"model.other_adapter: {Path(config.other_adapter) / lora.FILE} does not exist")
-
-    def read_other() -> WanTransformer3DModel:
-        other = load_part(WanTransformer3DModel, root, other_name, torch_dtype=dtype)
-        if config.other_adapter is not None:
-            lora.load(other, config.other_adapter)
-        fold_padding(other)
-        return other.requires_grad_(False)
-
-    place = Path(root).absolute()  # later the working directory may be another
-
-    def reader(kind: Any, part: str, **options: Any) -> Callable[[], nn.Module]:
-        return lambda: load_part(kind, place, part, **options).requires_grad_(False).eval()
-
-    read: dict[str, Callable[[], nn.Module]] = {
-        "vae": reader(AutoencoderKLWan, "vae", torch_dtype=torch.float32),
-        "text_encoder": reader(UMT5EncoderModel, "text_encoder", dtype=dtype),
-    }
-    if "image_encoder" in configs:
-        read["image_encoder"] = reader(CLIPVisionModel, "image_encoder", dtype=torch.float32)
-    if two:
-        read["other"] = read_other
-    transformer = bare(config, dtype)
-    transformer.requires_grad_(config.dtype == "fp32" and not (two and config.expert is None))
-    if config.adapter is not None:
-        adapter = config.adapter
-        lora.attach(transformer, adapter.rank, adapter.alpha, adapter.targets, config.seed)
-    if config.start and not Path(config.start).is_dir():
-        if config.adapter is None:
-            raise UserError(f"model.start: {config.start} is an adapter; set model.adapter, or name it in model.merge")
-        lora.proceed(transformer, config.start)
-    fold_padding(transformer)
-    return Wan(
-        transformer,
-        vae_config,
-        read,
-        tokenizer,
-        scheduler,
-        image_processor=image_processor,
-        conditioning=config.conditioning,
-        expert=expert,
-        boundary=boundary,
-        device=device,
-    )
-
-
-def _vae_config(root: str, **options: Any) -> Any:
-    """The VAE's config with what diffusers fills in, without its weights."""
-    with torch.device("meta"):
-        return AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(root, **options)).config
-
-
-def _check_parts(place: Path, shape: Mapping[str, Any], vae: Any, text_encoder: Any, image_encoder: Any = None) -> None:
-    """Refuse a transformer that does not fit the other parts, or that no code here feeds; all are given by configs."""
-    z, time = vae.z_dim, vae.scale_factor_temporal
-    fits = {
-        "in_channels": ((z, 2 * z + time), f"the vae's z_dim is {z}, which asks for {z} or {2 * z + time}"),
-        "out_channels": ((z,), f"the vae's z_dim is {z}"),
-        "text_dim": ((text_encoder.d_model,), f"the text_encoder's d_model is {text_encoder.d_model}"),
-        "pos_embed_seq_len": ((None,), "models of a first and a last picture cannot be trained here"),
-    }
-    if image_encoder is not None:
-        width = image_encoder.hidden_size
-        fits["image_dim"] = ((width,), f"the image_encoder's hidden_size is {width}")
-    for field, (allowed, why) in fits.items():
-        if shape.get(field) not in allowed:
-            raise UserError(f"{place}: {field} is {shape.get(field)}, but {why}; use parts that belong together")

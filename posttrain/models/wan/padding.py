@@ -8,6 +8,8 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
+from posttrain.models.base import text_lengths
+
 
 class FoldedTextAttention(WanAttnProcessor):
     """Text attention that counts equal padding keys instead of visiting each.
@@ -40,7 +42,7 @@ def fold_padding(transformer: WanTransformer3DModel) -> None:
     def fold(_: nn.Module, inputs: tuple[Tensor], text_BLE: Tensor) -> Tensor:
         (text_BLD,) = inputs
         place_L = torch.arange(text_BLD.shape[1], device=text_BLD.device)
-        real_B = ((text_BLD != 0).any(-1) * (place_L + 1)).amax(1)  # tokens before the zero padding
+        real_B = text_lengths(text_BLD)
         kept = min(int(real_B.max()) + 1, text_BLD.shape[1])
         weight_B = (text_BLD.shape[1] - real_B) / (kept - real_B).clamp(min=1)  # equal pads per pad that is kept
         bias_BL = torch.where(place_L[:kept] < real_B[:, None], 0.0, weight_B[:, None].log())

@@ -1,12 +1,15 @@
 """The published Wan models: what is needed to check them without their weights, as facts about their config.json.
 
-`frames`, `size` (height, width) and `fps` are those that each was made for; `steps`, `guidance` and `guidance_low` (of
-the expert for little noise; None: the same) are those that its authors' code samples with.
+Of the defaults, frames, size and fps are those that each was made for; steps and guidance those that its authors' code
+samples with.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from posttrain.core.files import read_json
+from posttrain.models.base import Defaults
+from posttrain.models.folders import find
 
 Z16: dict[str, Any] = {}  # AutoencoderKLWan's own defaults are those of Wan 2.1
 Z48: dict[str, Any] = {
@@ -26,14 +29,22 @@ MIDDLE: dict[str, Any] = {"num_attention_heads": 24, "ffn_dim": 14336, "num_laye
 CHANNELS = {"in_channels": 36}
 BESIDE = {"image_dim": 1280, "added_kv_proj_dim": 5120}
 
-SAMPLER = ("steps", "guidance", "guidance_low")
-MADE_FOR = ("frames", "size", "fps", *SAMPLER)
-USUAL: dict[str, Any] = dict(zip(MADE_FOR, (81, (480, 832), 16, 50, 5.0, None), strict=True))
-POCKET: dict[str, Any] = dict(zip(MADE_FOR, (33, (64, 64), 16, 12, 1.0, None), strict=True))
+EMBEDDED = "wan"  # the folder in posttrain/pocket
+USUAL = Defaults(frames=81, size=(480, 832), fps=16, steps=50, guidance=5.0)
+POCKET = Defaults(frames=33, size=(64, 64), fps=16, steps=12, guidance=1.0)
 
 
-def _entry(transformer: dict[str, Any], vae: dict[str, Any] = Z16, experts: int = 1, **made_for: Any) -> dict[str, Any]:
-    return {"transformer": transformer, "vae": vae, "experts": experts, **USUAL, **made_for}
+class Published(NamedTuple):
+    """A published model: what its config.json of transformer and VAE say, how many experts it has, its defaults."""
+
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    experts: int
+    defaults: Defaults
+
+
+def _entry(transformer: dict[str, Any], vae: dict[str, Any] = Z16, experts: int = 1, **changes: Any) -> Published:
+    return Published(transformer, vae, experts, USUAL._replace(**changes))
 
 
 PUBLISHED = {
@@ -48,22 +59,33 @@ PUBLISHED = {
 }
 
 
-def made_for(path: str) -> dict[str, Any]:
-    """What `model.path` is used with where nobody says otherwise: the values of MADE_FOR.
+def defaults(path: str) -> Defaults:
+    """What the model that `path` names is used with where nobody says otherwise.
 
     A folder counts as the published model whose name it bears; what is unknown is taken for a usual Wan.
     """
-    known = {"pocket": POCKET} | {Path(name).name: entry for name, entry in PUBLISHED.items()}
-    return {key: known.get(Path(path).name, USUAL)[key] for key in MADE_FOR}
+    known = {"pocket": POCKET} | {Path(name).name: entry.defaults for name, entry in PUBLISHED.items()}
+    return known.get(Path(path).name, USUAL)
 
 
-def sampler(path: str, *asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of SAMPLER for `model.path`, each where the last of `asked` that has it says so, else as usual.
+def read_configs(path: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configs of transformer and VAE of `model.path`; those of the published models without the hub.
 
-    A guidance without its own guidance_low is that of both experts.
+    Raises:
+        UserError: it is neither a folder nor one of these, and is not to be had from the hub.
     """
-    chosen = made_for(path)
-    for changes in asked:
-        both = {"guidance_low": None} if "guidance" in changes else {}
-        chosen |= both | {key: changes[key] for key in SAMPLER if key in changes}
-    return {key: chosen[key] for key in SAMPLER}
+    if path in PUBLISHED and not Path(path).is_dir():
+        return PUBLISHED[path].transformer, PUBLISHED[path].vae
+    root = find(path, revision, EMBEDDED)
+    transformer, vae = (read_json(root / name / "config.json") for name in ("transformer", "vae"))
+    return transformer, vae
+
+
+def needs_picture(path: str, revision: str | None = None) -> bool:
+    """Whether `model.path` takes the first picture as further channels, as the image-to-video models do.
+
+    Raises:
+        UserError: as read_configs.
+    """
+    transformer, vae = read_configs(path, revision)
+    return bool(transformer.get("in_channels", 16) != vae.get("z_dim", 16))

@@ -1,0 +1,234 @@
+"""From a diffusers folder or a hub id to a `Wan`, and back to a folder with an adapter folded in."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+from posttrain.core.errors import UserError
+from posttrain.core.files import read_json, replacing
+from posttrain.models import lora
+from posttrain.models.base import ModelConfig
+from posttrain.models.folders import check_files, find, load_part
+from posttrain.models.wan import adapters
+from posttrain.models.wan.model import Wan, architecture
+from posttrain.models.wan.padding import fold_padding
+from posttrain.models.wan.published import EMBEDDED
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EXPERTS = {"high": "transformer", "low": "transformer_2"}
+
+
+def initialise(config: dict[str, Any], seed: int) -> WanTransformer3DModel:
+    """A transformer of this architecture with weights drawn from `seed`; its output starts at zero."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = WanTransformer3DModel.from_config(config)
+    nn.init.zeros_(transformer.proj_out.weight)
+    nn.init.zeros_(transformer.proj_out.bias)
+    return transformer
+
+
+def _source(config: ModelConfig) -> tuple[Path, str]:
+    """The folder below which the transformer that is trained lies, and the name of its folder there."""
+    start = Path(config.start) if config.start else None
+    if start and start.is_dir():
+        return start.parent, start.name
+    return find(config.path, config.revision, EMBEDDED), EXPERTS[config.expert or "high"]
+
+
+def bare(config: ModelConfig, dtype: torch.dtype | None = None) -> WanTransformer3DModel:
+    """diffusers' own transformer as training starts from it, before there is an adapter; None: in `config.dtype`.
+
+    Raises:
+        UserError: it cannot be loaded, or `start` or `merge` do not fit it.
+    """
+    root = find(config.path, config.revision, EMBEDDED)
+    shape = load_part(WanTransformer3DModel.load_config, root, EXPERTS[config.expert or "high"])
+    if config.init == "random":
+        return initialise(shape, config.seed)
+    parent, name = _source(config)
+    transformer = load_part(WanTransformer3DModel, parent, name, torch_dtype=dtype or DTYPES[config.dtype])
+    if any(transformer.config.get(key) != value for key, value in architecture(shape).items()):
+        raise UserError(
+            f"model.start: {config.start} was trained from another model; name that one in model.path",
+            "mismatch",
+            "model.start",
+        )
+    for adapter in config.merge:
+        lora.merge(transformer, adapter.path, adapter.scale, adapters.read)
+    return transformer
+
+
+def save_merged(config: ModelConfig, adapter: Path, path: Path) -> None:
+    """Write the diffusers folder `path`: the transformer with `adapter` folded in, in the dtype of its base's files.
+
+    Raises:
+        UserError: as `bare` and `lora.load`, or the folder cannot be written.
+    """
+    parent, name = _source(config)
+    dtype, probe = torch.float32, "blocks.0.attn1.to_q.weight"
+    for file in sorted((parent / name).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            if probe in tensors.keys():
+                dtype = tensors.get_tensor(probe).dtype
+    transformer = bare(config, dtype)
+    lora.merge(transformer, adapter, read=adapters.read)
+    with replacing(path) as temporary:
+        transformer.save_pretrained(temporary)
+
+
+def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
+    """Load the model that a recipe names, into main memory; only what will be trained has requires_grad.
+
+    The transformer is read now, the other parts when they are used; that they fit together is checked now.
+
+    Weights of `dtype: bf16` are not trained themselves (small steps vanish in them), and neither is a model of two
+    experts where none is named; both can be sampled.
+
+    Raises:
+        UserError: no such model, or a part is missing, broken or does not fit the others.
+    """
+    root = find(config.path, config.revision, EMBEDDED)
+    index = read_json(root / "model_index.json")
+    two = index.get("transformer_2", [None])[0] is not None
+    boundary = index.get("boundary_ratio") or 0.0
+    if two != bool(boundary):
+        raise UserError(
+            f"{root / 'model_index.json'}: transformer_2 and boundary_ratio need each other; get it again", "damaged"
+        )
+    if two and config.adapter is not None and config.expert is None:
+        raise UserError(
+            f"model.expert: is missing; {config.path} has two experts, say which to train: high or low",
+            "required",
+            "model.expert",
+        )
+    if not two and (config.expert is not None or config.other_adapter is not None):
+        field = "expert" if config.expert is not None else "other_adapter"
+        raise UserError(
+            f"model.{field}: is for models of two experts, and {config.path} has one; leave it out",
+            "conflict",
+            f"model.{field}",
+        )
+    if config.init == "random" and config.dtype != "fp32":
+        raise UserError(
+            "model.dtype: random weights are fp32, for all of them are trained; leave it out",
+            "conflict",
+            "model.dtype",
+        )
+    dtype = DTYPES[config.dtype]
+    expert = config.expert or "high"
+    name, other_name = (EXPERTS[key] for key in (expert, "low" if expert == "high" else "high"))
+
+    vae_config = load_part(_vae_config, root, "vae")
+    configs = {"text_encoder": load_part(UMT5Config, root, "text_encoder")}
+    tokenizer = load_part(AutoTokenizer, root, "tokenizer")
+    schedule = load_part(diffusers.UniPCMultistepScheduler.load_config, root, "scheduler")
+    scheduler = getattr(diffusers, schedule["_class_name"]).from_config(schedule)
+    shape = load_part(WanTransformer3DModel.load_config, root, name)
+    image_processor = None
+    if shape.get("image_dim") is not None:
+        configs["image_encoder"] = load_part(CLIPVisionConfig, root, "image_encoder")
+        image_processor = load_part(AutoImageProcessor, root, "image_processor")
+    for part in ("vae", *configs):
+        check_files(root / part)
+    _check_parts(root / name / "config.json", shape, vae_config, **configs)
+    if two:
+        other_shape = load_part(WanTransformer3DModel.load_config, root, other_name)
+        check_files(root / other_name)
+        _check_parts(root / other_name / "config.json", other_shape, vae_config, **configs)
+        if other_shape.get("in_channels") != shape.get("in_channels"):
+            raise UserError(
+                f"{root / other_name / 'config.json'}: in_channels is not {name}'s; get the model again", "mismatch"
+            )
+        if config.other_adapter is not None and not (Path(config.other_adapter) / lora.FILE).is_file():
+            raise UserError(
+                f"model.other_adapter: {Path(config.other_adapter) / lora.FILE} does not exist",
+                "missing",
+                "model.other_adapter",
+            )
+
+    def read_other() -> WanTransformer3DModel:
+        other = load_part(WanTransformer3DModel, root, other_name, torch_dtype=dtype)
+        if config.other_adapter is not None:
+            lora.load(other, config.other_adapter, adapters.read)
+        fold_padding(other)
+        return other.requires_grad_(False)
+
+    folder = Path(root).absolute()  # later the working directory may be another
+
+    def reader(kind: Any, part: str, **options: Any) -> Callable[[], nn.Module]:
+        return lambda: load_part(kind, folder, part, **options).requires_grad_(False).eval()
+
+    read: dict[str, Callable[[], nn.Module]] = {
+        "vae": reader(AutoencoderKLWan, "vae", torch_dtype=torch.float32),
+        "text_encoder": reader(UMT5EncoderModel, "text_encoder", dtype=dtype),
+    }
+    if "image_encoder" in configs:
+        read["image_encoder"] = reader(CLIPVisionModel, "image_encoder", dtype=torch.float32)
+    if two:
+        read["other"] = read_other
+    transformer = bare(config, dtype)
+    transformer.requires_grad_(config.dtype == "fp32" and not (two and config.expert is None))
+    if config.adapter is not None:
+        adapter = config.adapter
+        lora.attach(transformer, adapter.rank, adapter.alpha, adapter.targets or adapters.TARGETS, config.seed)
+    if config.start and not Path(config.start).is_dir():
+        if config.adapter is None:
+            raise UserError(
+                f"model.start: {config.start} is an adapter; set model.adapter, or name it in model.merge",
+                "conflict",
+                "model.start",
+            )
+        lora.proceed(transformer, config.start, adapters.read)
+    fold_padding(transformer)
+    return Wan(
+        transformer,
+        vae_config,
+        read,
+        tokenizer,
+        scheduler,
+        image_processor=image_processor,
+        conditioning=config.conditioning,
+        expert=expert,
+        boundary=boundary,
+        device=device,
+    )
+
+
+def _vae_config(root: str, **options: Any) -> Any:
+    """The VAE's config with what diffusers fills in, without its weights."""
+    with torch.device("meta"):
+        return AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(root, **options)).config
+
+
+def _check_parts(file: Path, shape: Mapping[str, Any], vae: Any, text_encoder: Any, image_encoder: Any = None) -> None:
+    """Refuse a transformer that does not fit the other parts, or that no code here feeds; all are given by configs."""
+    z, time = vae.z_dim, vae.scale_factor_temporal
+    fits = {
+        "in_channels": ((z, 2 * z + time), f"the vae's z_dim is {z}, which asks for {z} or {2 * z + time}"),
+        "out_channels": ((z,), f"the vae's z_dim is {z}"),
+        "text_dim": ((text_encoder.d_model,), f"the text_encoder's d_model is {text_encoder.d_model}"),
+        "pos_embed_seq_len": ((None,), "models of a first and a last picture cannot be trained here"),
+    }
+    if image_encoder is not None:
+        width = image_encoder.hidden_size
+        fits["image_dim"] = ((width,), f"the image_encoder's hidden_size is {width}")
+    for field, (allowed, why) in fits.items():
+        if shape.get(field) not in allowed:
+            raise UserError(
+                f"{file}: {field} is {shape.get(field)}, but {why}; use parts that belong together", "mismatch"
+            )
