@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ from posttrain import cli
 from posttrain.commands import stages
 from posttrain.commands.experiment import Recipe, members, open_run
 from posttrain.core import files, recipe
-from posttrain.core.errors import UserError
+from posttrain.core.errors import Code, UserError
 from posttrain.pocket import folder as pocket
 
 RECIPE: dict[str, Any] = {
@@ -67,11 +67,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def refused(home: Path, *arguments: str) -> str:
-    """The one line with which a command is refused."""
-    code, _, said = command(home, *arguments)
-    assert code == 1
+    """The one line with which a command is refused, without its code."""
+    status, _, said = command(home, *arguments)
+    message, _, code = said.rpartition(" [")
+    assert status == 1
     assert said.count("\n") == 1
-    return said
+    assert code.removesuffix("]\n") in get_args(Code)
+    return message + "\n"
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +235,7 @@ def test_a_torn_clip_stops_before_training(home):
     os.truncate(home / "torn" / "train" / "00001.mp4", 300)
     code, _, said = command(home, "run", "recipe.yaml", "run=torn", "data.clips=torn", "eval=null")
     assert code == 1
-    assert said.splitlines()[-1] == "torn/train/00001.mp4: is torn or no video; delete it and make it again"
+    assert said.splitlines()[-1].startswith("torn/train/00001.mp4: is torn or no video; delete it and make it again")
 
 
 def test_clips_that_cannot_be_made_are_said(home):
@@ -279,7 +281,7 @@ def test_an_unwritable_run_folder_is_named(home):
     (home / "file").write_text("")
     said = refused(home, "run", "recipe.yaml", "run=../file/x")
     assert said.startswith("runs/../file/x/recipe.yaml: ")
-    assert said.endswith(" [not_writable]\n")
+    assert "(a folder on the way is a file)" in said
 
 
 @pytest.fixture
@@ -380,7 +382,7 @@ def test_a_sweep_is_a_run_for_each_value_and_one_report(home):
     said = refused(home, "train", *base, "train.lr=0.02", "sweep={data.limit: [3]}")
     assert said.startswith("runs/sizes/3/recipe.yaml: differs from runs/sizes/recipe.yaml in train.lr (0.01, now 0.02)")
     said = refused(home, "run", *base, "sweep={data.limt: [3]}")
-    assert said == "data.limt=3: data.limt: unknown key, did you mean 'limit'? [unknown_key]\n"
+    assert said == "data.limt=3: data.limt: unknown key, did you mean 'limit'?\n"
     assert "sweep: dictionary should have at most 1 item" in refused(home, "run", *base, "sweep={a: [1], b: [2]}")
 
 
@@ -415,4 +417,4 @@ def test_a_table_is_a_run_for_each_row_and_seed_and_one_report(home):
     assert code == 0, said
     assert "runs/rows/fast/3: is left out, for it was not measured" in said
     said = refused(home, "run", *base, "table={rows: {few: {data.limt: 1}}}")
-    assert said == "data.limt=1: data.limt: unknown key, did you mean 'limit'? [unknown_key]\n"
+    assert said == "data.limt=1: data.limt: unknown key, did you mean 'limit'?\n"

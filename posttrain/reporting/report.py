@@ -159,7 +159,7 @@ def page(
         curves(log),
         details(facts),
     ]
-    root = resources("posttrain")
+    root = resources("posttrain.reporting")
     return string.Template((root / "report.html").read_text()).substitute(
         title=html.escape(facts["run"]),
         lead=lead(facts, records),
