@@ -219,7 +219,7 @@ def test_scores_out_of_range_are_refused(folder: Path, tmp_path: Path, value: An
     rows[2]["pc"] = value
     (place / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = refusal(folder, losers=2, samples=(str(place),))
-        assert "00001-0-s0-base.mp4: pc is" in said or "scores.jsonl:3: " in said  # NaN is no JSON
+    assert "00001-0-s0-base.mp4: pc is" in said or "scores.jsonl:3: " in said  # NaN is no JSON
 
 
 def test_a_sample_without_a_score_among_scored_ones_is_refused(folder: Path, tmp_path: Path) -> None:
