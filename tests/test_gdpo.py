@@ -477,7 +477,7 @@ def test_it_learns_what_to_prefer(folder: Path, tmp_path: Path) -> None:
 
 def test_what_pair_draws_is_pair_of_all(folder: Path, tmp_path: Path) -> None:
     """The loop runs only the loser that it draws; with all errors, the loss of that one is the same."""
-    wan, config = adapted(folder), Config(mode="pair")
+    wan, config = adapted(folder), Config(mode="pair", cached_draws=1)
     run = Run(tmp_path, wan.module, Pairs(wan.encode_text(["a ball."])[0]), TrainConfig(steps=4, batch=4, lr=1e-2))
     disturb(wan)
     batch, chosen = next(run.batches()), set()

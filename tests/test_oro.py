@@ -23,11 +23,13 @@ from posttrain.core.files import read_jsonl
 from posttrain.core.meter import Meter
 from posttrain.core.recipe import Plugin
 from posttrain.core.recipe import load as load_recipe
-from posttrain.data.dataset import Clips, DataConfig
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips
 from posttrain.data.latents import Annotated, Latents
 from posttrain.flow import Last, SamplerConfig
 from posttrain.methods import oro
-from posttrain.methods.oro import Config, Sampling, depends, oro_loss
+from posttrain.methods.base import fingerprints
+from posttrain.methods.oro import Config, Sampling, oro_loss
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan.loading import load
 from posttrain.models.wan.model import Wan
@@ -198,7 +200,7 @@ def test_a_run_depends_on_the_weights_of_its_rewards(tmp_path: Path) -> None:
     save_file(weights | {(name := sorted(weights)[0]): weights[name] + 1}, tmp_path / "other" / "model.safetensors")
 
     def told(path: str) -> dict[str, str]:
-        return depends(Config(rewards=[{"name": "segmentation", "path": path}]))
+        return fingerprints(Config(rewards=[{"name": "segmentation", "path": path}]).rewards)
 
     assert list(told("pocket")) == ["method.rewards.segmentation"]
     assert told("pocket") == told(str(tmp_path / "same")) != told(str(tmp_path / "other"))

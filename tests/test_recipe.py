@@ -212,7 +212,7 @@ def test_a_recipe_that_is_not_there(tmp_path, path):
 
 def test_a_name_leads_to_a_module_of_its_package():
     assert resolve("methods", "psft").__name__ == "posttrain.methods.psft"
-    assert resolve("sim", "drop").__name__ == "sim.drop"
+    assert resolve("sim.worlds", "drop").__name__ == "sim.worlds.drop"
     with pytest.raises(UserError, match="'wan'") as raised:
         resolve("models", "wam")
     assert raised.value.code == "unknown_name"

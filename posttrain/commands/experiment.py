@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 from posttrain.core import files, recipe
 from posttrain.core.errors import UserError, printable
 from posttrain.core.recipe import Plugin, PluginFrom, Strict
-from posttrain.data.dataset import DataConfig
+from posttrain.data.config import DataConfig
 from posttrain.evaluation.evaluate import EvalConfig
 from posttrain.methods.base import method_of
 from posttrain.models import lora

@@ -128,11 +128,12 @@ def groups(plan: Recipe, folder: Path, shown: int = 8) -> Path:
     rows: dict[str, Any] = {}
     for number, group in enumerate(found[:shown], 1):
         what = "true" if group.winner == group.true else f"the best, {members.video(group.winner).name}"
-        rows[f"group {number}, {what}: {members.row(group.winner)['caption']}"] = members.read(group.winner)[0]
+        rows[f"group {number}, {what}: {members.row(group.winner).caption}"] = members.read(group.winner)[0]
         for index in group.losers:
             told = (scores := members.scores(index)) and f"sa {scores.sa:.2f}, pc {scores.pc:.2f}"
             name = f"group {number}, {members.video(index).name}: {told or 'no scores'}"
-            rows[f"{name} {(members.row(index).get('violation') or {}).get('kind', '')}"] = members.read(index)[0]
+            violation = members.row(index).violation
+            rows[f"{name} {violation.kind if violation else ''}"] = members.read(index)[0]
     contact_sheet(path, rows)
     print(f"groups: {len(found)} of {wanted.losers} losers each; the first are shown in {path}")
     return path

@@ -179,22 +179,33 @@ def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
 def read_text(path: Path | str) -> str:
     """The text of a file in UTF-8, or in UTF-16 or UTF-32 that is recognised by its first bytes, without its mark.
 
+    Lines end by "\\n", however they did in the file.
+
     Raises:
-        UserError: missing (also where the system does not let it be read); format (another encoding).
+        UserError: missing; format (another encoding).
+    """
+    content = read_bytes(path)
+    encoding = json.detect_encoding(content)
+    try:
+        return content.decode(encoding).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: is not {encoding.upper()} text; save the file as UTF-8", "format") from error
+
+
+def read_bytes(path: Path | str) -> bytes:
+    """The content of a file.
+
+    Raises:
+        UserError: missing: it is not there, or the system does not let it be read.
     """
     try:
-        content = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{printable(str(path), 300)}: does not exist", "missing") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         why = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{printable(str(path), 300)}: cannot be read ({why.lower()})", "missing") from error
-    encoding = json.detect_encoding(content)
-    try:
-        return content.decode(encoding).removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: is not {encoding.upper()} text; save the file as UTF-8", "format") from error
 
 
 def _parsed(text: str) -> Any:

@@ -11,8 +11,9 @@ A method that learns from what the model makes takes several optimiser steps on 
         run.step(loss, **metrics)
 
 A run that is killed at any moment and started again ends with the same weights, bit for bit, and the same log (but for
-`seconds`): step s sees positions s * batch ... (s + 1) * batch - 1 of an endless sequence of samples, in which every
-epoch is a permutation from (seed, epoch); random numbers depend on (seed, step, position); the rest is in the checkpoint.
+`seconds`). Step s sees positions s * batch ... (s + 1) * batch - 1 of an endless sequence of samples, in which each
+epoch is a permutation from (seed, epoch); random numbers depend on (seed, step, position); all else is in the
+checkpoint.
 
 With several updates, s // updates stands for s in the order of the samples, and checkpoints are written after a
 rollout's last update alone. So no rollout is stored: a run that continues makes it again, with the weights and the
