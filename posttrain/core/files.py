@@ -203,9 +203,16 @@ def read_bytes(path: Path | str) -> bytes:
         return Path(path).read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{printable(str(path), 300)}: does not exist", "missing") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        why = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{printable(str(path), 300)}: cannot be read ({why.lower()})", "missing") from error
+    except ValueError as error:  # a NUL in the name
+        raise UserError(f"{printable(str(path), 300)}: is no file's name", "missing") from error
+    except OSError as error:
+        if error.errno not in UNREADABLE:  # the disk does not answer: of what is there this says nothing
+            raise
+        why = os.strerror(error.errno).lower()
+        raise UserError(f"{printable(str(path), 300)}: cannot be read ({why})", "missing") from error
+
+
+UNREADABLE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)
 
 
 def _parsed(text: str) -> Any:
