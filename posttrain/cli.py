@@ -218,7 +218,7 @@ def _doctor(path: str | None, overrides: Sequence[str], processes: int) -> int:
     from posttrain.commands.experiment import Recipe
     from posttrain.commands.stages import check_groups
     from posttrain.data.dataset import open_split
-    from sim.cli import Recipe as Film
+    from sim.cli import Recipe as Clips
 
     plan = recipe.load(path, overrides, Recipe)
     groups = check_groups(plan)
@@ -226,7 +226,7 @@ def _doctor(path: str | None, overrides: Sequence[str], processes: int) -> int:
     if plan.data.wanted is not None:  # clips are retimed and cropped to it
         clip = (plan.data.wanted.frames, *plan.data.wanted.size)
     elif makers and not (Path(folder) / plan.data.split / "metadata.jsonl").is_file():  # not filmed yet
-        world = recipe.load(makers[0], (), Film).world.config
+        world = recipe.load(makers[0], (), Clips).world.config
         clip = (world.frames, world.height, world.width)
     else:
         split = open_split(folder, plan.data.split)
@@ -240,11 +240,11 @@ def _bench() -> int:
     from posttrain.commands import loading
     from posttrain.commands.bench import bench, print_timings
     from posttrain.models.base import AdapterConfig, ModelConfig
-    from sim import dataset, drop
+    from sim import dataset
     from sim.render import gl
 
-    world = drop.Config(width=64, height=64, frames=33, dropped=(1, 1))
-    scene, trajectory, _ = dataset.make(dataset.Film("drop", world), "train", 0)
+    job = dataset.Job(world={"name": "drop", "width": 64, "height": 64, "frames": 33, "dropped": (1, 1)})
+    take = next(dataset.takes(job, "train", 0))
     model = loading.load_model(ModelConfig(path="pocket", adapter=AdapterConfig()))
-    print_timings(bench(model, loading.load_tracker(), lambda: gl.render(scene, trajectory)))
+    print_timings(bench(model, loading.load_tracker(), lambda: gl.render(take.scene, take.trajectory)))
     return 0

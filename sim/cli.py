@@ -10,33 +10,18 @@ from pydantic import Field
 
 from posttrain.core import recipe
 from posttrain.core.errors import UserError
-from posttrain.core.recipe import Plugin, PluginFrom, Strict
 from sim import dataset
 from sim.bench import bench
 from sim.show import show
 
-
-class Renderer(Strict):
-    name: str = "gl"
-    supersample: int = Field(2, ge=1, le=8)
+Split = Annotated[str, Field(pattern=r"^\w[\w-]*$")]  # it names a folder
 
 
-class Recipe(Strict):
-    """A dataset: `out` is its folder, `splits` the number of clips in each."""
+class Recipe(dataset.Job):
+    """A dataset: `out` is its folder, `splits` the number of scenes in each."""
 
     out: str
-    world: Annotated[Plugin, PluginFrom("sim")]
-    renderer: Renderer = Renderer()
-    splits: dict[str, Annotated[int, Field(ge=1)]]
-    seed: int = 0
-
-
-def read(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Recipe, dataset.Film]:
-    """A recipe and what it films."""
-    plan = recipe.load(path, overrides, Recipe)
-    recipe.resolve("sim.render", plan.renderer.name)
-    film = dataset.Film(plan.world.name, plan.world.config, plan.renderer.name, plan.renderer.supersample, plan.seed)
-    return plan, film
+    splits: dict[Split, Annotated[int, Field(ge=1)]] = Field(min_length=1)
 
 
 def make(path: Path | str, overrides: Sequence[str] = (), workers: int | None = None) -> Path:
@@ -45,8 +30,8 @@ def make(path: Path | str, overrides: Sequence[str] = (), workers: int | None = 
     Raises:
         UserError: the recipe or the folder is wrong; the message is one line.
     """
-    plan, film = read(path, overrides)
-    dataset.write(plan.out, film, plan.splits, workers)
+    plan = recipe.load(path, overrides, Recipe)
+    dataset.write(plan.out, plan, plan.splits, workers)
     return Path(plan.out)
 
 
@@ -70,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "make":
             make(options.recipe, options.overrides, options.workers)
         elif options.command == "bench":
-            print(bench(read(options.recipe, options.overrides)[1]))
+            print(bench(recipe.load(options.recipe, options.overrides, Recipe)))
         else:
             print(show(options.dataset, options.split, options.count, options.output))
     except UserError as error:

@@ -5,14 +5,13 @@
     <out>/<split>/<id>.mp4, .npz     lossless RGB, and the annotations
     <out>/.rows/<split>/<id>.json    the rows of a scene's clips; written last, so it says that they are complete
 
-Scene i of a split is a function of (seed, split, i) alone, so it does not matter who makes it, or when. A world with
-`takes` films its scenes itself and tells more in their rows. Where they tell a `group`, the clips of scene 3 are
-00003-0, 00003-1 and so on (sim/counterfactual.py, the true one first; sim/ambiguous.py).
+Scene i of a split is a function of (seed, split, i) alone, so it does not matter who makes it, or when. Where a world's
+labels name a `group`, the clips of scene 3 are 00003-0, 00003-1 and so on (worlds/counterfactual.py, the true one
+first; worlds/ambiguous.py).
 """
 
 import fcntl
 import hashlib
-import importlib
 import io
 import json
 import multiprocessing
@@ -25,23 +24,23 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from fractions import Fraction
+from dataclasses import asdict
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import av
 import numpy as np
-from pydantic import BaseModel
+from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from posttrain.core.codec import lossless
 from posttrain.core.errors import UserError
 from posttrain.core.files import explain, read_json, sha256, sweep, write_bytes, write_json, write_jsonl, write_text
-from sim import assets
-from sim.scene import Clip, Scene, Shoot, Trajectory
+from posttrain.core.recipe import Plugin, PluginFrom, Strict
+from sim.assets import library, surfaces
+from sim.worlds.base import Draw, Take
 
 HALF = float(np.finfo(np.float16).max)
 
@@ -57,31 +56,24 @@ much (`value`, `meaning`), how wrong that is (`severity`: mean distance of the b
 of the clip in which nothing moves) and in which share of the frames the target is `seen`; null: the true clip.
 `drop_height` and `gravity` are the true ones, `contact_time` and `contacts` are the clip's own.
 """
-VERSION = "1"  # of the generator: another one means other bytes for the same recipe
+VERSION = "2"  # of the generator: another one means other bytes for the same recipe
 
 
-@dataclass(frozen=True)
-class Film:
-    """How clips are made. `world` and `renderer` name files in sim/ and sim/render/; `config` is the world's Config."""
+class Job(Strict):
+    """What clips are made of: a world, the engine that moves it, the renderer that films it, and a seed."""
 
-    world: str
-    config: BaseModel
-    renderer: str = "gl"
-    supersample: int = 2
-    seed: int = 0
+    world: Annotated[Plugin, PluginFrom("sim.worlds")]
+    physics: Annotated[Plugin, PluginFrom("sim.physics")] = Field({"name": "bullet"}, validate_default=True)
+    renderer: Annotated[Plugin, PluginFrom("sim.render")] = Field({"name": "gl"}, validate_default=True)
+    seed: int = Field(0, ge=0)
 
     def describe(self) -> dict[str, Any]:
-        world = {"name": self.world, **self.config.model_dump(mode="json")}
-        return {
-            "generator": VERSION,
-            "seed": self.seed,
-            "renderer": {"name": self.renderer, "supersample": self.supersample},
-            "world": world,
-        }
+        """What recipe.json holds, beside the splits."""
+        return {"generator": VERSION, **self.model_dump(mode="json", include=set(Job.model_fields))}
 
 
 def write(
-    out: Path | str, film: Film, splits: dict[str, int], workers: int | None = None, console: Console | None = None
+    out: Path | str, job: Job, splits: dict[str, int], workers: int | None = None, console: Console | None = None
 ) -> None:
     """Make the clips that are missing below `out`, on `workers` processes (default: one per core).
 
@@ -93,15 +85,15 @@ def write(
     with explain(out):
         out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
-        _claim(out, film, splits)
+        _claim(out, job, splits)
         _sweep(out, splits)
         wanted = [(split, i) for split, count in splits.items() for i in range(count)]
-        done = {job for job in wanted if finished(out, *job)}
-        missing = [job for job in wanted if job not in done]
+        done = {scene for scene in wanted if finished(out, *scene)}
+        missing = [scene for scene in wanted if scene not in done]
         if done:
             console.print(f"{out}: {len(done)} of {len(wanted)} scenes are there already")
         if missing:
-            _run(out, film, missing, min(workers or os.cpu_count() or 1, len(missing)), console)
+            _run(out, job, missing, min(workers or os.cpu_count() or 1, len(missing)), console)
         made = {}
         for split, count in splits.items():
             rows = [row for i in range(count) for row in read_json(_row(out, split, i))]
@@ -110,48 +102,22 @@ def write(
     console.print(f"{out}: complete, {', '.join(f'{split} {count}' for split, count in made.items())}")
 
 
-@dataclass(frozen=True)
-class Take:
-    """A clip and what it is of; `id` names its files, `more` is what its row tells beside the usual."""
-
-    id: str
-    scene: Scene
-    trajectory: Trajectory
-    clip: Clip
-    more: dict[str, Any]
-
-
-def draw(film: Film, split: str, index: int) -> tuple[np.random.Generator, BaseModel, list[str], list[str], int]:
-    """What a world makes scene `index` of `split` from: draws, config, objects, backgrounds, the scene's number.
+def draw(job: Job, split: str, index: int) -> Draw:
+    """What scene `index` of `split` is drawn from.
 
     Splits whose name ends in "unseen" use the test assets, all others the train assets.
     """
-    rng = np.random.default_rng([film.seed, zlib.crc32(split.encode()), index])
+    rng = np.random.default_rng([job.seed, zlib.crc32(split.encode()), index])
     unseen = split.endswith("unseen")
-    objects, backgrounds = (assets.split(ids)[unseen] for ids in (assets.object_ids(), assets.background_ids()))
-    return rng, film.config, objects, backgrounds, index
+    objects, backgrounds = (library.split(ids)[unseen] for ids in (library.object_ids(), surfaces.background_ids()))
+    return Draw(rng, objects, backgrounds, index)
 
 
-def takes(film: Film, split: str, index: int) -> Iterator[Take]:
+def takes(job: Job, split: str, index: int) -> Iterator[Take]:
     """The clips of scene `index` of `split`: one, or of a world with groups all of its group."""
-    module = importlib.import_module(f"sim.{film.world}")
-    renderer = importlib.import_module(f"sim.render.{film.renderer}")
-    shoot: Shoot = partial(renderer.render, supersample=film.supersample)
-    lot = draw(film, split, index)
-    if not hasattr(module, "takes"):
-        scene, trajectory = module.make(*lot)
-        yield Take(f"{index:05d}", scene, trajectory, shoot(scene, trajectory), {})
-        return
-    for member, take in enumerate(module.takes(*lot, shoot)):
-        scene, trajectory, clip, more = take
-        name = f"{index:05d}-{member}" if "group" in more else f"{index:05d}"
-        yield Take(name, scene, trajectory, clip, more)
-
-
-def make(film: Film, split: str, index: int) -> tuple[Scene, Trajectory, Clip]:
-    """The clip of scene `index` of `split`, of a group the first one."""
-    take = next(takes(film, split, index))
-    return take.scene, take.trajectory, take.clip
+    simulate = partial(job.physics.module.simulate, config=job.physics.config)
+    render = partial(job.renderer.module.render, config=job.renderer.config)
+    yield from job.world.module.takes(draw(job, split, index), job.world.config, simulate, render)
 
 
 def finished(out: Path, split: str, index: int) -> bool:
@@ -166,21 +132,6 @@ def finished(out: Path, split: str, index: int) -> bool:
         return False
 
 
-def encode(rgb_THW3: np.ndarray, fps: float) -> bytes:
-    """uint8 frames as an H.264 RGB mp4 without loss (High 4:4:4 Predictive, qp 0); same frames, same bytes."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("libx264rgb", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width = rgb_THW3.shape[1:3]
-        stream.pix_fmt = "rgb24"
-        stream.options = {"crf": "0", "preset": "veryfast"}
-        stream.thread_count = 1
-        for picture in rgb_THW3:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
-    return buffer.getvalue()
-
-
 def pack(arrays: dict[str, np.ndarray]) -> bytes:
     """An .npz that np.load reads, with the fastest zlib level and no clock in it."""
     buffer = io.BytesIO()
@@ -192,8 +143,9 @@ def pack(arrays: dict[str, np.ndarray]) -> bytes:
     return buffer.getvalue()
 
 
-def describe(film: Film, split: str, name: str, scene: Scene, trajectory: Trajectory) -> dict[str, Any]:
+def describe(job: Job, split: str, name: str, take: Take) -> dict[str, Any]:
     """A row of metadata.jsonl, but for the files' digests; `name` is that of the clip."""
+    scene, trajectory = take.scene, take.trajectory
     camera, target = scene.camera, scene.target
     touched = next((c.time for c in trajectory.contacts if target in (c.a, c.b)), None)
     focal = camera.focal / camera.sensor * camera.width
@@ -203,7 +155,7 @@ def describe(film: Film, split: str, name: str, scene: Scene, trajectory: Trajec
         "fps": scene.fps,
         "frames": scene.frames,
         "size": [camera.height, camera.width],
-        "seed": film.seed,
+        "seed": job.seed,
         "annotations": f"{name}.npz",
         "camera": {
             "position": camera.position,
@@ -218,13 +170,14 @@ def describe(film: Film, split: str, name: str, scene: Scene, trajectory: Trajec
         ],
         "target": target,
         "distance": float(trajectory.positions_TN3[0, target, 1]) - camera.position[1],
-        "motion": importlib.import_module(f"sim.{film.world}").label(scene),
+        "motion": take.motion,
         "drop_height": None if touched is None else abs(scene.gravity[2]) * touched**2 / 2,
         "contact_time": touched,
         "contacts": [{"time": c.time, "pair": [c.a, c.b], "impulse": c.impulse} for c in trajectory.contacts],
         "background": scene.background.id,
         "split": split,
         "generator": VERSION,
+        **take.labels,
     }
 
 
@@ -232,16 +185,19 @@ def _row(out: Path, split: str, index: int) -> Path:
     return out / ".rows" / split / f"{index:05d}.json"
 
 
-def make_and_write(out: Path, film: Film, split: str, index: int) -> None:
+def make_and_write(out: Path, job: Job, split: str, index: int) -> None:
     """All clips of a scene, and then their rows."""
-    rows = [write_take(out, film, split, take) for take in takes(film, split, index)]
+    rows = []
+    for member, take in enumerate(takes(job, split, index)):
+        name = f"{index:05d}-{member}" if "group" in take.labels else f"{index:05d}"
+        rows.append(write_take(out, job, split, name, take))
     write_json(_row(out, split, index), rows, flush=False)
 
 
-def write_take(out: Path, film: Film, split: str, take: Take) -> dict[str, Any]:
+def write_take(out: Path, job: Job, split: str, name: str, take: Take) -> dict[str, Any]:
     """Write a clip's two files; returns its row."""
-    row = describe(film, split, take.id, take.scene, take.trajectory) | take.more
-    video = encode(take.clip.rgb, take.scene.fps)
+    row = describe(job, split, name, take)
+    video = lossless(take.clip.rgb, take.scene.fps)
     annotations = pack(
         {
             "instances": take.clip.instances,
@@ -267,20 +223,24 @@ def _begin() -> None:
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
-def _run(out: Path, film: Film, jobs: list[tuple[str, int]], workers: int, console: Console) -> None:
+def _run(out: Path, job: Job, scenes: list[tuple[str, int]], workers: int, console: Console) -> None:
     times = TimeElapsedColumn(), TimeRemainingColumn()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin)
     try:
         with _for_workers():
-            futures = [pool.submit(make_and_write, out, film, *job) for job in jobs]
+            futures = [pool.submit(make_and_write, out, job, *scene) for scene in scenes]
         with Progress(*columns, console=console) as progress:
-            task = progress.add_task(f"{out}: {film.world}", total=len(jobs))
+            task = progress.add_task(f"{out}: {job.world.name}", total=len(scenes))
             for future in as_completed(futures):
                 future.result()
                 progress.advance(task)
     except BrokenProcessPool as error:
-        raise UserError(f"{out}: a worker was killed, perhaps for memory; start again, with fewer --workers") from error
+        raise UserError(
+            f"{out}: a worker was killed, perhaps for memory; start again, with fewer --workers",
+            "internal",
+            "--workers",
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -306,13 +266,15 @@ def _alone(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{out}: another process makes clips here; wait for it or choose another folder") from error
+            raise UserError(
+                f"{out}: another process makes clips here; wait for it or choose another folder", "busy", "out"
+            ) from error
         yield
 
 
-def _claim(out: Path, film: Film, splits: dict[str, int]) -> None:
+def _claim(out: Path, job: Job, splits: dict[str, int]) -> None:
     """Refuse a folder whose clips were made by another recipe, or are more than this one wants."""
-    path, mine = out / "recipe.json", film.describe()
+    path, mine = out / "recipe.json", job.describe()
     kept: dict[str, int] = {}
     if path.exists():
         theirs = read_json(path)
@@ -320,11 +282,19 @@ def _claim(out: Path, film: Film, splits: dict[str, int]) -> None:
         here, there = _flat(mine), _flat(theirs)
         differ = [key for key in sorted(here | there) if here.get(key) != there.get(key)]
         if differ:
-            told = ", ".join(f"{key}: {there.get(key)} there, {here.get(key)} here" for key in differ[:3])
-            raise UserError(f"{out}: holds clips of another recipe ({told}); choose another `out` or remove the folder")
+            what = ", ".join(f"{key}: {there.get(key)} there, {here.get(key)} here" for key in differ[:3])
+            raise UserError(
+                f"{out}: holds clips of another recipe ({what}); choose another `out` or remove the folder",
+                "other_run",
+                "out",
+            )
     for split, count in kept.items():
         if splits.get(split, count) < count:
-            raise UserError(f"{out}: splits.{split} is {count} there, {splits[split]} here; ask for {count} or more")
+            raise UserError(
+                f"{out}: splits.{split} is {count} there, {splits[split]} here; ask for {count} or more",
+                "other_run",
+                f"splits.{split}",
+            )
     write_json(path, mine | {"splits": kept | splits})
     write_text(out / "README.md", card(kept | splits))
 

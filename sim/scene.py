@@ -7,7 +7,6 @@ mass. Time 0 is frame 0; frame k is at time k / fps.
 Shape letters: T frames, N bodies, H W pixels.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -124,6 +123,43 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
+class Hold:
+    """A body stops, for good, where its centre comes to `height` metres or is below already."""
+
+    body: int
+    height: float
+
+
+@dataclass(frozen=True)
+class Tunnel:
+    """A body passes through others (FLOOR among them) and meets still copies of them `depth` metres lower."""
+
+    body: int
+    through: tuple[int, ...]
+    depth: float
+
+
+@dataclass(frozen=True)
+class AddEnergy:
+    """At its first contact a body gets the energy of `height` metres, as upward speed."""
+
+    body: int
+    height: float
+
+
+@dataclass(frozen=True)
+class Teleport:
+    """A body goes on from elsewhere after `time` seconds: `offset` metres away, as fast as before."""
+
+    body: int
+    time: float
+    offset: Vector
+
+
+Intervention = Hold | Tunnel | AddEnergy | Teleport  # what breaks a law while a scene runs
+
+
+@dataclass(frozen=True)
 class Clip:
     """What the camera saw.
 
@@ -136,6 +172,3 @@ class Clip:
     instances: np.ndarray
     depth: np.ndarray
     flow: np.ndarray
-
-
-Shoot = Callable[[Scene, Trajectory], Clip]  # a renderer

@@ -1,6 +1,6 @@
 """Look at a dataset: a contact sheet, or a page on which its clips move. Under each clip stands what it is.
 
-Of a world with groups (sim/counterfactual.py, sim/ambiguous.py) a group's clips come together, and each tells its
+Of a world with groups (worlds/counterfactual.py, worlds/ambiguous.py) a group's clips come together, and each tells its
 violation, or its depth.
 """
 
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 from PIL import Image, ImageDraw
 
+from posttrain.core.codec import read_video
 from posttrain.core.errors import UserError
 from posttrain.core.files import inside, read_jsonl, replacing, write_text
 
@@ -37,14 +37,16 @@ def show(folder: Path | str, split: str | None, count: int, output: Path | str) 
     """Write the first `count` clips (of groups: groups) of one split or of each to `output`, a .png or an .html.
 
     Raises:
-        UserError: the folder holds no clips, or `output` is of another kind.
+        UserError: the folder holds no clips, or `output` is neither.
     """
     folder, output = Path(folder), Path(output)
     names = [split] if split else sorted(path.parent.name for path in folder.glob("*/metadata.jsonl"))
     if not names:
-        raise UserError(f"{folder}: holds no split with a metadata.jsonl; make it with `python -m sim make RECIPE`")
+        raise UserError(
+            f"{folder}: holds no split with a metadata.jsonl; make it with `python -m sim make RECIPE`", "no_clips"
+        )
     if output.suffix not in (".png", ".html"):
-        raise UserError(f"--output: {output} is neither a .png nor an .html")
+        raise UserError(f"--output: {output} is neither a .png nor an .html", "value", "--output")
     groups = [group for name in names for group in grouped(folder / name)[:count]]
     if output.suffix == ".html":
         write_text(output, page(folder.name, groups))
@@ -80,7 +82,7 @@ def sheet(clips: Sequence[tuple[Path, dict[str, Any]]], columns: int = 8) -> Ima
     """A row per clip: `columns` frames from first to last, and the words below."""
     strips = []
     for path, row in clips:
-        frames = read(path)
+        frames = read_video(path)
         chosen = np.linspace(0, len(frames) - 1, columns).round().astype(int)
         scale = max(1, 128 // frames.shape[1])
         strip = np.concatenate(frames[chosen], axis=1).repeat(scale, 0).repeat(scale, 1)
@@ -103,7 +105,7 @@ def page(title: str, groups: Sequence[Sequence[tuple[Path, dict[str, Any]]]]) ->
     for group in groups:
         path, first = group[0]
         figures = "".join(
-            f'<figure><img alt="" src="data:image/webp;base64,{moving(read(clip), row["fps"])}">'
+            f'<figure><img alt="" src="data:image/webp;base64,{moving(read_video(clip), row["fps"])}">'
             f"<figcaption>{html.escape(words(row))}</figcaption></figure>"
             for clip, row in group
         )
@@ -119,9 +121,3 @@ def moving(frames_FHWC: np.ndarray, fps: float) -> str:
     buffer = io.BytesIO()
     pictures[0].save(buffer, "WEBP", save_all=True, append_images=pictures[1:], duration=times, loop=0, lossless=True)
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def read(path: Path) -> np.ndarray:
-    """A clip's frames, uint8 (F, H, W, 3)."""
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

@@ -52,13 +52,16 @@ def write_dataset(
                     "drop_height": 9.81 * contact**2 / 2,
                     "contact_time": contact,
                     "distance": 5.0,
-                    "camera": {"intrinsics": [[5.0 * GRAVITY / 9.81, 0, SIZE / 2], [0, 0, 0], [0, 0, 1]]},
+                    "camera": {
+                        "position": [0, 0, 1],
+                        "intrinsics": [[5.0 * GRAVITY / 9.81, 0, SIZE / 2], [0, 0, 0], [0, 0, 1]],
+                    },
                 }
             )
         (folder / split / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-AMBIGUOUS = {  # what sim/ambiguous.py tells of a clip besides
+AMBIGUOUS = {  # what sim/worlds/ambiguous.py tells of a clip besides
     "group": 5,
     "beta": 0.2,
     "depths": [2.0, 18.0],

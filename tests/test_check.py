@@ -8,9 +8,20 @@ from falling import RedTracker, write_dataset
 from tiny import wan_folder
 
 from posttrain.core.files import read_jsonl, write_jsonl
-from posttrain.data.dataset import Clips, DataConfig
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips
 from posttrain.nets import tracker
 from posttrain.pretraining import check
+
+BODY = {
+    "asset": "ball",
+    "name": "ball",
+    "size": 0.1,
+    "mass": 1.0,
+    "friction": 0.5,
+    "restitution": 0.2,
+    "role": "dropped",
+}
 
 
 @pytest.fixture
@@ -18,7 +29,7 @@ def dataset(tmp_path: Path) -> Path:
     """Three falling squares; the last one in company."""
     write_dataset(tmp_path / "squares", ["test_unseen"], clips=3, frames=9)
     metadata = tmp_path / "squares" / "test_unseen" / "metadata.jsonl"
-    rows = [row | {"motion": "drop", "bodies": [{}] * (1 + i // 2)} for i, row in enumerate(read_jsonl(metadata))]
+    rows = [row | {"motion": "drop", "bodies": [BODY] * (1 + i // 2)} for i, row in enumerate(read_jsonl(metadata))]
     write_jsonl(metadata, rows)
     return tmp_path / "squares"
 

@@ -11,8 +11,10 @@ import torch
 from falling import SIZE, film, rows_of, write_dataset
 
 from posttrain.core import files
+from posttrain.core.codec import read_video
 from posttrain.core.errors import UserError
-from posttrain.data.dataset import Clips, DataConfig, check_same_kind, open_split, read_annotations, read_video
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips, check_same_kind, open_split, read_annotations
 
 SPLIT = "train"
 
@@ -125,8 +127,9 @@ def test_clips_of_another_kind_are_refused(folder, tmp_path, field, value):
 
 
 def test_what_is_not_there_is_named(folder):
-    with pytest.raises(UserError, match=r"test/metadata\.jsonl: does not exist; film the clips"):
+    with pytest.raises(UserError, match="has no split test, but train; film the clips") as error:
         clips(folder, split="test")
+    assert error.value.code == "missing"
     edit(folder, 0, caption=None)
     with pytest.raises(UserError, match=r"metadata\.jsonl:1: caption: is missing"):
         clips(folder)

@@ -2,13 +2,17 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy.integrate import quad
 from scipy.stats import binom, ks_2samp, kstest
 
+from posttrain.data.schema import Camera, ClipRow, facts
 from posttrain.evaluation.benchmarks import distribution as benchmark
+from posttrain.evaluation.benchmarks.base import ClipScore
+from posttrain.evaluation.records import Record
 from posttrain.metrics import distribution as d
 from posttrain.metrics import pisa as metric
 from posttrain.metrics.pisa import first_frame_after
@@ -177,32 +181,47 @@ def test_what_is_level_with_the_camera_cannot_be_lifted() -> None:
     assert Counter(np.isnan(d.lift(np.array([0.1, np.nan]), 0.5, CAMERA)[1]).tolist()) == {False: 1, True: 1}
 
 
-def fall(beta: float, depth: float) -> tuple[np.ndarray, dict]:
+def fall(beta: float, depth: float) -> tuple[np.ndarray, ClipRow]:
     """Masks of a square that falls at some depth and stays on the floor, 256 pixels high, and its metadata row."""
     y = np.maximum(CAMERA + beta * depth - 9.81 * (np.arange(FRAMES) / FPS) ** 2 / 2, 0)
     rows = np.round(128 - 280 * (y - CAMERA) / depth).astype(int)
     masks = np.zeros((FRAMES, 256, 256), bool)
     for mask, row in zip(masks, rows, strict=True):
         mask[row - 30 : row, 100:130] = True
-    camera = {"position": [0.0, 0.0, CAMERA], "intrinsics": [[280.0, 0, 128], [0, 280.0, 128], [0, 0, 1]]}
+    camera = Camera((0.0, 0.0, CAMERA), ((280.0, 0, 128), (0, 280.0, 128), (0, 0, 1)))
     time = math.sqrt(2 * (CAMERA + beta * depth) / 9.81)
-    row = {"beta": beta, "camera": camera, "gravity": [0, 0, -9.81], "fps": FPS, "contact_time": time}
-    return masks, row | {"size": [256, 256], "depths": [2.0, 18.0]}
+    known = {"beta": beta, "camera": camera, "gravity": (0, 0, -9.81), "contact_time": time, "depths": (2.0, 18.0)}
+    return masks, ClipRow("a.mp4", "", FPS, FRAMES, (256, 256), **known)
 
 
-def record(model: str, frames_by_clip: list[list[int | None]], rows: list[dict], lifted: list | None = None) -> dict:
-    """As posttrain/evaluation/evaluate.py writes it, a group per row."""
+FACTS = ("group", "beta", "depths", "camera", "gravity", "contact_time", "fps")
+
+
+def record(
+    model: str,
+    frames_by_clip: list[list[int | None]],
+    rows: list[ClipRow],
+    lifted: list | None = None,
+    group: int | None = None,
+) -> Record:
+    """As posttrain/evaluation/evaluate.py writes it, a group per row or one of all."""
     clips = [
-        {"impact_frames": found, "lifted": lifted or [None] * len(found), "truth": row | {"group": i}}
+        ClipScore(
+            {},
+            str(i),
+            impact_frames=found,
+            lifted=lifted or [None] * len(found),
+            truth=facts(replace(row, group=i if group is None else group), FACTS),
+        )
         for i, (found, row) in enumerate(zip(frames_by_clip, rows, strict=True))
     ]
-    return {"model": model, "frames": FRAMES, "fps": FPS, "clips": clips}
+    return Record(model, model, "falls", "falls", "", [256, 256], 1, len(clips), "pisa", FPS, FRAMES, 0.0, tuple(clips))
 
 
 def test_a_run_that_covers_its_falls_and_one_that_does_not() -> None:
     rng = np.random.default_rng(4)
     rows = [fall(beta, 4.0)[1] for beta in (0.1, 0.2, -0.02, 0.3)]
-    found = [draw(row["beta"], rng) for row in rows]
+    found = [draw(row.beta, rng) for row in rows]
     result = benchmark.falls(record("psft", found, rows), None, rng)
     assert result["rejected"] == np.mean([picture["p_value"] <= 0.05 for picture in result["pictures"]]) <= 0.25
     assert result["never"] == np.mean([frame is None for frames in found for frame in frames])
@@ -213,18 +232,16 @@ def test_a_run_that_covers_its_falls_and_one_that_does_not() -> None:
         assert picture["videos"] == len(found[0])
     same = [[frames[0]] * 128 for frames in found]
     assert benchmark.falls(record("psft", same, rows), None, rng)["rejected"] == 1
-    late = record("truth", [[first_frame_after(row["contact_time"], FPS) + 1] for row in rows], rows)
+    late = record("truth", [[first_frame_after(row.contact_time, FPS) + 1] for row in rows], rows)
     assert benchmark.falls(record("psft", found, rows), late, rng)["rejected"] == 1
-    nearer = [row | {"depths": [2.0, 6.0]} for row in rows]
+    nearer = [replace(row, depths=(2.0, 6.0)) for row in rows]
     assert benchmark.falls(record("psft", found, nearer), None, rng)["rejected"] >= 0.75
 
 
 def test_clips_of_one_picture_are_tested_together() -> None:
     row = fall(0.2, 4.0)[1]
     found = draw(0.2, np.random.default_rng(0))
-    halves = record("psft", [found[:64], found[64:]], [row, row])
-    for clip in halves["clips"]:
-        clip["truth"]["group"] = 7
+    halves = record("psft", [found[:64], found[64:]], [row, row], group=7)
     whole = benchmark.falls(record("psft", [found], [row]), None, np.random.default_rng(1))
     assert benchmark.falls(halves, None, np.random.default_rng(1)) == whole
 
@@ -240,11 +257,11 @@ def test_what_is_lifted_is_counted() -> None:
 def test_true_clips_calibrate_and_can_be_lifted() -> None:
     falls = [(fall(0.2, depth), depth) for depth in (2.5, 5.0, 10.0)]
     found = [[metric.impact_frame(masks, FPS)] for (masks, _), _ in falls]
-    clips = record("truth", found, [row for (_, row), _ in falls])["clips"]
+    clips = record("truth", found, [row for (_, row), _ in falls]).clips
     errors = benchmark.calibrate(clips)
     assert set(errors) <= {-1, 0, 1}
     assert sum(errors.values()) == pytest.approx(1)
-    never = record("truth", [[None]], [falls[0][0][1] | {"contact_time": None}])["clips"]  # cut before it lands
+    never = record("truth", [[None]], [replace(falls[0][0][1], contact_time=None)]).clips  # cut before it lands
     assert benchmark.calibrate([*never, *clips]) == errors
     for (masks, row), depth in falls:
         smaller = benchmark.lifted(masks[:, ::2, ::2], FPS, row)

@@ -7,6 +7,7 @@ import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,18 @@ import torch
 from falling import AMBIGUOUS, FPS, SIDE, SIZE, Oracle, RedTracker, film, rows_of, tell, write_dataset
 from rich.console import Console
 
+from posttrain.core.codec import read_video
 from posttrain.core.errors import UserError
-from posttrain.data.dataset import Clips, DataConfig, read_video
+from posttrain.core.recipe import Plugin
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips
+from posttrain.data.schema import Camera, ClipRow
 from posttrain.evaluation import evaluate as room
-from posttrain.evaluation.benchmarks import pisa
-from posttrain.evaluation.evaluate import (
-    EvalConfig,
-    evaluate,
-    validation,
-    weights_fingerprint,
-)
-from posttrain.evaluation.records import REFERENCES, print_table, read_falls, read_records, summary
+from posttrain.evaluation import sample
+from posttrain.evaluation.benchmarks import base, pisa
+from posttrain.evaluation.evaluate import EvalConfig, evaluate, validation, weights_fingerprint
+from posttrain.evaluation.records import Record, print_table, read_apart, read_records, summary
+from posttrain.flow import SamplerConfig
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan.loading import load
 
@@ -72,13 +74,17 @@ def config(data: Path) -> EvalConfig:
     return EvalConfig(clips=str(data), seeds=2, batch=2, sampler={"steps": 3})
 
 
-def by_row(records: list[dict[str, Any]], split: str = "unseen") -> dict[str, dict[str, Any]]:
-    return {record["model"]: record for record in records if record["split"] == split}
+def with_pisa(**keys: Any) -> Plugin:
+    return Plugin("pisa", pisa, pisa.Config(**keys))
+
+
+def by_row(records: list[Record], split: str = "unseen") -> dict[str, Record]:
+    return {record.row: record for record in records if record.split == split}
 
 
 def test_numbers_are_those_of_the_videos(tmp_path: Path, config: EvalConfig) -> None:
     records = evaluate(tmp_path, config, models(), RedTracker())
-    assert [(r["split"], r["model"]) for r in records[:6]] == [
+    assert [(r.split, r.row) for r in records[:6]] == [
         ("seen", "truth"),
         ("seen", "truth_vae"),
         ("seen", "frozen"),
@@ -99,13 +105,13 @@ def test_numbers_are_those_of_the_videos(tmp_path: Path, config: EvalConfig) -> 
             ("base", [start]),
             ("psft", late),
         ):
-            found, gap = rows[name]["clips"][clip], np.abs(shown - true)
+            found, gap = rows[name].clips[clip], np.abs(shown - true)
             overlap = np.maximum(SIDE - gap, 0)
-            assert found["l2"] == pytest.approx(gap.mean() / unit)
-            assert found["iou"] == pytest.approx((overlap / (2 * SIDE - overlap)).mean())
-            assert found["vanished"] == 0
-            assert found["true_path"][5] == [column + (SIDE - 1) / 2, true[5] + (SIDE - 1) / 2]
-            assert len(found["paths"]) == (1 if name in REFERENCES else 2)
+            assert found.numbers["l2"] == pytest.approx(gap.mean() / unit)
+            assert found.numbers["iou"] == pytest.approx((overlap / (2 * SIDE - overlap)).mean())
+            assert found.numbers["vanished"] == 0
+            assert found.true_path[5] == [column + (SIDE - 1) / 2, true[5] + (SIDE - 1) / 2]
+            assert len(found.paths) == (1 if name in ("truth", "truth_vae", "frozen") else 2)
     assert summary(rows["base"])["no_contact"]["mean"] == 1
     assert summary(rows["base"])["time_error"] == {"mean": None, "low": None, "high": None, "n": 0}
     assert summary(rows["truth"])["time_error"]["mean"] <= 0.5 / FPS
@@ -119,49 +125,53 @@ def test_a_lost_object_is_charged(tmp_path: Path, config: EvalConfig) -> None:
     empty = oracle(lambda start: [start] * FRAMES)
     empty.videos_NCFHW[:, :, 1:] = -0.3
     rows = by_row(evaluate(tmp_path, config, models(psft=empty), RedTracker()))
-    clip = rows["psft"]["clips"][0]
-    assert clip["vanished"] == pytest.approx((FRAMES - 1) / FRAMES)
-    assert clip["l2"] == pytest.approx((FRAMES - 1) / FRAMES)
-    assert clip["released"]["l2"] == 0
-    assert clip["paths"][0][1:] == [None] * (FRAMES - 1)
+    clip = rows["psft"].clips[0]
+    assert clip.numbers["vanished"] == pytest.approx((FRAMES - 1) / FRAMES)
+    assert clip.numbers["l2"] == pytest.approx((FRAMES - 1) / FRAMES)
+    assert clip.released["l2"] == 0
+    assert clip.paths[0][1:] == [None] * (FRAMES - 1)
 
 
 def test_a_grid_is_two_splits(tmp_path: Path, data: Path, config: EvalConfig) -> None:
     grid = tell(data, tmp_path / "grid", lambda i: {"id": i != 1})
-    run, both = tmp_path / "run", config.model_copy(update={"splits": ("test_unseen",), "grid": str(grid)})
+    run, both = (
+        tmp_path / "run",
+        config.model_copy(update={"splits": ("test_unseen",), "benchmark": with_pisa(grid=str(grid))}),
+    )
     evaluate(run, both, models(), RedTracker())
     records = read_records(run)
-    assert [r["split"] for r in records] == ["unseen"] * 5 + ["id"] * 5 + ["ood"] * 5
+    assert [r.split for r in records] == ["unseen"] * 5 + ["id"] * 5 + ["ood"] * 5
     for name, record in by_row(records, "ood").items():
-        known = by_row(records)[name]["clips"][1]
-        assert [clip["l2"] for clip in record["clips"]] == [known["l2"]]
-    assert [clip["id"] for clip in by_row(records, "id")["psft"]["clips"]] == [
-        by_row(records)["psft"]["clips"][i]["id"] for i in (0, 2)
+        known = by_row(records)[name].clips[1]
+        assert [clip.numbers["l2"] for clip in record.clips] == [known.numbers["l2"]]
+    assert [clip.id for clip in by_row(records, "id")["psft"].clips] == [
+        by_row(records)["psft"].clips[i].id for i in (0, 2)
     ]
-    with pytest.raises(UserError, match=r"eval\.grid needs rows with id; film them with world\.name=grid"):
-        evaluate(run, both.model_copy(update={"grid": str(data)}), models(), RedTracker())
+    with pytest.raises(UserError, match=r"world\.name=grid") as error:
+        evaluate(run, both.model_copy(update={"benchmark": with_pisa(grid=str(data))}), models(), RedTracker())
+    assert (error.value.code, error.value.field) == ("mismatch", "eval.benchmark.grid")
 
 
 def test_falls_are_kept_apart_with_their_impact_frames(tmp_path: Path, data: Path, config: EvalConfig) -> None:
     folder = tell(data, tmp_path / "ambiguous", lambda i: AMBIGUOUS)
-    asked = {"splits": ("test_unseen",), "falls": room.FallsConfig(clips=str(folder), seeds=3)}
+    asked = {"splits": ("test_unseen",), "benchmark": with_pisa(falls={"clips": str(folder), "seeds": 3})}
     run = tmp_path / "run"
     evaluate(run, config.model_copy(update=asked), models(), RedTracker())
-    assert {record["split"] for record in read_records(run)} == {"unseen"}
-    falls = {record["model"]: record for record in read_falls(run)}
+    assert {record.split for record in read_records(run)} == {"unseen"}
+    falls = {record.row: record for record in read_apart(run)}
     assert list(falls) == ["truth", "base", "psft"]
     assert not (run / "samples" / "frozen" / "falls").exists()
     for clip in range(CLIPS):
-        true, late = (falls[name]["clips"][clip]["impact_frames"] for name in ("truth", "psft"))
-        assert falls["base"]["clips"][clip]["impact_frames"] == [None] * 3
+        true, late = (falls[name].clips[clip].impact_frames for name in ("truth", "psft"))
+        assert falls["base"].clips[clip].impact_frames == [None] * 3
         assert len(set(late)) == 1
         assert 1 <= late[0] - true[0] <= 2
-        assert falls["psft"]["clips"][clip]["truth"]["beta"] == 0.2
-        assert len(falls["psft"]["clips"][clip]["lifted"]) == 3
+        assert falls["psft"].clips[clip].truth["beta"] == 0.2
+        assert len(falls["psft"].clips[clip].lifted or ()) == 3
 
 
 def test_clip_seed_depends_on_seed_and_clip() -> None:
-    seeds = {pisa.clip_seed(seed, name) for seed in range(3) for name in ("00000", "00001", "10000")}
+    seeds = {sample.clip_seed(seed, name) for seed in range(3) for name in ("00000", "00001", "10000")}
     assert len(seeds) == 9
     assert all(0 <= seed < 2**63 for seed in seeds)
 
@@ -173,8 +183,8 @@ def test_samples_do_not_depend_on_the_batch(tmp_path: Path, data: Path) -> None:
     clips = Clips(DataConfig(clips=str(data), split="test_seen"))
 
     def videos(indices: list[int], seed: int) -> np.ndarray:
-        truths = [clips.row(i) for i in indices]
-        return room.generate("psft", model, clips.load(indices), truths, seed, room.SamplerConfig(steps=2))
+        rows = [clips.row(i) for i in indices]
+        return room.sample_row(None, model, clips.load(indices), rows, seed, SamplerConfig(steps=2))
 
     together, alone, other = videos([0, 2], 0), videos([2], 0), videos([2], 1)
     assert np.abs(together[1].astype(int) - alone[0]).max() <= 1
@@ -192,7 +202,7 @@ def test_a_killed_evaluation_continues(tmp_path: Path, config: EvalConfig) -> No
     again = evaluate(tmp_path / "cut", config, models(), rest)
     assert rest.calls == 18 + 24 - (18 + 4)
     for a, b in zip(again, whole, strict=True):
-        assert a | {"seconds": 0} == b | {"seconds": 0}
+        assert replace(a, seconds=0) == replace(b, seconds=0)
 
 
 def test_rows_are_reused_only_when_nothing_changed(
@@ -208,7 +218,7 @@ def test_rows_are_reused_only_when_nothing_changed(
     trained = RedTracker()  # the tuned model went on training: only its own row is made again
     rows = by_row(evaluate(tmp_path / "a", config, models(psft=FALL), trained, tmp_path / "cache"))
     assert trained.calls == 2 * CLIPS * 2
-    assert rows["psft"]["clips"][0]["l2"] == 0
+    assert rows["psft"].clips[0].numbers["l2"] == 0
     assert rows["base"] == first["base"]
 
     elsewhere = RedTracker()  # another run of the same base
@@ -217,7 +227,7 @@ def test_rows_are_reused_only_when_nothing_changed(
     assert rows["frozen"] == first["frozen"]
     assert (tmp_path / "b" / "samples" / "base" / "test_unseen" / "00002-s1.mp4").exists()
 
-    changed = config.model_copy(update={"sampler": room.SamplerConfig(steps=4)})
+    changed = config.model_copy(update={"sampler": SamplerConfig(steps=4)})
     sampled = RedTracker()  # references do not depend on the sampler
     evaluate(tmp_path / "b", changed, models(), sampled, tmp_path / "cache")
     assert sampled.calls == 2 * 2 * CLIPS * 2
@@ -232,9 +242,12 @@ def test_a_tracker_that_is_named_changes_no_key(tmp_path: Path, config: EvalConf
     """What follows the object counts by its weights and source alone."""
     clips = Clips(DataConfig(clips=str(data), split="test_seen"))
     named = config.model_copy(update={"tracker": "elsewhere"})
-    one, two = (room.blank("base", "test_seen", c, HOVER, clips, RedTracker(), 2) for c in (config, named))
-    assert one["key"] == two["key"]
-    assert one["settings"] != two["settings"]  # rows of both are not shown together
+    one, two = (
+        room.blank("base", "test_seen", c, HOVER, clips, room.test_sets(c)["test_seen"], RedTracker())
+        for c in (config, named)
+    )
+    assert one.key == two.key
+    assert one.settings != two.settings  # rows of both are not shown together
 
 
 def test_a_model_is_gone_before_the_next_is_loaded(tmp_path: Path, config: EvalConfig) -> None:
@@ -291,19 +304,21 @@ def test_table_shows_the_headline(tmp_path: Path, config: EvalConfig) -> None:
 
 def test_left_and_right_do_not_make_none() -> None:
     """Of two samples that drift to either side the report tells how much they drift."""
-    assert room.pisa.pooled([[0.4, 0.03], [0.2, 0.04], None]) == pytest.approx([0.3, 0.025])
-    assert room.pisa.pooled([None, None]) is None
-    row = {"gravity": [0, 0, -9.81], "distance": 2.0, "size": [SIZE, SIZE], "drop_height": 0.0}
-    row |= {"camera": {"intrinsics": [[40.0, 0, 0], [0, 40.0, 0], [0, 0, 1]]}}
+    assert base.pooled([[0.4, 0.03], [0.2, 0.04], None]) == pytest.approx([0.3, 0.025])
+    assert base.pooled([None, None]) is None
+    camera = Camera((0, 0, 0), ((40.0, 0, 0), (0, 40.0, 0), (0, 0, 1)))
+    row = ClipRow(
+        "a.mp4", "", FPS, 9, (SIZE, SIZE), gravity=(0, 0, -9.81), distance=2.0, drop_height=0.0, camera=camera
+    )
     drifting = np.zeros((9, SIZE, SIZE), bool)
     for k, mask in enumerate(drifting):
         mask[4 + k : 10 + k, 20 - 2 * k : 26 - 2 * k] = True
-    left, right = (room.pisa.card(masks, FPS, row)["drift"] for masks in (drifting, drifting[:, :, ::-1]))
+    left, right = (pisa.card(masks, FPS, row)["drift"] for masks in (drifting, drifting[:, :, ::-1]))
     assert left is not None
     assert right is not None
     assert left[0] == pytest.approx(right[0])
     assert left[0] == pytest.approx(2 * FPS * 2.0 / 40, rel=0.05)
-    assert room.pisa.card(drifting, FPS, row | {"gravity": None}) == {}
+    assert pisa.card(drifting, FPS, replace(row, gravity=None)) == {}
 
 
 def test_validation_samples_the_model_as_it_is(tmp_path: Path, config: EvalConfig) -> None:
@@ -317,7 +332,9 @@ def test_validation_samples_the_model_as_it_is(tmp_path: Path, config: EvalConfi
 
 
 def test_nothing_to_measure_is_said(tmp_path: Path, config: EvalConfig) -> None:
-    with pytest.raises(UserError, match=r"test_ood/metadata\.jsonl: does not exist"):
+    with pytest.raises(UserError, match="test_ood") as error:
         evaluate(tmp_path, config.model_copy(update={"splits": ("test_ood",)}), models(), RedTracker())
-    with pytest.raises(UserError, match="no finished evaluation"):
+    assert error.value.code == "missing"
+    with pytest.raises(UserError) as error:
         read_records(tmp_path)
+    assert error.value.code == "unfinished"

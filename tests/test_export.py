@@ -4,7 +4,6 @@ import json
 import re
 import runpy
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from posttrain.core.errors import UserError
 from posttrain.evaluation.sample import sample_clips, write_video
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, ModelConfig
-from posttrain.models.wan.loading import bare, load, save_merged
+from posttrain.models.wan.loading import load
 from posttrain.models.wan.model import Wan
 
 ROW = {"caption": "a duck falls.", "frames": 9, "fps": 16}
@@ -123,13 +122,13 @@ def test_exported_whole_weights_make_our_video_in_a_stock_pipeline(run: Path) ->
 def exported(run: Path, *formats: str) -> tuple[list[Path], ModelConfig]:
     """What `posttrain export` writes, but for the card."""
     config = ModelConfig(**yaml.safe_load((run / "recipe.yaml").read_text())["model"])
-    return export(run, formats, config, partial(save_merged, config))[:-1], config
+    return export(run, formats, config)[:-1], config
 
 
 def checked(files: list[Path], run: Path, config: ModelConfig) -> list[str]:
     ours = load(config)
     ours.restore(run / "adapter")
-    lines = list(check(files, ours, lambda: bare(config)))
+    lines = list(check(files, ours, config))
     assert not ours._held  # text encoder and VAE are not beside the transformers
     return lines
 
@@ -213,12 +212,11 @@ def test_whole_weights_have_one_format(run: Path) -> None:
 
 def test_one_file_per_expert(run: Path) -> None:
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    recipe["model"]["expert"] = "low"
+    recipe["model"] |= {"expert": "low", "path": str(wan_folder(run.parent / "two" / "wan", "wan2.2-t2v-a14b"))}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    written = export(
-        run, ["comfyui", "merged"], ModelConfig(path="pocket"), lambda adapter, path: path.mkdir(parents=True)
-    )
-    assert [path.name for path in written[1:3]] == ["run_low_noise_comfyui.safetensors", "transformer_2"]
+    files, config = exported(run, "comfyui", "merged")
+    assert [path.name for path in files[1:]] == ["run_low_noise_comfyui.safetensors", "transformer_2"]
+    assert len(checked(files, run, config)) == 3
 
 
 def test_the_snippet_of_a_run_on_merged_adapters_gives_what_was_trained(
@@ -336,7 +334,7 @@ def test_the_readmes_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """ "Use the adapter", with one step in place of twelve, on the embedded model."""
     wan = load(ModelConfig(path="pocket", adapter=AdapterConfig(rank=2)))
     wan.save(tmp_path / "runs" / "pocket-psft" / "adapter")
-    (tmp_path / "posttrain").symlink_to(Path(posttrain.commands.export.__file__).parent)
+    (tmp_path / "posttrain").symlink_to(Path(posttrain.commands.export.__file__).parents[1])
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     (snippet,) = re.findall(r"## Use the adapter\n\n```python\n(.*?)```", readme, re.DOTALL)
     assert "num_inference_steps=12" in snippet

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from tiny import FAMILIES, wan_folder
 
 from posttrain.core.errors import UserError
-from posttrain.data.dataset import Clips, DataConfig
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips
 from posttrain.data.latents import Latents
 from posttrain.evaluation.sample import sample_clips
 from posttrain.flow import sample

@@ -19,9 +19,11 @@ from tiny import wan_folder
 from posttrain import cli
 from posttrain.commands.experiment import Recipe
 from posttrain.core import recipe
+from posttrain.core.codec import read_video
 from posttrain.core.errors import UserError
 from posttrain.core.files import read_json, read_jsonl
-from posttrain.data.dataset import Clips, DataConfig, GroupsConfig, read_video
+from posttrain.data.config import DataConfig, GroupsConfig
+from posttrain.data.dataset import Clips
 from posttrain.data.groups import Groups, Members, gather, sample_of
 from posttrain.data.latents import Latents
 from posttrain.evaluation.sample import write_video
@@ -75,7 +77,7 @@ def test_counterfactuals_with_their_severity(folder: Path) -> None:
     assert [winner for winner, _ in groups] == ["00000-0", "00001-0"]
     for winner, losers in groups:
         assert sorted(losers) == [f"{winner[:-1]}{i}" for i in (1, 2, 3)]
-    scores = {members.ids[i]: members.scores(i) for i in range(len(members)) if members.clips.row(i)["violation"]}
+    scores = {members.ids[i]: members.scores(i) for i in range(len(members)) if members.clips.row(i).violation}
     assert scores["00000-1"] == (1.0, 0.75)
     assert scores["00001-3"] == (1.0, 0.25)
 
@@ -100,7 +102,7 @@ def test_samples_with_their_scores(folder: Path, tmp_path: Path) -> None:
         (f"0000{g}-0", [f"0000{g}-0-s0-base", f"0000{g}-0-s1-base"]) for g in (0, 1)
     ]
     assert [members.scores(i) for i in range(2, 6)] == [(0.0, 0.5), (0.25, 0.5)] * 2
-    assert members.row(4)["caption"] == "square 1 falls."
+    assert members.row(4).caption == "square 1 falls."
     assert len(members.read(3)[0]) == 5
 
 
@@ -186,7 +188,7 @@ def test_what_is_not_comparable_is_refused(folder: Path, tmp_path: Path) -> None
     assert "no clip has 4 losers" in refusal(folder, losers=4, counterfactuals=True)
     assert "missing does not exist" in refusal(folder, samples=(str(tmp_path / "missing"),))
     assert "frames is 7, but 5 in" in refusal(folder, losers=2, samples=made("long", frames=7))
-    assert "fps is 8.0, but 16 in" in refusal(folder, losers=2, samples=made("slow", fps=8))
+    assert "fps is 8.0, but 16.0 in" in refusal(folder, losers=2, samples=made("slow", fps=8))
     [same] = made("same")
     shutil.copy(Path(same) / "00000-0-s0-base.mp4", Path(same) / "00000-0-s7-base.mp4")
     assert "is the same file as" in refusal(folder, losers=2, samples=(same,))

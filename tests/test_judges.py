@@ -34,7 +34,8 @@ from transformers import (
 from posttrain import cli
 from posttrain.core.errors import UserError
 from posttrain.core.files import read_jsonl
-from posttrain.data.dataset import Clips, DataConfig, GroupsConfig
+from posttrain.data.config import DataConfig, GroupsConfig
+from posttrain.data.dataset import Clips
 from posttrain.data.groups import Scores, gather
 from posttrain.evaluation.sample import write_video
 from posttrain.judges import endpoint, simulator, vlm
@@ -240,7 +241,7 @@ def test_a_model_and_its_server_agree(llava: Path, port: int, home: Path) -> Non
         assert there(path, "square 0 falls.") == pytest.approx(scores, abs=1e-6)
         found.append(scores)
     assert all(0.001 < score < 0.999 for scores in found for score in scores)
-    assert len({round(score, 4) for scores in found for score in scores}) == 2 * len(found)
+    assert len({round(score, 6) for scores in found for score in scores}) == 2 * len(found)
     assert here(path, "square 1 falls.").sa != scores.sa
     assert here(path, "square 1 falls.").pc == scores.pc
 
@@ -359,7 +360,7 @@ def test_a_folder_of_groups_by_severity(home: Path, capsys: pytest.CaptureFixtur
     clips = Clips(DataConfig(clips="drops"), preload=False, violated=True)
     members, _ = gather(clips, GroupsConfig(counterfactuals=True))
     for row, index in zip(rows, range(8), strict=True):
-        if clips.row(index)["violation"]:
+        if clips.row(index).violation:
             assert members.scores(index) == (row["sa"], row["pc"])  # what groups take it for
 
 

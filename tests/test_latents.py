@@ -11,8 +11,10 @@ import torch
 from falling import write_dataset
 from tiny import wan_folder
 
+from posttrain.core import files
 from posttrain.core.errors import UserError
-from posttrain.data.dataset import Clips, DataConfig
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips
 from posttrain.data.latents import Latents
 from posttrain.models.base import ModelConfig
 from posttrain.models.wan import loading as wan
@@ -108,6 +110,18 @@ def test_every_process_has_its_own_share_whatever_the_others_did(model, drops, t
         monkeypatch.setattr(state, "process_index", process)
         Latents(model, clips(drops), tmp_path / "cache")
         assert len(entries(tmp_path / "cache")) == (2, 3)[process]
+
+
+def test_captions_that_are_cut_are_told_each_time(model, drops, tmp_path, capsys):
+    path = drops / "train" / "metadata.jsonl"
+    rows = files.read_jsonl(path)
+    rows[1]["caption"] = "it falls and " * 400
+    files.write_jsonl(path, rows)
+    for _ in range(2):
+        Latents(model, Clips(DataConfig(clips=str(drops)), preload=False), tmp_path / "cache")
+        said = capsys.readouterr().err
+        told = "captions: 1 of {} fill the 512 tokens that the model reads; what is beyond is cut (00001)"
+        assert told.format(len(rows)) in said
 
 
 def test_another_caption_is_another_entry(model, drops, tmp_path):

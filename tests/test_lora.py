@@ -17,6 +17,7 @@ from posttrain.core.errors import UserError
 from posttrain.evaluation.sample import sample_clips
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, Merged, ModelConfig
+from posttrain.models.wan.adapters import TARGETS, original_name
 from posttrain.models.wan.loading import initialise, load
 from posttrain.models.wan.model import Wan
 
@@ -53,13 +54,13 @@ def test_the_default_targets_are_every_linear_map_of_a_block(folder: Path) -> No
     names = {
         name for name, p in adapted(folder).module.named_parameters() if p.requires_grad and name.startswith("blocks.0")
     }
-    assert {name.removeprefix("blocks.0.").split(".lora_")[0] for name in names} == set(lora.TARGETS)
+    assert {name.removeprefix("blocks.0.").split(".lora_")[0] for name in names} == set(TARGETS)
     linear = [
         n
         for n, m in load(ModelConfig(path=str(folder))).module.blocks[0].named_modules()
         if isinstance(m, torch.nn.Linear)
     ]
-    assert set(linear) == set(lora.TARGETS)
+    assert set(linear) == set(TARGETS)
 
 
 def test_the_seed_draws_the_adapter(folder: Path) -> None:
@@ -159,7 +160,7 @@ def test_the_file_is_the_same_bytes_for_the_same_weights(folder: Path, tmp_path:
     assert metadata == {
         "transformer.r": 4,
         "transformer.lora_alpha": 8,
-        "transformer.target_modules": sorted(lora.TARGETS),
+        "transformer.target_modules": sorted(TARGETS),
     }
 
 
@@ -185,7 +186,7 @@ def test_an_adapter_of_another_depth_or_width_is_refused(tmp_path: Path, capfd: 
     """Also where only some of its layers have no place, or some of the model's have no adapter in the file."""
     for name, change in {"two": {"num_layers": 2}, "three": {"num_layers": 3}, "wide": {"ffn_dim": 48}}.items():
         transformer = initialise(TINY_TRANSFORMER | change, seed=0)
-        lora.attach(transformer, 2, 4, lora.TARGETS, seed=0)
+        lora.attach(transformer, 2, 4, TARGETS, seed=0)
         lora.save(transformer, tmp_path / name)
     weights = load_file(tmp_path / "two" / lora.FILE)
     save_file({k: v for k, v in weights.items() if "blocks.1.ffn.net.2.lora_B" not in k}, tmp_path / "half.safetensors")
@@ -270,7 +271,7 @@ def test_a_layer_without_an_original_name_is_not_written_for_comfyui(folder: Pat
     config = AdapterConfig(rank=2, targets=("attn1.to_q", "proj_out", "patch"))
     transformer = initialise(TINY_TRANSFORMER, seed=0)
     transformer.patch = torch.nn.Linear(2, 2)
-    lora.attach(transformer, config.rank, config.alpha, config.targets, seed=0)
+    lora.attach(transformer, config.rank, config.alpha, config.targets or (), seed=0)
     with pytest.raises(UserError, match="ComfyUI has no name for patch; leave `comfyui` out of export:"):
-        lora.save_comfyui(lora.save(transformer, tmp_path), tmp_path / "comfyui.safetensors")
+        lora.save_comfyui(lora.save(transformer, tmp_path), tmp_path / "comfyui.safetensors", original_name)
     assert not (tmp_path / "comfyui.safetensors").exists()

@@ -23,7 +23,8 @@ from posttrain.core.files import read_jsonl
 from posttrain.core.meter import Meter
 from posttrain.core.recipe import Plugin
 from posttrain.core.recipe import load as load_recipe
-from posttrain.data.dataset import Clips, DataConfig
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips
 from posttrain.data.latents import Annotated, Latents
 from posttrain.flow import Last, SamplerConfig
 from posttrain.methods import oro

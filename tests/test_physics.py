@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from scipy.stats import spearmanr
 
+from posttrain.data.schema import ClipRow
 from posttrain.metrics import physics
 from posttrain.metrics.physics import QUANTITIES, Measure
 from posttrain.studies import violations
@@ -275,7 +276,7 @@ def test_bad_input() -> None:
 @pytest.mark.parametrize("restitution", [0.0, 0.5, 0.9])
 def test_truth_of_a_simulated_bounce(restitution: float) -> None:
     contact = fall_time(DROP)
-    row = {"gravity": [0, 0, -G], "contact_time": contact, "fps": FPS}
+    row = ClipRow("a.mp4", "", FPS, 33, (64, 64), gravity=(0, 0, -G), contact_time=contact)
     truth = violations.truth(row, DROP - bounce(restitution=restitution))
     if restitution:
         assert truth["restitution"] == pytest.approx(restitution)

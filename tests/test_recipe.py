@@ -135,7 +135,7 @@ def test_a_recipe_that_is_not_there(tmp_path, path):
 
 def test_a_name_leads_to_a_file_of_its_room():
     assert resolve("methods", "psft").__name__ == "posttrain.methods.psft"
-    assert resolve("sim", "drop").__name__ == "sim.drop"
+    assert resolve("sim.worlds", "drop").__name__ == "sim.worlds.drop"
     with pytest.raises(UserError, match="posttrain/models: has no 'wam', did you mean 'wan'"):
         resolve("models", "wam")
 

@@ -1,13 +1,14 @@
 """Means, intervals and differences of records, against values worked out otherwise."""
 
 import math
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from posttrain.evaluation.benchmarks import pisa
-from posttrain.evaluation.records import difference, interval
+from posttrain.evaluation.benchmarks.base import ClipScore
+from posttrain.evaluation.records import Record, difference, interval
 
 
 def test_interval_is_the_95_percent_interval_of_the_mean() -> None:
@@ -27,10 +28,10 @@ def test_interval_is_the_95_percent_interval_of_the_mean() -> None:
 def test_difference_is_paired() -> None:
     """Clips differ far more than the models do: only pairs show that one is better by 0.1 everywhere."""
 
-    def record(name: str, offset: float, ids: range) -> dict[str, Any]:
-        clips = [{"id": str(i)} | dict.fromkeys(pisa.METRICS, i + offset) for i in ids]
-        clips[0]["time_error"] = None
-        return {"model": name, "split": "unseen", "clips": clips}
+    def record(name: str, offset: float, ids: range) -> Record:
+        clips = [ClipScore({metric.key: i + offset for metric in pisa.METRICS}, str(i)) for i in ids]
+        clips[0] = replace(clips[0], numbers={**clips[0].numbers, "time_error": None})
+        return Record(name, name, "unseen", "test_unseen", "", [8, 8], 1, len(clips), clips=tuple(clips))
 
     found = difference(record("psft", -0.1, range(1, 20)), record("base", 0.0, range(0, 18)))
     assert (found["model"], found["against"], found["split"]) == ("psft", "base", "unseen")

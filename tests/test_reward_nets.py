@@ -11,7 +11,8 @@ from falling import SIZE, write_dataset
 from posttrain import cli
 from posttrain.core.errors import UserError
 from posttrain.core.files import read_jsonl
-from posttrain.data.dataset import Clips, DataConfig
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips
 from posttrain.models.base import ModelConfig
 from posttrain.nets import depth, raft
 from posttrain.pretraining import depth_net, flow_net

@@ -29,7 +29,8 @@ from posttrain.rewards import depth, flow, segmentation, trajectory
 from posttrain.rewards.base import Reward, contrast, load_all, total, truths
 from posttrain.studies import rewards as matrix
 from posttrain.types import Batch, Random
-from sim import counterfactual, dataset
+from sim import dataset
+from sim.worlds import counterfactual
 
 NAMES = plugins("rewards")
 KINDS = {kind for name in NAMES for kind in resolve("rewards", name).RANKS}
@@ -358,15 +359,16 @@ def rewards() -> dict[str, Reward]:
 @pytest.fixture(scope="module")
 def filmed(tmp_path_factory: pytest.TempPathFactory) -> Split:
     """Groups of recipes/pocket/violations.yaml's kind, but short."""
-    config = counterfactual.Config(
-        width=64, height=64, frames=13, dropped=(1, 1), pile=(0, 0), drop=(0.5, 0.8), size=(0.3, 0.35),
+    world = dict(
+        name="counterfactual", width=64, height=64, frames=13, dropped=(1, 1), pile=(0, 0), drop=(0.5, 0.8),
+        size=(0.3, 0.35),
         region=(0.7, 0.0), camera_gap=1.6, camera_height=(0.5, 0.5), camera_step=(0.0, 0.0), target_pixels=(9, 24),
         texture=0.0, studio=True, contrast=0.4, sun=(82.0, 90.0), restitution=(0.2, 0.3),
         shapes=("ball", "barrel", "box"),
-        violations={kind: sweep for kind, (_, _, sweep) in counterfactual.KINDS.items() if kind in KINDS},
+        violations={kind: sweep for kind, (_, _, sweep) in counterfactual.VIOLATIONS.items() if kind in KINDS},
     )  # fmt: skip
     out = tmp_path_factory.mktemp("filmed")
-    dataset.write(out, dataset.Film("counterfactual", config, seed=5), {"test_unseen": 2}, workers=1)
+    dataset.write(out, dataset.Job(world=world, seed=5), {"test_unseen": 2}, workers=1)
     return open_split(out, "test_unseen")
 
 

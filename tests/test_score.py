@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import Sam2VideoConfig
 
 from posttrain.core import files
 from posttrain.core.errors import UserError
-from posttrain.data.videos import centred
+from posttrain.data.views import centred
 from posttrain.evaluation import score
 from posttrain.evaluation.benchmarks.pisabench import open_benchmark
 from posttrain.evaluation.records import summary
@@ -109,19 +110,19 @@ def test_real_clips_are_compared_at_the_right_moments_in_both_conventions(tmp_pa
     write_video(tmp_path / "late" / "0000.mp4", square([0, 6, 13])[0])
     tracker = ClickTracker()
     benchmark = open_real(real, tracker, tmp_path / "cache")
-    assert [(truth.id, truth.caption, truth.fps) for truth in benchmark["real"]] == [
+    assert [(truth.id, truth.caption, truth.row.fps) for truth in benchmark["real"]] == [
         ("0000", "A red square 0 falls.", 120)
     ]
     folders = {name: tmp_path / name for name in ("good", "late")}
-    rows = {record["model"]: record for record in score.score(tmp_path / "out", benchmark, folders, tracker)}
-    good, late = rows["good"]["clips"][0], rows["late"]["clips"][0]
-    assert good["l2"] == good["chamfer"] == good["vanished"] == 0
-    assert good["iou"] == 1
-    assert good["released"]["l2"] == pytest.approx((0 + 1 + 0) / 3 / 2 / UNIT)  # mean over x and y
-    assert late["l2"] == pytest.approx((0 + 2 + 2) / 3 / UNIT)
-    assert late["released"]["l2"] == pytest.approx((0 + 1 + 2) / 3 / 2 / UNIT)
-    assert good["true_path"] == good["paths"][0]
-    assert summary(rows["late"])["released"]["l2"]["mean"] == late["released"]["l2"]
+    rows = {record.model: record for record in score.score(tmp_path / "out", benchmark, folders, tracker)}
+    good, late = rows["good"].clips[0], rows["late"].clips[0]
+    assert good.numbers["l2"] == good.numbers["chamfer"] == good.numbers["vanished"] == 0
+    assert good.numbers["iou"] == 1
+    assert good.released["l2"] == pytest.approx((0 + 1 + 0) / 3 / 2 / UNIT)  # mean over x and y
+    assert late.numbers["l2"] == pytest.approx((0 + 2 + 2) / 3 / UNIT)
+    assert late.released["l2"] == pytest.approx((0 + 1 + 2) / 3 / 2 / UNIT)
+    assert good.true_path == good.paths[0]
+    assert summary(rows["late"])["released"]["l2"]["mean"] == late.released["l2"]
     # the highest of the clicked objects, its own clicks alone, no more pictures than are needed
     assert tracker.clicked == [(20, 20, [[14, 4], [15, 2], [1, 1]], [1, 1, 0])]
 
@@ -168,15 +169,15 @@ def test_simulated_clips_have_splits_and_their_last_object_drops(tmp_path) -> No
         write_video(tmp_path / "mine" / f"{name}-s0.mp4", pictures)
         write_video(tmp_path / "mine" / f"{name}-s1.mp4", np.repeat(pictures[:1], 9, 0))
     records = score.score(tmp_path / "out", benchmark, {"mine": tmp_path / "mine"}, RedTracker())
-    assert [(record["split"], record["total"], record["seeds"]) for record in records] == [
+    assert [(record.split, record.total, record.seeds) for record in records] == [
         ("unseen", 1, 2),
         ("seen", 2, 2),
     ]
-    clip = records[1]["clips"][1]
+    clip = records[1].clips[1]
     frozen = np.abs(rows_of(3, 9) - 3).mean() / UNIT
-    assert clip["id"] == "01"
-    assert clip["l2"] == pytest.approx((0 + frozen) / 2)
-    assert clip["time_error"] is None  # the drop height is not published
+    assert clip.id == "01"
+    assert clip.numbers["l2"] == pytest.approx((0 + frozen) / 2)
+    assert clip.numbers["time_error"] is None  # the drop height is not published
     assert open_benchmark(tmp_path / "sim" / "unseen").keys() == {"unseen"}
     assert open_benchmark(tmp_path).keys() == {"sim/seen", "sim/unseen"}
 
@@ -190,14 +191,14 @@ def test_our_own_clips_serve_too(tmp_path) -> None:
     records = score.score(
         tmp_path / "out", open_benchmark(tmp_path / "drops"), {"p": tmp_path / "perfect"}, RedTracker()
     )
-    assert [(record["split"], record["fps"], record["frames"]) for record in records] == [
+    assert [(record.split, record.fps, record.frames) for record in records] == [
         ("unseen", 16, 17),
         ("seen", 16, 17),
     ]
     for record in records:
-        for clip in record["clips"]:
-            assert clip["l2"] == 0
-            assert clip["time_error"] <= 0.5 / FPS
+        for clip in record.clips:
+            assert clip.numbers["l2"] == 0
+            assert clip.numbers["time_error"] <= 0.5 / FPS
 
 
 def test_padding_is_cut_off_and_size_does_not_matter(tmp_path) -> None:
@@ -212,8 +213,8 @@ def test_padding_is_cut_off_and_size_does_not_matter(tmp_path) -> None:
         write_video(tmp_path / name / "00.mp4", pictures)
     names = ("same", "wide", "tall", "double")
     records = score.score(tmp_path / "out", benchmark, {name: tmp_path / name for name in names}, RedTracker())
-    clips = {record["model"]: record["clips"][0] for record in records}
-    assert clips["same"]["l2"] > 0.005
+    clips = {record.model: record.clips[0] for record in records}
+    assert clips["same"].numbers["l2"] > 0.005
     for name in names:
         assert clips[name] == clips["same"], name
     assert score.scored_size((1024, 1024)) == (256, 256)
@@ -226,9 +227,9 @@ def test_a_wrong_rate_in_the_files_can_be_mended(tmp_path) -> None:
     write_video(tmp_path / "a" / "00.mp4", square(rows_of(2, 9))[0], fps=10)
     wrong = score.score(tmp_path / "one", benchmark, {"a": tmp_path / "a"}, RedTracker())[0]
     right = score.score(tmp_path / "two", benchmark, {"a": tmp_path / "a"}, RedTracker(), fps=16)[0]
-    assert (wrong["fps"], right["fps"]) == (10, 16)
-    assert wrong["clips"][0]["l2"] > 0
-    assert right["clips"][0]["l2"] == 0
+    assert (wrong.fps, right.fps) == (10, 16)
+    assert wrong.clips[0].numbers["l2"] > 0
+    assert right.clips[0].numbers["l2"] == 0
 
 
 def test_a_killed_scoring_continues_and_nothing_is_scored_twice(tmp_path, capsys) -> None:
@@ -242,7 +243,7 @@ def test_a_killed_scoring_continues_and_nothing_is_scored_twice(tmp_path, capsys
     rest = RedTracker()
     again = score.score(tmp_path / "cut", benchmark, folders, rest)
     assert rest.calls == 1
-    assert again[0] | {"seconds": 0} == whole[0] | {"seconds": 0}
+    assert replace(again[0], seconds=0) == replace(whole[0], seconds=0)
     reused = RedTracker()
     score.score(tmp_path / "cut", benchmark, folders, reused)
     assert reused.calls == 0
@@ -250,7 +251,7 @@ def test_a_killed_scoring_continues_and_nothing_is_scored_twice(tmp_path, capsys
     write_video(tmp_path / "a" / "01.mp4", square(rows_of(3, 9))[0])
     changed = score.score(tmp_path / "cut", benchmark, folders, reused)
     assert reused.calls == 3
-    assert changed[0]["clips"][1]["l2"] == 0
+    assert changed[0].clips[1].numbers["l2"] == 0
 
 
 def test_scores_of_another_tracker_do_not_mix(tmp_path) -> None:
@@ -346,17 +347,17 @@ def test_a_model_continues_the_pictures_of_the_benchmark(tmp_path) -> None:
 
     kind = {"frames": 9, "fps": 16, "size": [32, 48]}
     (tmp_path / "out" / "seen").mkdir(parents=True)
-    score.imagine(ready, benchmark, tmp_path / "out", kind, 2, 3, 2, 1.0)
+    score.sample_missing(ready, benchmark, tmp_path / "out", kind, 2, 3, 2, 1.0)
     names = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.mp4"))
     assert names == [f"{split}/{i:02d}-s{seed}.mp4" for split in ("seen", "unseen") for i in (0, 1) for seed in (0, 1)]
     (tmp_path / "out" / names[2]).unlink()
-    score.imagine(ready, benchmark, tmp_path / "out", kind, 2, 3, 2, 1.0)
-    score.imagine(ready, benchmark, tmp_path / "out", kind, 2, 3, 2, 1.0)
+    score.sample_missing(ready, benchmark, tmp_path / "out", kind, 2, 3, 2, 1.0)
+    score.sample_missing(ready, benchmark, tmp_path / "out", kind, 2, 3, 2, 1.0)
     assert len(asked) == 2
     records = score.score(tmp_path / "run", benchmark, {"oracle": tmp_path / "out"}, RedTracker())
     for record in records:
-        assert all(clip["l2"] < 0.01 for clip in record["clips"])  # colours are stored at half resolution
-        assert all(clip["iou"] > 0.6 for clip in record["clips"])
+        assert all(clip.numbers["l2"] < 0.01 for clip in record.clips)  # colours are stored at half resolution
+        assert all(clip.numbers["iou"] > 0.6 for clip in record.clips)
 
 
 def test_models_are_told_of_real_clips_what_the_paper_tells_them(tmp_path) -> None:
@@ -367,7 +368,7 @@ def test_models_are_told_of_real_clips_what_the_paper_tells_them(tmp_path) -> No
     for benchmark in (real, sim):
         (split,) = benchmark
         model = Oracle({told[split]: square(rows_of(2, 9))[0]})  # it knows no other words
-        score.imagine(partial(nullcontext, model), benchmark, tmp_path / "out", kind, 1, 3, 2, 1.0)
+        score.sample_missing(partial(nullcontext, model), benchmark, tmp_path / "out", kind, 1, 3, 2, 1.0)
         assert (tmp_path / "out" / split).is_dir()
 
 

@@ -10,44 +10,46 @@ import pytest
 from scipy.spatial import ConvexHull
 
 from posttrain.core.errors import UserError
-from sim import assets
+from sim.assets import library, surfaces
 
-KINDS = sorted({i.partition("/")[0] for i in assets.object_ids()})
+CATEGORIES = sorted({library.category(asset) for asset in library.object_ids()})
 OPEN = ("mug", "plastic brick")  # pybullet_data's models of these are not watertight
-SAMPLE = [f"{kind}/00" for kind in KINDS if kind != "toy"] + [f"toy/{i:03d}" for i in range(0, 1000, 83)]
+SAMPLE = [f"{name}/00" for name in CATEGORIES if name != "toy"] + [f"toy/{i:03d}" for i in range(0, 1000, 83)]
 
 
 def digest() -> str:
     """One number for what a handful of ids stand for."""
-    parts = [assets.mesh(i).vertices.tobytes() + assets.hull(i).tobytes() for i in ("duck/00", "stone/03", "toy/123")]
-    return hashlib.sha256(b"".join(parts) + repr(assets.background("background/077")).encode()).hexdigest()
+    parts = [library.mesh(i).vertices.tobytes() + library.hull(i).tobytes() for i in ("duck/00", "stone/03", "toy/123")]
+    return hashlib.sha256(b"".join(parts) + repr(surfaces.background("background/077")).encode()).hexdigest()
 
 
 def test_ids_are_sorted_unique_and_many():
-    for ids, count in ((assets.object_ids(), 1298), (assets.background_ids(), 512)):
+    for ids, count in ((library.object_ids(), 1298), (surfaces.background_ids(), 512)):
         assert len(ids) == len(set(ids)) == count
         assert ids == sorted(ids)
 
 
 def test_split_is_kubrics_rule():
     ids = list("abcdefghijklmnopqrst")
-    train, test = assets.split(ids[::-1])
+    train, test = library.split(ids[::-1])
     picked = np.random.default_rng(42).choice(ids, size=2, replace=False)
     assert test == sorted(picked)
     assert train == [i for i in ids if i not in test]
 
 
 def test_objects_and_backgrounds_split_independently():
-    for ids in (assets.object_ids(), assets.background_ids()):
-        train, test = assets.split(ids)
+    for ids in (library.object_ids(), surfaces.background_ids()):
+        train, test = library.split(ids)
         assert len(test) == round(len(ids) / 10)
         assert sorted(train + test) == ids
-    assert len({i.partition("/")[0] for i in assets.split(assets.object_ids())[1]}) >= 15  # many kinds in the test set
+    assert (
+        len({i.partition("/")[0] for i in library.split(library.object_ids())[1]}) >= 15
+    )  # many kinds in the test set
 
 
 @pytest.mark.parametrize("asset", SAMPLE)
 def test_mesh_is_normalised_and_faces_outwards(asset: str):
-    mesh = assets.mesh(asset)
+    mesh = library.mesh(asset)
     assert np.ptp(mesh.vertices, axis=0).max() == pytest.approx(1)
     assert np.abs(mesh.vertices).max() < 1
     assert 0 < mesh.volume <= 1.001
@@ -55,7 +57,7 @@ def test_mesh_is_normalised_and_faces_outwards(asset: str):
     a, b, c = (mesh.vertices[mesh.faces[:, i]] for i in range(3))
     cross = np.cross(b - a, c - a)
     assert (np.einsum("fi,fki->fk", cross, mesh.normals[mesh.faces]) > 0).all()
-    if asset.partition("/")[0] not in OPEN:
+    if library.category(asset) not in OPEN:
         assert np.abs(cross.sum(axis=0)).max() < 1e-6  # the oriented areas of a closed surface cancel
     if mesh.uv is not None:
         assert len(mesh.uv) == len(mesh.vertices)
@@ -64,7 +66,7 @@ def test_mesh_is_normalised_and_faces_outwards(asset: str):
 
 @pytest.mark.parametrize("asset", SAMPLE)
 def test_hull_is_small_lies_inside_and_fills_the_box(asset: str):
-    vertices, hull = assets.mesh(asset).vertices, assets.hull(asset)
+    vertices, hull = library.mesh(asset).vertices, library.hull(asset)
     assert 4 <= len(hull) <= 64
     assert np.ptp(hull, axis=0) == pytest.approx(np.ptp(vertices, axis=0))
     whole = ConvexHull(vertices)
@@ -74,8 +76,8 @@ def test_hull_is_small_lies_inside_and_fills_the_box(asset: str):
 
 def test_cone_hangs_from_its_centre_of_mass():
     """A frustum whose top radius is t times its bottom radius balances at h (1 + 2t + 3t^2) / (4 (1 + t + t^2))."""
-    for number in range(assets.VARIANTS):
-        z = assets.mesh(f"cone/{number:02d}").vertices
+    for number in range(library.VARIANTS):
+        z = library.mesh(f"cone/{number:02d}").vertices
         height, radius = np.ptp(z[:, 2]), np.linalg.norm(z[:, :2], axis=1)
         t = radius[z[:, 2] > z[:, 2].max() - 1e-6].max() / radius.max()
         assert -z[:, 2].min() / height == pytest.approx((1 + 2 * t + 3 * t * t) / (4 * (1 + t + t * t)), abs=1e-6)
@@ -83,7 +85,7 @@ def test_cone_hangs_from_its_centre_of_mass():
 
 def test_duck_balances_column_by_column():
     """Volume and centre of mass against a count of little columns, each as long as the duck is thick there."""
-    mesh = assets.mesh("duck/00")
+    mesh = library.mesh("duck/00")
     a, b, c = (mesh.vertices[mesh.faces[:, i]] for i in range(3))
     step = 0.02
     volume, moment = 0.0, np.zeros(3)
@@ -103,9 +105,9 @@ def test_duck_balances_column_by_column():
 
 
 def test_a_box_fills_its_bounding_box():
-    mesh = assets.mesh("box/05")
+    mesh = library.mesh("box/05")
     assert mesh.volume == pytest.approx(np.prod(np.ptp(mesh.vertices, axis=0)), rel=1e-5)
-    assert len(assets.hull("box/05")) == 8
+    assert len(library.hull("box/05")) == 8
 
 
 def test_same_ids_same_bytes_in_another_process():
@@ -117,16 +119,18 @@ def test_same_ids_same_bytes_in_another_process():
 
 
 def test_unknown_ids_are_refused():
-    with pytest.raises(UserError, match="toy/168: no such asset"):  # its file holds nothing but NaN
-        assets.mesh("toy/168")
-    with pytest.raises(UserError, match="background/999: no such background"):
-        assets.background("background/999")
+    with pytest.raises(UserError, match="toy/168") as error:  # its file holds nothing but NaN
+        library.mesh("toy/168")
+    assert error.value.code == "unknown_name"
+    with pytest.raises(UserError, match="background/999") as error:
+        surfaces.background("background/999")
+    assert error.value.code == "unknown_name"
 
 
 def test_backgrounds_differ_and_stay_in_range():
-    made = [assets.background(i) for i in assets.background_ids()]
+    made = [surfaces.background(i) for i in surfaces.background_ids()]
     assert len({(b.floor, b.wall, b.sky_horizon) for b in made}) == len(made)
-    assert {b.floor.pattern for b in made} == set(assets.PATTERNS)
+    assert {b.floor.pattern for b in made} == set(surfaces.PATTERNS)
     assert 0.4 < np.mean([b.wall is not None for b in made]) < 0.6
     colors = [c for b in made for c in (b.floor.color, b.floor.second, b.sky_horizon, b.sky_zenith)]
     assert np.min(colors) >= 0
@@ -142,17 +146,17 @@ def test_backgrounds_differ_and_stay_in_range():
     ],
 )  # fmt: skip
 def test_color_names(rgb: tuple[float, float, float], name: str):
-    assert assets.color_name(rgb) == name
+    assert surfaces.color_name(rgb) == name
 
 
 def test_srgb_curve_there_and_back():
-    assert assets.encoded(np.array([0.0, 0.5, 1.0])) * 255 == pytest.approx([0, 187.516, 255], abs=1e-3)
+    assert surfaces.encoded(np.array([0.0, 0.5, 1.0])) * 255 == pytest.approx([0, 187.516, 255], abs=1e-3)
     values = np.linspace(0, 1, 256)
-    assert assets.encoded(assets.linear(values)) == pytest.approx(values, abs=1e-7)
+    assert surfaces.encoded(surfaces.linear(values)) == pytest.approx(values, abs=1e-7)
 
 
 def test_choose_shows_toys_half_of_the_time():
-    rng, ids = np.random.default_rng(0), assets.object_ids()
-    drawn = [assets.choose(rng, ids) for _ in range(2000)]
+    rng, ids = np.random.default_rng(0), library.object_ids()
+    drawn = [library.choose(rng, ids) for _ in range(2000)]
     assert np.mean([i.startswith("toy/") for i in drawn]) == pytest.approx(0.5, abs=0.05)
-    assert {i.partition("/")[0] for i in drawn} == set(KINDS)
+    assert {i.partition("/")[0] for i in drawn} == set(CATEGORIES)

@@ -17,8 +17,11 @@ import pytest
 from PIL import Image
 
 from posttrain.core.errors import UserError
-from sim import assets, cli, dataset, drop
+from sim import cli, dataset
+from sim.assets import library, surfaces
+from sim.physics import bullet
 from sim.render import gl
+from sim.worlds.base import Draw, Take
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """
@@ -27,9 +30,17 @@ world: {{name: drop, width: 32, height: 32, frames: 5, dropped: [1, 1], pile: [0
 renderer: {{name: gl, supersample: 1}}
 splits: {{train: {train}, test_unseen: 2}}
 """
-FILM = dataset.Film(
-    "drop", drop.Config(width=32, height=32, frames=5, dropped=(1, 1), pile=(0, 0), region=(0.5, 0.5)), supersample=1
-)
+WORLD = {
+    "name": "drop",
+    "width": 32,
+    "height": 32,
+    "frames": 5,
+    "dropped": [1, 1],
+    "pile": [0, 0],
+    "region": [0.5, 0.5],
+}
+GL = {"name": "gl", "supersample": 1}
+JOB = dataset.Job(world=WORLD, renderer=GL)
 
 
 def recipe(folder: Path, train: int = 10) -> Path:
@@ -67,7 +78,7 @@ def copy(made: Path, tmp_path: Path) -> Path:
 
 
 def remake(folder: Path, **splits: int) -> None:
-    dataset.write(folder, FILM, {"train": 10, "test_unseen": 2} | splits, workers=1)
+    dataset.write(folder, JOB, {"train": 10, "test_unseen": 2} | splits, workers=1)
 
 
 def rows(folder: Path, split: str) -> list[dict]:
@@ -77,7 +88,8 @@ def rows(folder: Path, split: str) -> list[dict]:
 def test_the_folder_holds_what_the_page_says(made: Path):
     import av
 
-    scene, trajectory, clip = dataset.make(FILM, "train", 1)
+    take = next(dataset.takes(JOB, "train", 1))
+    scene, trajectory, clip = take.scene, take.trajectory, take.clip
     row = rows(made, "train")[1]
     assert row["file_name"] == "00001.mp4"
     assert row["sha256"] == hashlib.sha256((made / "train/00001.mp4").read_bytes()).hexdigest()
@@ -105,24 +117,24 @@ def test_the_folder_holds_what_the_page_says(made: Path):
 
 def test_what_passes_the_camera_has_the_largest_flow_that_fits(tmp_path: Path):
     """A point of the body comes within a micrometre of the camera's plane: it moves by millions of pixels."""
-    scene, trajectory, clip = dataset.make(FILM, "train", 0)
+    take = next(dataset.takes(JOB, "train", 0))
+    scene, trajectory, clip = take.scene, take.trajectory, take.clip
     row, column = np.argwhere(clip.instances[0] == scene.target + 1)[0]
     positions = trajectory.positions_TN3.copy()
     positions[1:, scene.target, 1] -= clip.depth[0, row, column] - 1e-6
     passing = replace(trajectory, positions_TN3=positions)
-    clip = gl.render(scene, passing, supersample=1)
+    clip = gl.render(scene, passing, gl.Config(supersample=1))
     assert np.abs(clip.flow[0, row, column]).max() > 1e6
     assert np.isfinite(clip.flow).all()
     (tmp_path / "train").mkdir()
-    dataset.write_take(tmp_path, FILM, "train", dataset.Take("00000", scene, passing, clip, {}))
+    dataset.write_take(tmp_path, JOB, "train", "00000", Take(scene, passing, clip))
     with np.load(tmp_path / "train/00000.npz", allow_pickle=False) as stored:
         np.testing.assert_allclose(stored["flow"], clip.flow.clip(-65504, 65504), rtol=2**-11, atol=2**-25)
 
 
 def test_contact_times_give_drop_heights():
-    film = dataset.Film("drop", FILM.config.model_copy(update={"frames": 17}))
-    scene, trajectory, _ = dataset.make(film, "train", 0)
-    row = dataset.describe(film, "train", "00000", scene, trajectory)
+    job = dataset.Job(world=WORLD | {"frames": 17})
+    row = dataset.describe(job, "train", "00000", next(dataset.takes(job, "train", 0)))
     assert row["contact_time"] == row["contacts"][0]["time"]
     assert row["drop_height"] == pytest.approx(9.81 * row["contact_time"] ** 2 / 2)
     assert 0.45 < row["drop_height"] < 1.55
@@ -198,17 +210,24 @@ def test_what_is_there_is_reused_and_more_can_be_added(made: Path, copy: Path):
 
 def test_another_recipe_in_the_same_folder_is_refused(copy: Path):
     before = files(copy)
-    other = dataset.Film("drop", FILM.config.model_copy(update={"fps": 24.0}), supersample=1)
-    with pytest.raises(UserError, match=r"world\.fps: 16\.0 there, 24\.0 here"):
-        dataset.write(copy, other, {"train": 10}, workers=1)
-    with pytest.raises(UserError, match=r"splits\.train is 10 there, 3 here"):
+    for changed in (
+        {"world": WORLD | {"fps": 24.0}},
+        {"renderer": GL | {"supersample": 2}},
+        {"physics": {"name": "analytic"}},
+    ):
+        with pytest.raises(UserError) as error:
+            dataset.write(copy, dataset.Job(**{"world": WORLD, "renderer": GL} | changed), {"train": 10}, workers=1)
+        assert (error.value.code, error.value.field) == ("other_run", "out")
+    with pytest.raises(UserError) as error:
         remake(copy, train=3)
+    assert (error.value.code, error.value.field) == ("other_run", "splits.train")
     assert files(copy) == before
 
 
 def test_two_makers_do_not_meet(copy: Path):
-    with dataset._alone(copy), pytest.raises(UserError, match="another process"):
+    with dataset._alone(copy), pytest.raises(UserError) as error:
         remake(copy)
+    assert error.value.code == "busy"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -236,8 +255,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path):
 
 
 def test_splits_share_no_assets(made: Path):
-    train, unseen = (set(ids) for ids in assets.split(assets.object_ids()))
-    seen_backgrounds, unseen_backgrounds = (set(ids) for ids in assets.split(assets.background_ids()))
+    train, unseen = (set(ids) for ids in library.split(library.object_ids()))
+    seen_backgrounds, unseen_backgrounds = (set(ids) for ids in library.split(surfaces.background_ids()))
     for split, objects, backgrounds in (
         ("train", train, seen_backgrounds),
         ("test_unseen", unseen, unseen_backgrounds),
@@ -250,7 +269,7 @@ def test_splits_share_no_assets(made: Path):
 
 
 def test_each_split_has_clips_of_its_own():
-    scenes = [dataset.make(FILM, split, i)[0] for split in ("train", "test_seen") for i in (0, 1)]
+    scenes = [next(dataset.takes(JOB, split, i)).scene for split in ("train", "test_seen") for i in (0, 1)]
     assert len({scene.bodies for scene in scenes}) == 4
 
 
@@ -258,11 +277,10 @@ def test_shipped_recipes_load_and_their_worlds_can_be_made():
     from posttrain.core import recipe as recipes
 
     for name in ("pocket/drop", "pocket/motion", "sim/pisa"):
-        plan = recipes.load(ROOT / "recipes" / f"{name}.yaml", [], cli.Recipe)
-        rng = np.random.default_rng(1)
-        backgrounds = assets.background_ids()
-        scene, _ = plan.world.module.make(rng, plan.world.config, assets.object_ids()[:9], backgrounds, 0)
-        assert scene.frames in (32, 33)
+        plan = recipes.load(ROOT / "recipes" / f"{name}.yaml", ["world.width=64", "world.height=64"], cli.Recipe)
+        draw = Draw(np.random.default_rng(1), library.object_ids()[:9], surfaces.background_ids(), 0)
+        take = next(plan.world.module.takes(draw, plan.world.config, bullet.simulate, gl.render))
+        assert take.clip.rgb.shape[:2] == (33, 64)
 
 
 def test_a_typo_names_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -276,5 +294,6 @@ def test_show_puts_clips_on_one_sheet(made: Path, tmp_path: Path):
     assert cli.main(["show", str(made), "--count", "2", "-o", str(tmp_path / "sheet.png")]) == 0
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (8 * 128, 4 * (128 + 14))
-    with pytest.raises(UserError, match="no split"):
+    with pytest.raises(UserError) as error:
         cli.show(tmp_path, None, 2, tmp_path / "none.png")
+    assert error.value.code == "no_clips"

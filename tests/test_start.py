@@ -189,11 +189,11 @@ def test_what_is_no_start_is_one_line(home: Path) -> None:
         ),
         (
             ["model.family=vae", "method={name: vae}", "model.start=first"],
-            "model: start and merge are for video models",
+            "recipe.yaml:5: model: start is for video models",
         ),
         (
             ["model.family=vae", "method={name: vae}", "model.adapter=null", "eval={clips: drops, splits: [train]}"],
-            "eval: is for video models; leave it out of a vae's recipe",
+            "eval={clips: drops, splits: [train]}: eval: is for video models; leave it out of a vae's recipe",
         ),
     ):
         code, said = command(home, "train", "recipe.yaml", "run=wrong", *overrides)

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "evaluation": DATA,
     "judges": [*DATA, "evaluation"],
     "training": SEEING,
-    "reporting": SEEING,
+    "reporting": [*SEEING, "training"],
     "methods": [*SEEING, "training"],
     "pretraining": [*SEEING, "training", "methods"],
     "commands": METHODS,

@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -22,7 +23,9 @@ from posttrain.commands.experiment import ADAPTER, TRAINED, Recipe, is_trained
 from posttrain.core import files, recipe
 from posttrain.core.errors import UserError
 from posttrain.core.recipe import Plugin
-from posttrain.data.dataset import DataConfig
+from posttrain.data.config import DataConfig
+from posttrain.data.schema import ClipRow
+from posttrain.evaluation.benchmarks import pisa
 from posttrain.evaluation.evaluate import EvalConfig
 from posttrain.evaluation.records import interval
 from posttrain.flow import SamplerConfig
@@ -33,6 +36,8 @@ from posttrain.training.optim import TrainConfig
 from posttrain.training.tripwires import (
     BEST,
     LOOKS,
+    QUANTITIES,
+    Look,
     TripwiresConfig,
     appearance,
     best_look,
@@ -48,6 +53,7 @@ from posttrain.training.tripwires import (
 from posttrain.types import Batch
 
 SIDE = 16
+KNOWN = {metric.key: metric for metric in (*pisa.METRICS, *QUANTITIES)}
 
 
 def moving(frames: int = 5) -> tuple[np.ndarray, np.ndarray]:
@@ -99,15 +105,16 @@ def test_the_reward_is_asked_for_less_certainty_than_wires() -> None:
     first = {
         name: [0.0] * 16 for name in ("reward", "l2", "iou", "motion", "jump", "drift", "colour", "growth", "size")
     }
-    assert tripped(first, first | {"reward": rise, "iou": [-0.1] * 16}, 0.05) == ["iou"]
-    assert tripped(first, first | {"reward": rise, "iou": [-each for each in rise]}, 0.05) == []
+    assert tripped(first, first | {"reward": rise, "iou": [-0.1] * 16}, 0.05, KNOWN) == ["iou"]
+    assert tripped(first, first | {"reward": rise, "iou": [-each for each in rise]}, 0.05, KNOWN) == []
 
 
 def test_what_is_taken_from_a_scorecard() -> None:
     physics = {"g": [8.0, 0.1], "drift": [0.2, 0.1], "jump": None, "size": [-0.3, 0.1], "release": [0.0, 0.1]}
-    found = card(physics, {"gravity": [0.0, 0.0, -9.81]})
+    row = ClipRow("a.mp4", "", 16, 5, (SIDE, SIDE), gravity=(0.0, 0.0, -9.81))
+    found = card(physics, row)
     assert found == {"g_error": pytest.approx(1.81), "drift": 0.2, "jump": None, "growth": 0.3}
-    assert set(card({}, {"gravity": [0.0, 0.0, -9.81]}).values()) == {None}
+    assert set(card({}, row).values()) == {None}
 
 
 @pytest.mark.parametrize(
@@ -132,7 +139,7 @@ def test_what_is_taken_from_a_scorecard() -> None:
     ],
 )
 def test_wires_by_hand(now: dict[str, list[float | None]], wires: list[str]) -> None:
-    assert tripped(values(), now, 0.05) == wires
+    assert tripped(values(), now, 0.05, KNOWN) == wires
 
 
 def test_chance_seldom_trips() -> None:
@@ -142,18 +149,18 @@ def test_chance_seldom_trips() -> None:
     for _ in range(60):
         first = {name: list(random.normal(size=16)) for name in names}
         now = {name: [value + float(random.normal()) for value in first[name]] for name in names}
-        alarms += bool(tripped(first | {"reward": [0.0] * 16}, now | {"reward": [1.0] * 16}, 0.0))
+        alarms += bool(tripped(first | {"reward": [0.0] * 16}, now | {"reward": [1.0] * 16}, 0.0, KNOWN))
     assert alarms <= 8
 
 
 def test_what_the_rows_say(tmp_path: Path) -> None:
-    rows = [(0, 0.1, []), (4, 0.3, []), (8, 0.2, []), (12, 0.5, ["iou"]), (16, 0.3, [])]
-    looks = [{"step": step, "tripped": wires, "values": {"reward": [mean] * 2}} for step, mean, wires in rows]
-    assert best_look(looks)["step"] == 4
-    assert best_look(looks[:1])["step"] == 0
+    measured = [(0, 0.1, []), (4, 0.3, []), (8, 0.2, []), (12, 0.5, ["iou"]), (16, 0.3, [])]
+    looks = [Look(step, wires, {"reward": [mean] * 2}) for step, mean, wires in measured]
+    assert best_look(looks).step == 4
+    assert best_look(looks[:1]).step == 0
     back, on = TripwiresConfig(on_trip="roll_back"), TripwiresConfig()
     assert not ended(tmp_path, back, 16)
-    files.write_jsonl(tmp_path / LOOKS, looks)
+    files.write_jsonl(tmp_path / LOOKS, [asdict(look) for look in looks])
     assert [ended(tmp_path, back, step) for step in (0, 8, 11, 12)] == [False, False, False, True]
     assert not ended(tmp_path, on, 16)
 
@@ -230,13 +237,13 @@ def test_a_hacked_reward_trips_wires(home: Path, capsys: pytest.CaptureFixture[s
     """While the rate warms up, a look is quiet; then the picture is brighter and the rest of it is lost."""
     run = hack(home, "warned")
     looks, rows = read_looks(run), {row["step"]: row for row in log(run)}
-    assert [row["step"] for row in looks] == [0, 2, 4, 6]
-    assert [bool(row["tripped"]) for row in looks] == [False, False, True, True]
-    assert {"iou", "l2", "motion", "colour"} <= set(looks[-1]["tripped"])
+    assert [look.step for look in looks] == [0, 2, 4, 6]
+    assert [bool(look.tripped) for look in looks] == [False, False, True, True]
+    assert {"iou", "l2", "motion", "colour"} <= set(looks[-1].tripped)
     rewards = [rows[step]["val_reward"] for step in (0, 2, 4, 6)]
     assert rewards == sorted(rewards)
     assert rows[6]["val_iou"] < rows[0]["val_iou"] / 1.5
-    assert rows[6]["val_tripped"] == len(looks[-1]["tripped"])
+    assert rows[6]["val_tripped"] == len(looks[-1].tripped)
     assert rows[0]["val_distance"] == 0 < rows[2]["val_distance"] < rows[6]["val_distance"]
     assert set(rows[0]) == {key for key in rows[2] if key.startswith("val_")} | {"step"}
     lines = [line for line in capsys.readouterr().err.splitlines() if "tripped" in line]
@@ -255,7 +262,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(home: Path) -> None
     whole = hack(home, "warned")
     with pytest.raises(KeyboardInterrupt):
         hack(home, "killed", die_at=5)
-    assert [row["step"] for row in read_looks(home / "runs" / "killed")] == [0, 2, 4]
+    assert [look.step for look in read_looks(home / "runs" / "killed")] == [0, 2, 4]
     again = hack(home, "killed")
     assert (again / LOOKS).read_bytes() == (whole / LOOKS).read_bytes()
     assert log(again) == log(whole)
@@ -283,7 +290,7 @@ def test_the_best_weights_are_those_of_their_look(home: Path) -> None:
     start = [p.detach().clone() for p in trainable(model)]
     model.restore(run / BEST)
     told = {row["step"]: row["val_distance"] for row in log(run) if "val_distance" in row}
-    assert distance(start, trainable(model)) == pytest.approx(told[best_look(read_looks(run))["step"]])
+    assert distance(start, trainable(model)) == pytest.approx(told[best_look(read_looks(run)).step])
 
 
 def test_other_wires_are_another_run(home: Path) -> None:
@@ -353,7 +360,7 @@ def test_clips_that_choose_weights_do_not_measure_them(home: Path) -> None:
 def test_what_is_trained_is_not_watched_besides(home: Path) -> None:
     wires = TripwiresConfig.model_construct(watch=(brightness(),))
     with pytest.raises(UserError, match=r"tripwires\.watch: brightness is trained"):
-        watching(home, wires, {"brightness": (1.0, brightness().module.load(None, "cpu"))}, None, None)
+        watching(home, wires, {"brightness": (1.0, brightness().module.load(None, "cpu"))}, None, None, ())
 
 
 VARIANTS = [

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import random
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -13,17 +15,23 @@ import numpy as np
 import pytest
 import torch
 from falling import film, rows_of, write_dataset
+from PIL import Image
 from test_stages import command, contents
 from tiny import wan_folder
 
 from posttrain.core import files
+from posttrain.core.codec import check, complaints, inspect
 from posttrain.core.errors import UserError
-from posttrain.data import videos
-from posttrain.data.dataset import Clips, DataConfig, open_split
+from posttrain.data import listing
+from posttrain.data.config import DataConfig, Wanted
+from posttrain.data.dataset import Clips, open_split
 from posttrain.data.latents import Latents
-from posttrain.data.videos import Wanted, centred, choose, entries, inspect, moved, nearest, plan, read, see
+from posttrain.data.listing import choose, entries
+from posttrain.data.views import centred, moved, nearest, plan, read, see
+from posttrain.judges.folder import find
 from posttrain.models.base import ModelConfig
 from posttrain.models.wan import loading as wan
+from posttrain.reporting.gallery import LINE
 
 LEVEL = 4  # frame k of a test video is grey of brightness 4 k
 WANTED = {"frames": 5, "fps": 8.0, "size": [16, 16]}
@@ -40,15 +48,21 @@ def write(
     aspect: Fraction | None = None,
     sound: bool = False,
     base: int = 12000,
+    swapped: bool = False,
 ) -> Path:
-    """A video whose frame k is shown at times[k] seconds; `mark`: a white top left corner of so many pixels."""
+    """A video whose frame k is shown at times[k] seconds; `mark`: a white top left corner of so many pixels.
+
+    `swapped`: frames lie in the file in another order than they are shown in.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=30)
         stream.height, stream.width, stream.pix_fmt = *size, pixels
         stream.time_base = stream.codec_context.time_base = Fraction(1, base)
         if codec == "libx264":
-            stream.options = {"crf": "1", "bf": "2"}  # frames lie in the file in another order than that of time
+            stream.options = {"crf": "1", "bf": "2"}
+            if swapped:
+                stream.options |= {"bf": "3", "b-adapt": "0", "x264-params": "scenecut=0:weightp=0"}
         if turned:
             stream.set_display_rotation(turned)
         if aspect:
@@ -57,6 +71,7 @@ def write(
             audio = container.add_stream("aac", rate=44100)
         for k, time in enumerate(times):
             picture = np.full((*size, 3), LEVEL * k, np.uint8)
+            picture[::3] += swapped  # what is flat all over is laid in order
             if mark:
                 picture[:mark, :mark] = 255
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
@@ -130,13 +145,31 @@ def test_a_varying_rate_is_followed(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "fps", "long_enough"), [(5, 8, True), (4, 8, False), (16, 30, True), (15, 30, False), (61, 120, True)]
+    ("count", "fps", "long_enough"),
+    [(5, 8, True), (4, 8, True), (3, 8, False), (15, 30, True), (14, 30, False), (60, 120, True), (59, 120, False)],
 )
 def test_a_clip_that_ends_too_early_is_left_out(count, fps, long_enough) -> None:
     places, _, notes = plan(np.array(steady(count, fps)), (32, 32), Wanted(5, 8.0, (32, 32)))
     assert (places is not None) == long_enough
     if not long_enough:
-        assert notes == [f"too short: its last frame is at {(count - 1) / fps:.2f} s, 5 frames at 8 fps reach 0.50 s"]
+        lasts, short = count / fps, 0.5 - count / fps
+        said = f"too short: it lasts {lasts:.2f} s, 5 frames at 8 fps reach 0.50 s: {short:.2f} s are missing"
+        assert notes == [said]
+
+
+@pytest.mark.parametrize("fps", [8, 12, 15, 16, 23.976, 24, 25, 29.97, 30, 50, 59.94, 60, 120, 240])
+@pytest.mark.parametrize(("frames", "rate"), [(81, 16.0), (121, 24.0)])
+def test_five_seconds_of_any_rate_are_enough_for_the_lengths_of_wan(fps, frames, rate) -> None:
+    count = round(5 * fps)
+    times = np.arange(count) * 5 / count  # the last picture is shown until 5 s
+    places, _, notes = plan(times, (32, 32), Wanted(frames, rate, (32, 32)))
+    assert places is not None, notes
+    assert (places[0], places[-1]) == (0, count - 1)
+    places, _, notes = plan(times[: round(4.6 * fps)], (32, 32), Wanted(frames, rate, (32, 32)))
+    assert places is None
+    fits = int(notes[0].partition("data.frames=")[2].partition(" ")[0])
+    assert fits % 4 == 1
+    assert (fits - 1) / rate <= round(4.6 * fps) * 5 / count < (fits + 3) / rate
 
 
 def test_what_is_done_is_said() -> None:
@@ -154,6 +187,73 @@ def test_what_is_done_is_said() -> None:
         "cropped: 101 x 33 to 33 x 33 pixels (height x width)",
         "scaled: 33 x 33 to 16 x 16 pixels",
     ]
+
+
+def test_frames_of_a_container_without_their_times_are_in_order(tmp_path) -> None:
+    """AVI numbers packets, and H.264 lays them in another order than they are shown in: 0 2 3 6 5 11 10."""
+    for name in ("b.avi", "b.mkv", "b.ts", "b.mp4", "b.mov", "b.flv"):
+        path = write(tmp_path / name, steady(30, 30), base=90000 if name == "b.ts" else 30, swapped=True)
+        assert (inspect(path).marks is None) == (name == "b.avi")
+        assert see(inspect(path), Wanted(30, 30.0, (32, 32)))[1] == []
+        assert shown(clip_of(path, Wanted(30, 30.0, (32, 32)))) == list(range(30)), name
+
+
+def test_of_two_frames_at_one_time_the_first_is_seen(tmp_path) -> None:
+    """Matroska counts milliseconds: of 1,500 frames per second every third shares its time with another."""
+    path = write(tmp_path / "a.mkv", steady(50, 1500), codec="ffv1", base=1500)
+    facts = inspect(path)
+    assert facts.times.tolist() == pytest.approx([k / 1000 for k in range(34)])
+    pictures = shown(clip_of(path, Wanted(5, 125.0, (32, 32))))
+    assert pictures == pytest.approx([0, 12, 24, 36, 48], abs=1)
+
+
+# ---------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize(("name", "codec", "heard"), [("a.mp4", "libx264", 0.7), ("a.mkv", "ffv1", 0.9)])
+def test_damage_that_the_decoder_reports_is_refused(tmp_path, capfd, name, codec, heard) -> None:
+    """One flipped bit in each of 40 copies: what decodes to other pictures is refused, as far as a decoder can tell."""
+    path = tmp_path / name
+    y, x = np.mgrid[:96, :128]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30)
+        stream.height, stream.width, stream.pix_fmt = 96, 128, "yuv420p"
+        for k in range(24):
+            picture = np.stack([x + 3 * k, 2 * y + k, (x ^ y) + 5 * k], -1).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        container.mux(stream.encode())
+    content, wanted, draw = path.read_bytes(), Wanted(24, 30.0, (96, 128)), random.Random(0)
+    whole, counts = clip_of(path, wanted), {"same": 0, "refused": 0, "other": 0}
+    for number in range(40):
+        torn = bytearray(content)
+        torn[draw.randrange(len(torn))] ^= 1 << draw.randrange(8)
+        copy = tmp_path / f"{number}{path.suffix}"
+        copy.write_bytes(torn)
+        try:
+            view, _ = see(inspect(copy), wanted)
+            with complaints():
+                if view is None:
+                    raise UserError("too short", "damaged")
+                check(copy, view.frames, view.marked)
+            same = np.array_equal(read(copy, view), whole)
+            counts["same" if same else "other"] += 1
+        except UserError:
+            counts["refused"] += 1
+    assert counts["refused"] >= heard * (counts["refused"] + counts["other"]), counts
+    assert capfd.readouterr().err == ""
+
+
+def test_a_damaged_clip_is_left_out_before_anything_is_encoded(tmp_path) -> None:
+    """Its headers are whole: only decoding finds it."""
+    for name in ("a", "b", "c"):
+        write(tmp_path / f"{name}.mp4", steady(60, 8), (64, 64), mark=17 + 2 * ord(name) % 7)
+    content = bytearray((tmp_path / "b.mp4").read_bytes())
+    at = content.index(b"mdat") + 1200
+    content[at : at + 200] = bytes(200)
+    (tmp_path / "b.mp4").write_bytes(content)
+    rows, _, told = choose(entries(tmp_path, "train"), Wanted(60, 8.0, (64, 64)), "empty")
+    assert [row.file_name for row in rows] == ["a.mp4", "c.mp4"]
+    assert told[1]["notes"][0].startswith("damaged: ")
 
 
 # ---------------------------------------------------------------- space
@@ -224,6 +324,52 @@ def test_a_turned_phone_video_is_upright(tmp_path, turned) -> None:
     assert bright == {{90: (1, 0), 180: (1, 1), -90: (0, 1)}[turned]}  # counterclockwise: down, across, right
 
 
+@pytest.mark.parametrize(
+    ("matrix", "corner", "note"),
+    [  # a, b, c, d: x' = a x + c y, y' = b x + d y
+        ((-1, 0, 0, 1), (0, 1), "mirrored: left to right"),
+        ((1, 0, 0, -1), (1, 0), "mirrored: upside down"),
+        ((-1, 0, 0, -1), (1, 1), "turned: by 180 degrees"),
+        ((0, 1, 1, 0), (0, 0), "mirrored: and turned"),
+        ((0, -1, -1, 0), (1, 1), "mirrored: and turned"),
+        ((0, 1, -1, 0), (0, 1), "turned: by 270 degrees"),
+        ((0, -1, 1, 0), (1, 0), "turned: by 90 degrees"),
+    ],
+)
+def test_the_whole_display_matrix_is_applied(tmp_path, matrix, corner, note) -> None:
+    """A mirrored video is no turned one: in that, things would fall up."""
+    path = with_matrix(write(tmp_path / "a.mp4", steady(5, 8), (32, 48), mark=12), matrix)
+    facts = inspect(path)
+    assert facts.size == ((48, 32) if matrix[0] == 0 else (32, 48))
+    wanted = Wanted(5, 8.0, facts.size)
+    assert see(facts, wanted)[1] == [f"{note}, as the file says"]
+    picture = clip_of(path, wanted)[0, :, :, 0]
+    bright = [
+        (row, column)
+        for row, part in ((0, slice(2, 10)), (1, slice(-10, -2)))
+        for column, side in ((0, slice(2, 10)), (1, slice(-10, -2)))
+        if picture[part, side].mean() > 200
+    ]
+    assert bright == [corner]
+
+
+def test_a_picture_that_lies_askew_is_left_out_by_name(tmp_path) -> None:
+    path = with_matrix(write(tmp_path / "a.mp4", steady(5, 8)), (0.87, -0.5, 0.5, 0.87))
+    with pytest.raises(UserError, match=r"a\.mp4: lies askew: .* 30 degrees") as error:
+        inspect(path)
+    assert error.value.code == "format"
+
+
+def with_matrix(path: Path, matrix: tuple[float, float, float, float]) -> Path:
+    """The mp4 with another display matrix in its track's header."""
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tkhd") + 44
+    a, b, c, d = (round(value * 65536) for value in matrix)
+    content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    return path
+
+
 def test_wide_pixels_are_made_square(tmp_path) -> None:
     path = write(tmp_path / "a.mp4", [0], (32, 32), mark=16, aspect=Fraction(2, 1))
     assert inspect(path).size == (32, 64)
@@ -245,6 +391,19 @@ def test_wide_pixels_are_made_square(tmp_path) -> None:
 def test_other_containers_are_read(tmp_path, name, codec, pixels) -> None:
     path = write(tmp_path / name, steady(8, 10), codec=codec, pixels=pixels, base=10 if name == "a.avi" else 12000)
     assert shown(clip_of(path, Wanted(3, 5.0, (32, 32)))) == [0, 2, 4]
+
+
+def test_a_title_in_another_encoding_does_no_harm(tmp_path) -> None:
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "faelltUm"
+        stream = container.add_stream("ffv1", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        for k in (*range(5), None):
+            picture = np.full((32, 32, 3), LEVEL * (k or 0), np.uint8)
+            container.mux(stream.encode(None if k is None else av.VideoFrame.from_ndarray(picture, "rgb24")))
+    path.write_bytes(path.read_bytes().replace(b"faelltUm", "fällt Öl".encode("latin-1")))
+    assert shown(clip_of(path, Wanted(5, 8.0, (32, 32)))) == [0, 1, 2, 3, 4]
 
 
 def test_sound_does_not_matter(tmp_path) -> None:
@@ -334,10 +493,10 @@ def test_a_list_beside_the_splits_counts_before_their_videos(tmp_path, name, pre
 
 def test_a_list_that_is_none_is_named(tmp_path) -> None:
     table(tmp_path / "metadata.csv", [{"clip": "a.mp4", "text": "x"}])
-    with pytest.raises(UserError, match=r"metadata\.csv: has no column of file names; call it one of file_name, video"):
+    with pytest.raises(UserError, match=r"metadata\.csv: has no column of file names; call it file_name, video"):
         entries(tmp_path, "train")
     table(tmp_path / "metadata.csv", [{"video": "", "text": "x"}])
-    with pytest.raises(UserError, match=r"metadata\.csv:1: names no video"):
+    with pytest.raises(UserError, match=r"metadata\.csv:2: names no video"):
         entries(tmp_path, "train")
     (tmp_path / "a.parquet").touch()
     with pytest.raises(UserError, match=r"a\.parquet: is no folder and no"):
@@ -350,11 +509,168 @@ def test_a_list_may_not_lead_out_of_its_folder(tmp_path, name) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "link.mp4").symlink_to(tmp_path / "a.mp4")
     table(tmp_path / "in" / "metadata.csv", [{"video": name, "prompt": "x"}])
-    with pytest.raises(UserError, match="points outside the folder"):
-        entries(tmp_path / "in", "train")
-    (tmp_path / "in" / "metadata.csv").unlink()
-    with pytest.raises(UserError, match="points outside the folder"):
-        entries(tmp_path / "in", "train")
+    for _ in range(2):
+        with pytest.raises(UserError) as error:
+            entries(tmp_path / "in", "train")
+        assert error.value.code == "outside"
+        (tmp_path / "in" / "metadata.csv").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", "file_path,caption\nv/a.mp4,it falls\n"),
+        ("metadata.csv", "Media_Path,Text\nv/a.mp4,it falls\n"),
+        ("metadata.csv", " videopath , Prompt\nv/a.mp4,it falls\n"),
+        ("metadata.csv", "File Name;Caption\nv/a.mp4;it falls\n"),
+        ("metadata.csv", "\ufefffile_name\tcaption\r\nv/a.mp4\tit falls\r\n"),
+        ("metadata.tsv", "file_name\tcaption\nv/a.mp4\tit falls\n"),
+        ("metadata.csv", 'file_name,caption\nv/a.mp4,"it falls"\n\n'),
+        ("metadata.jsonl", '\ufeff{"file_name": "v/a.mp4", "caption": "it falls"}\n'),
+        ("metadata.jsonl", '{"File-Name": "v/a.mp4", "TEXT": "it falls"}\n'),
+        ("metadata.json", '\ufeff{"data": [{"video": "v/a.mp4", "caption": ["it falls", "it drops"]}]}'),
+    ],
+)
+def test_lists_are_read_as_people_write_them(tmp_path, name, content) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    (entry,) = entries(tmp_path, "train")
+    assert (entry.name, entry.caption) == ("v/a.mp4", "it falls")
+
+
+def test_a_line_of_json_ends_by_a_line_feed_alone(tmp_path) -> None:
+    texts = ["one\u2028two", "three\u2029four\x85five\x0bsix", "seven"]
+    rows = [json.dumps({"video": f"{i}.mp4", "caption": text}, ensure_ascii=False) for i, text in enumerate(texts)]
+    (tmp_path / "metadata.jsonl").write_text("\r\n".join(rows), encoding="utf-8", newline="")
+    assert [entry.caption for entry in entries(tmp_path, "train")] == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("metadata.csv", "video,caption\na.mp4,it falls\nv1.mp4,A red ball, dropped from 1 m, falls\n", 3),
+        ("metadata.csv", 'video,caption\na.mp4,"it falls\nb.mp4,it drops\n', 2),
+        ("metadata.csv", 'video,caption\na.mp4,"it falls\nb.mp4,it drops\nc.mp4,"it flies"\n', 2),
+        ("metadata.csv", 'video,caption\na.mp4,"it falls\nb.mp4,it drops"\nc.mp4,it flies\n', 2),
+        ("metadata.csv", f"video,caption\na.mp4,{'x' * 140_000}\n", 2),
+        ("metadata.csv", "video,caption,start,end\na.mp4,it falls,3,2\n", 2),
+        ("metadata.csv", "video,caption,start\na.mp4,it falls,soon\n", 2),
+        ("metadata.csv", "video,caption,true_fps\na.mp4,it falls,nan\n", 2),
+        ("metadata.jsonl", '{"video": "a.mp4"}\n{"video": "b.mp4", "caption": "it\n', 2),
+        ("metadata.jsonl", '{"video": "a.mp4"}\n{"video": 3}\n', 2),
+    ],
+)
+def test_a_list_that_would_be_cut_is_refused_by_line(tmp_path, name, content, line) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"metadata\.\w+:{line}: "):
+        entries(tmp_path, "train")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.json", "videos.txt", "a.txt"])
+def test_text_of_another_encoding_is_refused_in_one_line(tmp_path, name, encoding) -> None:
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "prompts.txt").write_text("it falls")
+    (tmp_path / name).write_bytes("fällt".encode(encoding))
+    with pytest.raises(UserError, match=rf"{name}: is not UTF-8 \(byte \d+\); save it as UTF-8") as error:
+        entries(tmp_path, "train")
+    assert error.value.code == "format"
+
+
+def test_the_links_of_a_hub_snapshot_are_followed_and_no_others(tmp_path) -> None:
+    repository = tmp_path / "datasets--her--drops"
+    snapshot, blobs = repository / "snapshots" / "0a1b", repository / "blobs"
+    (snapshot / "train").mkdir(parents=True)
+    blobs.mkdir()
+    for number, name in enumerate(("a.mp4", "a.txt", "metadata.csv")):
+        (blobs / f"{number:064}").touch()
+        (snapshot / "train" / name).symlink_to(Path("../../../blobs") / f"{number:064}")
+    (blobs / f"{2:064}").write_text("video,caption\na.mp4,it falls\n")
+    write(tmp_path / "film.mp4", steady(5, 8)).rename(blobs / f"{0:064}")
+    rows, views, _ = choose(entries(snapshot, "train"), Wanted(5, 8.0, (16, 16)), "leave_out")
+    assert rows[0].caption == "it falls"
+    assert shown(read(snapshot / "train" / "a.mp4", views[0])) == [0, 1, 2, 3, 4]
+    (snapshot / "train" / "metadata.csv").unlink()
+    assert [entry.name for entry in entries(snapshot, "train")] == ["a.mp4"]
+    for target in (tmp_path / "film.mp4", repository / "snapshots", Path("/etc/hostname")):
+        (snapshot / "train" / "b.mp4").unlink(missing_ok=True)
+        (snapshot / "train" / "b.mp4").symlink_to(target)
+        with pytest.raises(UserError) as error:
+            entries(snapshot, "train")
+        assert error.value.code == "outside"
+
+
+def test_videos_of_every_known_kind_are_found_at_any_depth(tmp_path) -> None:
+    names = [f"{i}{suffix}" for i, suffix in enumerate(sorted(listing.SUFFIXES))]
+    for name in names:
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        (tmp_path / "flat" / name).touch()
+        path = tmp_path / "deep" / "cups" / name[0] / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    path.with_suffix(".txt").write_text("it falls")
+    (tmp_path / "deep" / "test").mkdir()
+    (tmp_path / "deep" / "test" / "z.mp4").touch()
+    (tmp_path / "deep" / ".cache").mkdir()
+    (tmp_path / "deep" / ".cache" / "y.mp4").touch()
+    assert {".ogv", ".ts", ".mts", ".m2ts", ".3gp"} <= listing.SUFFIXES
+    assert sorted(entry.name for entry in entries(tmp_path / "flat", "train")) == sorted(names)
+    deep = entries(tmp_path / "deep", "train")
+    assert sorted(entry.name for entry in deep) == sorted(f"cups/{name[0]}/{name}" for name in names)
+    assert [entry.caption for entry in deep if entry.caption] == ["it falls"]
+
+
+def test_samples_of_every_known_kind_are_scored(tmp_path) -> None:
+    table(tmp_path / "clips" / "metadata.csv", [{"video": "a.mp4", "caption": "it falls"}])
+    (tmp_path / "made").mkdir()
+    for name in ("a-s0.mp4", "a-s1.webm", "a-s2.MOV", "a-s3.txt", "b-s0.webm"):
+        (tmp_path / "made" / name).touch()
+    found, _ = find(tmp_path / "made", tmp_path / "clips", "train")
+    assert [(video.name, video.caption) for video in found] == [
+        (name, "it falls") for name in ("a-s0.mp4", "a-s1.webm", "a-s2.MOV")
+    ]
+
+
+def test_each_folder_without_clips_gets_its_own_remedy(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("data/drops/test_seen", "data/empty", "data/words", "data/deep/cups"):
+        Path(name).mkdir(parents=True)
+    for name in ("data/drops/test_seen/metadata.jsonl", "data/words/a.zip", "data/deep/cups/metadata.csv"):
+        Path(name).touch()
+    for folder, said in (
+        ("data/drosp", "did you mean data/drops"),
+        ("data/drops", "has no split train, but test_seen; .* another split"),
+        ("data/empty", "is empty; put videos there"),
+        ("data/words", r"holds no videos \(but .zip\); name the folder"),
+        ("data/deep", "has no split train, but cups; .* name such a folder"),
+        ("her/drops", "hf download --repo-type dataset her/drops --local-dir data/drops"),
+        ("hf://datasets/her/drops", "is not on this disk; `hf download --repo-type dataset her/drops"),
+        ("elsewhere/in/vain", "does not exist; film the clips"),
+    ):
+        for config in (DataConfig(clips=folder), DataConfig(clips=folder, **WANTED)):
+            with pytest.raises(UserError, match=said) as error:
+                Clips(config)
+            assert error.value.code == "missing"
+
+
+def test_one_file_gives_several_clips_and_slow_motion_its_true_rate(tmp_path) -> None:
+    write(tmp_path / "a.mp4", steady(60, 8))
+    (tmp_path / "metadata.csv").write_text(
+        "video,caption,start,end,true_fps\n"
+        "a.mp4,it falls,,,\n"
+        "a.mp4,it falls,2,,\n"
+        "a.mp4,it falls,3.1,4,\n"  # frame 24 is at 3 s, 25 at 3.125
+        "a.mp4,it falls,2,2.25,\n"
+        "a.mp4,it falls,9,,\n"
+        "a.mp4,it falls,1,,32\n"  # filmed four times as fast as it is shown
+        "a.mp4,it falls,2,,\n"
+    )
+    rows, views, told = choose(entries(tmp_path, "train"), Wanted(5, 8.0, (32, 32)), "leave_out")
+    assert len(rows) == 4
+    pictures = [shown(read(tmp_path / "a.mp4", view)) for view in views]
+    assert pictures == [[0, 1, 2, 3, 4], [16, 17, 18, 19, 20], [25, 26, 27, 28, 29], [8, 12, 16, 20, 24]]
+    notes = [row["notes"][0] for row in told if row["notes"]]
+    assert [note.partition(":")[0] for note in notes] == [*["cut"] * 3, *["too short"] * 2, "true rate", "double"]
+    assert "true rate: 32 fps, shown at 8 fps" in notes
 
 
 def mine(folder: Path) -> Path:
@@ -377,7 +693,7 @@ def mine(folder: Path) -> Path:
 
 def test_what_is_left_out_is_told_with_the_reason(tmp_path) -> None:
     rows, views, told = choose(entries(mine(tmp_path), "train"), Wanted(5, 8.0, (16, 16)), "leave_out")
-    assert [(row["file_name"], row["caption"]) for row in rows] == [
+    assert [(row.file_name, row.caption) for row in rows] == [
         ("same.mp4", "same falls"),
         ("wide.mp4", "wide falls"),
         ("same.mp4", "another caption"),
@@ -392,7 +708,11 @@ def test_what_is_left_out_is_told_with_the_reason(tmp_path) -> None:
             "cut: the first 0.50 of 0.67 s",
             "cropped: 16 x 34 to 16 x 16 pixels (height x width)",
         ),
-        ("short.mp4", False, "too short: its last frame is at 0.25 s, 5 frames at 8 fps reach 0.50 s"),
+        (
+            "short.mp4",
+            False,
+            "too short: it lasts 0.38 s, 5 frames at 8 fps reach 0.50 s: 0.12 s are missing",
+        ),
         ("torn.mp4", False, "cannot be read: torn or no video"),
         ("text.mp4", False, "cannot be read: torn or no video"),
         ("mute.mp4", False, "no caption"),
@@ -400,7 +720,7 @@ def test_what_is_left_out_is_told_with_the_reason(tmp_path) -> None:
         ("twin.mp4", False, "double: same.mp4 is the same video with the same caption"),
         ("same.mp4", True),
     ]
-    lines = videos.summary(told, 2)
+    lines = listing.summary(told, 2)
     assert lines[0] == "3 of 9 videos are used (1 retimed, 1 cut, 1 cropped), 6 left out"
     assert lines[1].startswith("left out: short.mp4 (too short: ")
     assert lines[3] == "and 4 more"
@@ -409,7 +729,7 @@ def test_what_is_left_out_is_told_with_the_reason(tmp_path) -> None:
 def test_captions_may_be_empty_and_clips_few_if_the_recipe_says_so(tmp_path) -> None:
     found = entries(mine(tmp_path), "train")
     rows, _, _ = choose(found, Wanted(5, 8.0, (16, 16)), "empty")
-    assert [row["caption"] for row in rows if row["file_name"] == "mute.mp4"] == [""]
+    assert [row.caption for row in rows if row.file_name == "mute.mp4"] == [""]
     rows, _, told = choose(found, Wanted(5, 8.0, (16, 16)), "leave_out", limit=1)
     assert len(rows) == 1
     assert told[1]["notes"] == ["over data.limit: 1 clips"]
@@ -512,14 +832,19 @@ def test_any_videos_train_psft_and_are_listed_before(home) -> None:
     assert code == 0, said
     told, trained = said.index("mine: 3 of 9 videos are used"), said.index("training 2/2")
     assert told < trained
-    assert "clips: all is listed in runs/mine/clips.jsonl" in said[:trained]
+    assert "clips: all is listed in runs/mine/clips.jsonl; 3 of 3 as training sees them are in" in said[:trained]
+    with Image.open(home / "runs" / "mine" / "clips.jpg") as sheet:
+        assert sheet.size == (5 * 128, 3 * (128 + LINE))  # a row for each clip, 5 frames of 32 x 32 enlarged
+        row = np.asarray(sheet)[128 + LINE : 2 * 128 + LINE]
+        grey = [row[80, 64 + 128 * k].mean() / LEVEL for k in range(5)]
+    assert grey == pytest.approx([0, 4, 7, 11, 15], abs=1)  # wide.mp4 is retimed
     listed = files.read_jsonl(home / "runs" / "mine" / "clips.jsonl")
     assert len(listed) == 9
     assert listed[2] == {
         "clips": "mine",
         "file": "short.mp4",
         "used": False,
-        "notes": ["too short: its last frame is at 0.25 s, 5 frames at 8 fps reach 0.50 s"],
+        "notes": ["too short: it lasts 0.38 s, 5 frames at 8 fps reach 0.50 s: 0.12 s are missing"],
     }
     assert (home / "runs" / "mine" / "adapter" / "pytorch_lora_weights.safetensors").exists()
     before = contents(home / "runs" / "mine" / "adapter")
@@ -527,6 +852,15 @@ def test_any_videos_train_psft_and_are_listed_before(home) -> None:
     assert code == 0
     assert "latents: 3 of 3 are in" in out
     assert contents(home / "runs" / "mine" / "adapter") == before
+
+
+def test_clips_that_are_given_whole_are_refused_before_they_are_encoded(home) -> None:
+    code, out, said = command(home, "train", "recipe.yaml", "run=single", "data.frames=1")
+    assert code == 1
+    assert "data.frames: clips of 1 are a first picture alone" in said
+    assert "latents:" not in out
+    code, _, said = command(home, "train", "recipe.yaml", "run=pictures", "data.frames=1", "model.conditioning=text")
+    assert code == 0, said
 
 
 def test_a_method_that_needs_masks_refuses_them(home) -> None:
@@ -555,5 +889,5 @@ def test_test_clips_of_another_kind_are_still_refused(home) -> None:
     code, _, said = command(home, "train", "recipe.yaml", "run=kinds", "eval={clips: drops}")
     assert code == 1
     assert said.splitlines()[-1].startswith(
-        "drops/test_seen/metadata.jsonl: fps is 16, but 8.0 in mine; clips are not "
+        "drops/test_seen/metadata.jsonl: fps is 16.0, but 8.0 in mine; clips are not "
     )

@@ -25,7 +25,8 @@ from posttrain.commands.loading import (
 from posttrain.commands.losers import simulator_judge
 from posttrain.core import files
 from posttrain.core.errors import UserError
-from posttrain.data.dataset import Clips, DataConfig, open_splits
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips, open_splits
 from posttrain.evaluation.evaluate import EvalConfig
 from posttrain.models.base import ModelConfig, sampler
 from posttrain.models.base import family as family_of
@@ -51,8 +52,8 @@ def compare(targets: Sequence[str]) -> None:
         folders[plan.run] = [folder]
     records = gather(folders)
     splits = comparable(records, list(folders))
-    names = [rows[0]["split"] for rows in splits]
-    print_table([record for record in records if record["split"] in names], wide())
+    names = [rows[0].split for rows in splits]
+    print_table([record for record in records if record.split in names], wide())
     print_differences(splits, wide())
 
 
@@ -168,11 +169,12 @@ def groups(plan: Recipe, folder: Path, shown: int = 8) -> Path:
     rows: dict[str, Any] = {}
     for number, group in enumerate(found[:shown], 1):
         what = "true" if group.winner == group.true else f"the best, {members.video(group.winner).name}"
-        rows[f"group {number}, {what}: {members.row(group.winner)['caption']}"] = members.read(group.winner)[0]
+        rows[f"group {number}, {what}: {members.row(group.winner).caption}"] = members.read(group.winner)[0]
         for index in group.losers:
             told = (scores := members.scores(index)) and f"sa {scores.sa:.2f}, pc {scores.pc:.2f}"
             name = f"group {number}, {members.video(index).name}: {told or 'no scores'}"
-            rows[f"{name} {(members.row(index).get('violation') or {}).get('kind', '')}"] = members.read(index)[0]
+            violation = members.row(index).violation
+            rows[f"{name} {violation.kind if violation else ''}"] = members.read(index)[0]
     contact_sheet(path, rows)
     print(f"groups: {len(found)} of {wanted.losers} losers each; the first are shown in {path}")
     return path
@@ -216,14 +218,14 @@ def score(
     follower = load_tracker(tracker)
     masks = CACHE / "masks"
     truths = open_benchmark(benchmark, getattr(follower, "clicks", None), weights_fingerprint(follower.module), masks)
-    if tracker == "pocket" and any(max(truth.size) > TRACKED for split in truths.values() for truth in split):
+    if tracker == "pocket" and any(max(truth.row.size) > TRACKED for split in truths.values() for truth in split):
         print(
             f"the embedded tracker was made for {TRACKED} x {TRACKED} pixels; name a SAM 2 with --tracker",
             file=sys.stderr,
         )
     folder = Path(out) if out else RUNS / f"eval-{Path(benchmark).resolve().name}"
     for target in runs:
-        rows += _imagine(target, truths, folder / "videos", asked or {})
+        rows += _sample_run(target, truths, folder / "videos", asked or {})
     if len(dict(rows)) < len(rows) or any(not name or "/" in name for name, _ in rows):
         raise UserError("--clips: each row of the table needs a name of its own; give one, as in kling=videos/k")
     if main_process():
@@ -292,10 +294,10 @@ def _judge(folder: Path, by: str, clips: Path | None, split: str, asked: Mapping
 
 
 @memory("sampling", "lower eval.batch in the run's recipe; its videos have the size and frames of its clips")
-def _imagine(target: str, truths: Any, out: Path, asked: Mapping[str, Any]) -> list[tuple[str, Path]]:
+def _sample_run(target: str, truths: Any, out: Path, asked: Mapping[str, Any]) -> list[tuple[str, Path]]:
     """Rows for a run: the folders with the videos of its base and of its tuned model, made where they are missing."""
     from posttrain.evaluation.benchmarks.pisabench import NEGATIVE
-    from posttrain.evaluation.score import imagine
+    from posttrain.evaluation.score import sample_missing
 
     plan, folder = open_run(target)
     need_training(folder)
@@ -321,6 +323,6 @@ def _imagine(target: str, truths: Any, out: Path, asked: Mapping[str, Any]) -> l
         digest = files.sha256_json([settings, trained])
         rows.append((name, out / f"{name}-{digest[:8]}"))
         if main_process():
-            imagine(ready, truths, rows[-1][1], kind, seeds, measured.batch, **how, negative=NEGATIVE)
+            sample_missing(ready, truths, rows[-1][1], kind, seeds, measured.batch, **how, negative=NEGATIVE)
     wait()
     return rows

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from posttrain.core import files
+from posttrain.core.codec import ENCODERS
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"  # beside the packages in a checkout
 POCKET = Path(__file__).parents[1] / "pocket"
@@ -98,7 +99,7 @@ def check_codecs() -> Iterator[Finding]:
     """What datasets (lossless) and samples (for browsers) are written with."""
     import av
 
-    lacking = [name for name in ("libx264", "libx264rgb") if name not in av.codecs_available]
+    lacking = [name for name in ENCODERS if name not in av.codecs_available]
     remedy = "install PyAV's own wheel: `pip install --force-reinstall --only-binary :all: av`" if lacking else ""
     text = f"PyAV {av.__version__} " + (f"lacks {', '.join(lacking)}" if lacking else "writes H.264")
     yield Finding("codecs", "bad" if lacking else "ok", text, remedy)

@@ -18,11 +18,12 @@ from pydantic_core import PydanticCustomError
 from posttrain.core import files, recipe
 from posttrain.core.errors import UserError
 from posttrain.core.recipe import Plugin, PluginFrom, Strict
-from posttrain.data.dataset import DataConfig
+from posttrain.data.config import DataConfig
 from posttrain.evaluation.evaluate import EvalConfig
 from posttrain.methods.base import method_of
 from posttrain.models import lora
 from posttrain.models.base import Defaults, Merged, ModelConfig, family, is_video, sampler
+from posttrain.pocket import FAMILY
 from posttrain.training.optim import TrainConfig
 from posttrain.training.tripwires import TripwiresConfig, chooses_by_the_test
 
@@ -84,7 +85,7 @@ class Recipe(Strict):
     def _sampled_as_usual(cls, values: Any) -> Any:
         """What `eval.sampler` leaves out is as usual for the model, and what `method.sampler` does, as in `eval`."""
         match values:
-            case {"model": {"path": str(path)} as model} if defaults := _defaults(model.get("family"), path):
+            case {"model": {"path": str(path)} as model} if defaults := _defaults(model.get("family", FAMILY), path):
                 said: list[dict[str, Any]] = []
                 for key in ("eval", "method"):
                     part = values.get(key)
@@ -101,7 +102,7 @@ class Recipe(Strict):
         """What `data.groups.sampler` leaves out is as usual for the model too."""
         match values:
             case {"model": {"path": str(path)} as model, "data": {"groups": {**groups}} as data}:
-                defaults = _defaults(model.get("family"), path)
+                defaults = _defaults(model.get("family", FAMILY), path)
                 if defaults and isinstance(asked := groups.get("sampler", {}), dict):
                     return values | {"data": data | {"groups": groups | {"sampler": asked | sampler(defaults, asked)}}}
         return values
@@ -166,8 +167,8 @@ class Recipe(Strict):
 def _defaults(name: Any, path: str) -> Defaults | None:
     """Of the model that a recipe names; None for a network. What is wrong with the family's name is said elsewhere."""
     try:
-        return family(name or ModelConfig.model_fields["family"].default).defaults(path)
-    except (UserError, AttributeError):
+        return family(name).defaults(path) if isinstance(name, str) else None
+    except UserError:
         return None
 
 

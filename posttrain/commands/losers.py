@@ -12,7 +12,8 @@ from posttrain.commands.experiment import Recipe, resolved
 from posttrain.commands.loading import base_model, device, load_tracker, main_process, memory, wait
 from posttrain.core import distributed, files
 from posttrain.core.errors import UserError
-from posttrain.data.dataset import Clips, DataConfig, GroupsConfig
+from posttrain.data.config import DataConfig, GroupsConfig
+from posttrain.data.dataset import Clips
 from posttrain.data.groups import names
 from posttrain.judges.questions import Judge
 from posttrain.models.base import ModelConfig
@@ -22,7 +23,7 @@ WHOSE = {"family", "path", "revision", "conditioning", "merge", "start"}  # of a
 
 
 class Beginning(NamedTuple):
-    """A clip's first picture and caption, as `score.imagine` wants them."""
+    """A clip's first picture and caption, as `score.sample_missing` wants them."""
 
     id: str
     caption: str
@@ -63,10 +64,10 @@ def make_samples(plan: Recipe, groups: GroupsConfig) -> None:
 
 def _sample(plan: Recipe, groups: GroupsConfig, folder: Path) -> None:
     """This process's share of the samples; all are there when it returns."""
-    from posttrain.evaluation.score import imagine
+    from posttrain.evaluation.score import sample_missing
 
     clips = Clips(plan.data, preload=False)
-    starts = [Beginning(name, clips.row(i)["caption"], partial(clips.first, i)) for name, i in names(clips).items()]
+    starts = [Beginning(name, clips.row(i).caption, partial(clips.first, i)) for name, i in names(clips).items()]
     kind, how = clips.splits[0].kind, groups.sampler.model_dump()
     if main_process():
         negative = groups.negative if groups.sampler.guided else None
@@ -75,7 +76,7 @@ def _sample(plan: Recipe, groups: GroupsConfig, folder: Path) -> None:
     process, each = distributed.process(), groups.samples_each
     share = starts[process.process_index :: process.num_processes]
     how |= {"negative": groups.negative}
-    made = imagine(lambda: base_model(plan), {"": share}, folder, kind, each, groups.batch, **how)
+    made = sample_missing(lambda: base_model(plan), {"": share}, folder, kind, each, groups.batch, **how)
     print(f"{folder}: {made} samples made, {each * len(share) - made} were there", file=sys.stderr)
     wait()
 

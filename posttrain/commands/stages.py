@@ -5,6 +5,7 @@ Stages meet in files. Each looks at what is there, says what it reuses, does the
     data/...                 the clips (made by `sim`)
     runs/cache/              latents and rows of evaluation that runs share, by content
     runs/<run>/clips.jsonl   which files are retimed, cropped or left out, and why (where any is)
+    runs/<run>/clips.jpg     of these a contact sheet, as training sees them
     runs/<run>/...           recipe and trained weights (see experiment.py)
     runs/<run>/best/         of a run with tripwires, the weights of its best look (see tripwires.py)
     runs/<run>/merged/       the adapter folded into its base, where `export:` lists it
@@ -18,6 +19,8 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from posttrain.commands.experiment import ADAPTER, TRAINED, Recipe, is_trained, members, need_training, resolved
 from posttrain.commands.loading import (
@@ -36,15 +39,17 @@ from posttrain.commands.losers import make_samples
 from posttrain.core import files
 from posttrain.core.errors import UserError
 from posttrain.core.trackers import check_trackers
-from posttrain.data import videos
-from posttrain.data.dataset import Clips, GroupsConfig, Split, check_same_kind, open_split, open_splits
+from posttrain.data import listing
+from posttrain.data.config import GroupsConfig
+from posttrain.data.dataset import Clips, Split, check_same_kind, open_split, open_splits
 from posttrain.evaluation.evaluate import EvalConfig
 from posttrain.methods.base import Source, fingerprints, method_of, sampler
+from posttrain.reporting.gallery import contact_sheet
 from posttrain.rewards import base
 from posttrain.training.run import Run
 from posttrain.training.tripwires import BEST, best_look, ended, read_looks, watching
 
-CLIPS = "clips.jsonl"
+CLIPS, SHEET, SHOWN = "clips.jsonl", "clips.jpg", 24  # clips in the contact sheet
 
 
 def run(plan: Recipe, folder: Path) -> None:
@@ -94,9 +99,9 @@ def check_data(plan: Recipe) -> None:
 
 def check_tracker(measured: EvalConfig) -> list[Split]:
     """The splits that are measured. Raises UserError where they are too large for the embedded tracker."""
-    splits = [open_split(measured.clips, split) for split in measured.splits]
-    others = [measured.grid, measured.falls and measured.falls.clips]
-    splits += [open_split(folder, "test_unseen") for folder in others if folder]
+    from posttrain.evaluation.evaluate import test_sets
+
+    splits = [open_split(test.folder, test.split) for test in test_sets(measured).values()]
     for split in splits:
         if measured.tracker == "pocket" and max(split.size) > TRACKED:
             height, width = split.size
@@ -128,7 +133,14 @@ def train(plan: Recipe, folder: Path) -> None:
     clips = Clips(plan.data, False, bool(groups and groups.counterfactuals), truths)
     tell(clips, folder)
     if method.TRAINS == "video":
-        model.latent_shape(clips.splits[0].frames, *clips.splits[0].size)
+        shape = model.latent_shape(clips.splits[0].frames, *clips.splits[0].size)
+        if plan.model.conditioning == "image" and shape[1] == 1:
+            raise UserError(
+                f"data.frames: clips of {clips.splits[0].frames} are a first picture alone, which is given: nothing is "
+                "left to learn; take longer ones, or set model.conditioning=text",
+                "value",
+                "data.frames",
+            )
     data = method.data(Source(model, clips, groups, plan.model.conditioning == "image", CACHE / "latents"), config)
     depends = method.depends(config) | fingerprints(method.rewards(config))
     rewards = base.load_all(method.rewards(config), device())
@@ -138,8 +150,8 @@ def train(plan: Recipe, folder: Path) -> None:
 
         tracker, watched = load_tracker(plan.eval.tracker), dict[str, Any]()
         if wires := plan.tripwires:
-            ends = partial(ended, folder, wires)
-            look = watching(folder, wires, rewards, model, tracker) if main_process() else None
+            ends, metrics = partial(ended, folder, wires), plan.eval.benchmark.module.BENCHMARK.metrics
+            look = watching(folder, wires, rewards, model, tracker, metrics) if main_process() else None
             watched = {"clips": wires.clips, "split": wires.split, "look": look}
             watched["truths"] = tuple(dict.fromkeys((*truths, *base.truths(wires.watch))))
             measured = plan.eval.model_dump(mode="json", include={"clips", "splits", "every", "sampler", "tracker"})
@@ -161,7 +173,7 @@ def train(plan: Recipe, folder: Path) -> None:
         files.sweep(folder)
         files.sweep(folder / ADAPTER)
         if ends and ends(run.steps):
-            step = best_look(read_looks(folder))["step"]
+            step = best_look(read_looks(folder)).step
             print(f"training: rolled back from step {run.steps} to step {step}", file=sys.stderr)
             with files.replacing(folder / ADAPTER) as temporary:
                 shutil.copytree(folder / BEST, temporary)
@@ -206,9 +218,14 @@ def tell(clips: Clips, folder: Path) -> None:
     if told and main_process():
         files.write_jsonl(folder / CLIPS, told)
         for split in clips.splits:
-            for line in videos.summary(split.told) if split.told else ():
+            for line in listing.summary(split.told) if split.told else ():
                 print(f"{split.folder}: {line}", file=sys.stderr)
-        print(f"clips: all is listed in {folder / CLIPS}", file=sys.stderr)
+        chosen = dict.fromkeys(np.linspace(0, len(clips) - 1, min(SHOWN, len(clips))).round().astype(int).tolist())
+        captions = {index: " ".join(clips.row(index).caption.split())[:150] for index in chosen}
+        sheet = {f"{index}  {clips.ids[index]}: {caption}": clips.read(index)[0] for index, caption in captions.items()}
+        contact_sheet(folder / SHEET, sheet, columns=6)
+        seen = f"{len(chosen)} of {len(clips)} as training sees them are in {folder / SHEET}"
+        print(f"clips: all is listed in {folder / CLIPS}; {seen}", file=sys.stderr)
 
 
 @memory("evaluation", "lower eval.batch, or measure smaller or shorter clips (eval.clips)")

@@ -106,29 +106,46 @@ def write_json(path: Path | str, value: Any, flush: bool = True) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n", flush)
 
 
+def read_bytes(path: Path | str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})", "missing") from error
+
+
+def read_text(path: Path | str) -> str:
+    """UTF-8 text, with or without a byte order mark; lines end by "\\n", however they did in the file.
+
+    Raises:
+        UserError: it is not there, or in another encoding.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: does not exist", "missing") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})", "missing") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8", "format") from error
+
+
 def read_json(path: Path | str) -> Any:
     try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: does not exist") from error
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: is not JSON ({error.msg}); make the file again") from error
+        raise UserError(f"{path}:{error.lineno}: is not JSON ({error.msg}); make the file again", "damaged") from error
 
 
 def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; blank lines are none."""
+    """Rows of a JSON-lines file; blank lines are none. A line ends by a line feed alone: text may hold other breaks."""
     rows = []
-    try:
-        lines = Path(path).read_text().splitlines()
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: does not exist") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: is not JSON ({error.msg}); make the file again") from error
+            raise UserError(f"{path}:{number}: is not JSON ({error.msg}); make the file again", "damaged") from error
     return rows
 
 
@@ -159,5 +176,5 @@ def inside(root: Path | str, name: str) -> Path:
     root = Path(root).resolve()
     path = (root / name).resolve()
     if not path.is_relative_to(root):
-        raise UserError(f"{root}: the entry {name!r} points outside the folder; remove it from the manifest")
+        raise UserError(f"{root}: {name[:80]!r} points outside the folder; give a path inside, without ..", "outside")
     return path

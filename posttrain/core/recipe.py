@@ -77,6 +77,13 @@ class Plugin:
     module: ModuleType
     config: Any
 
+    def __reduce__(self) -> Any:  # a module goes to another process by its name
+        return _plugin, (self.name, self.module.__name__, self.config)
+
+
+def _plugin(name: str, module: str, config: Any) -> Plugin:
+    return Plugin(name, importlib.import_module(module), config)
+
 
 class PluginFrom:
     """Field type of a plug-in that a recipe names: `method: Annotated[Plugin, PluginFrom("methods")]`."""

@@ -9,12 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
-import av
-
+from posttrain.core.codec import gif
 from posttrain.core.errors import UserError
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
@@ -78,13 +76,6 @@ def _summary(name: str, path: Path) -> Any:
     """A video as TensorBoard plays it: an image that is a GIF. Its own add_video needs MoviePy for the same."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        rate, frames = float(stream.average_rate or 10), [frame.to_image() for frame in container.decode(stream)]
-    gif = BytesIO()
-    # GIF counts time in hundredths of a second
-    frames[0].save(gif, format="GIF", save_all=True, append_images=frames[1:], duration=round(100 / rate) * 10, loop=0)
-    image = Summary.Image(
-        height=frames[0].height, width=frames[0].width, colorspace=3, encoded_image_string=gif.getvalue()
-    )
+    content, (height, width) = gif(path)
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
     return Summary(value=[Summary.Value(tag=name, image=image)])

@@ -1,99 +1,31 @@
 """Read a dataset folder: `<folder>/<split>/metadata.jsonl`, and beside it a video and an .npz per clip.
 
 Its clips are taken as they are, and all agree. Only where a recipe says what `frames`, `fps` and `size` it wants are
-clips retimed and cropped, and then a folder of any videos (videos.py) serves too, without annotations.
+clips retimed and cropped, and then a folder of any videos (listing.py) serves too, without annotations.
 
 Shape letters: B batch, C channels, F frames, H W pixels.
 """
 
-import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import av
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
-from pydantic_core import PydanticCustomError
 
 from posttrain.core import files
+from posttrain.core.codec import read_video
 from posttrain.core.errors import UserError
 from posttrain.core.progress import track
-from posttrain.core.recipe import Strict
-from posttrain.data import videos
-from posttrain.flow import SamplerConfig
+from posttrain.data import listing, schema, views
+from posttrain.data.config import DataConfig, Wanted
+from posttrain.data.schema import ClipRow
+from posttrain.data.views import View
 from posttrain.types import Batch
 
 SHAPE = ("fps", "frames", "size")  # what all clips of a training or a test have in common
-
-
-class GroupsConfig(Strict):
-    """What each true clip is compared with, for methods of preference: counterfactuals, samples of a model, or both.
-
-    A clip with more losers than `losers` makes several groups of that many, and one with fewer makes none.
-    """
-
-    losers: PositiveInt = 3  # m, of each group
-    counterfactuals: bool = False  # clips of the same folder that break a law in the true clip's scene
-    samples: tuple[str, ...] = ()  # folders of <clip>-s<seed>.mp4, with scores.jsonl
-    winner: Literal["true", "sample"] = "true"  # sample: the one with the best scores wins against the others
-    samples_each: NonNegativeInt = 0  # seeds that count in a folder of samples, made by the base first; 0: all there
-    sampler: SamplerConfig = SamplerConfig()  # how the base makes them
-    negative: str = ""  # what it is told not to show; counts where there is guidance
-    batch: PositiveInt = 1  # samples made at once, by each process
-    judge: Literal["simulator"] | None = None  # scores the samples; others do by `posttrain score`
-
-    @model_validator(mode="after")
-    def _any(self) -> "GroupsConfig":
-        if (self.samples_each or self.judge) and not self.samples:
-            raise PydanticCustomError("part", "samples_each and judge are for samples; name their folder in samples")
-        if self.winner == "sample" and (self.counterfactuals or not self.samples):
-            raise PydanticCustomError("part", "samples win against samples; name samples, without counterfactuals")
-        if not self.counterfactuals and not self.samples:
-            raise PydanticCustomError("part", "there are no losers; set counterfactuals: true, or name samples")
-        return self
-
-
-class DataConfig(Strict):
-    """Which clips. `make` names the recipes of `sim make` that film them where they are missing.
-
-    With frames, fps and size (height, width), clips are retimed and cropped to them, and those of any videos are read.
-    `crop` says what is seen of a picture of another shape: its middle, a side of it, or nothing (none: left out).
-    """
-
-    clips: str | list[str]
-    split: str = "train"
-    limit: int | None = Field(None, ge=1)  # the first clips of each folder
-    make: str | list[str] | None = None
-    frames: PositiveInt | None = None
-    fps: PositiveFloat | None = None
-    size: tuple[PositiveInt, PositiveInt] | None = None
-    crop: videos.Crop = "center"
-    uncaptioned: Literal["leave_out", "empty"] = "leave_out"  # what becomes of a video without a caption
-    groups: GroupsConfig | None = None
-
-    @model_validator(mode="after")
-    def _together(self) -> "DataConfig":
-        if None in (self.frames, self.fps, self.size) and (self.frames, self.fps, self.size) != (None, None, None):
-            raise PydanticCustomError("part", "frames, fps and size say together what clips shall be; give all three")
-        if self.crop != "center" and self.size is None:
-            raise PydanticCustomError(
-                "part", "crop is for clips of another size; give frames, fps and size, or leave it out"
-            )
-        return self
-
-    @property
-    def wanted(self) -> videos.Wanted | None:
-        if self.frames is None or self.fps is None or self.size is None:
-            return None
-        return videos.Wanted(self.frames, self.fps, self.size, self.crop)
-
-    @property
-    def folders(self) -> list[str]:
-        return [self.clips] if isinstance(self.clips, str) else self.clips
 
 
 @dataclass(frozen=True)
@@ -104,17 +36,17 @@ class Split:
     """
 
     folder: Path
-    rows: list[dict[str, Any]]
-    views: Sequence[videos.View | None]
+    rows: list[ClipRow]
+    views: Sequence[View | None]
     annotated: bool = True
-    wanted: videos.Wanted | None = None
+    wanted: Wanted | None = None
     told: Sequence[dict[str, Any]] = ()
 
     @property
     def kind(self) -> dict[str, Any]:
         """fps, frames and size of its clips."""
         if self.wanted is None:
-            return {key: self.rows[0][key] for key in SHAPE}
+            return _kind(self.rows[0])
         return {"fps": self.wanted.fps, "frames": self.wanted.frames, "size": list(self.wanted.size)}
 
     @property
@@ -132,17 +64,17 @@ class Split:
         return int(height), int(width)
 
     def video(self, index: int) -> Path:
-        return self.folder / self.rows[index]["file_name"]
+        return self.folder / self.rows[index].file_name
 
     def annotations(self, index: int) -> Path:
-        return self.folder / self.rows[index]["annotations"]
+        return self.folder / (self.rows[index].annotations or "")
 
 
 def open_splits(config: DataConfig) -> list[Split]:
     """The clips of each folder that a recipe names, as it wants them.
 
     Raises:
-        UserError: as open_split and videos.choose do.
+        UserError: as open_split and listing.choose do.
     """
     wanted = config.wanted
     if wanted is None:
@@ -150,10 +82,10 @@ def open_splits(config: DataConfig) -> list[Split]:
     splits = []
     for folder in config.folders:
         if not _annotated(Path(folder) / config.split / "metadata.jsonl"):
-            listed = videos.entries(folder, config.split)
+            listed = listing.entries(folder, config.split)
             if listed:
-                rows, views, told = videos.choose(listed, wanted, config.uncaptioned, config.limit)
-                splits.append(Split(listed[0].folder, rows, views, False, wanted, told))
+                rows, chosen, told = listing.choose(listed, wanted, config.uncaptioned, config.limit)
+                splits.append(Split(listed[0].folder, rows, chosen, False, wanted, told))
                 continue
         splits.append(_retimed(open_split(folder, config.split), wanted))
     return splits
@@ -163,13 +95,15 @@ def _annotated(metadata: Path) -> bool:
     return metadata.is_file() and any("annotations" in row for row in files.read_jsonl(metadata))
 
 
-def _retimed(split: Split, wanted: videos.Wanted) -> Split:
+def _retimed(split: Split, wanted: Wanted) -> Split:
     """A dataset folder's clips, seen as `wanted`; they are all of one kind, so all are or none is long enough."""
-    places, box, notes = videos.plan(np.arange(split.frames) / split.fps, split.size, wanted)
+    places, box, notes = views.plan(np.arange(split.frames) / split.fps, split.size, wanted)
     if places is None:
-        raise UserError(f"{split.folder / 'metadata.jsonl'}: its clips cannot be used ({notes[0]}); ask for less")
-    view = videos.View(tuple(places.tolist()), False, box, wanted.size) if notes else None
-    told = [{"file": row["file_name"], "used": True, "notes": notes} for row in split.rows] if notes else []
+        raise UserError(
+            f"{split.folder / 'metadata.jsonl'}: its clips cannot be used ({notes[0]})", "mismatch", "data.frames"
+        )
+    view = View(tuple(places.tolist()), False, box, wanted.size) if notes else None
+    told = [{"file": row.file_name, "used": True, "notes": notes} for row in split.rows] if notes else []
     return Split(split.folder, split.rows, [view] * len(split.rows), True, wanted, told)
 
 
@@ -182,24 +116,33 @@ def open_split(folder: Path | str, split: str) -> Split:
     path = Path(folder) / split
     metadata = path / "metadata.jsonl"
     if not metadata.is_file():
-        remedy = "film the clips with `python -m sim make RECIPE`"
-        if videos.entries(folder, split):
-            remedy = f"{folder} holds videos: train on them with data.frames, data.fps and data.size"
-        raise UserError(f"{metadata}: does not exist; {remedy}")
-    rows = files.read_jsonl(metadata)
-    if not rows:
-        raise UserError(f"{metadata}: has no clips; film them with `python -m sim make RECIPE`")
-    for line, row in enumerate(rows, 1):
-        if missing := [k for k in (*SHAPE, "file_name", "annotations", "sha256", "caption", "target") if k not in row]:
+        if listing.entries(folder, split):
+            said = f"{folder} holds videos: train on them with data.frames, data.fps and data.size"
+            raise UserError(f"{metadata}: does not exist; {said}", "missing", "data.frames")
+        what, remedy = listing.remedy(folder, split)
+        raise UserError(f"{folder}: {what}; {remedy}", "missing")
+    listed, rows = files.read_jsonl(metadata), list[ClipRow]()
+    if not listed:
+        raise UserError(f"{metadata}: has no clips; film them with `python -m sim make RECIPE`", "no_clips")
+    for line, written in enumerate(listed, 1):
+        if missing := [
+            k for k in (*SHAPE, "file_name", "annotations", "sha256", "caption", "target") if k not in written
+        ]:
             remedy = "make the dataset again"
-            if "annotations" not in row:
+            if "annotations" not in written:
                 remedy = "such clips are trained on with data.frames, data.fps and data.size, and cannot be tested with"
-            raise UserError(f"{metadata}:{line}: {missing[0]}: is missing; {remedy}")
-        for name in (row["file_name"], row["annotations"]):
+            raise UserError(f"{metadata}:{line}: {missing[0]}: is missing; {remedy}", "format", missing[0])
+        row = schema.from_json(written, f"{metadata}:{line}")
+        for name in (row.file_name, row.annotations or ""):
             if not files.inside(path, name).is_file():
-                raise UserError(f"{metadata}:{line}: {name}: does not exist; make the dataset again")
-        _agree(f"{metadata}:{line}: {row['file_name']}", row, rows[0], rows[0]["file_name"])
+                raise UserError(f"{metadata}:{line}: {name}: does not exist; make the dataset again", "missing")
+        rows.append(row)
+        _agree(f"{metadata}:{line}: {row.file_name}", _kind(row), _kind(rows[0]), rows[0].file_name)
     return Split(path, rows, [None] * len(rows))
+
+
+def _kind(row: ClipRow) -> dict[str, Any]:
+    return {"fps": row.fps, "frames": row.frames, "size": list(row.size)}
 
 
 def _agree(where: str, kind: dict[str, Any], other: dict[str, Any], name: str) -> None:
@@ -207,7 +150,9 @@ def _agree(where: str, kind: dict[str, Any], other: dict[str, Any], name: str) -
         if kind[key] != other[key]:
             raise UserError(
                 f"{where}: {key} is {kind[key]}, but {other[key]} in {name}; clips are not retimed or scaled unless "
-                "data.frames, data.fps and data.size ask for it: use clips of one kind"
+                "data.frames, data.fps and data.size ask for it: use clips of one kind",
+                "mismatch",
+                key,
             )
 
 
@@ -215,34 +160,6 @@ def check_same_kind(splits: Sequence[Split]) -> None:
     """Refuse splits that differ in fps, frames or size, for instance those of training and of testing."""
     for split in splits[1:]:
         _agree(f"{split.folder / 'metadata.jsonl'}", split.kind, splits[0].kind, str(splits[0].folder))
-
-
-def read_video(path: Path | str) -> np.ndarray:
-    """All frames, uint8 (F, H, W, 3) RGB.
-
-    Raises:
-        UserError: the file is missing, torn, or not a video.
-    """
-    return _decode(Path(path), _read(Path(path)))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _decode(path: Path, content: bytes) -> np.ndarray:
-    try:
-        with av.open(io.BytesIO(content), "r") as container:
-            promised = container.streams.video[0].frames
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (av.FFmpegError, IndexError) as error:
-        raise UserError(f"{path}: is torn or no video; delete it and make it again") from error
-    if not frames or len(frames) < promised:
-        raise UserError(f"{path}: is torn ({len(frames)} of {promised} frames); delete it and make it again")
-    return np.stack(frames)
 
 
 def read_annotations(path: Path | str, keys: Sequence[str] | None = None) -> dict[str, np.ndarray]:
@@ -255,7 +172,7 @@ def read_annotations(path: Path | str, keys: Sequence[str] | None = None) -> dic
         with np.load(path, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in (arrays.files if keys is None else keys)}
     except Exception as error:  # zipfile, zlib, numpy and the system each have their own
-        raise UserError(f"{path}: is missing or torn; delete it and make it again") from error
+        raise UserError(f"{path}: is missing or torn; delete it and make it again", "damaged") from error
 
 
 class Clips:
@@ -278,18 +195,24 @@ class Clips:
             if not split.annotated or any(view is not None for view in split.views):
                 raise UserError(
                     f"{split.folder}: {' and '.join(truths)} are known of clips that `sim make` filmed, as they are; "
-                    "drop data.frames, data.fps and data.size, or use such clips"
+                    "drop data.frames, data.fps and data.size, or use such clips",
+                    "mismatch",
+                    "data.frames",
                 )
         self._truths = truths
         check_same_kind(self.splits)
         self._entries = [(split, index) for split in self.splits for index in _chosen(split, config.limit, violated)]
         several = len(self.splits) > 1
         self.ids = [
-            (f"{split.folder.parent.name}/" if several else "") + _id(split, split.rows[index]["file_name"])
+            (f"{split.folder.parent.name}/" if several else "") + _id(split, split.rows[index].file_name)
             for split, index in self._entries
         ]
         if self.annotated and len(set(self.ids)) < len(self.ids):  # a list of any videos may name one twice
-            raise UserError(f"data.clips: {', '.join(config.folders)}: clips share a name; rename one of the folders")
+            raise UserError(
+                f"data.clips: {', '.join(config.folders)}: clips share a name; rename one of the folders",
+                "duplicate",
+                "data.clips",
+            )
         self._decoded: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
         self._annotations: dict[int, dict[str, np.ndarray]] = {}
         if preload:
@@ -311,13 +234,13 @@ class Clips:
     def key(self) -> str:
         """Changes with the clips' pictures, annotations or order."""
         rows = [self.row(i) for i in range(len(self))]
-        sums = [[row["sha256"], row.get("annotations_sha256"), *self.seen(i)] for i, row in enumerate(rows)]
+        sums = [[row.sha256, row.annotations_sha256, *self.seen(i)] for i, row in enumerate(rows)]
         return files.sha256_json(sums)
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def row(self, index: int) -> dict[str, Any]:
+    def row(self, index: int) -> ClipRow:
         """The clip's row of metadata.jsonl."""
         split, number = self._entries[index]
         return split.rows[number]
@@ -336,13 +259,13 @@ class Clips:
     def group(self, index: int) -> tuple[Path, Any] | None:
         """What the clip has in common with those that continue the same first picture; None where there are none."""
         split, number = self._entries[index]
-        return (split.folder, split.rows[number]["group"]) if "group" in split.rows[number] else None
+        return None if split.rows[number].group is None else (split.folder, split.rows[number].group)
 
     def first(self, index: int) -> np.ndarray:
         """The clip's first picture alone, uint8 (H, W, 3)."""
         split, number = self._entries[index]
-        view = split.views[number] or videos.View((0,), False, (0, 0, *split.size), split.size)
-        return videos.read(split.video(number), replace(view, frames=view.frames[:1]))[0]
+        view = split.views[number] or View((0,), False, (0, 0, *split.size), split.size)
+        return views.read(split.video(number), replace(view, frames=view.frames[:1]))[0]
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Pixels uint8 (F, H, W, 3) and instances uint8 (F, H, W) of one clip; None for these if it has none."""
@@ -352,27 +275,31 @@ class Clips:
         row, path, view = split.rows[number], split.video(number), split.views[number]
         if not split.annotated:
             assert view is not None
-            return videos.read(path, view), None
-        content = _read(path)
-        video = _decode(path, content)
-        if video.shape[:3] != (row["frames"], *row["size"]):
+            return views.read(path, view), None
+        content = files.read_bytes(path)
+        video = read_video(path, content)
+        if video.shape[:3] != (row.frames, *row.size):
             raise UserError(
-                f"{path}: has {len(video)} frames of {video.shape[1:3]}, but its metadata say {row['frames']} of "
-                f"{tuple(row['size'])}; delete it and make it again"
+                f"{path}: has {len(video)} frames of {video.shape[1:3]}, but its metadata say {row.frames} of "
+                f"{row.size}; delete it and make it again",
+                "damaged",
             )
-        if files.sha256_bytes(content) != row["sha256"]:
-            raise UserError(f"{path}: was changed since it was made (sha256); delete it and make it again")
+        if files.sha256_bytes(content) != row.sha256:
+            raise UserError(f"{path}: was changed since it was made (sha256); delete it and make it again", "damaged")
         annotations = split.annotations(number)
-        if (sha256 := row.get("annotations_sha256")) and files.sha256(annotations) != sha256:
-            raise UserError(f"{annotations}: was changed since it was made (sha256); delete it and make it again")
+        if (sha256 := row.annotations_sha256) and files.sha256(annotations) != sha256:
+            raise UserError(
+                f"{annotations}: was changed since it was made (sha256); delete it and make it again", "damaged"
+            )
         instances = read_annotations(annotations, ["instances"])["instances"]
         if instances.shape != video.shape[:3]:
             raise UserError(
-                f"{annotations}: instances are {instances.shape}, the video {video.shape[:3]}; make it again"
+                f"{annotations}: instances are {instances.shape}, the video {video.shape[:3]}; make it again",
+                "damaged",
             )
         if view is not None:
-            video = np.stack([videos.scale(video[frame], view) for frame in view.frames])
-            instances = np.stack([videos.scale_ids(instances[frame], view) for frame in view.frames])
+            video = np.stack([views.scale(video[frame], view) for frame in view.frames])
+            instances = np.stack([views.scale_ids(instances[frame], view) for frame in view.frames])
         return video, instances
 
     def read_truths(self, index: int) -> dict[str, np.ndarray]:
@@ -385,7 +312,8 @@ class Clips:
         for name, array in arrays.items():
             if array.shape[:3] != (split.frames, *split.size):
                 raise UserError(
-                    f"{path}: {name} is {array.shape}, the video {split.frames, *split.size}; make it again"
+                    f"{path}: {name} is {array.shape}, the video {split.frames, *split.size}; make it again",
+                    "damaged",
                 )
         return arrays
 
@@ -406,16 +334,17 @@ class Clips:
 
 def _chosen(split: Split, limit: int | None, violated: bool) -> list[int]:
     """The first `limit` true clips; `violated`: and in their groups those that break a law on purpose."""
-    true = [i for i, row in enumerate(split.rows) if not row.get("violation")][:limit]
+    true = [i for i, row in enumerate(split.rows) if not row.violation][:limit]
     if not violated:
         return true
-    groups = {split.rows[i]["group"] for i in true if "group" in split.rows[i]}
-    return sorted({*true, *(i for i, row in enumerate(split.rows) if row.get("violation") and row["group"] in groups)})
+    groups = {group for i in true if (group := split.rows[i].group) is not None}
+    return sorted({*true, *(i for i, row in enumerate(split.rows) if row.violation and row.group in groups)})
 
 
-def targets(rows: Sequence[dict[str, Any]]) -> torch.Tensor | None:
+def targets(rows: Sequence[ClipRow]) -> torch.Tensor | None:
     """The instance id of each clip's scored object, int64 (B,); None unless all have one."""
-    return torch.tensor([row["target"] + 1 for row in rows]) if all("target" in row for row in rows) else None
+    known = [row.target + 1 for row in rows if row.target is not None]
+    return torch.tensor(known) if len(known) == len(rows) else None
 
 
 def _id(split: Split, name: str) -> str:

@@ -1,8 +1,8 @@
 """Groups for methods of preference: a true clip, and m losers that continue the same first picture less truly.
 
-Losers are clips of a dataset folder that break a law in the true clip's scene (sim/counterfactual.py), samples that a
-model made under several seeds, or both; or the best of the samples wins against the others. Samples lie in any folder,
-named <clip>-s<seed>.mp4 as a recipe's base makes them (losers.py), or <clip>-s<seed>-<model>.mp4 as `posttrain sample`
+Losers are clips of a dataset folder that break a law in the true clip's scene (sim/worlds/counterfactual.py), samples
+that a model made under several seeds, or both; or the best of the samples wins against the others. Samples lie in any
+folder, named <clip>-s<seed>.mp4 as a recipe's base makes them (losers.py), or <clip>-s<seed>-<model>.mp4 as `posttrain sample`
 does of <clip>.png; and what a judge says of them lies beside them in scores.jsonl:
 
     {"file_name": "00012-s0.mp4", "sa": 0.9, "pc": 0.2}     both 0 to 1: follows its text, obeys physics
@@ -21,12 +21,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from posttrain.core import files
+from posttrain.core import codec, files
+from posttrain.core.codec import read_video
 from posttrain.core.errors import UserError
 from posttrain.core.progress import track
-from posttrain.data import videos
-from posttrain.data.dataset import Clips, GroupsConfig, read_video
+from posttrain.data import listing, views
+from posttrain.data.config import GroupsConfig
+from posttrain.data.dataset import Clips
 from posttrain.data.latents import Latents
+from posttrain.data.schema import ClipRow
 from posttrain.models.base import VideoModel
 from posttrain.types import Batch
 
@@ -68,12 +71,13 @@ def names(clips: Clips) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for index in range(len(clips)):
-        if clips.row(index).get("violation"):
+        if clips.row(index).violation:
             continue
         path = clips.video(index)
         if (other := found.setdefault(path.stem, index)) != index:
             raise UserError(
-                f"{path}: is called as {clips.video(other)} is, and samples go by these names; rename one of them"
+                f"{path}: is called as {clips.video(other)} is, and samples go by these names; rename one of them",
+                "duplicate",
             )
     return found
 
@@ -92,9 +96,12 @@ class Members:
         """Of a sample the clip that it continues, its file and its scores; None for a clip of the dataset."""
         return self.samples[index - len(self.clips)] if index >= len(self.clips) else None
 
-    def row(self, index: int) -> dict[str, Any]:
+    def row(self, index: int) -> ClipRow:
         sample = self._sample(index)
-        return {"caption": self.clips.row(sample[0])["caption"]} if sample else self.clips.row(index)
+        if sample is None:
+            return self.clips.row(index)
+        true = self.clips.row(sample[0])
+        return ClipRow(sample[1].name, true.caption, true.fps, true.frames, true.size)
 
     def video(self, index: int) -> Path:
         sample = self._sample(index)
@@ -113,12 +120,16 @@ class Members:
         if sample is None:
             return self.clips.first(index)
         size = self.clips.splits[0].size
-        whole = videos.View((0,), False, (0, 0, *size), size)
-        return videos.read(sample[1], whole)[0]
+        whole = views.View((0,), False, (0, 0, *size), size)
+        return views.read(sample[1], whole)[0]
 
     def scores(self, index: int) -> Scores | None:
         sample = self._sample(index)
-        return sample[2] if sample else Scores(sa=1.0, pc=1.0 - self.clips.row(index)["violation"]["severity"])
+        if sample:
+            return sample[2]
+        violation = self.clips.row(index).violation
+        assert violation is not None  # of a true clip nobody asks
+        return Scores(sa=1.0, pc=1.0 - violation.severity)
 
 
 def gather(
@@ -136,7 +147,7 @@ def gather(
             are the same file; there are samples and two true clips have one name; or a score is missing or out of
             range.
     """
-    true = [index for index in range(len(clips)) if not clips.row(index).get("violation")]
+    true = [index for index in range(len(clips)) if not clips.row(index).violation]
     places = names(clips) if config.samples else {}
     samples = [sample for folder in config.samples for sample in _samples(Path(folder), places, config, scored)]
     members = Members(clips, samples)
@@ -145,7 +156,7 @@ def gather(
     for index in sorted(set(range(len(clips))) - set(true)):
         others = losers[winners[clips.group(index)]]
         # two tunnels that end alike are one clip
-        if clips.row(index)["sha256"] not in [clips.row(other)["sha256"] for other in others]:
+        if clips.row(index).sha256 not in [clips.row(other).sha256 for other in others]:
             others.append(index)
     for number, (winner, _, _) in enumerate(samples, len(clips)):
         losers[winner].append(number)
@@ -167,7 +178,11 @@ def gather(
             groups.append(Group(winner, some, true_one))
     which = f"{config.losers} losers" + (" and a better one" if config.winner == "sample" else "")
     if not groups:
-        raise UserError(f"data.groups: no clip has {which}; film or sample more, or lower data.groups.losers")
+        raise UserError(
+            f"data.groups: no clip has {which}; film or sample more, or lower data.groups.losers",
+            "no_clips",
+            "data.groups.losers",
+        )
     if few:
         print(f"groups: {few} of {len(true)} clips are left out, with fewer than {which}", file=sys.stderr)
     return members, groups
@@ -186,12 +201,14 @@ def _samples(
     """The samples of clips of these names in a folder, of seeds below config.samples_each unless that is 0."""
     if not folder.is_dir():
         raise UserError(
-            f"data.groups.samples: {folder} does not exist; let the base make it by data.groups.samples_each"
+            f"data.groups.samples: {folder} does not exist; let the base make it by data.groups.samples_each",
+            "missing",
+            "data.groups.samples",
         )
     path = folder / SCORES
     rows = {row.get("file_name"): row for row in files.read_jsonl(path)} if path.exists() else None
     found = []
-    for video in sorted(folder.glob("*.mp4")):
+    for video in listing.videos_in(folder):
         match sample_of(video.stem, places):
             case clip, seed if not config.samples_each or seed < config.samples_each:
                 found.append((places[clip], video, None if rows is None else _scores(path, video.name, rows)))
@@ -199,17 +216,19 @@ def _samples(
         why, remedy = "losers are weighed by their scores", ", or set method.physics=null"
         if config.winner == "sample":
             why, remedy = "the best sample shall win", ""
-        raise UserError(f"{path}: does not exist, and {why}; `posttrain score {folder}`{remedy}")
+        raise UserError(f"{path}: does not exist, and {why}; `posttrain score {folder}`{remedy}", "missing")
     return found
 
 
 def _scores(path: Path, name: str, rows: dict[Any, dict[str, Any]]) -> Scores:
     if name not in rows:
-        raise UserError(f"{path}: has no row for {name}; `posttrain score` it, or remove the file")
+        raise UserError(f"{path}: has no row for {name}; `posttrain score` it, or remove the file", "unfinished")
     for field in Scores._fields:
         value = rows[name].get(field)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise UserError(f"{path}: {name}: {field} is {value}, not a number from 0 to 1; score it again")
+            raise UserError(
+                f"{path}: {name}: {field} is {value}, not a number from 0 to 1; score it again", "value", field
+            )
     return Scores(*(float(rows[name][field]) for field in Scores._fields))
 
 
@@ -220,23 +239,26 @@ def _check(members: Members, group: Group, pictured: bool) -> None:
     true = members.video(group.winner)
     for index in (group.winner, *group.losers):
         path, sampled = members.video(index), index >= len(clips)
-        facts = videos.inspect(path)
+        facts = codec.inspect(path)
         if sampled:
             rate = float(1 / np.diff(facts.times).mean())
             rate = split.fps if abs(rate / split.fps - 1) < 0.01 else rate
             kind = {"frames": len(facts.times), "size": list(facts.size), "fps": rate}
             if other := [key for key, value in kind.items() if value != split.kind[key]]:
                 found, wanted = kind[other[0]], split.kind[other[0]]
-                raise UserError(f"{path}: {other[0]} is {found}, but {wanted} in {true}; sample it as that is")
+                raise UserError(
+                    f"{path}: {other[0]} is {found}, but {wanted} in {true}; sample it as that is", "mismatch", other[0]
+                )
         if facts.sha256 in sums:
-            raise UserError(f"{path}: is the same file as {members.video(sums[facts.sha256])}; remove one of them")
+            raise UserError(
+                f"{path}: is the same file as {members.video(sums[facts.sha256])}; remove one of them", "duplicate"
+            )
         sums[facts.sha256] = index
         if pictured or not sampled:
             apart = float((_fields(members.first(index)) - picture).abs().max())
             if apart > SAME_PICTURE:
-                raise UserError(
-                    f"{path}: its first picture is not that of {true} (off by {apart:.0f} of 255); it continues another"
-                )
+                said = f"its first picture is not that of {true} (off by {apart:.0f} of 255); it continues another"
+                raise UserError(f"{path}: {said}", "mismatch")
 
 
 def _fields(picture_HWC: np.ndarray) -> torch.Tensor:

@@ -4,15 +4,16 @@ So an entry of another VAE, text encoder, clip or caption is never found, entrie
 encoding that was cut off continues.
 """
 
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from posttrain.core import files
 from posttrain.core.errors import UserError
 from posttrain.core.progress import track
 from posttrain.data.dataset import Clips, targets, to_float
+from posttrain.data.schema import ClipRow
 from posttrain.models.base import VideoModel
 from posttrain.types import Batch
 
@@ -32,7 +34,7 @@ class Readable(Protocol):
     @property
     def ids(self) -> Sequence[str]: ...
     def __len__(self) -> int: ...
-    def row(self, index: int) -> dict[str, Any]: ...
+    def row(self, index: int) -> ClipRow: ...
     def video(self, index: int) -> Path: ...
     def seen(self, index: int) -> list[str]: ...
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]: ...
@@ -53,7 +55,7 @@ class Latents:
             sums = list(pool.map(lambda i: files.sha256(clips.video(i)), range(len(clips))))
         rows = [clips.row(index) for index in range(len(clips))]
         base = model.cache_key()
-        self.keys = [files.sha256_json([base, sums[i], row["caption"], *clips.seen(i)]) for i, row in enumerate(rows)]
+        self.keys = [files.sha256_json([base, sums[i], row.caption, *clips.seen(i)]) for i, row in enumerate(rows)]
         self._rows = rows
         self._files = [Path(folder) / key[:2] / f"{key}.safetensors" for key in self.keys]
         state = PartialState()
@@ -65,7 +67,7 @@ class Latents:
         texts: dict[str, Tensor] = {}
         for index in track(mine, "encoding clips", len(mine)) if mine else ():
             video, _ = clips.read(index)
-            caption = rows[index]["caption"]
+            caption = rows[index].caption
             with torch.no_grad():
                 pixels = to_float(video)[None].to(model.device)
                 z0_CFHW = model.encode(pixels)[0]
@@ -79,6 +81,11 @@ class Latents:
         model.unload()  # UMT5 alone is 11 GiB, and training needs it not
         state.wait_for_everyone()
         self._length = model.text_tokens
+        entries = zip(self.ids, self._files, strict=True) if state.is_main_process else ()
+        if full := [name for name, file in entries if _tokens(file) == self._length]:
+            names = ", ".join(full[:3]) + (", ..." if len(full) > 3 else "")
+            said = f"{len(full)} of {len(self)} fill the {self._length} tokens that the model reads"
+            print(f"captions: {said}; what is beyond is cut ({names})", file=sys.stderr)
 
     @property
     def key(self) -> str:
@@ -110,7 +117,7 @@ class Latents:
         try:
             return load_file(self._files[index])
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{self._files[index]}: is damaged; delete it and start again") from error
+            raise UserError(f"{self._files[index]}: is damaged; delete it and start again", "damaged") from error
 
 
 class Annotated:
@@ -131,6 +138,15 @@ class Annotated:
         """Both batches of the clips at `indices` in one."""
         latents, truth = self._latents.load(indices), self._clips.load(indices)
         return replace(truth, z0_BCFHW=latents.z0_BCFHW, text_BLD=latents.text_BLD, condition=latents.condition)
+
+
+def _tokens(file: Path) -> int:
+    """How many tokens an entry's caption has; 0 where the entry is damaged, which reading it tells."""
+    try:
+        with safe_open(file, "pt") as entry:
+            return int(entry.get_slice("text").get_shape()[0])
+    except (SafetensorError, OSError):
+        return 0
 
 
 def _trim(text_LD: Tensor) -> Tensor:

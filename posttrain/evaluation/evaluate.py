@@ -1,19 +1,13 @@
-"""Evaluation: rows (what made the video) x splits (which clips), none of them computed twice.
+"""Evaluation: rows (what made the video) x test sets (which clips), none of them computed twice.
 
-    truth      the true clip itself: what is left is the tracker's error
-    truth_vae  the true clip through the model's autoencoder: the best its pictures allow
-    frozen     the first picture, held
-    base       the model that training started from, with what model.start and model.merge put into it
-    others     the model after it, named by its method
+The rows are those that the benchmark declares (benchmarks/base.py), of which `base` is the model that training started
+from, with what model.start and model.merge put into it, and the model after training, named by its method. The test
+sets are the recipe's splits and what the benchmark measures beside them.
 
-Beside the splits there may be the grid, whose clips are told as two splits, `id` with depths and heights as in training
-and `ood` with others, and the falls, which test p(t|y) and of the references need `truth` alone; see
-evaluation/benchmarks/distribution.py.
-
-A row is a file evaluation/<row>-<split>.json with a key, the hash of all that it depends on: weights, clips, tracker,
-settings, the source of the metric. It is reused where the key is the same and made again where it is not. It grows by a
-batch of clips at a time, so a killed evaluation continues. Rows that depend on no trained weights are kept by key in a
-folder that runs share. What the rows say together: records.py.
+A row on a test set is a record, a file evaluation/<row>-<set>.json with a key, the hash of all that it depends on:
+weights, clips, tracker, settings, the source of the metrics. It is reused where the key is the same and made again
+where it is not. It grows by a batch of clips at a time, so a killed evaluation continues. Rows that depend on no
+trained weights are kept by key in a folder that runs share. What the records say together: records.py.
 """
 
 import hashlib
@@ -23,8 +17,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -35,220 +30,218 @@ from posttrain import flow
 from posttrain.core import files
 from posttrain.core.errors import UserError
 from posttrain.core.progress import progress
-from posttrain.core.recipe import Strict
-from posttrain.data.dataset import Clips, DataConfig
-from posttrain.evaluation import sample
-from posttrain.evaluation.benchmarks import distribution, pisa
-from posttrain.evaluation.records import FALLS, FIXED, GRID, REFERENCES
+from posttrain.core.recipe import Plugin, PluginFrom, Strict
+from posttrain.data import schema
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips
+from posttrain.data.schema import ClipRow
+from posttrain.evaluation import records, sample
+from posttrain.evaluation.benchmarks import base, pisa
+from posttrain.evaluation.benchmarks.base import Benchmark, ClipScore, Row, TestSet, Tracker, mean, merge
+from posttrain.evaluation.records import Record
 from posttrain.flow import SamplerConfig
-from posttrain.metrics import masks, physics
-from posttrain.metrics import pisa as metric
 from posttrain.models.base import VideoModel
 from posttrain.types import Batch
 
-TOLD = {GRID: ("id",), FALLS: ("group", "beta", "depths", "contact_time", "gravity", "camera", "fps")}  # of their rows
-Look = Callable[[int, Clips, Sequence[np.ndarray], Sequence[dict[str, Any]]], dict[str, float]]
+# (step, clips, videos uint8 (F, H, W, 3), their scores) -> more numbers for the log
+Watch = Callable[[int, Clips, Sequence[np.ndarray], Sequence[ClipScore]], dict[str, float]]
 Models = Mapping[str, Callable[[], AbstractContextManager[VideoModel]]]
 
 
-class FallsConfig(Strict):
-    """The test of p(t|y): an ambiguous set (sim/ambiguous.py), and how many videos of each of its clips are made."""
-
-    clips: str
-    seeds: int = Field(6, ge=1)
-
-
 class EvalConfig(Strict):
-    """What `posttrain eval` measures, and how often training looks at a few clips of it (`every` steps; 0: never).
+    """What `posttrain eval` measures, and how often training looks at a few clips of it (`every` steps; 0: never)."""
 
-    `grid` is a folder that tells depths and heights which training had from others (sim/grid.py). Of it and of `falls`
-    the split test_unseen is measured.
-    """
-
-    benchmark: Literal["pisa"] = "pisa"
+    benchmark: Annotated[Plugin, PluginFrom("evaluation.benchmarks")] = Field(
+        default_factory=lambda: Plugin("pisa", pisa, pisa.Config())
+    )
     clips: str
     splits: tuple[str, ...] = Field(("test_seen", "test_unseen"), min_length=1)
     every: int = Field(0, ge=0)
     seeds: int = Field(3, ge=1)
     limit: int | None = Field(None, ge=1)  # the first clips of each split
     batch: int = Field(10, ge=1)  # clips sampled at once
-    grid: str | None = None
-    falls: FallsConfig | None = None
     sampler: SamplerConfig = SamplerConfig()
     tracker: str = "pocket"  # what follows the object: "pocket", or a SAM 2 in a folder or on the hub
 
 
-class Tracker(Protocol):
-    """Follows an object: (video_BCFHW in [-1, 1], mask0_BHW bool) -> logits_BFHW. `module` holds its weights."""
-
-    module: nn.Module
-
-    def __call__(self, video_BCFHW: Tensor, mask0_BHW: Tensor) -> Tensor: ...
-
-
-class TestSet(NamedTuple):
-    clips: Clips
-    seeds: int  # videos of each
-    references: tuple[str, ...] = REFERENCES
+def test_sets(config: EvalConfig) -> dict[str, TestSet]:
+    """What is measured, by the folder that it has below samples/."""
+    benchmark: Benchmark = config.benchmark.module.BENCHMARK
+    splits = {split: TestSet(config.clips, split, config.seeds) for split in config.splits}
+    return splits | benchmark.tests(config.benchmark.config, config.seeds)
 
 
-def tests(config: EvalConfig) -> dict[str, TestSet]:
-    """What is measured, by the folder that it has below samples/.
+def open_clips(name: str, test: TestSet, limit: int | None) -> Clips:
+    """The clips of a test set.
 
     Raises:
-        UserError: a folder or split is missing, or its rows do not tell what the test needs.
+        UserError: the folder or split is missing, or its rows do not say what the test needs.
     """
-
-    def some(clips: str, split: str) -> Clips:
-        return Clips(DataConfig(clips=clips, split=split, limit=config.limit))
-
-    found = {split: TestSet(some(config.clips, split), config.seeds) for split in config.splits}
-    if config.grid:
-        found[GRID] = TestSet(some(config.grid, "test_unseen"), config.seeds)
-    if config.falls:
-        found[FALLS] = TestSet(some(config.falls.clips, "test_unseen"), config.falls.seeds, ("truth",))
-    for name, world in ((GRID, "grid"), (FALLS, "ambiguous")):
-        if name in found and not found[name].clips.row(0).keys() >= set(TOLD[name]):
-            folder, needed = found[name].clips.splits[0].folder, ", ".join(TOLD[name])
-            raise UserError(f"{folder}: eval.{name} needs rows with {needed}; film them with world.name={world}")
-    return found
+    clips = Clips(DataConfig(clips=test.folder, split=test.split, limit=limit))
+    if any(getattr(clips.row(0), field) is None for field in test.needed):
+        key, needed = f"eval.benchmark.{name}", ", ".join(test.needed)
+        folder = clips.splits[0].folder
+        raise UserError(
+            f"{folder}: {key} needs rows with {needed}; film them with world.name={test.world}", "mismatch", key
+        )
+    return clips
 
 
 def evaluate(
     run: Path | str, config: EvalConfig, models: Models, tracker: Tracker, cache: Path | str | None = None
-) -> list[dict[str, Any]]:
-    """Measure the references and `models` on every split; write evaluation/ and samples/ in the folder `run`.
+) -> list[Record]:
+    """Measure the references and `models` on every test set; write evaluation/ and samples/ in the folder `run`.
 
     Args:
         models: row name -> a function that gives a context in which the row's model is ready, for instance "base" with
             the adapter switched off. The first one's autoencoder makes `truth_vae`.
         tracker: the segmenter that scores, on the models' device.
-        cache: the folder in which runs share the rows of FIXED; None shares nothing.
+        cache: the folder in which runs share the rows that depend on no trained weights; None shares nothing.
 
     Returns:
-        The records (also in the files), split by split, references first.
+        The records (also in the files), test set by test set, references first.
 
     Raises:
         UserError: a split is missing, a clip is torn, or the clips do not fit the model.
     """
     run = Path(run)
-    splits = tests(config)
-    asked = [(split, row) for split, each in splits.items() for row in (*each.references, *models)]
-    names = {file_name(row, split) for split, row in asked}
+    benchmark: Benchmark = config.benchmark.module.BENCHMARK
+    tests = test_sets(config)
+    clips = {name: open_clips(name, test, config.limit) for name, test in tests.items()}
+    references = {row.name: row for row in benchmark.references}
+    asked = [
+        (name, row)
+        for name, test in tests.items()
+        for row in (*(row.name for row in (benchmark.references if test.rows is None else test.rows)), *models)
+    ]
+    names = {file_name(row, name) for name, row in asked}
     for path in (run / "evaluation").glob("*.json"):
         if path.name not in names:
             path.unlink()  # the table shows what this recipe asks for
-    records, pending = {}, [*REFERENCES]
-    for name, ready in models.items():
+    shared_rows = [row.name for row in benchmark.rows]
+    found, pending = dict[tuple[str, str], Record](), [*references]
+    for model_name, ready in models.items():
         with ready() as model:
-            texts = read_captions(model, [each.clips for each in splits.values()], config.sampler)
-            for row in (*pending, name):
-                for split, (clips, seeds, _) in splits.items():
-                    if (split, row) not in asked:
+            texts = read_captions(model, clips.values(), config.sampler)
+            for row in (*pending, model_name):
+                for name, test in tests.items():
+                    if (name, row) not in asked:
                         continue
-                    record = blank(row, split, config, model, clips, tracker, seeds)
-                    shared = None if cache is None or row not in FIXED else Path(cache) / record["key"][:16]
-                    records[split, row] = complete(run, record, config, model, clips, tracker, texts, shared)
+                    record = blank(row, name, config, model, clips[name], test, tracker)
+                    shared = None if cache is None or row not in shared_rows else Path(cache) / record.key[:16]
+                    found[name, row] = complete(
+                        run, record, config, model, clips[name], test.facts, tracker, texts, shared
+                    )
             pending = []
         del model  # before the next one is loaded
-    return [records[each] for each in asked]
+    return [found[each] for each in asked]
+
+
+def reference(benchmark: Benchmark, name: str) -> Row | None:
+    """The row of this name; None of one that a model samples."""
+    return next((row for row in benchmark.references if row.name == name), None)
 
 
 def blank(
-    row: str, split: str, config: EvalConfig, model: VideoModel, clips: Clips, tracker: Tracker, seeds: int
-) -> dict[str, Any]:
-    """A record without numbers. Its key changes with everything that its numbers depend on."""
-    truth = clips.row(0)
+    row: str, name: str, config: EvalConfig, model: VideoModel, clips: Clips, test: TestSet, tracker: Tracker
+) -> Record:
+    """A record without numbers, of a row on the test set of this name.
+
+    Its key changes with everything that its numbers depend on.
+    """
+    benchmark: Benchmark = config.benchmark.module.BENCHMARK
+    shown = reference(benchmark, row)
+    own = (config.benchmark.module, *benchmark.sources)
     facts: dict[str, Any] = {
-        "row": row if row in REFERENCES else "sampled",
-        "clips": [clips.row(i) for i in range(len(clips))],
+        "row": shown.name if shown else "sampled",
+        "clips": [schema.to_json(clips.row(i)) for i in range(len(clips))],
         "tracker": weights_fingerprint(tracker.module),
-        "source": [
-            source(module)
-            for module in (metric, physics, masks, pisa, distribution, sample, type(tracker), type(tracker.module))
-        ],
+        "source": [source(each) for each in (*own, base, sample, type(tracker), type(tracker.module))],
     }
-    if row not in ("truth", "frozen"):
+    if shown is None or shown.uses_model:
         facts["model"] = [model.cache_key(), source(type(model))]
-    if row not in REFERENCES:
+    if shown is None:
         facts |= {
-            "weights": [weights_fingerprint(module, base=row == "base") for module in model.weights()],
+            "weights": [weights_fingerprint(module, base=row == base.BASE.name) for module in model.weights()],
             "given": [model.n_cond_frames, model.boundary],
             "scheduler": [type(model.scheduler()).__name__, dict(model.scheduler().config)],
-            "sampler": [config.sampler.model_dump(), seeds],
+            "sampler": [config.sampler.model_dump(), test.seeds],
             "sampling": source(flow),
         }
-    key = files.sha256_json(facts)
-    settings = config.model_dump(mode="json", include={"clips", "limit", "seeds", "sampler", "tracker"})
-    return {
-        "model": row,
-        "settings": settings,
-        "split": split.removeprefix("test_"),
-        "folder": split,
-        "key": key,
-        "fps": truth["fps"],
-        "frames": truth["frames"],
-        "size": truth["size"],
-        "seeds": 1 if row in REFERENCES else seeds,
-        "sampler": config.sampler.model_dump(),
-        "total": len(clips),
-        "seconds": 0.0,
-        "clips": [],
-    }
+    first = clips.row(0)
+    return Record(
+        model=row,
+        row=row,
+        split=name.removeprefix("test_"),
+        folder=name,
+        key=files.sha256_json(facts),
+        size=list(first.size),
+        seeds=1 if shown else test.seeds,
+        total=len(clips),
+        benchmark=config.benchmark.name,
+        fps=first.fps,
+        frames=first.frames,
+        settings=config.model_dump(mode="json", include={"clips", "limit", "seeds", "sampler", "tracker"}),
+        sampler=config.sampler.model_dump(),
+    )
 
 
 def complete(
     run: Path,
-    record: dict[str, Any],
+    record: Record,
     config: EvalConfig,
     model: VideoModel,
     clips: Clips,
+    kept_facts: tuple[str, ...],
     tracker: Tracker,
     texts: Mapping[str, Tensor],
     shared: Path | None,
-) -> dict[str, Any]:
+) -> Record:
     """The record with all its clips: what the run or the shared folder has, and the rest measured now."""
-    path, settings = run / "evaluation" / file_name(record["model"], record["folder"]), record["settings"]
-    samples = run / "samples" / record["model"] / record["folder"]
-    found = files.read_json(path) if path.exists() else {}
-    if found.get("key") == record["key"]:
-        record = found | {"settings": settings}
-        files.write_json(path, record)
-    elif shared is not None and shared.exists():
+    path, settings = run / "evaluation" / file_name(record.model, record.folder), record.settings
+    samples = run / "samples" / record.model / record.folder
+    kept = records.read(path)
+    if kept is not None and kept.key == record.key:
+        record = replace(kept, settings=settings)
+        records.write(path, record)
+    elif shared is not None and (kept := records.read(shared / "record.json")) is not None:
         with files.replacing(samples) as temporary:
             shutil.copytree(shared / "samples", temporary)
-        record = files.read_json(shared / "record.json") | {"settings": settings}
-        files.write_json(path, record)
-        tell(record, f"reused from {shared}")
+        record = replace(kept, settings=settings)
+        records.write(path, record)
+        say(record, f"reused from {shared}")
         return record
-    if len(record["clips"]) == record["total"]:
-        tell(record, f"reused from {path}")
+    if len(record.clips) == record.total:
+        say(record, f"reused from {path}")
         return record
 
-    title = f"{record['model']} on {record['split']} clips"
-    with progress(title, record["total"] * record["seeds"], len(record["clips"]) * record["seeds"]) as advance:
-        for first in range(len(record["clips"]), record["total"], config.batch):
+    benchmark: Benchmark = config.benchmark.module.BENCHMARK
+    shown, fps = reference(benchmark, record.model), clips.row(0).fps
+    title = f"{record.model} on {record.split} clips"
+    with progress(title, record.total * record.seeds, len(record.clips) * record.seeds) as advance:
+        for first in range(len(record.clips), record.total, config.batch):
             started = time.monotonic()
-            indices = range(first, min(first + config.batch, record["total"]))
-            batch, truths = clips.load(indices).to(model.device), [clips.row(i) for i in indices]
+            indices = range(first, min(first + config.batch, record.total))
+            batch, rows = clips.load(indices).to(model.device), [clips.row(i) for i in indices]
             scores = []
-            for seed in range(record["seeds"]):
-                videos = generate(record["model"], model, batch, truths, seed, config.sampler, texts)
+            for seed in range(record.seeds):
+                videos = sample_row(shown, model, batch, rows, seed, config.sampler, texts)
                 for name, video in zip(batch.ids, videos, strict=True):
-                    sample.write_video(samples / f"{name}-s{seed}.mp4", video, record["fps"])
-                scores.append(pisa.score_videos(videos, batch, truths, tracker, record["fps"]))
+                    sample.write_video(samples / f"{name}-s{seed}.mp4", video, fps)
+                scores.append(benchmark.score(videos, batch, rows, fps, tracker))
                 for _ in indices:
                     advance("")
-            for name, truth, *by_seed in zip(batch.ids, truths, *scores, strict=True):
-                told = {key: truth[key] for key in TOLD.get(record["folder"], ())}
-                clip = {"id": name, "caption": truth["caption"], "truth": told}
-                record["clips"].append(clip | pisa.average(by_seed))
-            record["seconds"] = round(record["seconds"] + time.monotonic() - started, 2)
-            files.write_json(path, record)
+            measured = []
+            for name, row, *by_seed in zip(batch.ids, rows, *scores, strict=True):
+                truth = schema.facts(row, kept_facts)
+                measured.append(replace(merge(by_seed), id=name, caption=row.caption, truth=truth))
+            seconds = round(record.seconds + time.monotonic() - started, 2)
+            record = replace(record, clips=(*record.clips, *measured), seconds=seconds)
+            records.write(path, record)
     if shared is not None:
         with files.replacing(shared) as temporary:
             shutil.copytree(samples, temporary / "samples")
-            files.write_json(temporary / "record.json", record)
+            records.write(temporary / "record.json", record)
     return record
 
 
@@ -262,35 +255,36 @@ def source(of: Any) -> str:
 
 
 def read_captions(model: VideoModel, splits: Iterable[Clips], sampler: SamplerConfig) -> dict[str, Tensor]:
-    """The texts of all clips, encoded, as `generate` wants them."""
-    captions = [clips.row(i)["caption"] for clips in splits for i in range(len(clips))]
+    """The texts of all clips, encoded, as `sample_row` wants them."""
+    captions = [clips.row(i).caption for clips in splits for i in range(len(clips))]
     return sample.encode_texts(model, [*captions, ""] if sampler.guided else captions)
 
 
-def generate(
-    row: str,
+def sample_row(
+    shown: Row | None,
     model: VideoModel,
     batch: Batch,
-    truths: Sequence[dict[str, Any]],
+    rows: Sequence[ClipRow],
     seed: int,
     sampler: SamplerConfig,
     texts: Mapping[str, Tensor] | None = None,
 ) -> np.ndarray:
-    """The videos that a row shows for a batch of clips: uint8 (B, F, H, W, 3)."""
+    """The videos that a row of the table has for a batch of clips: uint8 (B, F, H, W, 3).
+
+    Args:
+        shown: a row that no model samples; None: the model does.
+        rows: what is known of the clips.
+    """
     true_BCFHW = batch.video_BCFHW
     assert true_BCFHW is not None
-    with torch.no_grad():
-        if row == "truth":
-            return sample.to_uint8(true_BCFHW)
-        if row == "frozen":
-            return sample.to_uint8(true_BCFHW[:, :, :1].expand_as(true_BCFHW))
-        if row == "truth_vae":
-            return sample.to_uint8(model.decode(model.encode(true_BCFHW)))
+    if shown is not None and shown.video is not None:
+        with torch.no_grad():
+            return sample.to_uint8(shown.video(true_BCFHW, model))
     return sample.sample_clips(
         model,
         sample.to_uint8(true_BCFHW[:, :, :1])[:, 0],
-        [truth["caption"] for truth in truths],
-        [pisa.clip_seed(seed, name) for name in batch.ids],
+        [row.caption for row in rows],
+        [sample.clip_seed(seed, name) for name in batch.ids],
         true_BCFHW.shape[2],
         sampler.steps,
         sampler.guidance,
@@ -306,33 +300,34 @@ def validation(
     tracker: Tracker,
     clips: int = 8,
     split: str | None = None,
-    look: Look | None = None,
+    look: Watch | None = None,
     truths: Sequence[str] = (),
 ) -> Callable[[int], tuple[dict[str, float], dict[str, Path]]]:
-    """A function of the step for `Run(validate=...)` that gives val_l2, val_iou and val_vanished, and the videos.
+    """A function of the step for `Run(validate=...)`: the benchmark's headlines, as in val_l2, and the videos.
 
     It samples the first clips of the split (None: the last) once and saves them under samples/validation/. Nothing is
     chosen by these numbers, so that the clips may be those of the test; `look` may measure more, of which
     the clips tell `truths` (tripwires.py).
     """
-    some = Clips(DataConfig(clips=config.clips, split=split or config.splits[-1], limit=clips), truths=truths)
-    folder, fps = Path(run) / "samples" / "validation", some.row(0)["fps"]
-    texts = read_captions(model, [some], config.sampler) if config.every else {}  # while the transformer is not there
+    benchmark: Benchmark = config.benchmark.module.BENCHMARK
+    chosen = Clips(DataConfig(clips=config.clips, split=split or config.splits[-1], limit=clips), truths=truths)
+    folder, fps = Path(run) / "samples" / "validation", chosen.row(0).fps
+    texts = read_captions(model, [chosen], config.sampler) if config.every else {}  # while the transformer is not there
 
     def validate(step: int) -> tuple[dict[str, float], dict[str, Path]]:
-        videos, scores = list[np.ndarray](), list[dict[str, Any]]()
-        for first in range(0, len(some), config.batch):
-            indices = range(first, min(first + config.batch, len(some)))
-            batch, truths = some.load(indices).to(model.device), [some.row(i) for i in indices]
-            made = generate("validation", model, batch, truths, 0, config.sampler, texts)
-            scores += pisa.score_videos(made, batch, truths, tracker, fps)
+        videos, scores = list[np.ndarray](), list[ClipScore]()
+        for first in range(0, len(chosen), config.batch):
+            indices = range(first, min(first + config.batch, len(chosen)))
+            batch, rows = chosen.load(indices).to(model.device), [chosen.row(i) for i in indices]
+            made = sample_row(None, model, batch, rows, 0, config.sampler, texts)
+            scores += benchmark.score(made, batch, rows, fps, tracker)
             videos += [*made]
-        paths = {f"validation/{name}": folder / f"step-{step:06d}" / f"{name}.mp4" for name in some.ids}
+        paths = {f"validation/{name}": folder / f"step-{step:06d}" / f"{name}.mp4" for name in chosen.ids}
         for path, video in zip(paths.values(), videos, strict=True):
             sample.write_video(path, video, fps)
-        means = {key: pisa.mean([score[key] for score in scores]) for key in ("l2", "iou", "vanished")}
-        told = {f"val_{key}": value for key, value in means.items() if value is not None}
-        return told | (look(step, some, videos, scores) if look else {}), paths
+        means = {metric.key: mean([score.numbers[metric.key] for score in scores]) for metric in benchmark.headlines}
+        numbers = {f"val_{key}": value for key, value in means.items() if value is not None}
+        return numbers | (look(step, chosen, videos, scores) if look else {}), paths
 
     return validate
 
@@ -352,5 +347,5 @@ def weights_fingerprint(module: nn.Module, base: bool = False) -> str:
     return digest.hexdigest()
 
 
-def tell(record: dict[str, Any], what: str) -> None:
-    print(f"{record['model']} on {record['split']} clips: {what}", file=sys.stderr)
+def say(record: Record, what: str) -> None:
+    print(f"{record.model} on {record.split} clips: {what}", file=sys.stderr)

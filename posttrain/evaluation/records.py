@@ -1,6 +1,7 @@
 """Records that evaluate.py and score.py write: read, set in order, told as means, intervals, differences and tables."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,141 +12,236 @@ from scipy.stats import bootstrap
 
 from posttrain.core import files
 from posttrain.core.errors import UserError
-from posttrain.evaluation.benchmarks import pisa
+from posttrain.core.recipe import resolve
+from posttrain.evaluation.benchmarks.base import Benchmark, ClipScore, Metric, merge
 
-REFERENCES = ("truth", "truth_vae", "frozen")  # nothing random in them, so one seed
-FIXED = (*REFERENCES, "base")  # the same for all runs of one base
-GRID, FALLS = "grid", "falls"  # beside the splits
+PRINTED = 5  # columns of a printed table; more do not fit 80 characters
 
 
-def read_records(run: Path | str) -> list[dict[str, Any]]:
-    """The finished records of a run, split by split, references and base first; that of the grid as `id` and `ood`.
+@dataclass(frozen=True)
+class Record:
+    """What was measured of one row of the table on one split.
+
+    Attributes:
+        model: what made the videos: a row of the benchmark, or a trained model, which is called by its method.
+        row: what the table calls it.
+        split: what the table calls the clips; `folder` is their name in files.
+        key: changes with everything that the numbers depend on.
+        fps, frames, size: of the videos that were scored; size is height, width.
+        seeds: samples of each clip.
+        total: how many clips there shall be; a record with fewer was cut off.
+        seconds: the time it took.
+        settings: how it was asked for; what differs in them is not shown together. None of anybody's videos.
+        sampler: of a model that is trained here.
+        videos, given_fps: the folder of anybody's videos, and the rate that was given for them.
+        origin: the value of a sweep or the row of a table that it is of; "" of a single run.
+        samples: the folder of its samples where it is not the run's own.
+    """
+
+    model: str
+    row: str
+    split: str
+    folder: str
+    key: str
+    size: list[int]
+    seeds: int
+    total: int
+    benchmark: str = "pisa"
+    fps: float | None = None
+    frames: int | None = None
+    seconds: float = 0.0
+    clips: tuple[ClipScore, ...] = ()
+    settings: dict[str, Any] | None = None
+    sampler: dict[str, Any] | None = None
+    videos: str | None = None
+    given_fps: float | None = None
+    origin: str = ""
+    samples: str | None = None
+
+
+CLIP = tuple(field.name for field in fields(ClipScore) if field.name != "numbers")
+KEPT = tuple(field.name for field in fields(Record) if field.name not in ("row", "clips", "origin", "samples"))
+
+
+def to_json(record: Record) -> dict[str, Any]:
+    """What stands in a record's file; the numbers of a clip lie among its other fields."""
+    clips = []
+    for clip in record.clips:
+        told = {name: value for name in CLIP if (value := getattr(clip, name)) is not None}
+        clips.append({"id": clip.id, "caption": clip.caption} | dict(clip.numbers) | told)
+    return {name: value for name in KEPT if (value := getattr(record, name)) is not None} | {"clips": clips}
+
+
+def from_json(value: Any, path: Path) -> Record:
+    """The record of a file. Older files lack what has a default.
+
+    Raises:
+        UserError: it is no record.
+    """
+    try:
+        clips = [
+            ClipScore(
+                numbers={name: number for name, number in clip.items() if name not in CLIP},
+                **{name: clip[name] for name in CLIP if name in clip},
+            )
+            for clip in value["clips"]
+        ]
+        known = {name: value[name] for name in KEPT if name in value}
+        return Record(row=value["model"], clips=tuple(clips), **known)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: is no record of an evaluation; delete it and evaluate again", "format") from error
+
+
+def read(path: Path) -> Record | None:
+    """The record that lies at `path`, if there is one."""
+    return from_json(files.read_json(path), path) if path.exists() else None
+
+
+def write(path: Path, record: Record) -> None:
+    files.write_json(path, to_json(record))
+
+
+def named(name: str) -> Benchmark:
+    """The benchmark of this name.
+
+    Raises:
+        UserError: there is none.
+    """
+    benchmark: Benchmark = resolve("evaluation.benchmarks", name).BENCHMARK
+    return benchmark
+
+
+def references(record: Record) -> list[str]:
+    """Names of the rows of its table that no model samples."""
+    return [row.name for row in named(record.benchmark).references]
+
+
+def fixed(record: Record) -> list[str]:
+    """Names of the rows of its table that are the same for all runs of one base."""
+    return [row.name for row in named(record.benchmark).rows]
+
+
+def read_records(run: Path | str) -> list[Record]:
+    """The finished records of a run, as its table shows them: split by split, references and base first.
 
     Raises:
         UserError: there is none, or they are not of one evaluation.
     """
-    records = [part for record in _finished(Path(run)) if record["split"] != FALLS for part in parts(record)]
-    return sorted(records, key=position)
+    return sorted((part for record in _finished(Path(run)) for part in parts(record)), key=position)
 
 
-def read_falls(run: Path | str) -> list[dict[str, Any]]:
-    """The finished records of the test of p(t|y), which may be none."""
-    return sorted((record for record in _finished(Path(run)) if record["split"] == FALLS), key=position)
+def read_apart(run: Path | str) -> list[Record]:
+    """The finished records of which the table shows nothing, as of PISA's falls."""
+    return sorted((record for record in _finished(Path(run)) if not parts(record)), key=position)
 
 
-def _finished(run: Path) -> list[dict[str, Any]]:
+def _finished(run: Path) -> list[Record]:
     folder = run / "evaluation"
-    records = [files.read_json(path) for path in sorted(folder.glob("*.json"))]
-    records = [record for record in records if len(record["clips"]) == record["total"]]
+    records = [from_json(files.read_json(path), path) for path in sorted(folder.glob("*.json"))]
+    records = [record for record in records if len(record.clips) == record.total]
     if not records:
-        raise UserError(f"{folder}: has no finished evaluation; run `posttrain eval` first")
-    if any(record.get("settings") != records[0].get("settings") for record in records):
-        raise UserError(f"{folder}: an evaluation with other settings was cut off; run `posttrain eval` to its end")
+        raise UserError(f"{folder}: has no finished evaluation; run `posttrain eval` first", "unfinished")
+    first = records[0]
+    if any((record.benchmark, record.settings) != (first.benchmark, first.settings) for record in records):
+        raise UserError(
+            f"{folder}: an evaluation with other settings was cut off; run `posttrain eval` to its end", "unfinished"
+        )
     return records
 
 
-def gather(runs: Mapping[str, Sequence[Path]]) -> list[dict[str, Any]]:
-    """The records of several runs, named by the value of a sweep or the row of a table that they are of.
+def parts(record: Record) -> list[Record]:
+    """The record by the splits under which the table shows its clips: itself, several, or none."""
+    benchmark = named(record.benchmark)
+    splits: dict[str, list[ClipScore]] = {}
+    for clip in record.clips:
+        if (split := benchmark.split(record.split, clip)) is not None:
+            splits.setdefault(split, []).append(clip)
+    return [replace(record, split=split, clips=tuple(clips)) for split, clips in sorted(splits.items())]
 
-    References and base, where all share them, are there once. `row` is None of these. Runs of one row are pooled.
+
+def gather(runs: Mapping[str, Sequence[Path]]) -> list[Record]:
+    """The records of several runs, named by the value of a sweep or the row of a table that they are of (`origin`).
+
+    References and base, where all share them, are there once. Runs of one origin are pooled.
 
     Raises:
-        UserError: runs of one row were measured in different ways, or one of them was not.
+        UserError: runs of one origin were measured in different ways, or one of them was not.
     """
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for row, folders in runs.items():
-        alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    found: dict[tuple[str, str], Record] = {}
+    for origin, folders in runs.items():
+        alike: dict[tuple[str, str], list[Record]] = {}
         for folder in folders:
             for record in read_records(folder):
-                samples = str(folder / "samples" / record["model"])
-                alike.setdefault((record["model"], record["split"]), []).append(record | {"samples": samples})
+                record = replace(record, origin=origin, samples=str(folder / "samples" / record.model))
+                alike.setdefault((record.model, record.split), []).append(record)
         for (name, split), records in alike.items():
-            fixed = name in FIXED
+            first = records[0]
+            same = name in fixed(first)
             if len(records) < len(folders):
-                raise UserError(f"{folders[0].parent}: not all its runs were measured on {split} clips; evaluate them")
+                raise UserError(
+                    f"{folders[0].parent}: not all its runs were measured on {split} clips; evaluate them", "unfinished"
+                )
             for record, folder in zip(records, folders, strict=True):
-                if record["settings"] != records[0]["settings"] or (fixed and record["key"] != records[0]["key"]):
-                    raise UserError(f"{folder}: was measured otherwise than {folders[0]}; `posttrain eval` both again")
-            record = records[0] if fixed else pooled(records)
-            shared = fixed and found.get((name, split), record)["key"] == record["key"]
-            label = name if shared else f"{name} {row}"
-            found[label, split] = record | {"model": label, "row": None if fixed else row}
+                if record.settings != first.settings or (same and record.key != first.key):
+                    raise UserError(
+                        f"{folder}: was measured otherwise than {folders[0]}; `posttrain eval` both again", "mismatch"
+                    )
+            record = first if same else pooled(records)
+            shared = same and found.get((name, split), record).key == record.key
+            label = name if shared else f"{name} {origin}"
+            found[label, split] = replace(record, row=label)
     return sorted(found.values(), key=position)
 
 
-def comparable(records: Sequence[dict[str, Any]], rows: Sequence[str]) -> list[list[dict[str, Any]]]:
-    """Of what `gather` gives, the trained models' records by split, where each of `rows` was measured on it.
+def comparable(records: Sequence[Record], origins: Sequence[str]) -> list[list[Record]]:
+    """Of what `gather` gives, the trained models' records by split, where each of `origins` was measured on it.
 
     Raises:
         UserError: there is no such split, or they were measured on other clips or in another way.
     """
-    labels = {(record["model"], record["split"]) for record in records}
-    splits: dict[str, list[dict[str, Any]]] = {}
+    labels = {(record.row, record.split) for record in records}
+    splits: dict[str, list[Record]] = {}
     for record in records:
-        if record["row"] is not None:
-            splits.setdefault(record["split"], []).append(record)
-    splits = {split: found for split, found in splits.items() if len(found) == len(rows)}
+        if record.model not in fixed(record):
+            splits.setdefault(record.split, []).append(record)
+    splits = {split: found for split, found in splits.items() if len(found) == len(origins)}
     if not splits:
-        raise UserError(f"{', '.join(rows)}: no split on which all of them were measured; `posttrain eval` each")
+        raise UserError(
+            f"{', '.join(origins)}: no split on which all of them were measured; `posttrain eval` each", "unfinished"
+        )
     for split, (first, *others) in splits.items():
         for record in others:
-            row = record["row"]
             # what the tracker finds in the true clips is the same where clips, tracker and the code that measures are
-            if (f"truth {row}", split) in labels:
-                raise UserError(f"{row}: was measured on other clips than {rows[0]}, by another tracker or older code")
-            if any(record["settings"][key] != first["settings"][key] for key in ("seeds", "sampler")):
+            if (f"{fixed(record)[0]} {record.origin}", split) in labels:
                 raise UserError(
-                    f"{row}: was measured with other eval.seeds or eval.sampler than {rows[0]}; measure again"
+                    f"{record.origin}: was measured on other clips than {origins[0]}, by another tracker or older code",
+                    "mismatch",
+                )
+            here, there = record.settings or {}, first.settings or {}
+            if any(here.get(key) != there.get(key) for key in ("seeds", "sampler")):
+                raise UserError(
+                    f"{record.origin}: was measured with other eval.seeds or eval.sampler than {origins[0]}; measure "
+                    "again",
+                    "mismatch",
                 )
     return list(splits.values())
 
 
-def pooled(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One record of a row's runs, clip by clip: the mean of each number that is there; the paths of all samples."""
+def pooled(records: Sequence[Record]) -> Record:
+    """One record of several runs, clip by clip: the mean of each number that is there; the paths of all samples."""
     if len(records) == 1:
         return records[0]
     clips = []
-    for same in zip(*(record["clips"] for record in records), strict=True):
-        assert len({clip["id"] for clip in same}) == 1
-        joined: dict[str, Any] = {
-            key: [each for clip in same for each in clip[key]] for key in ("paths", "impact_frames") if key in same[0]
-        }
-        if "physics" in same[0]:
-            joined["physics"] = {
-                name: pisa.pooled([clip["physics"][name] for clip in same]) for name in same[0]["physics"]
-            }
-        clips.append(average([{k: v for k, v in clip.items() if k not in joined} for clip in same]) | joined)
-    return records[0] | {"clips": clips, "seconds": sum(record["seconds"] for record in records)}
+    for same in zip(*(record.clips for record in records), strict=True):
+        assert len({clip.id for clip in same}) == 1
+        clips.append(merge(same))
+    return replace(records[0], clips=tuple(clips), seconds=sum(record.seconds for record in records))
 
 
-def average(values: Sequence[Any]) -> Any:
-    """The mean of numbers that are not None, place by place in lists and mappings; what is the same in all stays."""
-    present = [value for value in values if value is not None]
-    if all(value == present[0] for value in present):
-        return present[0] if present else None
-    match present[0]:
-        case dict() as first:
-            return {key: average([value[key] for value in present]) for key in first}
-        case list():
-            return [average(same) for same in zip(*present, strict=True)]
-        case _:
-            return sum(present) / len(present)
-
-
-def parts(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The record of a grid as one of the clips within the distribution of the training clips and one of the others."""
-    if record["split"] != GRID:
-        return [record]
-    clips = {
-        name: [clip for clip in record["clips"] if clip["truth"]["id"] == (name == "id")] for name in ("id", "ood")
-    }
-    return [record | {"split": name, "clips": some} for name, some in clips.items() if some]
-
-
-def position(record: dict[str, Any]) -> tuple[bool, str, int]:
+def position(record: Record) -> tuple[bool, str, int]:
     """Where a record stands among others: by split, unseen first, references and base before the rest."""
-    row = record["model"]
-    return record["split"] != "unseen", record["split"], FIXED.index(row) if row in FIXED else len(FIXED)
+    names = fixed(record)
+    return record.split != "unseen", record.split, names.index(record.row) if record.row in names else len(names)
 
 
 def interval(
@@ -173,29 +269,33 @@ def interval(
     return {statistic: middle, "low": float(low), "high": float(high), "n": len(present)}
 
 
-def summary(record: dict[str, Any]) -> dict[str, Any]:
+def summary(record: Record) -> dict[str, Any]:
     """One row of report.json: each metric's interval over clips; "released" holds those of the other convention.
 
     "physics" is the scorecard, with medians, as a fit fails now and then.
     """
-    clips = record["clips"]
-    released = {key: interval([clip["released"][key] for clip in clips]) for key in clips[0]["released"]}
-    means = {key: interval([clip[key] for clip in clips]) for key in pisa.METRICS}
-    cards = [clip.get("physics", {}) for clip in clips]  # older runs have none
-    card = {name: interval([found[name] and found[name][0] for found in cards], "median") for name in cards[0]}
-    return {"model": record["model"], "split": record["split"]} | means | {"released": released, "physics": card}
+    clips, first = record.clips, record.clips[0]
+    means = {metric.key: interval([clip.numbers[metric.key] for clip in clips]) for metric in _metrics(record)}
+    released = {key: interval([clip.released[key] for clip in clips]) for key in first.released}
+    pairs = {name: [clip.physics[name] for clip in clips] for name in first.physics}
+    card = {name: interval([pair[0] if pair else None for pair in found], "median") for name, found in pairs.items()}
+    return {"model": record.row, "split": record.split} | means | {"released": released, "physics": card}
 
 
-def difference(record: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
+def difference(record: Record, against: Record) -> dict[str, Any]:
     """Each metric of `record` minus that of `against`, clip by clip; paired intervals over the clips in both."""
-    others = {clip["id"]: clip for clip in against["clips"]}
-    pairs = [(clip, others[clip["id"]]) for clip in record["clips"] if clip["id"] in others]
+    others = {clip.id: clip.numbers for clip in against.clips}
+    pairs = [(clip.numbers, others[clip.id]) for clip in record.clips if clip.id in others]
 
     def gap(key: str) -> list[float | None]:
-        return [None if a[key] is None or b[key] is None else a[key] - b[key] for a, b in pairs]
+        return [None if (x := a[key]) is None or (y := b[key]) is None else x - y for a, b in pairs]
 
-    names = {"model": record["model"], "against": against["model"], "split": record["split"]}
-    return names | {key: interval(gap(key)) for key in pisa.METRICS}
+    names = {"model": record.row, "against": against.row, "split": record.split}
+    return names | {metric.key: interval(gap(metric.key)) for metric in _metrics(record)}
+
+
+def _metrics(record: Record) -> tuple[Metric, ...]:
+    return named(record.benchmark).metrics
 
 
 def wide() -> Console:
@@ -204,44 +304,41 @@ def wide() -> Console:
     return console if console.is_terminal else Console(width=120)
 
 
-def print_table(records: Sequence[dict[str, Any]], console: Console | None = None, released: bool = False) -> None:
-    """The records' means, L2 first with its interval; `released`: in the other convention. Fits 80 columns."""
+def print_table(records: Sequence[Record], console: Console | None = None, released: bool = False) -> None:
+    """The records' means, the first metric with its interval; `released`: in the other convention. Fits 80 columns."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    headings = {
-        "l2": "L2 [95%]",
-        "chamfer": "Chamfer",
-        "iou": "IoU",
-        "vanished": "Vanished",
-        "time_error": "Time error",
-    }
-    if released:
-        del headings["time_error"]
-    for heading in ("Model", "Clips", *headings.values()):
+    metrics = named(records[0].benchmark).metrics
+    shown = [m for m in metrics if not released or m.key in records[0].clips[0].released][:PRINTED]
+    titles = [f"{metric.title} [95%]" if metric is shown[0] else metric.title for metric in shown]
+    for heading in ("Model", "Clips", *titles):
         table.add_column(heading, justify="left" if heading in ("Model", "Clips") else "right", no_wrap=True)
     for previous, record in zip([records[0], *records], records, strict=False):
-        if previous["split"] != record["split"]:
+        if previous.split != record.split:
             table.add_row()
-        row = summary(record)["released"] if released else summary(record)
-        cells = {key: "-" if row[key]["mean"] is None else f"{row[key]['mean']:.3f}" for key in headings}
-        if row["l2"]["mean"] is not None:
-            cells["l2"] += f" [{row['l2']['low']:.3f}, {row['l2']['high']:.3f}]"
-        if not released and row["time_error"]["mean"] is not None:
-            cells["time_error"] += " s"
-        style = "dim" if record["model"] in REFERENCES else None
-        table.add_row(record["model"], record["split"], *cells.values(), style=style)
+        values = summary(record)["released"] if released else summary(record)
+        cells = []
+        for metric in shown:
+            value = values[metric.key]
+            cell = "-" if value["mean"] is None else f"{value['mean']:.3f}"
+            if value["mean"] is not None and metric is shown[0]:
+                cell += f" [{value['low']:.3f}, {value['high']:.3f}]"
+            cells.append(f"{cell} {metric.unit}" if metric.unit and value["mean"] is not None else cell)
+        style = "dim" if record.row in references(record) else None
+        table.add_row(record.row, record.split, *cells, style=style)
     (console or Console()).print(table)
 
 
-def print_differences(splits: Sequence[Sequence[dict[str, Any]]], console: Console | None = None) -> None:
+def print_differences(splits: Sequence[Sequence[Record]], console: Console | None = None) -> None:
     """What records of each split differ by from its first one: paired means over clips with 95% intervals."""
+    shown = named(splits[0][0].benchmark).headlines[:2]
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column(f"Minus {splits[0][0]['model']}", no_wrap=True)
+    table.add_column(f"Minus {splits[0][0].row}", no_wrap=True)
     table.add_column("Clips", no_wrap=True)
-    for heading in ("L2 [95%]", "IoU [95%]"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    for metric in shown:
+        table.add_column(f"{metric.title} [95%]", justify="right", no_wrap=True)
     for first, *others in splits:
         for record in others:
-            gap = difference(record, first)
-            cells = [f"{gap[k]['mean']:+.3f} [{gap[k]['low']:+.3f}, {gap[k]['high']:+.3f}]" for k in ("l2", "iou")]
-            table.add_row(record["model"], record["split"], *cells)
+            gaps = [difference(record, first)[metric.key] for metric in shown]
+            cells = [f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]" for gap in gaps]
+            table.add_row(record.row, record.split, *cells)
     (console or Console()).print(table)

@@ -1,15 +1,15 @@
 """From first pictures and captions to video clips, and clips to files that browsers play."""
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from posttrain.core import codec
 from posttrain.core.errors import UserError
 from posttrain.core.files import replacing
 from posttrain.flow import sample
@@ -88,6 +88,11 @@ def sample_clips(
     return to_uint8(video_BCFHW)
 
 
+def clip_seed(seed: int, clip: str) -> int:
+    """The seed of a clip's noise: a function of (seed, clip id) alone, whatever batch the clip is in."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{clip}".encode()).digest()[:8], "big") >> 1
+
+
 def to_uint8(video_BCFHW: Tensor) -> Pixels:
     """Pixels in [-1, 1] (B, C, F, H, W) to uint8 (B, F, H, W, C), rounded."""
     scaled = ((video_BCFHW.float() + 1) * 127.5).round().clamp(0, 255)
@@ -101,12 +106,5 @@ def write_video(path: Path | str, frames: Pixels, fps: float) -> None:
 
     H and W must be even.
     """
-    with replacing(path) as temporary, av.open(str(temporary), "w", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream(
-            "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "10", "preset": "medium"}
-        )
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode())
+    with replacing(path) as temporary:
+        codec.write_near_lossless(temporary, frames, fps)

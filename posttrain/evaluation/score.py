@@ -15,9 +15,11 @@ the authors click again. Files are those of evaluate.py, which see: evaluation/,
 """
 
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,17 +27,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from posttrain.core import files
+from posttrain.core import codec, files
 from posttrain.core.errors import UserError
 from posttrain.core.progress import progress
-from posttrain.data import videos
-from posttrain.evaluation import sample
-from posttrain.evaluation.benchmarks import pisa
+from posttrain.data import listing, schema, views
+from posttrain.evaluation import records, sample
+from posttrain.evaluation.benchmarks import base, pisa
+from posttrain.evaluation.benchmarks.base import ClipScore, Tracker, merge
 from posttrain.evaluation.benchmarks.pisabench import Truth
-from posttrain.evaluation.evaluate import Tracker, tell, weights_fingerprint
-from posttrain.evaluation.records import read_records
-from posttrain.metrics import masks as masks_module
-from posttrain.metrics import physics
+from posttrain.evaluation.evaluate import file_name, say, source, weights_fingerprint
+from posttrain.evaluation.records import Record, read_records
 from posttrain.metrics import pisa as metric
 from posttrain.models.base import VideoModel
 from posttrain.types import Batch
@@ -50,7 +51,7 @@ def score(
     tracker: Tracker,
     fps: float | None = None,
     device: torch.device | str = "cpu",
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """Score the videos of each folder on every split; returns the records (also in `out`/evaluation).
 
     Args:
@@ -75,15 +76,20 @@ def score(
             record = _blank(row, split, folder, chosen, found, protocol, fps)
             if len(chosen) < len(truths):
                 lacking = next(truth.id for truth in truths if truth.id not in found)
-                tell(record, f"{len(chosen)} of {len(truths)} have a video in {folder} ({lacking} has none)")
+                say(record, f"{len(chosen)} of {len(truths)} have a video in {folder} ({lacking} has none)")
             _complete(out, record, chosen, found, tracker, device)
             scored = True
         for split in empty if scored else ():
-            tell({"model": row, "split": split.removeprefix("test_")}, f"left out, {folder} has no video of them")
+            print(
+                f"{row} on {split.removeprefix('test_')} clips: left out, {folder} has no video of them",
+                file=sys.stderr,
+            )
         if not scored:
             split, truths = next(iter(benchmark.items()))
             example = f"{split}/{truths[0].id}" if len(benchmark) > 1 else truths[0].id
-            raise UserError(f"{folder}: has no video of any clip; name them by the clips, as in {example}.mp4")
+            raise UserError(
+                f"{folder}: has no video of any clip; name them by the clips, as in {example}.mp4", "no_clips"
+            )
     return read_records(out)
 
 
@@ -98,7 +104,7 @@ def samples_of(folder: Path, split: str, ids: Sequence[str], several: bool) -> d
     found: dict[str, list[tuple[int, Path]]] = {}
     for path in sorted(place.iterdir()) if place.is_dir() else ():
         parts = re.fullmatch(r"(.+?)(?:-s(\d+))?", path.stem)
-        if parts and path.suffix.lower() in videos.SUFFIXES and parts[1] in known:
+        if parts and path.suffix.lower() in listing.SUFFIXES and parts[1] in known:
             found.setdefault(parts[1], []).append((int(parts[2] or 0), path))
     return {name: [path for _, path in sorted(some)] for name, some in found.items()}
 
@@ -116,7 +122,7 @@ class Start(Protocol):
     def picture(self) -> Callable[[], np.ndarray]: ...
 
 
-def imagine(
+def sample_missing(
     model: Callable[[], AbstractContextManager[VideoModel]],
     benchmark: Mapping[str, Sequence[Start]],
     folder: Path,
@@ -158,7 +164,7 @@ def imagine(
                 some = islice(dict.fromkeys(told[first:]), max(texts_kept, batch))
                 texts = sample.encode_texts(ready, [*some, *unwanted])
             pictures = np.stack([padded(truth.picture(), size) for truth, _, _ in part])
-            noise = [pisa.clip_seed(seed, truth.id) for truth, seed, _ in part]
+            noise = [sample.clip_seed(seed, truth.id) for truth, seed, _ in part]
             made = sample.sample_clips(
                 ready, pictures, captions, noise, frames, steps, guidance, negative, guidance_low, texts
             )
@@ -171,10 +177,10 @@ def imagine(
 def padded(picture_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A picture (uint8) scaled to fit into `size` (height, width), in the middle of black."""
     height, width = picture_HWC.shape[:2]
-    top, left, tall, wide = videos.centred(size, (height, width))
+    top, left, tall, wide = views.centred(size, (height, width))
     out = np.zeros((*size, 3), np.uint8)
-    view = videos.View((), False, (0, 0, height, width), (tall, wide))
-    out[top : top + tall, left : left + wide] = videos.scale(picture_HWC, view)
+    view = views.View((), False, (0, 0, height, width), (tall, wide))
+    out[top : top + tall, left : left + wide] = views.scale(picture_HWC, view)
     return out
 
 
@@ -183,7 +189,11 @@ def _claim(out: Path, protocol: dict[str, Any]) -> None:
     path = out / "protocol.json"
     kept = files.read_json(path) if path.exists() else protocol
     if other := [name for name in protocol if kept.get(name) != protocol[name]]:
-        raise UserError(f"{path}: its scores are of another {', '.join(other)}; choose another --out or delete {out}")
+        raise UserError(
+            f"{path}: its scores are of another {', '.join(other)}; choose another --out or delete {out}",
+            "other_run",
+            "--out",
+        )
     files.write_json(path, protocol)
 
 
@@ -195,65 +205,66 @@ def _blank(
     found: Mapping[str, Sequence[Path]],
     protocol: dict[str, Any],
     fps: float | None,
-) -> dict[str, Any]:
+) -> Record:
     """A record without numbers. Its key changes with everything that its numbers depend on."""
-    sources = [files.sha256(Path(str(module.__file__))) for module in (metric, physics, masks_module, pisa, videos)]
+    sources = [source(module) for module in (pisa, *pisa.BENCHMARK.sources, base, codec, views)]
     facts = {
-        "clips": [[truth.id, truth.key, truth.row, [files.sha256(p) for p in found[truth.id]]] for truth in truths],
+        "clips": [
+            [truth.id, truth.key, schema.to_json(truth.row), [files.sha256(p) for p in found[truth.id]]]
+            for truth in truths
+        ],
         "sources": [*sources, files.sha256(Path(__file__))],
         "protocol": protocol,
         "fps": fps,
     }
     name = split.replace("/", "-")
-    return {
-        "model": row,
-        "split": name.removeprefix("test_"),
-        "folder": name,
-        "key": files.sha256_json(facts),
-        "videos": str(folder),
-        "fps": None,
-        "given_fps": fps,
-        "frames": None,
-        "size": list(scored_size(truths[0].size)),
-        "seeds": max(len(found[truth.id]) for truth in truths),
-        "total": len(truths),
-        "seconds": 0.0,
-        "clips": [],
-    }
+    return Record(
+        model=row,
+        row=row,
+        split=name.removeprefix("test_"),
+        folder=name,
+        key=files.sha256_json(facts),
+        size=list(scored_size(truths[0].row.size)),
+        seeds=max(len(found[truth.id]) for truth in truths),
+        total=len(truths),
+        videos=str(folder),
+        given_fps=fps,
+    )
 
 
 def _complete(
     out: Path,
-    record: dict[str, Any],
+    record: Record,
     truths: Sequence[Truth],
     found: Mapping[str, Sequence[Path]],
     tracker: Tracker,
     device: torch.device | str,
 ) -> None:
     """Score the clips that the record's file does not have yet, one by one."""
-    path = out / "evaluation" / f"{record['model']}-{record['folder']}.json"
-    samples = out / "samples" / record["model"] / record["folder"]
-    kept = files.read_json(path) if path.exists() else {}
-    if kept.get("key") == record["key"]:
+    path = out / "evaluation" / file_name(record.model, record.folder)
+    samples = out / "samples" / record.model / record.folder
+    kept = records.read(path)
+    if kept is not None and kept.key == record.key:
         record = kept
-    done = len(record["clips"])
-    if done == record["total"]:
-        tell(record, f"reused from {path}")
+    done = len(record.clips)
+    if done == record.total:
+        say(record, f"reused from {path}")
         return
-    with progress(f"{record['model']} on {record['split']} clips", record["total"], done) as advance:
+    with progress(f"{record.model} on {record.split} clips", record.total, done) as advance:
         for truth in truths[done:]:
             started = time.monotonic()
             scores = []
             for seed, video in enumerate(found[truth.id]):
-                pictures, rate = load(video, scored_size(truth.size))
-                rate = record["given_fps"] or rate
+                pictures, rate = load(video, scored_size(truth.row.size))
+                rate = record.given_fps or rate
                 scores.append(score_video(pictures, rate, truth, tracker, device))
                 sample.write_video(samples / f"{truth.id}-s{seed}.mp4", pictures, rate)
-            if not record["clips"]:
-                record |= {"fps": rate, "frames": len(pictures)}
-            record["clips"].append({"id": truth.id, "caption": truth.caption} | pisa.average(scores))
-            record["seconds"] = round(record["seconds"] + time.monotonic() - started, 2)
-            files.write_json(path, record)
+            if not record.clips:
+                record = replace(record, fps=rate, frames=len(pictures))
+            clip = replace(merge(scores), id=truth.id, caption=truth.caption)
+            seconds = round(record.seconds + time.monotonic() - started, 2)
+            record = replace(record, clips=(*record.clips, clip), seconds=seconds)
+            records.write(path, record)
             advance("")
 
 
@@ -268,27 +279,27 @@ def load(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, float]:
 
     They are its largest centred box of the shape of `size`, scaled to it.
     """
-    facts = videos.inspect(path)
+    facts = codec.inspect(path)
     if len(facts.times) < 2:
-        raise UserError(f"{path}: is a single picture; give videos")
+        raise UserError(f"{path}: is a single picture; give videos", "format")
     frames = facts.marks or tuple(range(len(facts.times)))
-    view = videos.View(frames, facts.marks is not None, videos.centred(facts.size, size), size)
-    return videos.read(path, view), float(1 / np.median(np.diff(facts.times)))
+    view = views.View(frames, facts.marks is not None, views.centred(facts.size, size), size)
+    return views.read(path, view), float(1 / np.median(np.diff(facts.times)))
 
 
 def score_video(
     pictures_FHWC: np.ndarray, fps: float, truth: Truth, tracker: Tracker, device: torch.device | str = "cpu"
-) -> dict[str, Any]:
-    """One video against its truth, as benchmarks.pisa.score_videos has it; "true_path" has the video's frames."""
+) -> ClipScore:
+    """One video against its truth, as pisa.score has it; `true_path` has the video's frames."""
     height, width = pictures_FHWC.shape[1:3]
-    needed = int(len(pictures_FHWC) * truth.fps / fps) + 2  # masks beyond are not compared
-    view = videos.View((), False, videos.centred(truth.size, (height, width)), (height, width))
-    true_FHW = np.stack([videos.scale_ids(mask, view) for mask in truth.masks(needed)])
+    needed = int(len(pictures_FHWC) * truth.row.fps / fps) + 2  # masks beyond are not compared
+    view = views.View((), False, views.centred(truth.row.size, (height, width)), (height, width))
+    true_FHW = np.stack([views.scale_ids(mask, view) for mask in truth.masks(needed)])
     batch = Batch(
         ids=(truth.id,),
         instances_BFHW=torch.from_numpy(true_FHW[None].astype(np.uint8)).to(device),
         target_B=torch.ones(1, dtype=torch.int64, device=device),
     )
-    found = pisa.score_videos(pictures_FHWC[None], batch, [truth.row], tracker, fps)[0]
-    seen = metric.true_frames(len(pictures_FHWC), len(true_FHW), fps, truth.fps, "paper")
-    return found | {"true_path": pisa.path(true_FHW[seen])}
+    found = pisa.score(pictures_FHWC[None], batch, [truth.row], fps, tracker)[0]
+    seen = metric.true_frames(len(pictures_FHWC), len(true_FHW), fps, truth.row.fps, "paper")
+    return replace(found, true_path=pisa.path(true_FHW[seen]))

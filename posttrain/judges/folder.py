@@ -1,7 +1,7 @@
 """Score the videos of a folder: `posttrain score FOLDER --judge simulator|vlm|endpoint`.
 
 FOLDER holds samples, named <clip>-s<seed>.mp4 by the clips of a dataset, which has their captions; or it is itself a
-dataset folder, or one of any videos with captions (data/videos.py). Scores go beside the videos, a row of scores.jsonl
+dataset folder, or one of any videos with captions (data/listing.py). Scores go beside the videos, a row of scores.jsonl
 each, where groups look for them (data/groups.py):
 
     {"file_name": "00012-s0.mp4", "sa": 0.9, "pc": 0.2, "judge": "...", "key": "..."}
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from posttrain.core import files
 from posttrain.core.errors import UserError
 from posttrain.core.progress import progress
-from posttrain.data import videos
+from posttrain.data import listing
 from posttrain.data.groups import SCORES, sample_of
 from posttrain.judges.questions import Judge
 
@@ -41,18 +41,18 @@ def find(folder: Path, clips: Path | None, split: str) -> tuple[list[Video], Pat
         UserError: there are no such videos, or one has no caption.
     """
     if clips is None:
-        listed = videos.entries(folder, split)
+        listed = listing.entries(folder, split)
         if not listed:
             raise UserError(
                 f"{folder}: has no videos with captions in {split}; of samples, name the dataset by --clips"
             )
         found = [_captioned(e, e.folder / e.name, e.name) for e in listed]
         return found, listed[0].folder / SCORES
-    true: dict[str, videos.Entry] = {}
-    for entry in videos.entries(clips, split):
+    true: dict[str, listing.Entry] = {}
+    for entry in listing.entries(clips, split):
         if true.setdefault(Path(entry.name).stem, entry) is not entry:
             raise UserError(f"--clips: {clips} has two clips called {Path(entry.name).stem}; rename one of them")
-    matched = [(sample_of(path.stem, true), path) for path in sorted(folder.glob("*.mp4"))]
+    matched = [(sample_of(path.stem, true), path) for path in listing.videos_in(folder)]
     found = [_captioned(true[sample[0]], path, path.name) for sample, path in matched if sample]
     if not found:
         raise UserError(
@@ -61,7 +61,7 @@ def find(folder: Path, clips: Path | None, split: str) -> tuple[list[Video], Pat
     return found, folder / SCORES
 
 
-def _captioned(entry: videos.Entry, path: Path, name: str) -> Video:
+def _captioned(entry: listing.Entry, path: Path, name: str) -> Video:
     if entry.caption is None:
         raise UserError(f"{entry.folder / entry.name}: has no caption to be judged by; give it one")
     if not path.is_file():

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from posttrain.core import codec
 from posttrain.core.errors import UserError
-from posttrain.data import videos
+from posttrain.data import views
 from posttrain.data.groups import Scores
 
 Ask = Callable[[np.ndarray, str], float]  # (pictures uint8 (F, H, W, 3), question) -> the answer's worth, in [0, 1]
@@ -45,10 +46,10 @@ def pictures(path: Path, wanted: int) -> np.ndarray:
     Raises:
         UserError: it is torn or no video.
     """
-    facts = videos.inspect(path)
+    facts = codec.inspect(path)
     places = spread(len(facts.times), wanted).tolist()
     frames = tuple(places if facts.marks is None else (facts.marks[place] for place in places))
-    return videos.read(path, videos.View(frames, facts.marks is not None, (0, 0, *facts.size), facts.size))
+    return views.read(path, views.View(frames, facts.marks is not None, (0, 0, *facts.size), facts.size))
 
 
 def asking(ask: Ask, frames: int) -> Judge:

@@ -2,7 +2,7 @@
 
 Both mean the same, a deviation as a share of that of the clip in which nothing moves:
 
-    a counterfactual (sim/counterfactual.py)   pc = 1 - severity                          sa = 1
+    a counterfactual (sim/worlds/counterfactual.py)   pc = 1 - severity                          sa = 1
     a sample of a true clip's first picture    pc = 1 - min(1, L2 / L2_frozen)            sa = 1 - vanished
 
 with PISA's L2 (metrics/pisa.py, equation 6; where the object vanished it is 1) of the sample's masks and of the true
@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from posttrain.core import codec
 from posttrain.core.errors import UserError
-from posttrain.data import videos
+from posttrain.data import views
 from posttrain.data.dataset import Clips, to_float
 from posttrain.data.groups import Scores, names, sample_of
 from posttrain.judges.questions import Judge
@@ -43,7 +44,8 @@ def counterfactuals(clips: Clips) -> Judge:
     rows = {clips.video(index): clips.row(index) for index in range(len(clips))}
 
     def judge(path: Path, caption: str) -> Scores:
-        return of_severity((rows[path].get("violation") or {"severity": 0.0})["severity"])
+        violation = rows[path].violation
+        return of_severity(violation.severity if violation else 0.0)
 
     return judge
 
@@ -72,14 +74,16 @@ def samples(clips: Clips, track: Track, device: torch.device) -> Judge:
         index = places[sample[0]]
         _, instances_FHW = clips.read(index)
         assert instances_FHW is not None
-        true_FHW = instances_FHW == clips.row(index)["target"] + 1
+        target = clips.row(index).target
+        assert target is not None
+        true_FHW = instances_FHW == target + 1
         if not true_FHW[0].any():
             raise UserError(f"{clips.video(index)}: shows no object to follow in its first picture; leave it out")
-        facts, size = videos.inspect(path), true_FHW.shape[1:]
+        facts, size = codec.inspect(path), true_FHW.shape[1:]
         frames = facts.marks or tuple(range(len(facts.times)))
         shape = (int(size[0]), int(size[1]))
-        view = videos.View(frames, facts.marks is not None, videos.centred(facts.size, shape), shape)
-        video_BCFHW = to_float(videos.read(path, view))[None].to(device)
+        view = views.View(frames, facts.marks is not None, views.centred(facts.size, shape), shape)
+        video_BCFHW = to_float(views.read(path, view))[None].to(device)
         mask0_BHW = torch.from_numpy(true_FHW[:1]).to(device)
         masks_FHW = segment(track, video_BCFHW, mask0_BHW)[0].cpu().numpy()
         rates = float(1 / np.median(np.diff(facts.times))), clips.splits[0].fps

@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 from posttrain.core.errors import UserError
 from posttrain.core.recipe import Plugin, Strict
-from posttrain.data.dataset import Clips, GroupsConfig
+from posttrain.data.config import GroupsConfig
+from posttrain.data.dataset import Clips
 from posttrain.data.latents import Annotated, Latents
 from posttrain.flow import SamplerConfig
 from posttrain.training.checkpoints import start_fingerprint

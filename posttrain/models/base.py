@@ -1,7 +1,7 @@
 """What the house asks of a family of video models, and how a recipe names a model.
 
-A family is a package `posttrain/models/<name>`. It keeps two protocols: `Family` is the package itself, `VideoModel` what
-its `load` returns. Nothing outside its folder names it.
+A family is a package `posttrain/models/<name>`. It keeps two protocols: the package is a `Family`, and what its `load`
+returns a `VideoModel`. Nothing outside its folder names it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -79,11 +79,11 @@ class ModelConfig(Strict):
 
     @model_validator(mode="after")
     def _of_a_video_model(self) -> Self:
-        given = [name for name in ("adapter", "start", "merge") if getattr(self, name)]
+        given = [name for name in ("start", "merge", "adapter") if getattr(self, name)]
         if given and not is_video(self.family):
             raise PydanticCustomError(
                 "part",
-                "{given} is for video models, and {family} is a network; leave it out, and name a folder in path",
+                "{given} is for video models, and {family} is a network, which starts from path; leave it out",
                 {"given": given[0], "family": self.family},
             )
         return self

@@ -25,9 +25,11 @@ from torch import Tensor
 from posttrain.core.errors import UserError
 from posttrain.core.progress import markdown
 from posttrain.core.progress import track as progress
-from posttrain.data.dataset import Clips, DataConfig
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips
 from posttrain.evaluation.benchmarks import pisa as benchmark
-from posttrain.evaluation.sample import sample_clips
+from posttrain.evaluation.benchmarks.base import ClipScore
+from posttrain.evaluation.sample import clip_seed, sample_clips
 from posttrain.metrics import masks, pisa
 from posttrain.models.base import ModelConfig
 from posttrain.models.wan.loading import load as load_wan
@@ -76,14 +78,14 @@ def measure(track: masks.Track, clips: Clips, show: Show) -> list[Row]:
         true_BFHW = batch.instances_BFHW == batch.target_B.view(-1, 1, 1, 1)
         found_BFHW = masks.segment(track, video_BCFHW, true_BFHW[:, 0])
         for i, index in enumerate(indices):
-            true, found, info = true_BFHW[i].numpy(), found_BFHW[i].numpy(), clips.row(index)
-            score = pisa.score(found, true, info["fps"], info["fps"])
+            true, found, row = true_BFHW[i].numpy(), found_BFHW[i].numpy(), clips.row(index)
+            score = pisa.score(found, true, row.fps, row.fps)
             error = (video_BCFHW[i] - batch.video_BCFHW[i]).square().mean(0)
             rows.append(
                 {
                     "size": size_bin(true[0].sum() ** 0.5),
-                    "motion": info["motion"],
-                    "company": "alone" if len(info["bodies"]) == 1 else "others in view",
+                    "motion": row.motion,
+                    "company": "alone" if len(row.bodies) == 1 else "others in view",
                     "iou": float(masks.iou(found, true)[1:].mean()),
                     "l2": score["l2"],
                     "vanished": score["vanished"],
@@ -136,20 +138,20 @@ def check_base(model: Wan, track: masks.Track, data: Sequence[Clips], steps: int
     """PISA's scores, means over each data set's clips (one seed)."""
     lines = []
     for clips in data:
-        scores: dict[str, list[Row]] = {"base": [], "frozen": []}
+        scores: dict[str, list[ClipScore]] = {"base": [], "frozen": []}
         starts = range(0, len(clips), BATCH)
         for start in progress(starts, "sampling", len(starts)):
             indices = range(start, min(start + BATCH, len(clips)))
             rows = [clips.row(i) for i in indices]
             videos = np.stack([clips.read(i)[0] for i in indices])
-            seeds = [benchmark.clip_seed(0, clips.ids[i]) for i in indices]
-            captions = [row["caption"] for row in rows]
+            seeds = [clip_seed(0, clips.ids[i]) for i in indices]
+            captions = [row.caption for row in rows]
             made = sample_clips(model, videos[:, 0], captions, seeds, videos.shape[1], steps)
             held = np.repeat(videos[:, :1], videos.shape[1], axis=1)
             for name, pictures in (("base", made), ("frozen", held)):
-                scores[name] += benchmark.score_videos(pictures, clips.load(indices), rows, track, rows[0]["fps"])
+                scores[name] += benchmark.score(pictures, clips.load(indices), rows, rows[0].fps, track)
         for name, found in scores.items():
-            means = [f"{np.mean([s[key] for s in found]):.4f}" for key in ("l2", "chamfer", "iou", "vanished")]
+            means = [f"{np.mean([s.numbers[key] for s in found]):.4f}" for key in ("l2", "chamfer", "iou", "vanished")]
             lines.append([clips.splits[0].folder.parent.name, name, *means])
     return markdown(["clips", "row", "L2", "chamfer", "IoU", "vanished"], lines)
 

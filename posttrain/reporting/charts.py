@@ -7,32 +7,28 @@ from typing import Any
 
 import numpy as np
 
+from posttrain.evaluation.benchmarks.base import Metric
+from posttrain.training.tripwires import QUANTITIES
+
 TITLES = {
     "loss": "Training loss",
     "grad_norm": "Norm of the gradient",
-    "val_l2": "Validation: L2",
-    "val_iou": "Validation: IoU",
-    "val_vanished": "Validation: vanished",
-    "val_reward": "Validation: reward",
-    "val_g_error": "Validation: error of g, m/s²",
-    "val_motion": "Validation: motion, of the truth's",
-    "val_sharpness": "Validation: sharpness, of the truth's",
-    "val_size": "Validation: size, of the truth's",
-    "val_colour": "Validation: error of colour",
     "val_distance": "Distance from the start",
     "val_tripped": "Wires tripped",
 }
 Point = tuple[float, float]
 
 
-def curves(log: list[dict[str, Any]]) -> str:
-    """Loss, validation and whatever else the method logged, over steps."""
+def curves(log: list[dict[str, Any]], metrics: Sequence[Metric]) -> str:
+    """Loss, validation and whatever else the method logged, over steps; `metrics` are the benchmark's."""
+    known = {f"val_{m.key}": f"Validation: {m.title}{m.unit and f', {m.unit}'}" for m in (*QUANTITIES, *metrics)}
+    titles = TITLES | known
     keys = dict.fromkeys(key for row in log for key in row if key not in ("step", "lr", "seconds"))
     figures = ""
     for key in sorted(keys, key=lambda key: (key != "loss", not key.startswith("val_"))):
         points = [(float(row["step"]), float(row[key])) for row in log if row.get(key) is not None]
         if len(points) > 1:
-            figures += f"<figure><figcaption>{html.escape(TITLES.get(key, key))}</figcaption>{curve(points)}</figure>"
+            figures += f"<figure><figcaption>{html.escape(titles.get(key, key))}</figcaption>{curve(points)}</figure>"
     if not figures:
         return ""
     note = '<p class="note">Over training steps. Bold: running mean over 5% of the steps.</p>'

@@ -4,17 +4,18 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from posttrain.evaluation.records import Record
 from posttrain.reporting.charts import Point, chart, nice_ticks
 
 SHOWN = 3  # first pictures: that with the lowest beta, the middle one, that with the highest
 LIFTED = 24  # videos of a picture whose heights are drawn
 
 
-def section(records: Sequence[Mapping[str, Any]], falls: Sequence[Mapping[str, Any]], styles: Mapping[str, str]) -> str:
+def section(records: Sequence[Record], falls: Sequence[Mapping[str, Any]], styles: Mapping[str, str]) -> str:
     """A table of the tests, the distributions for three first pictures, and the falls in metres.
 
     Args:
-        records: of records.read_falls.
+        records: of records.read_apart.
         falls: of benchmarks.distribution.falls, for each of them.
     """
     if not falls:
@@ -51,9 +52,10 @@ def rows(falls: Sequence[Mapping[str, Any]], styles: Mapping[str, str]) -> list[
     return out
 
 
-def figures(records: Sequence[Mapping[str, Any]], falls: Sequence[Mapping[str, Any]], styles: Mapping[str, str]) -> str:
+def figures(records: Sequence[Record], falls: Sequence[Mapping[str, Any]], styles: Mapping[str, str]) -> str:
     """For each shown picture the law and what the models do, then what the last model does in metres."""
-    fps, last = records[-1]["fps"], falls[-1]
+    fps, last = records[-1].fps, falls[-1]
+    assert fps is not None
     betas = [picture["beta"] for picture in last["pictures"]]
     order = sorted(range(len(betas)), key=lambda i: betas[i])
     chosen = list(dict.fromkeys(order[round(i * (len(order) - 1) / (SHOWN - 1))] for i in range(SHOWN)))
@@ -68,10 +70,12 @@ def figures(records: Sequence[Mapping[str, Any]], falls: Sequence[Mapping[str, A
         p_values = ", ".join(f"{html.escape(f['model'])} p {f['pictures'][i]['p_value']:.3f}" for f in falls)
         caption = f"Impact, beta {betas[i]:.3f}; {p_values}; the last step never lands"
         out += f"<figure><figcaption>{caption}</figcaption>{plot}</figure>"
-    groups = list(dict.fromkeys(clip["truth"]["group"] for clip in records[-1]["clips"]))
+    groups = list(dict.fromkeys(clip.truth["group"] for clip in records[-1].clips))
     for i in chosen:
-        clips = [clip for clip in records[-1]["clips"] if clip["truth"]["group"] == groups[i]]
-        out += lifts([lift for clip in clips for lift in clip["lifted"] if lift][:LIFTED], last["model"], betas[i], fps)
+        clips = [clip for clip in records[-1].clips if clip.truth["group"] == groups[i]]
+        out += lifts(
+            [lift for clip in clips for lift in clip.lifted or () if lift][:LIFTED], last["model"], betas[i], fps
+        )
     return f'<div class="curves">{out}</div>'
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
+from posttrain.core.codec import first_picture
 from posttrain.core.errors import UserError
 from posttrain.core.files import replacing
 from posttrain.core.progress import track
+from posttrain.data.listing import SUFFIXES
 from posttrain.evaluation.sample import Pixels, encode_texts, sample_clips, write_video
 from posttrain.models.base import VideoModel
 
@@ -34,7 +36,9 @@ class Wish:
 
 
 def open_picture(path: Path | str) -> Image.Image:
-    """A picture file, upright and in RGB. Raises UserError if it is none."""
+    """A picture file, or a video's first picture, upright and in RGB. Raises UserError if it is none."""
+    if Path(path).suffix.lower() in SUFFIXES - {".gif"} and Path(path).is_file():
+        return Image.fromarray(first_picture(Path(path)))
     try:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture).convert("RGB")
@@ -120,7 +124,7 @@ def film(
 
 
 def contact_sheet(path: Path | str, clips: Mapping[str, Pixels], columns: int = 8) -> None:
-    """Write a PNG: a row for each clip, `columns` frames from first to last, its name below."""
+    """Write a .png or .jpg: a row for each clip, `columns` frames from first to last, its name below."""
     rows = []
     for name, clip in clips.items():
         chosen = np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)
@@ -130,7 +134,7 @@ def contact_sheet(path: Path | str, clips: Mapping[str, Pixels], columns: int = 
         ImageDraw.Draw(row).text((2, strip.shape[0] + 1), name, fill="black")
         rows.append(np.asarray(row))
     with replacing(path) as temporary:
-        Image.fromarray(np.concatenate(rows)).save(temporary, format="PNG")
+        Image.fromarray(np.concatenate(rows)).save(temporary)
 
 
 def animation(path: Path | str, rows: Sequence[Sequence[Pixels]], fps: float, labels: Sequence[str]) -> None:

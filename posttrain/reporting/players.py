@@ -2,21 +2,19 @@
 
 import base64
 import html
-import io
 import math
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 
+from posttrain.core.codec import playable, read_video
 from posttrain.core.errors import UserError
-from posttrain.data.dataset import read_video
+from posttrain.evaluation.benchmarks.base import ClipScore
+from posttrain.evaluation.records import Record, named
 from posttrain.reporting.charts import chart, number, path_d
 
-UNSHOWN = ("truth_vae", "frozen")  # these are told by their numbers
 PLAYERS = {"unseen": 8}  # cards per split, 4 for others: the first clips, not chosen ones
 BUDGET = 4_000_000  # bytes of video in the page
 SPLITS = {
@@ -26,23 +24,24 @@ SPLITS = {
     "ood": "Depths and heights beyond them",
 }
 # One clip: the records of the models that have it, what each has of it, and its first samples, uint8 (F, H, W, 3).
-Shown = tuple[list[dict[str, Any]], list[dict[str, Any]], list[np.ndarray]]
+Shown = tuple[list[Record], list[ClipScore], list[np.ndarray]]
 
 
 def heading(split: str) -> str:
     return SPLITS.get(split, html.escape(split))
 
 
-def side_by_side(run: Path, records: Sequence[dict[str, Any]]) -> list[Shown]:
+def side_by_side(run: Path, records: Sequence[Record]) -> list[Shown]:
     """The first clips of each split that truth, base and trained models all have."""
     chosen: list[Shown] = []
-    for split in dict.fromkeys(record["split"] for record in records):
-        models = [record for record in records if record["split"] == split and record["model"] not in UNSHOWN]
-        models = [record for record in models if all(record[key] == models[0][key] for key in ("fps", "size"))]
-        named = [{clip["id"]: clip for clip in record["clips"]} for record in models]
-        common = [name for name in named[0] if all(name in clips for clips in named)]
+    unshown = {row.name for row in named(records[0].benchmark).rows if not row.shown}
+    for split in dict.fromkeys(record.split for record in records):
+        models = [record for record in records if record.split == split and record.row not in unshown]
+        models = [record for record in models if (record.fps, record.size) == (models[0].fps, models[0].size)]
+        by_name = [{clip.id: clip for clip in record.clips} for record in models]
+        common = [name for name in by_name[0] if all(name in clips for clips in by_name)]
         for name in common[: PLAYERS.get(split, 4)]:
-            chosen.append((models, [clips[name] for clips in named], panels(run, models, name)))
+            chosen.append((models, [clips[name] for clips in by_name], panels(run, models, name)))
     return chosen
 
 
@@ -50,16 +49,16 @@ def players(chosen: Sequence[Shown], styles: dict[str, str]) -> tuple[str, list[
     """Cards of side-by-side clips over their trajectories, and the data that drive them."""
     films = [film(pictures) for _, _, pictures in chosen]
     for crf in range(16, 52, 5):
-        videos = [encode(frames, shown[0]["fps"], crf) for frames, (shown, _, _) in zip(films, chosen, strict=True)]
+        videos = [playable(frames, each[0][0].fps or 1.0, crf) for frames, each in zip(films, chosen, strict=True)]
         if sum(map(len, videos)) <= BUDGET:
             break
     cards: dict[str, str] = {}
     data, widest = [], max((len(shown) for shown, _, _ in chosen), default=1)
     for (shown, clips, _), video in zip(chosen, videos, strict=True):
         first = shown[0]
-        cards[first["split"]] = cards.get(first["split"], "") + card(shown, clips, video, styles)
-        paths = [clip["paths"][0] for clip in clips]
-        data.append({"fps": first["fps"], "frames": first["frames"], "width": first["size"][1], "paths": paths})
+        cards[first.split] = cards.get(first.split, "") + card(shown, clips, video, styles)
+        paths = [clip.paths[0] if clip.paths else [] for clip in clips]
+        data.append({"fps": first.fps, "frames": first.frames, "width": first.size[1], "paths": paths})
     speeds = "".join(
         f'<button value="{speed}" aria-pressed="{str(speed == 1).lower()}">{name}</button>'
         for speed, name in ((1, "1×"), (0.5, "½×"), (0.25, "¼×"))
@@ -78,21 +77,25 @@ def players(chosen: Sequence[Shown], styles: dict[str, str]) -> tuple[str, list[
     )
 
 
-def card(shown: Sequence[dict[str, Any]], clips: Sequence[dict[str, Any]], video: bytes, styles: dict[str, str]) -> str:
+def card(shown: Sequence[Record], clips: Sequence[ClipScore], video: bytes, styles: dict[str, str]) -> str:
     """One player: caption, film with traced paths, names, and the heights over time as its scrubber."""
-    record, (height, width) = shown[0], shown[0]["size"]
-    n, frames, fps, name = len(shown), record["frames"], record["fps"], html.escape(clips[0]["id"])
+    record, (height, width) = shown[0], shown[0].size
+    n, frames, fps, name = len(shown), record.frames, record.fps, html.escape(clips[0].id)
+    assert frames is not None
+    assert fps is not None
+    benchmark = named(record.benchmark)
+    first, truth = benchmark.metrics[0], benchmark.rows[0].name
     overlay = ""
     for i in range(n):
-        d = path_d([None if p is None else (p[0] + 0.5 + i * width, p[1] + 0.5) for p in clips[0]["true_path"]], 1)
+        d = path_d([None if p is None else (p[0] + 0.5 + i * width, p[1] + 0.5) for p in clips[0].true_path], 1)
         overlay += f'<path class="under" d="{d}"/><path class="over" d="{d}"/><circle r="{height / 40:.2f}"/>'
         overlay += f'<line x1="{i * width}" x2="{i * width}" y1="0" y2="{height}"/>' if i else ""
     names, series = "", []
-    for row, clip in zip(shown, clips, strict=True):
-        style = styles[row["model"]]
-        error = "" if row["model"] == "truth" else f" <small>L2 {number(clip['l2'], 3)}</small>"
-        names += f'<span><span class="key {style}"></span>{html.escape(row["model"])}{error}</span>'
-        for seed, path in enumerate([clip["true_path"]] if row["model"] == "truth" else clip["paths"]):
+    for each, clip in zip(shown, clips, strict=True):
+        style, value = styles[each.row], number(clip.numbers[first.key], first.decimals)
+        error = "" if each.row == truth else f" <small>{first.title} {value}</small>"
+        names += f'<span><span class="key {style}"></span>{html.escape(each.row)}{error}</span>'
+        for seed, path in enumerate([clip.true_path] if each.row == truth else clip.paths):
             points = [None if p is None else (float(k), p[1]) for k, p in enumerate(path)]
             series.append((f"{style} thin" if seed else style, points))
     seconds = (frames - 1) / fps
@@ -101,7 +104,7 @@ def card(shown: Sequence[dict[str, Any]], clips: Sequence[dict[str, Any]], video
     source = base64.b64encode(video).decode()
     slider = f'<input type="range" min="0" max="{frames - 1}" value="0" aria-label="frame of clip {name}">'
     return (
-        f'<figure class="card"><p><span>{html.escape(clips[0]["caption"])}</span><span>{name}</span></p>'
+        f'<figure class="card"><p><span>{html.escape(clips[0].caption)}</span><span>{name}</span></p>'
         f'<div class="stage"><video muted loop playsinline preload="auto" src="data:video/mp4;base64,{source}"></video>'
         f'<svg viewBox="0 0 {n * width} {height}" preserveAspectRatio="none">{overlay}</svg></div>'
         f'<div class="names" style="grid-template-columns:repeat({n},1fr)">{names}</div>'
@@ -110,13 +113,13 @@ def card(shown: Sequence[dict[str, Any]], clips: Sequence[dict[str, Any]], video
     )
 
 
-def panels(run: Path, shown: Sequence[dict[str, Any]], name: str) -> list[np.ndarray]:
+def panels(run: Path, shown: Sequence[Record], name: str) -> list[np.ndarray]:
     """One clip as each record's model shows it first, uint8 (F, H, W, 3)."""
     found = []
     for record in shown:
-        path = Path(record.get("samples", run / "samples" / record["model"])) / record["folder"] / f"{name}-s0.mp4"
+        path = Path(record.samples or run / "samples" / record.model) / record.folder / f"{name}-s0.mp4"
         if not path.exists():
-            raise UserError(f"{path}: does not exist; delete {run / 'evaluation'} and evaluate again")
+            raise UserError(f"{path}: does not exist; delete {run / 'evaluation'} and evaluate again", "missing")
         found.append(read_video(path))
     shortest = min(map(len, found))
     return [panel[:shortest] for panel in found]
@@ -132,17 +135,3 @@ def film(panels_FHWC: Sequence[np.ndarray]) -> np.ndarray:
     if height <= 128:
         return frames.repeat(2, 1).repeat(2, 2)
     return frames[:, :: math.ceil(height / 256), :: math.ceil(height / 256)]
-
-
-def encode(frames_FHWC: np.ndarray, fps: float, crf: int) -> bytes:
-    """An H.264 mp4 of uint8 frames that every browser plays."""
-    _, height, width, _ = frames_FHWC.shape
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.width, stream.height, stream.pix_fmt = width // 2 * 2, height // 2 * 2, "yuv420p"
-        stream.options = {"crf": str(crf), "preset": "slow", "g": "16"}
-        for frame in frames_FHWC[:, : stream.height, : stream.width]:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode())
-    return buffer.getvalue()

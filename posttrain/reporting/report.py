@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files as resources
 from pathlib import Path
@@ -20,7 +20,18 @@ import yaml
 
 from posttrain.core import files
 from posttrain.evaluation.benchmarks import distribution
-from posttrain.evaluation.records import FIXED, REFERENCES, difference, gather, read_falls, read_records, summary
+from posttrain.evaluation.benchmarks.base import BASE, Benchmark, Metric
+from posttrain.evaluation.records import (
+    Record,
+    difference,
+    fixed,
+    gather,
+    named,
+    read_apart,
+    read_records,
+    references,
+    summary,
+)
 from posttrain.reporting import fall_times
 from posttrain.reporting.charts import Point, chart, curves, nice_ticks, number
 from posttrain.reporting.gallery import animation
@@ -28,27 +39,6 @@ from posttrain.reporting.players import Shown, heading, players, side_by_side
 
 SHOWN = 4  # clips in report.gif
 PACKAGES = ("posttrain", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "scipy", "av")
-COLUMNS = (  # key, heading, explanation, decimals
-    ("l2", "L2", "smaller is better", 3),
-    ("chamfer", "Chamfer", "smaller is better", 3),
-    ("iou", "IoU", "larger is better", 3),
-    ("vanished", "Vanished", "share of frames", 3),
-    ("time_error", "Time error", "seconds", 3),
-    ("no_contact", "Never lands", "share of clips", 2),
-)
-CARD = (  # quantity of metrics/physics.py, heading, unit, decimals
-    ("g", "g", "m/s²", 2),
-    ("release", "Released", "s", 3),
-    ("contact", "Lands", "s", 3),
-    ("restitution", "Bounce", "of the speed", 2),
-    ("penetration", "Sinks in", "m", 3),
-    ("energy_fall", "Energy won falling", "J/kg", 2),
-    ("energy_contact", "Energy won at the contact", "J/kg", 2),
-    ("drift", "Drift", "m/s", 3),
-    ("jump", "Jump", "m", 3),
-    ("permanence", "Seen", "of the frames", 3),
-    ("size", "Growth", "1/s", 3),
-)
 
 
 def report(run: Path | str, runs: Mapping[str, Sequence[Path]] | None = None) -> tuple[Path, Path]:
@@ -62,51 +52,53 @@ def report(run: Path | str, runs: Mapping[str, Sequence[Path]] | None = None) ->
     """
     run = Path(run)
     records = gather(runs) if runs else read_records(run)
-    places = [place for each in runs.values() for place in each] if runs else [run]
+    folders = [folder for each in runs.values() for folder in each] if runs else [run]
     recipe = yaml.safe_load((run / "recipe.yaml").read_text()) if (run / "recipe.yaml").exists() else {}
-    logs = [files.read_jsonl(path) for place in places if (path := place / "log.jsonl").exists()]
-    falls = [] if runs else read_falls(run)
-    facts = summarise(run.name, records, recipe, [row for log in logs for row in log], falls)
+    logs = [files.read_jsonl(path) for folder in folders if (path := folder / "log.jsonl").exists()]
+    falls = [] if runs else read_apart(run)
+    facts = summarise(run.name, records, recipe, [line for log in logs for line in log], falls)
     files.write_json(run / "report.json", facts)
     shown = side_by_side(run, records)
     files.write_text(run / "report.html", page(records, facts, [] if runs or not logs else logs[0], shown, falls))
     if shown:
         models, _, first = shown[0]
-        names = [record["model"] for record in models]
-        alike = [p for m, _, p in shown if [r["model"] for r in m] == names and p[0].shape == first[0].shape]
-        animation(run / "report.gif", alike[:SHOWN], models[0]["fps"], names)
+        names, fps = [record.row for record in models], models[0].fps
+        assert fps is not None
+        alike = [p for m, _, p in shown if [r.row for r in m] == names and p[0].shape == first[0].shape]
+        animation(run / "report.gif", alike[:SHOWN], fps, names)
     return run / "report.json", run / "report.html"
 
 
 def summarise(
     name: str,
-    records: Sequence[dict[str, Any]],
+    records: Sequence[Record],
     recipe: dict[str, Any],
     log: list[dict[str, Any]],
-    falls: Sequence[dict[str, Any]] = (),
+    falls: Sequence[Record] = (),
 ) -> dict[str, Any]:
     """What report.json holds.
 
     Rows, paired differences from `base`, the tests of p(t|y), versions, machine, times (seconds), recipe.
     """
-    truth = next((record for record in falls if record["model"] == "truth"), None)
-    tested = [record for record in falls if record["model"] not in REFERENCES]  # these have too few of each picture
-    found = {(record["model"], record["split"]): record for record in records}
+    truth = next((record for record in falls if record.row == fixed(record)[0]), None)
+    tested = [record for record in falls if record.row not in references(record)]  # these have too few of each picture
+    found = {(record.row, record.split): record for record in records}
     pairs = [
-        (record, found.get((f"base {record.get('row')}", record["split"])) or found.get(("base", record["split"])))
+        (record, found.get((f"{BASE.name} {record.origin}", record.split)) or found.get((BASE.name, record.split)))
         for record in records
-        if record["model"] not in FIXED and record.get("row", name) is not None
+        if record.model not in fixed(record)
     ]
     return {
         "run": name,
+        "benchmark": records[0].benchmark,
         "rows": [summary(record) for record in records],
         "differences": [difference(record, base) for record, base in pairs if base],
         "falls": [distribution.falls(record, truth, np.random.default_rng(0)) for record in tested],
         "versions": {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES},
         "machine": machine(),
         "times": {
-            "train": round(sum(row.get("seconds", 0.0) for row in log), 1),
-            "evaluate": {f"{record['model']}-{record['split']}": record["seconds"] for record in records},
+            "train": round(sum(line.get("seconds", 0.0) for line in log), 1),
+            "evaluate": {f"{record.row}-{record.split}": record.seconds for record in records},
         },
         "recipe": recipe,
     }
@@ -139,27 +131,29 @@ def machine() -> dict[str, Any]:
 
 
 def page(
-    records: Sequence[dict[str, Any]],
+    records: Sequence[Record],
     facts: dict[str, Any],
     log: list[dict[str, Any]],
     shown: Sequence[Shown],
-    falls: Sequence[dict[str, Any]] = (),
+    falls: Sequence[Record] = (),
 ) -> str:
     """The whole of report.html."""
-    tuned = [name for name in dict.fromkeys(record["model"] for record in records) if name not in FIXED]
-    styles = {"truth": "truth", "base": "base"} | {name: f"c{i % 5}" for i, name in enumerate(tuned)}
+    benchmark = named(records[0].benchmark)
+    tuned = [name for name in dict.fromkeys(record.row for record in records) if name not in fixed(records[0])]
+    styles = {row.name: row.name for row in benchmark.rows if row.shown}
+    styles |= {name: f"c{i % 5}" for i, name in enumerate(tuned)}
     cards, data = players(shown, styles)
     body = [
-        headline(facts, tuned),
-        table(facts, styles),
-        scorecard(facts, styles),
+        headline(facts, tuned, benchmark),
+        table(facts, styles, benchmark),
+        scorecard(facts, styles, benchmark.scorecard),
         fall_times.section(falls, facts["falls"], styles),
-        sweep(facts),
+        sweep(facts, benchmark.headlines[:2]),
         cards,
-        curves(log),
+        curves(log, benchmark.metrics),
         details(facts),
     ]
-    root = resources("posttrain")
+    root = resources("posttrain.reporting")
     return string.Template((root / "report.html").read_text()).substitute(
         title=html.escape(facts["run"]),
         lead=lead(facts, records),
@@ -171,7 +165,7 @@ def page(
     )
 
 
-def lead(facts: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
+def lead(facts: dict[str, Any], records: Sequence[Record]) -> str:
     """What was run, in a sentence or two."""
     recipe, sentences = facts["recipe"], []
     asked = recipe.get("table")
@@ -192,71 +186,64 @@ def lead(facts: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
         sentences.append(f"A row each for {rows}: the means of seeds {seeds}, as far as they were run, clip by clip.")
     for key, values in (recipe.get("sweep") or {}).items():
         sentences.append(f"A run for each {key}: {', '.join(map(str, values))}.")
-    counts = {record["split"]: len(record["clips"]) for record in records}
-    sampled = next((record for record in reversed(records) if record["model"] not in REFERENCES), records[-1])
-    steps = f", {sampled['sampler']['steps']} sampling steps" if "sampler" in sampled else ""
+    counts = {record.split: len(record.clips) for record in records}
+    sampled = next((record for record in reversed(records) if record.row not in references(record)), records[-1])
+    steps = f", {sampled.sampler['steps']} sampling steps" if sampled.sampler else ""
     sentences.append(
         f"Measured on {' and '.join(f'{n} {split}' for split, n in counts.items())} clips, "
-        f"{sampled['seeds']} samples each{steps}."
+        f"{sampled.seeds} samples each{steps}."
     )
     return html.escape(" ".join(sentences))
 
 
-def headline(facts: dict[str, Any], tuned: Sequence[str]) -> str:
+def headline(facts: dict[str, Any], tuned: Sequence[str], benchmark: Benchmark) -> str:
     """The figures that answer whether it worked: the tuned model against its base on the hardest split."""
     split = facts["rows"][0]["split"]
     rows = {row["model"]: row for row in facts["rows"] if row["split"] == split}
-    if not tuned or not {"base", tuned[-1]} <= rows.keys():
+    if not tuned or not {BASE.name, tuned[-1]} <= rows.keys():
         return ""
-    after, before = rows[tuned[-1]], rows["base"]
-
-    def figure(key: str, text: str, say: Callable[[float | None], str]) -> str:
-        now, then = say(after[key]["mean"]), say(before[key]["mean"])
-        return f"<div><b>{now}</b><span>{text}<br>{then} before</span></div>"
-
-    figures = (
-        figure("l2", f"trajectory error L2, {split} clips", lambda value: number(value, 3)),
-        figure("iou", "IoU with the true object", lambda value: number(value, 2)),
-        figure("vanished", "of frames without the object", percent),
-    )
-    return f'<div class="headline">{"".join(figures)}</div>'
+    after, before, figures = rows[tuned[-1]], rows[BASE.name], ""
+    for metric in benchmark.headlines:
+        values = (each[metric.key]["mean"] for each in (after, before))
+        now, then = (percent(value) if metric.share else number(value, metric.decimals) for value in values)
+        text = metric.headline + ("" if figures else f", {split} clips")
+        figures += f"<div><b>{now}</b><span>{text}<br>{then} before</span></div>"
+    return f'<div class="headline">{figures}</div>'
 
 
-def table(facts: dict[str, Any], styles: dict[str, str]) -> str:
-    """Rows by split; means over clips, 95% intervals below them, L2 also drawn."""
-    rows = facts["rows"]
-    longest = max((row["l2"]["high"] or 0 for row in rows), default=0) or 1
-    heads = "".join(f'<th class="{key}">{title}<small>{hint}</small></th>' for key, title, hint, _ in COLUMNS[1:])
-    _, first, hint, _ = COLUMNS[0]
-    out = [f'<tr><th>Model</th><th>{first}<small>{hint}</small></th><th class="bar"></th>{heads}</tr>']
+def table(facts: dict[str, Any], styles: dict[str, str], benchmark: Benchmark) -> str:
+    """Rows by split; means over clips, 95% intervals below them, the first metric also drawn."""
+    rows, first, reference_names = facts["rows"], benchmark.metrics[0], {row.name for row in benchmark.references}
+    longest = max((row[first.key]["high"] or 0 for row in rows), default=0) or 1
+    heads = [f'<th class="{column(m, first)}">{m.title}<small>{hint(m)}</small></th>' for m in benchmark.metrics]
+    out = [f'<tr><th>Model</th>{heads[0]}<th class="bar"></th>{"".join(heads[1:])}</tr>']
     for split in dict.fromkeys(row["split"] for row in rows):
         chosen = [row for row in rows if row["split"] == split]
-        out.append(f'<tr class="split"><th colspan="{len(COLUMNS) + 2}">{heading(split)}</th></tr>')
+        out.append(f'<tr class="split"><th colspan="{len(benchmark.metrics) + 2}">{heading(split)}</th></tr>')
         for row, following in zip(chosen, [*chosen[1:], None], strict=True):
             style = styles.get(row["model"], "")
-            reference = row["model"] in REFERENCES
-            last = reference and following is not None and following["model"] not in REFERENCES
-            kind = " ".join(name for name, on in (("reference", reference), ("last", last)) if on)
-            cells = [cell(key, row[key], decimals) for key, _, _, decimals in COLUMNS]
+            reference = row["model"] in reference_names
+            last = reference and following is not None and following["model"] not in reference_names
+            marks = " ".join(name for name, on in (("reference", reference), ("last", last)) if on)
+            cells = [cell(column(m, first), row[m.key], m.decimals) for m in benchmark.metrics]
             name = html.escape(row["model"])
             out.append(
-                f'<tr class="{kind}"><td><span class="key {style}"></span>{name}</td>{cells[0]}'
-                f'<td class="bar">{forest(row["l2"], longest, style)}</td>{"".join(cells[1:])}</tr>'
+                f'<tr class="{marks}"><td><span class="key {style}"></span>{name}</td>{cells[0]}'
+                f'<td class="bar">{forest(row[first.key], longest, style)}</td>{"".join(cells[1:])}</tr>'
             )
-    note = (
-        "L2 and Chamfer: how far the generated object is from the simulated one, in units of the picture's diagonal. "
-        "Means over clips; below them their 95% bootstrap intervals. <i>truth</i> is the tracker's own error, "
-        "<i>truth_vae</i> the true clip through the model's autoencoder, <i>frozen</i> the first picture held."
+    rows_said = ", ".join(
+        f"<i>{row.name}</i> {'is ' if i == 0 else ''}{row.note}" for i, row in enumerate(benchmark.references)
     )
+    note = f"{benchmark.note} Means over clips; below them their 95% bootstrap intervals. {rows_said}."
     gaps = facts["differences"]  # of a table's many rows only the first split's, the rest is in the figures
-    gains = "".join(f" {gain(row)}" for row in gaps if len(gaps) <= 4 or row["split"] == gaps[0]["split"])
+    gains = "".join(f" {gain(row, first)}" for row in gaps if len(gaps) <= 4 or row["split"] == gaps[0]["split"])
     return (
-        f'<section id="table"><h2>Does it fall as it should?</h2><p class="note">{note}{gains}</p>'
+        f'<section id="table"><h2>{benchmark.heading}</h2><p class="note">{note}{gains}</p>'
         f'<div class="wide"><table>{"".join(out)}</table></div></section>'
     )
 
 
-def scorecard(facts: dict[str, Any], styles: dict[str, str]) -> str:
+def scorecard(facts: dict[str, Any], styles: dict[str, str], quantities: Sequence[Metric]) -> str:
     """What the hardest split's masks say in SI units: medians over the clips that tell, 95% intervals, how many."""
     rows = [row for row in facts["rows"] if row["split"] == facts["rows"][0]["split"] and row.get("physics")]
     if not rows:
@@ -265,12 +252,12 @@ def scorecard(facts: dict[str, Any], styles: dict[str, str]) -> str:
         f'<th><span class="key {styles.get(row["model"], "")}"></span>{html.escape(row["model"])}</th>' for row in rows
     )
     out = [f"<tr><th></th>{names}</tr>"]
-    for key, title, unit, decimals in CARD:
+    for quantity in quantities:
         cells = ""
-        for found in (row["physics"][key] for row in rows):
-            told = ", ".join(part for part in (interval(found, decimals), f"n {found['n']}") if part)
-            cells += f"<td>{number(found['median'], decimals)}<small>{told}</small></td>"
-        out.append(f"<tr><td>{title}<small>{unit}</small></td>{cells}</tr>")
+        for found in (row["physics"][quantity.key] for row in rows):
+            below = ", ".join(part for part in (interval(found, quantity.decimals), f"n {found['n']}") if part)
+            cells += f"<td>{number(found['median'], quantity.decimals)}<small>{below}</small></td>"
+        out.append(f"<tr><td>{quantity.title}<small>{quantity.unit}</small></td>{cells}</tr>")
     note = (
         f"{heading(rows[0]['split'])}: what the tracked masks and the known camera say in SI units, to be held against "
         "<i>truth</i>. Medians over clips with 95% intervals; of drift and jump the magnitudes. What a clip does not "
@@ -282,21 +269,32 @@ def scorecard(facts: dict[str, Any], styles: dict[str, str]) -> str:
     )
 
 
-def gain(row: dict[str, Any]) -> str:
-    """A paired difference of L2 in words."""
-    mean, low, high = (row["l2"][key] for key in ("mean", "low", "high"))
+def gain(row: dict[str, Any], metric: Metric) -> str:
+    """A paired difference of a metric in words."""
+    mean, low, high = (row[metric.key][key] for key in ("mean", "low", "high"))
     if mean is None:
         return ""
     side, sign = ("below", -1) if mean < 0 else ("above", 1)
     span = sorted((sign * low, sign * high))
+    gap, least, most = (number(value, metric.decimals) for value in (sign * mean, *span))
     return (
-        f"On {row['split']} clips the L2 of {html.escape(row['model'])} is {number(sign * mean, 3)} "
-        f"({number(span[0], 3)} to {number(span[1], 3)}, paired) {side} that of {html.escape(row['against'])}."
+        f"On {row['split']} clips the {metric.title} of {html.escape(row['model'])} is {gap} ({least} to {most}, "
+        f"paired) {side} that of {html.escape(row['against'])}."
     )
 
 
-def cell(key: str, value: dict[str, Any], decimals: int) -> str:
-    return f'<td class="{key}">{number(value["mean"], decimals)}<small>{interval(value, decimals)}</small></td>'
+def hint(metric: Metric) -> str:
+    """What stands below a column's title."""
+    return metric.hint or metric.unit or ("larger is better" if metric.better == "more" else "smaller is better")
+
+
+def column(metric: Metric, first: Metric) -> str:
+    """The class of a column: on a small screen there are the first one and those of the headline."""
+    return "first" if metric is first else "main" if metric.headline else "aside"
+
+
+def cell(style: str, value: dict[str, Any], decimals: int) -> str:
+    return f'<td class="{style}">{number(value["mean"], decimals)}<small>{interval(value, decimals)}</small></td>'
 
 
 def forest(value: dict[str, Any], longest: float, style: str) -> str:
@@ -308,27 +306,27 @@ def forest(value: dict[str, Any], longest: float, style: str) -> str:
     return f'<span class="forest {style}">{line}<b style="left:{middle:.1f}%"></b></span>'
 
 
-def sweep(facts: dict[str, Any]) -> str:
-    """L2 and IoU over the values of a sweep, evenly spaced: their means and intervals, and the mean of the base."""
+def sweep(facts: dict[str, Any], metrics: Sequence[Metric]) -> str:
+    """Metrics over the values of a sweep, evenly spaced: their means and intervals, and the mean of the base."""
     if not facts["recipe"].get("sweep"):
         return ""
     (key,), split = facts["recipe"]["sweep"], facts["rows"][0]["split"]
     prefix = f"{facts['recipe']['method']['name']} "
     rows = [row for row in facts["rows"] if row["split"] == split]
-    base = next((row for row in rows if row["model"] == "base"), None)
+    base = next((row for row in rows if row["model"] == BASE.name), None)
     swept = [row for row in rows if row["model"].startswith(prefix)]
     last, figures = float(max(len(swept) - 1, 1)), ""
-    for metric, title, hint, _ in (COLUMNS[0], COLUMNS[2]):
+    for metric in metrics:
         lines: list[tuple[str, list[Point | None]]] = []
         for style, bound in (("c0 faint", "low"), ("c0 faint", "high"), ("c0", "mean")):
-            values = [row[metric][bound] for row in swept]
+            values = [row[metric.key][bound] for row in swept]
             lines.append((style, [None if value is None else (float(i), value) for i, value in enumerate(values)]))
-        if base is not None and (mean := base[metric]["mean"]) is not None:
+        if base is not None and (mean := base[metric.key]["mean"]) is not None:
             lines.append(("base", [(0.0, mean), (last, mean)]))
         top = max((point[1] for _, points in lines for point in points if point), default=0.0) or 1.0
         x_ticks = [(float(i), html.escape(row["model"].removeprefix(prefix))) for i, row in enumerate(swept)]
         plot = chart(lines, (0.0, last), (0.0, top), x_ticks, [(y, f"{y:g}") for y in nice_ticks(0.0, top)])
-        figures += f"<figure><figcaption>{title}, {split} clips ({hint})</figcaption>{plot}</figure>"
+        figures += f"<figure><figcaption>{metric.title}, {split} clips ({hint(metric)})</figcaption>{plot}</figure>"
     note = "A run for each value. Faint: 95% intervals. Level line: the base."
     return (
         f'<section id="sweep"><h2>Over {html.escape(key)}</h2><p class="note">{note}</p>'

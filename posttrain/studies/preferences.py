@@ -27,7 +27,8 @@ from posttrain.commands.experiment import need_training, open_run, resolved
 from posttrain.commands.loading import CACHE, base_model, tuned_model
 from posttrain.core.errors import UserError
 from posttrain.core.progress import markdown, track
-from posttrain.data.dataset import Clips, DataConfig, GroupsConfig
+from posttrain.data.config import DataConfig, GroupsConfig
+from posttrain.data.dataset import Clips
 from posttrain.data.groups import Groups
 from posttrain.evaluation.records import interval
 from posttrain.methods import gdpo

@@ -1,4 +1,4 @@
-"""Which reward sees what: rewards of clips that break one law by a known amount (sim/counterfactual.py), as Markdown.
+"""Which reward sees what: rewards of clips that break one law by a known amount, as Markdown.
 
     python -m posttrain.studies.rewards data/pocket-violations --groups 4 --sum segmentation=1,trajectory=2
 
@@ -33,10 +33,11 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from posttrain.core.codec import read_video
 from posttrain.core.errors import UserError
 from posttrain.core.progress import markdown, track
 from posttrain.core.recipe import plugins, resolve
-from posttrain.data.dataset import Split, open_split, read_annotations, read_video, to_float
+from posttrain.data.dataset import Split, open_split, read_annotations, targets, to_float
 from posttrain.metrics import pisa
 from posttrain.metrics.masks import Track, segment
 from posttrain.models.base import ModelConfig
@@ -76,7 +77,7 @@ def group_numbers(split: Split, count: int | None = None) -> list[int]:
     Raises:
         UserError: it has none.
     """
-    numbers = list(dict.fromkeys(row["group"] for row in split.rows if "group" in row))
+    numbers = list(dict.fromkeys(row.group for row in split.rows if row.group is not None))
     if not numbers:
         raise UserError(f"{split.folder}: has no groups; film recipes/pocket/violations.yaml and name its folder")
     return numbers[:count]
@@ -84,14 +85,14 @@ def group_numbers(split: Split, count: int | None = None) -> list[int]:
 
 def truth(split: Split, group: int) -> Batch:
     """The true clip of a group, with all that is known of it."""
-    index = next(i for i, row in enumerate(split.rows) if row["group"] == group and row["violation"] is None)
+    index = next(i for i, row in enumerate(split.rows) if row.group == group and row.violation is None)
     arrays = read_annotations(split.annotations(index), ["instances", "flow", "depth"])
     tensors = {name: torch.from_numpy(array)[None] for name, array in arrays.items()}
     return Batch(
-        ids=(split.rows[index]["file_name"],),
+        ids=(split.rows[index].file_name,),
         video_BCFHW=to_float(read_video(split.video(index)))[None],
         instances_BFHW=tensors["instances"],
-        target_B=torch.tensor([split.rows[index]["target"] + 1]),
+        target_B=targets([split.rows[index]]),
         flow_BFCHW=tensors["flow"].float().movedim(-1, 2),
         depth_BFHW=tensors["depth"].float(),
     )
@@ -100,11 +101,12 @@ def truth(split: Split, group: int) -> Batch:
 def violated(split: Split, group: int, kinds: Sequence[str] | None = None) -> Iterator[Violated]:
     """The group's other clips, of some kinds or of all."""
     for index, row in enumerate(split.rows):
-        told = row.get("violation")
-        if row.get("group") == group and told and (kinds is None or told["kind"] in kinds):
-            mask = read_annotations(split.annotations(index), ["instances"])["instances"] == row["target"] + 1
+        violation = row.violation
+        if row.group == group and violation and (kinds is None or violation.kind in kinds):
+            assert row.target is not None
+            mask = read_annotations(split.annotations(index), ["instances"])["instances"] == row.target + 1
             video = to_float(read_video(split.video(index)))
-            yield Violated(told["kind"], told["severity"], video[None], torch.from_numpy(mask)[None])
+            yield Violated(violation.kind, violation.severity, video[None], torch.from_numpy(mask)[None])
 
 
 def judge(

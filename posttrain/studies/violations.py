@@ -3,8 +3,8 @@
     python -m posttrain.studies.violations data/pocket-violations data/pocket-drop --figure violations.png
 
 On true clips, the error of every quantity, and whether its sigma says how large that is. On clips that break one law
-(sim/counterfactual.py), what every quantity becomes at each value of the violation, and Spearman's rho of the two. The
-figure shows them, and the metrics of posttrain.metrics.pisa, over the violations' severity.
+(sim/worlds/counterfactual.py), what every quantity becomes at each value of the violation, and Spearman's rho of the
+two. The figure shows them, and the metrics of posttrain.metrics.pisa, over the violations' severity.
 
 Truths: gravity, the first contact and the drop height are in the rows; a restitution is that of the body's centre,
 from the simulator's path, where its first three frames after the contact are a flight; all else is 0, permanence 1.
@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -24,6 +24,7 @@ from posttrain.core.errors import UserError
 from posttrain.core.files import replacing
 from posttrain.core.progress import markdown, track
 from posttrain.data.dataset import Split, open_split, read_annotations
+from posttrain.data.schema import ClipRow
 from posttrain.metrics import pisa
 from posttrain.metrics.physics import QUANTITIES, SIDEWAYS, Measure, scorecard
 
@@ -49,46 +50,53 @@ def measure(split: Split) -> list[Measured]:
     Raises:
         UserError: it is not known of each true clip when its target lands, or annotations are missing or torn.
     """
-    true = [row for row in split.rows if row.get("violation") is None]
-    if not all(row.get("drop_height") and row.get("contacts") for row in true):
-        raise UserError(f"{split.folder}: does not say when bodies land; name a folder of drops")
-    heights = {row["group"]: row["drop_height"] for row in true if "group" in row}
-    firsts = {row["group"]: first_met(row) for row in true if "group" in row}
+    true = [row for row in split.rows if row.violation is None]
+    if not all(row.drop_height and row.contacts and row.camera and row.gravity for row in true):
+        raise UserError(f"{split.folder}: does not say when bodies land; name a folder of drops", "mismatch")
+    heights = {row.group: row.drop_height for row in true if row.group is not None}
+    firsts = {row.group: first_met(row) for row in true if row.group is not None}
     clips, truths = [], dict[int, np.ndarray]()
     for index in track(range(len(split.rows)), "measuring", len(split.rows)):
-        row, violation = split.rows[index], split.rows[index].get("violation")
+        row, violation = split.rows[index], split.rows[index].violation
+        assert row.target is not None
+        assert row.camera is not None
+        assert row.gravity is not None
         arrays = read_annotations(split.annotations(index), ["instances", "positions"])
-        path_F3, masks_FHW = arrays["positions"][:, row["target"]], arrays["instances"] == row["target"] + 1
+        path_F3, masks_FHW = arrays["positions"][:, row.target], arrays["instances"] == row.target + 1
         card = scorecard(
             masks_FHW,
-            row["fps"],
-            row["camera"]["intrinsics"][0][0],
-            path_F3[0, 1] - row["camera"]["position"][1],
-            heights.get(row.get("group"), row["drop_height"]),
-            math.hypot(*row["gravity"]),
+            row.fps,
+            row.camera.intrinsics[0][0],
+            path_F3[0, 1] - row.camera.position[1],
+            row.drop_height if row.group is None else heights.get(row.group, row.drop_height),
+            math.hypot(*row.gravity),
         )
         if violation is None:
             clips.append(Measured(card, None, 0.0, truth(row, path_F3[:, 2])))
-            truths[row.get("group", -1)] = masks_FHW  # the first of its group
+            truths[-1 if row.group is None else row.group] = masks_FHW  # the first of its group
         else:
+            assert row.group is not None
             # The floor is sunk into at the first contact only where there is no pile.
-            later = violation["kind"] == "tunnel_floor" and firsts[row["group"]] >= 0
-            kind, fps, height = violation["kind"] + " later" * later, row["fps"], heights[row["group"]]
-            scores: dict[str, float | None] = dict(pisa.score(masks_FHW, truths[row["group"]], fps, fps))
-            scores["time_error"] = pisa.time_error(masks_FHW, fps, height, math.hypot(*row["gravity"]))["time_error"]
-            clips.append(Measured(card, kind, violation["value"], {}, violation["severity"], scores))
+            later = violation.kind == "tunnel_floor" and firsts[row.group] >= 0
+            kind, fps, height = violation.kind + " later" * later, row.fps, heights[row.group]
+            assert height is not None
+            scores: dict[str, float | None] = dict(pisa.score(masks_FHW, truths[row.group], fps, fps))
+            scores["time_error"] = pisa.time_error(masks_FHW, fps, height, math.hypot(*row.gravity))["time_error"]
+            clips.append(Measured(card, kind, violation.value, {}, violation.severity, scores))
     return clips
 
 
-def first_met(row: dict[str, Any]) -> int:
+def first_met(row: ClipRow) -> int:
     """What the target lands on: a body's index, -1 the floor."""
-    a, b = next(contact["pair"] for contact in row["contacts"] if row["target"] in contact["pair"])
-    return int(b if a == row["target"] else a)
+    a, b = next(contact.pair for contact in row.contacts if row.target in contact.pair)
+    return b if a == row.target else a
 
 
-def truth(row: dict[str, Any], z_F: np.ndarray) -> dict[str, float | None]:
+def truth(row: ClipRow, z_F: np.ndarray) -> dict[str, float | None]:
     """What a true clip's scorecard should say."""
-    gravity, contact, fps = -row["gravity"][2], row["contact_time"], row["fps"]
+    assert row.gravity is not None
+    assert row.contact_time is not None
+    gravity, contact, fps = -row.gravity[2], row.contact_time, row.fps
     k = int(contact * fps) + 2  # the second frame after the contact
     restitution = None
     if k + 1 < len(z_F) and abs(np.diff(z_F[k - 1 : k + 2], 2)[0] * fps**2 + gravity) < 0.01 * gravity:

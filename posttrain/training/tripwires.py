@@ -5,7 +5,7 @@ same held-out clips are sampled from the same noise (a look), and of each clip a
 
     reward          1      what is trained, the weighted sum
     reward_*        1      its summands where there are several, and the rewards of `watch`
-    l2, chamfer, iou, vanished  PISA's, of the tracker that scores (metrics/pisa.py)
+    l2, iou, ...           the benchmark's metrics but for those that leave wires out, of the tracker that scores
     g_error         m/s^2  |g - G|, of the scorecard (metrics/physics.py), where the clips' rows tell the distance
     drift, jump, growth    the magnitudes of what the scorecard finds sideways (m/s, m) and in size (1/s); 0 in truth
     motion          ratio  mean |x_(f+1) - x_f| of the pictures
@@ -32,8 +32,9 @@ writes them with its own, so that a run that was killed goes on as if it had not
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -45,20 +46,37 @@ from posttrain.core import files
 from posttrain.core.errors import UserError
 from posttrain.core.recipe import Plugin, PluginFrom, Strict
 from posttrain.data.dataset import Clips, to_float
-from posttrain.evaluation.benchmarks.pisa import finite, mean
-from posttrain.evaluation.evaluate import EvalConfig, Look, Tracker
+from posttrain.data.schema import ClipRow
+from posttrain.evaluation.benchmarks.base import ClipScore, Metric, Pair, Tracker, mean
+from posttrain.evaluation.evaluate import EvalConfig, Watch
 from posttrain.evaluation.records import interval
 from posttrain.metrics.masks import segment
 from posttrain.models.base import VideoModel
-from posttrain.types import Batch
+from posttrain.rewards.base import Reward
 
 LOOKS, BEST = "tripwires.jsonl", "best"  # in the run's folder
-RATIOS = ("motion", "sharpness", "size")
-LESS_IS_BETTER = ("l2", "chamfer", "vanished", "g_error", "drift", "jump", "growth", "colour")
-PISA = ("l2", "chamfer", "iou", "vanished")
+QUANTITIES = (  # beside the benchmark's metrics; a reward has the title of its name
+    Metric("reward", "reward", better="more"),
+    Metric("g_error", "error of g", "m/s²"),
+    Metric("drift", "drift", "m/s"),
+    Metric("jump", "jump", "m"),
+    Metric("growth", "growth", "1/s"),
+    Metric("motion", "motion, of the truth's", better="one"),
+    Metric("sharpness", "sharpness, of the truth's", better="one"),
+    Metric("size", "size, of the truth's", better="one"),
+    Metric("colour", "error of colour"),
+)
 LEAST = 4  # clips; fewer pairs say nothing
-Reward = Callable[[Tensor, Batch], Tensor]
 Values = dict[str, list[float | None]]  # by quantity, clip by clip
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was measured at one step: the wires that are tripped by then, and all values."""
+
+    step: int
+    tripped: list[str]
+    values: Values
 
 
 class TripwiresConfig(Strict):
@@ -78,8 +96,13 @@ def chooses_by_the_test(wires: TripwiresConfig, measured: EvalConfig) -> bool:
 
 
 def watching(
-    run: Path, config: TripwiresConfig, trained: Mapping[str, tuple[float, Reward]], model: VideoModel, tracker: Tracker
-) -> Look:
+    run: Path,
+    config: TripwiresConfig,
+    trained: Mapping[str, tuple[float, Reward]],
+    model: VideoModel,
+    tracker: Tracker,
+    metrics: Sequence[Metric],
+) -> Watch:
     """A function for `evaluate.validation(look=...)`, which gives the means for the log; one process calls it.
 
     Made before training continues, for what the model is now is the start that `distance` is from; it is kept in main
@@ -87,18 +110,23 @@ def watching(
 
     Args:
         trained: weight and function of each reward that is trained.
+        metrics: of the benchmark that scores.
 
     Raises:
         UserError: a reward of `watch` is trained, or is not there.
     """
     if both := [part.name for part in config.watch if part.name in trained]:
-        raise UserError(f"tripwires.watch: {both[0]} is trained, and followed anyway; leave it out")
+        raise UserError(
+            f"tripwires.watch: {both[0]} is trained, and followed anyway; leave it out", "conflict", "tripwires.watch"
+        )
     watched = {part.name: part.module.load(part.config, model.device) for part in config.watch}
     summands = {name: reward for name, (_, reward) in trained.items()}
     weights = {name: weight for name, (weight, _) in trained.items()}
     start = [p.detach().to("cpu", copy=True) for p in trainable(model)]
 
-    def measure(clips: Clips, index: int, video_FHWC: np.ndarray, score: dict[str, Any]) -> dict[str, float | None]:
+    known = {metric.key: metric for metric in (*metrics, *QUANTITIES)}
+
+    def measure(clips: Clips, index: int, video_FHWC: np.ndarray, score: ClipScore) -> dict[str, float | None]:
         batch, video_BCFHW = clips.load([index]).to(model.device), to_float(video_FHWC)[None].to(model.device)
         with torch.no_grad():
             found = {name: float(reward(video_BCFHW, batch)) for name, reward in (summands | watched).items()}
@@ -110,61 +138,71 @@ def watching(
         masks_BFHW = segment(tracker, video_BCFHW, true_BFHW[:, 0])
         looks = appearance(video_FHWC, masks_BFHW[0].cpu().numpy(), clips.read(index)[0], true_BFHW[0].cpu().numpy())
         named = {f"reward_{name}": value for name, value in shown.items()}
-        scored = {name: score[name] for name in PISA}
-        return finite({"reward": reward, **named, **scored, **card(score["physics"], clips.row(index)), **looks})
+        scored = {metric.key: score.numbers[metric.key] for metric in metrics if metric.wire}
+        numbers = {"reward": reward, **named, **scored, **card(score.physics, clips.row(index)), **looks}
+        return {name: None if value is None or math.isnan(value) else value for name, value in numbers.items()}
 
     def look(
-        step: int, clips: Clips, videos_BFHWC: Sequence[np.ndarray], scores: Sequence[dict[str, Any]]
+        step: int, clips: Clips, videos_BFHWC: Sequence[np.ndarray], scores: Sequence[ClipScore]
     ) -> dict[str, float]:
-        rows = [measure(clips, *each) for each in zip(range(len(clips)), videos_BFHWC, scores, strict=True)]
-        values: Values = {name: [row[name] for row in rows] for name in rows[0]}
-        earlier = [row for row in read_looks(run) if row["step"] < step]
-        first = earlier[0]["values"] if earlier else values
-        wires = tripped(first, values, config.tolerance)
-        row = {"step": step, "tripped": wires, "values": values}
-        best = best_look([*earlier, row])
-        if best is row:
+        each = [measure(clips, *one) for one in zip(range(len(clips)), videos_BFHWC, scores, strict=True)]
+        values: Values = {name: [numbers[name] for numbers in each] for name in each[0]}
+        earlier = [look for look in read_looks(run) if look.step < step]
+        first = earlier[0].values if earlier else values
+        wires = tripped(first, values, config.tolerance, known)
+        now = Look(step, wires, values)
+        best = best_look([*earlier, now])
+        if best is now:
             model.save(run / BEST)
-        files.write_jsonl(run / LOOKS, [*earlier, row])
+        files.write_jsonl(run / LOOKS, [asdict(look) for look in (*earlier, now)])
         if wires:
             changes = (change(name, first, values) for name in wires)
             print(
                 f"{run}: step {step}: a wire is tripped: {change('reward', first, values)}, but {', '.join(changes)} "
-                f"since step {earlier[0]['step']}; the weights of step {best['step']} are in {run / BEST}",
+                f"since step {earlier[0].step}; the weights of step {best.step} are in {run / BEST}",
                 file=sys.stderr,
             )
-        means = {name: mean(some) for name, some in values.items()}
-        told = {f"val_{name}": value for name, value in means.items() if value is not None}
-        return told | {"val_distance": distance(start, trainable(model)), "val_tripped": float(len(wires))}
+        means = {name: mean(numbers) for name, numbers in values.items()}
+        logged = {f"val_{name}": value for name, value in means.items() if value is not None}
+        return logged | {"val_distance": distance(start, trainable(model)), "val_tripped": float(len(wires))}
 
     return look
 
 
-def read_looks(run: Path) -> list[dict[str, Any]]:
-    """Every look of a run, {step, tripped: names, values: {quantity: a number or None for each clip}}."""
-    return files.read_jsonl(run / LOOKS) if (run / LOOKS).exists() else []
+def read_looks(run: Path) -> list[Look]:
+    """Every look of a run.
+
+    Raises:
+        UserError: a line of the file is no look.
+    """
+    path = run / LOOKS
+    try:
+        return [Look(**line) for line in files.read_jsonl(path)] if path.exists() else []
+    except TypeError as error:
+        raise UserError(f"{path}: has a line that is no look; delete it and train again", "format") from error
 
 
 def ended(run: Path, config: TripwiresConfig, step: int) -> bool:
     """Whether training ends at `step`: a wire was tripped by then, and the recipe says to roll back."""
-    return config.on_trip == "roll_back" and any(row["tripped"] for row in read_looks(run) if row["step"] <= step)
+    return config.on_trip == "roll_back" and any(look.tripped for look in read_looks(run) if look.step <= step)
 
 
-def best_look(looks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def best_look(looks: Sequence[Look]) -> Look:
     """The look with the highest mean reward where no wire is tripped; of equals, the first."""
-    return max((row for row in looks if not row["tripped"]), key=lambda row: mean(row["values"]["reward"]) or -math.inf)
+    return max((look for look in looks if not look.tripped), key=lambda look: mean(look.values["reward"]) or -math.inf)
 
 
-def tripped(first: Values, now: Values, tolerance: float) -> list[str]:
-    """The wires that are tripped (see the file's head)."""
+def tripped(first: Values, now: Values, tolerance: float, known: Mapping[str, Metric]) -> list[str]:
+    """The wires that are tripped (see the file's head). What is not `known`, as a reward, is better the more."""
     wires = [name for name in now if name != "reward"]
 
     def moved(name: str, sign: int, least: float, chance: float) -> bool:
         pairs = [(a, b) for a, b in zip(first[name], now[name], strict=True) if a is not None and b is not None]
         if len(pairs) < LEAST:
             return False
-        scale = 1.0 if name in RATIOS else abs(float(np.mean([a for a, _ in pairs])))
-        gain = interval([sign * (goodness(name, b) - goodness(name, a)) for a, b in pairs], level=1 - chance)
+        better = known[name].better if name in known else "more"
+        scale = 1.0 if better == "one" else abs(float(np.mean([a for a, _ in pairs])))
+        gain = interval([sign * (goodness(better, b) - goodness(better, a)) for a, b in pairs], level=1 - chance)
         return bool(gain["low"] > 0 and gain["mean"] > least * scale)
 
     if not moved("reward", 1, 0.0, 0.05):
@@ -172,11 +210,11 @@ def tripped(first: Values, now: Values, tolerance: float) -> list[str]:
     return [name for name in wires if moved(name, -1, tolerance, 0.05 / len(wires))]
 
 
-def goodness(name: str, value: float) -> float:
-    """The quantity turned so that more is better."""
-    if name in RATIOS:
+def goodness(better: str, value: float) -> float:
+    """The quantity turned so that more is better; see `Metric.better`."""
+    if better == "one":
         return -abs(math.log(max(value, 1e-3)))
-    return -value if name in LESS_IS_BETTER else value
+    return -value if better == "less" else value
 
 
 def change(name: str, first: Values, now: Values) -> str:
@@ -184,9 +222,9 @@ def change(name: str, first: Values, now: Values) -> str:
     return f"{name} {mean(first[name]):.3g} -> {mean(now[name]):.3g}"
 
 
-def card(physics: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, float | None]:
+def card(physics: Mapping[str, Pair | None], row: ClipRow) -> dict[str, float | None]:
     """g_error, drift, jump and growth of a clip (see the file's head); None where the scorecard has none of it."""
-    g, gravity = physics.get("g"), row.get("gravity")
+    g, gravity = physics.get("g"), row.gravity
     found = {"g_error": abs(g[0] - math.hypot(*gravity)) if g and gravity else None}
     for name, quantity in (("drift", "drift"), ("jump", "jump"), ("growth", "size")):
         measure = physics.get(quantity)

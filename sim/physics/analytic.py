@@ -1,11 +1,22 @@
-"""Free fall and bounces of one body over the floor in closed form: what the other engines are tested against.
+"""Free fall and bounces over the floor in closed form: an engine for balls, and what others are tested by.
 
-SI units, z up, heights are those of the body's lowest point. Rotation and friction play no part.
+SI units, z up, heights are those of a body's lowest point. Rotation and friction play no part, so `simulate` refuses
+scenes in which they would: bodies that touch each other, bodies other than balls that touch the floor, gravity that
+drives a body along the floor. It refuses interventions too.
+
+Shape letters: T times, N bodies.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from posttrain.core.recipe import Strict
+from sim import geometry
+from sim.assets import library
+from sim.physics.base import unsupported
+from sim.scene import FLOOR, Body, Contact, Intervention, Scene, Trajectory
 
 GRAVITY = 9.81
 
@@ -38,6 +49,8 @@ class Fall:
 
         A restitution below 1 gives infinitely many touches in finite time; flights under a microsecond are left out.
         """
+        if self.gravity == 0:
+            return []
         time, flight, times = fall_time(self.height, self.gravity), 2 * fall_time(self.height, self.gravity), []
         while time < until:
             times.append(time)
@@ -59,3 +72,86 @@ class Fall:
         height = start + speed * since - self.gravity * since**2 / 2
         resting = (touches > 0) & (since > 2 * speed / self.gravity)
         return np.where(resting, 0.0, height), np.where(resting, 0.0, speed - self.gravity * since)
+
+
+class Config(Strict):
+    """Nothing to choose."""
+
+
+DEFAULT = Config()
+
+
+def simulate(scene: Scene, interventions: Sequence[Intervention] = (), config: Config = DEFAULT) -> Trajectory:
+    """Let the scene go at time 0: `dropped` bodies fall from rest, all others stay. `energy` is that at the frames.
+
+    A contact's impulse is m v (1 + e); the last one, from which on the body rests, also holds its weight to the end.
+
+    Raises:
+        UserError: the scene needs more than free fall and bounces, or there are interventions.
+    """
+    if interventions:
+        name = type(interventions[0]).__name__
+        raise unsupported("analytic", scene, f"{name} has no closed form")
+    times_T = np.arange(scene.frames) / scene.fps
+    positions_TN3 = np.tile(np.array([body.position for body in scene.bodies]), (scene.frames, 1, 1))
+    contacts: list[Contact] = []
+    energy_T = np.zeros(scene.frames)
+    for i, body in enumerate(scene.bodies):
+        if body.role == "moved":
+            continue
+        speeds_T = np.zeros(scene.frames)
+        if body.role == "dropped":
+            positions_TN3[:, i], speeds_T, touches = _fall(scene, body, times_T)
+            if touches and not library.is_round(body.asset):
+                remedy = "write `physics: {name: bullet}`, or take balls (`shapes: [ball]`)"
+                raise unsupported("analytic", scene, f"{body.asset} would turn when it meets the floor", remedy)
+            if touches and any(scene.gravity[:2]):
+                raise unsupported("analytic", scene, "gravity drives a body along the floor, where friction acts")
+            contacts += [Contact(time, i, FLOOR, impulse) for time, impulse in touches]
+        energy_T += body.mass * (speeds_T**2 / 2 - positions_TN3[:, i] @ np.array(scene.gravity))
+    _refuse_touch(scene)
+    return Trajectory(
+        positions_TN3=positions_TN3,
+        quaternions_TN4=np.tile(np.array([body.orientation for body in scene.bodies]), (scene.frames, 1, 1)),
+        contacts=tuple(sorted(contacts, key=lambda contact: contact.time)),
+        energy=energy_T,
+    )
+
+
+def _fall(scene: Scene, body: Body, times_T: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[tuple[float, float]]]:
+    """Positions (T, 3) of a falling body, its speeds (T,), and times and impulses of its touches of the floor."""
+    gravity = np.array(scene.gravity)
+    if gravity[2] >= 0:  # it never comes down
+        flight_T3 = np.array(body.position) + gravity * times_T[:, None] ** 2 / 2
+        return flight_T3, np.linalg.norm(gravity) * times_T, []
+    restitution = body.restitution * scene.floor_restitution
+    height = float(geometry.lowest(body)[2])
+    fall = Fall(height, restitution, -float(gravity[2]))
+    end = float(times_T[-1])
+    heights_T, speeds_T = fall.at(times_T)
+    positions_T3 = np.array(body.position) + gravity * times_T[:, None] ** 2 / 2
+    positions_T3[:, 2] = body.position[2] - height + heights_T
+    touches, speed = [], impact_speed(height, fall.gravity)
+    for time in (times := fall.contacts(end)):
+        touches.append((time, body.mass * speed * (1 + restitution)))
+        speed *= restitution
+    if times and times[-1] + 2 * speed / fall.gravity < end:  # it rests
+        touches[-1] = times[-1], touches[-1][1] + body.mass * fall.gravity * (end - times[-1])
+    sideways_T = np.hypot(gravity[0], gravity[1]) * times_T
+    return positions_T3, np.hypot(speeds_T, sideways_T), touches
+
+
+def _refuse_touch(scene: Scene) -> None:
+    """Refuse a scene in which two bodies may meet: a dropped one and any other, by the spheres around them."""
+    moving = [i for i, body in enumerate(scene.bodies) if body.role == "dropped"]
+    fine_T = np.linspace(0, (scene.frames - 1) / scene.fps, 16 * scene.frames)
+    still = {i: np.tile(body.position, (len(fine_T), 1)) for i, body in enumerate(scene.bodies)}
+    paths = still | {i: _fall(scene, scene.bodies[i], fine_T)[0] for i in moving}
+    reach = [
+        body.size * (0.5 if library.is_round(body.asset) else np.linalg.norm(library.hull(body.asset), axis=1).max())
+        for body in scene.bodies
+    ]
+    for i in moving:
+        for j in range(len(scene.bodies)):
+            if j != i and np.linalg.norm(paths[i] - paths[j], axis=1).min() < reach[i] + reach[j]:
+                raise unsupported("analytic", scene, f"bodies {min(i, j)} and {max(i, j)} may touch")

@@ -1,3 +1,23 @@
-"""What a renderer is: a module of this package that a recipe names in `renderer:`."""
+"""What a renderer is: a module of this package that a recipe names in `renderer:`.
 
-PROTOCOL = ("render",)
+It has a `Config`, and `render(scene, trajectory, config)`, which returns what `Render` says; the laws that every
+renderer keeps are in tests/sim_laws.py.
+"""
+
+from collections.abc import Callable
+
+from posttrain.core.errors import UserError
+from sim.scene import Clip, Scene, Trajectory
+
+PROTOCOL = ("Config", "render")
+MOST = 255  # bodies that a uint8 mask can number
+Render = Callable[[Scene, Trajectory], Clip]  # a renderer with its config: films the trajectory
+
+
+def check(scene: Scene) -> None:
+    """Refuse what a Clip cannot hold: more bodies than a uint8 mask can number."""
+    if len(scene.bodies) > MOST:
+        raise UserError(
+            f"scene {scene.seed}: {len(scene.bodies)} bodies, but a mask numbers at most {MOST}; take fewer",
+            "unsupported",
+        )

@@ -16,24 +16,37 @@ from typing import Any
 
 import moderngl
 import numpy as np
+from pydantic import Field
 
 from posttrain.core.errors import UserError
-from sim import assets
+from posttrain.core.recipe import Strict
+from sim.assets import library
+from sim.assets.surfaces import PATTERNS
+from sim.geometry import focal_pixels, rotation
 from sim.render import shaders
-from sim.render.geometry import check, focal_pixels, rotation
+from sim.render.base import check
 from sim.scene import Body, Camera, Clip, Material, Scene, Trajectory
 
 NEAR = 0.05  # metres; the far plane is at infinity
 TALLEST = 12288  # rows of a target: frames beyond that are drawn in the next batch
 OCCLUDERS = 16
 SRGB8 = 0x8C41  # OpenGL's name for 8-bit sRGB texels
-IMAGE = len(assets.PATTERNS)  # the KIND of surface that shows the asset's own texture
+IMAGE = len(PATTERNS)  # the number of the pattern that shows the asset's own texture
 
 Value = float | tuple[float, ...] | np.ndarray
 
 
-def render(scene: Scene, trajectory: Trajectory, supersample: int = 2) -> Clip:
-    """Film the trajectory; see Clip for what comes back. `supersample`^2 colour samples per pixel.
+class Config(Strict):
+    """`supersample`^2 colour samples per pixel."""
+
+    supersample: int = Field(2, ge=1, le=8)
+
+
+DEFAULT = Config()
+
+
+def render(scene: Scene, trajectory: Trajectory, config: Config = DEFAULT) -> Clip:
+    """Film the trajectory; see Clip for what comes back.
 
     Raises:
         UserError: no EGL on this machine, or more bodies than a uint8 mask can number.
@@ -41,14 +54,16 @@ def render(scene: Scene, trajectory: Trajectory, supersample: int = 2) -> Clip:
     check(scene)
     here = stage(os.getpid())
     with here.context:  # whoever opened another context since took this one's place, and may have closed it
-        return here.film(scene, trajectory, supersample)
+        return here.film(scene, trajectory, config.supersample)
 
 
 def missing_egl(reason: Exception) -> UserError:
     """What to tell someone whose machine cannot open an EGL context."""
     return UserError(
         f"renderer gl: no EGL context ({str(reason) or type(reason).__name__}); install it with `sudo apt-get install "
-        "-y libegl1 libgl1-mesa-dri`, or write `renderer: {name: tiny}` in the recipe, the plainer fallback"
+        "-y libegl1 libgl1-mesa-dri`, or write `renderer: {name: tiny}` in the recipe, the plainer fallback",
+        "not_installed",
+        "renderer.name",
     )
 
 
@@ -77,9 +92,9 @@ class Stage:
         self.images: dict[str, moderngl.Texture] = {}
         self.targets: dict[tuple[int, ...], Targets] = {}
 
-    def program(self, vertex: str, fragment: str, kind: int = 0) -> moderngl.Program:
-        """The program of two shaders; `kind` chooses the pattern that is compiled in."""
-        fragment = fragment.replace("#version 330", f"#version 330\n#define KIND {kind}")
+    def program(self, vertex: str, fragment: str, pattern: int = 0) -> moderngl.Program:
+        """The program of two shaders; `pattern` is compiled in."""
+        fragment = fragment.replace("#version 330", f"#version 330\n#define KIND {pattern}")
         if (vertex, fragment) not in self.programs:
             self.programs[vertex, fragment] = self.context.program(vertex, fragment)
         return self.programs[vertex, fragment]
@@ -100,14 +115,14 @@ class Stage:
 
     def mesh(self, asset: str) -> tuple[moderngl.Buffer, moderngl.Buffer]:
         if asset not in self.meshes:
-            m = assets.mesh(asset)
+            m = library.mesh(asset)
             uv = np.zeros((len(m.vertices), 2)) if m.uv is None else m.uv
             table = np.concatenate([m.vertices, m.normals, uv], axis=1).astype(np.float32)
             self.meshes[asset] = self.context.buffer(table.tobytes()), self.context.buffer(m.faces.tobytes())
         return self.meshes[asset]
 
     def image(self, asset: str) -> moderngl.Texture | None:
-        pixels = assets.mesh(asset).texture
+        pixels = library.mesh(asset).texture
         if pixels is not None and asset not in self.images:
             height, width, _ = pixels.shape
             rows = pixels[::-1].tobytes()
@@ -153,7 +168,7 @@ class Stage:
             planes.append((background.wall, (0.0, -1.0, 0.0), -background.wall_y))
         for material, normal, offset in planes:
             program = self.program(
-                shaders.SCREEN_VERTEX, shaders.COMMON + shaders.PATTERN + shaders.PLATE, kind(material)
+                shaders.SCREEN_VERTEX, shaders.COMMON + shaders.PATTERN + shaders.PLATE, pattern_index(material)
             )
             self.draw(program, None, **always, **pattern(material), normal=normal, offset=offset)
         sky = self.program(shaders.SCREEN_VERTEX, shaders.COMMON + shaders.SKY)
@@ -181,7 +196,7 @@ class Stage:
         targets.sunshine.use(2)
         backdrop = self.program(shaders.SCREEN_VERTEX, shaders.COMMON + shaders.BACKDROP)
         programs = [
-            self.program(shaders.BODY_VERTEX, shaders.COMMON + shaders.PATTERN + shaders.BODY, look.kinds[i])
+            self.program(shaders.BODY_VERTEX, shaders.COMMON + shaders.PATTERN + shaders.BODY, look.patterns[i])
             for i in range(len(bodies))
         ]
         wall_y = scene.background.wall_y if scene.background.wall else 1e9
@@ -251,7 +266,7 @@ class Look:
 
     def __init__(self, scene: Scene, trajectory: Trajectory, shadow: int) -> None:
         camera, positions = scene.camera, trajectory.positions_TN3
-        meshes = [assets.mesh(body.asset) for body in scene.bodies]
+        meshes = [library.mesh(body.asset) for body in scene.bodies]
         sizes = np.array([body.size for body in scene.bodies])
         poses = np.zeros((*positions.shape[:2], 4, 4))
         poses[..., :3, :3], poses[..., :3, 3], poses[..., 3, 3] = rotation(trajectory.quaternions_TN4), positions, 1
@@ -290,20 +305,20 @@ class Look:
             "ambient": scene.light.ambient, "light": columns(light), "texel": float(texel), "occluders": n,
         }  # fmt: skip
         surfaces = [surface(body) for body in scene.bodies]
-        self.kinds = [IMAGE if m is None else kind(m) for m in surfaces]
+        self.patterns = [IMAGE if m is None else pattern_index(m) for m in surfaces]
         self.paints: list[dict[str, Value]] = [{} if m is None else pattern(m) for m in surfaces]
 
 
 def surface(body: Body) -> Material | None:
     """The body's material; None stands for the asset's own texture, grey where it has none."""
-    if body.material is None and assets.mesh(body.asset).texture is None:
+    if body.material is None and library.mesh(body.asset).texture is None:
         return Material("plain", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 1.0, 0)
     return body.material
 
 
-def kind(material: Material) -> int:
+def pattern_index(material: Material) -> int:
     """The shader's number of a pattern."""
-    return assets.PATTERNS.index(material.pattern)
+    return PATTERNS.index(material.pattern)
 
 
 def pattern(material: Material) -> dict[str, Value]:

@@ -1,8 +1,8 @@
 """The shaders of the OpenGL renderer (gl.py).
 
 A fragment shader is COMMON (lens, light, shadows), PATTERN (the albedo of a material) where it paints, and what it
-draws. KIND, the pattern that is compiled in, is a name's index in `assets.PATTERNS`, and 8, the number after them, the
-asset's own texture.
+draws. KIND, the pattern that is compiled in, is a name's index in `surfaces.PATTERNS`, and 8, the number after them,
+the asset's own texture.
 """
 
 COMMON = """

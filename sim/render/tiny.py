@@ -8,14 +8,27 @@ from functools import cache
 from types import ModuleType
 
 import numpy as np
+from pydantic import Field
 
 from posttrain.core.errors import UserError
-from sim import assets
-from sim.physics.bullet import engine, xyzw
-from sim.render.geometry import check, flow, focal_pixels, rays
+from posttrain.core.recipe import Strict
+from sim.assets import library
+from sim.assets.surfaces import encoded, linear
+from sim.geometry import flow, focal_pixels, rays, xyzw
+from sim.physics.bullet import engine
+from sim.render.base import check
 from sim.scene import Body, Camera, Clip, Material, Scene, Trajectory
 
 NEAR, FAR = 0.2, 50.0  # metres, of TinyRenderer's depth buffer
+
+
+class Config(Strict):
+    """`supersample`^2 colour samples per pixel."""
+
+    supersample: int = Field(2, ge=1, le=8)
+
+
+DEFAULT = Config()
 
 
 @cache
@@ -25,32 +38,36 @@ def world() -> tuple[ModuleType, int]:
     return bullet, bullet.connect(bullet.DIRECT)
 
 
-def render(scene: Scene, trajectory: Trajectory, supersample: int = 2) -> Clip:
-    """Film the trajectory; see Clip for what comes back. `supersample`^2 colour samples per pixel.
+def render(scene: Scene, trajectory: Trajectory, config: Config = DEFAULT) -> Clip:
+    """Film the trajectory; see Clip for what comes back.
 
     Raises:
         UserError: more bodies than a uint8 mask can number, or bodies that change their size.
     """
     check(scene)
     if trajectory.scales_TN is not None:
-        raise UserError("renderer tiny: cannot let bodies vanish or melt; write `renderer: {name: gl}` in the recipe")
+        raise UserError(
+            "renderer tiny: cannot let bodies vanish or melt; write `renderer: {name: gl}` in the recipe",
+            "unsupported",
+            "renderer.name",
+        )
     bullet, client = world()
     bullet.resetSimulation(physicsClientId=client)
     handles = [_add(bullet, client, body) for body in scene.bodies]
     sun = np.array(scene.light.direction) / np.linalg.norm(scene.light.direction)
-    radii = [b.size * np.cbrt(3 * assets.mesh(b.asset).volume / (4 * np.pi)) for b in scene.bodies]
+    radii = [b.size * np.cbrt(3 * library.mesh(b.asset).volume / (4 * np.pi)) for b in scene.bodies]
     rgb, instances, depths = [], [], []
-    camera = scene.camera
+    camera, supersample = scene.camera, config.supersample
     for positions, quaternions in zip(trajectory.positions_TN3, trajectory.quaternions_TN4, strict=True):
         for handle, position, quaternion in zip(handles, positions, quaternions, strict=True):
             pose = position.tolist(), xyzw(quaternion.tolist())
             bullet.resetBasePositionAndOrientation(handle, *pose, physicsClientId=client)
-        colors, instance, _ = _shoot(scene, sun, supersample)
+        colors, instance, _ = _picture(scene, sun, supersample)
         still = _backdrop(scene, sun, supersample, positions, np.array(radii))
-        light = np.where((instance > 0)[..., None], assets.linear(colors / 255), still)
+        light = np.where((instance > 0)[..., None], linear(colors / 255), still)
         fine = light.reshape(camera.height, supersample, camera.width, supersample, 3).clip(0, 1)
-        rgb.append(np.round(255 * assets.encoded(fine.mean(axis=(1, 3)))).astype(np.uint8))
-        _, instance, depth = _shoot(scene, sun, 1)
+        rgb.append(np.round(255 * encoded(fine.mean(axis=(1, 3)))).astype(np.uint8))
+        _, instance, depth = _picture(scene, sun, 1)
         instances.append(instance)
         depths.append(depth)
     masks, far = np.stack(instances), np.stack(depths)
@@ -58,9 +75,9 @@ def render(scene: Scene, trajectory: Trajectory, supersample: int = 2) -> Clip:
 
 
 def _add(bullet: ModuleType, client: int, body: Body) -> int:
-    mesh = assets.mesh(body.asset)
+    mesh = library.mesh(body.asset)
     if body.material is not None:
-        color = assets.encoded(_mean(body.material))
+        color = encoded(_mean(body.material))
     elif mesh.texture is not None:
         color = mesh.texture.reshape(-1, 3).mean(axis=0) / 255
     else:
@@ -77,7 +94,7 @@ def _add(bullet: ModuleType, client: int, body: Body) -> int:
     return int(bullet.createMultiBody(0, -1, shape, physicsClientId=client))
 
 
-def _shoot(scene: Scene, sun: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _picture(scene: Scene, sun: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Colours (H, W, 3) of bodies in [0, 255], instances uint8, depth float32; `samples` per side of a pixel."""
     bullet, client = world()
     camera = _enlarged(scene.camera, samples)

@@ -1,7 +1,8 @@
 """What a measured run says about p(t|y) and about 3D (PISA, section 5.2): from impact frames and masks to numbers.
 
-The laws are in posttrain/metrics/distribution.py. The rows of an ambiguous set (sim/ambiguous.py) tell which clips have
-the same first picture (`group`), along which ray the object lies (`beta`) and between which `depths`.
+A helper of pisa.py. The laws are in posttrain/metrics/distribution.py. The rows of an ambiguous set
+(sim/worlds/ambiguous.py) tell which clips have the same first picture (`group`), along which ray the object lies (`beta`) and between which
+`depths`.
 """
 
 import math
@@ -10,17 +11,20 @@ from typing import Any
 
 import numpy as np
 
+from posttrain.data.schema import ClipRow
+from posttrain.evaluation.benchmarks.base import ClipScore
+from posttrain.evaluation.records import Record
 from posttrain.metrics import distribution, pisa
 
 LEVEL = 0.05  # p-values up to here reject
 
 
-def falls(record: Mapping[str, Any], truth: Mapping[str, Any] | None, rng: np.random.Generator) -> dict[str, Any]:
+def falls(record: Record, truth: Record | None, rng: np.random.Generator) -> dict[str, Any]:
     """Test p(t|y) on the videos of a model, first picture by first picture; the paper takes 128 videos of each of 50.
 
     Args:
-        record: of posttrain/evaluation/evaluate.py: `impact_frames`, `lifted` and the row `truth` of each clip.
-        truth: the same of the true clips, whose errors are told to the test; None: there are none.
+        record: with `impact_frames`, `lifted` and `truth` of each clip.
+        truth: that of the true clips, whose errors are told to the test; None: there are none.
         rng: draws the samples behind the p-values.
 
     Returns:
@@ -31,20 +35,22 @@ def falls(record: Mapping[str, Any], truth: Mapping[str, Any] | None, rng: np.ra
         fall_error: metres, median over what can be lifted; `lifted`: how many these are.
         inside: their share whose depth is between the training clips'.
     """
-    errors = None if truth is None else calibrate(truth["clips"])
-    groups: dict[int, list[Mapping[str, Any]]] = {}
-    for clip in record["clips"]:
-        groups.setdefault(clip["truth"]["group"], []).append(clip)
+    errors = None if truth is None else calibrate(truth.clips)
+    groups: dict[int, list[ClipScore]] = {}
+    for clip in record.clips:
+        groups.setdefault(clip.truth["group"], []).append(clip)
     pictures = []
+    assert record.frames is not None
+    assert record.fps is not None
     for clips in groups.values():
-        found = [frame for clip in clips for frame in clip["impact_frames"]]
-        pictures.append(fall_times(found, clips[0]["truth"], record["frames"], record["fps"], rng, errors))
-    frames = [frame for clip in record["clips"] for frame in clip["impact_frames"]]
-    lifts = [(lift, clip["truth"]) for clip in record["clips"] for lift in clip["lifted"] if lift is not None]
-    within = [low <= lift["depth"] <= high for lift, row in lifts for low, high in [depths(row)]]
+        found = [frame for clip in clips for frame in clip.impact_frames]
+        pictures.append(fall_times(found, clips[0].truth, record.frames, record.fps, rng, errors))
+    frames = [frame for clip in record.clips for frame in clip.impact_frames]
+    lifts = [(lift, clip.truth) for clip in record.clips for lift in clip.lifted or () if lift is not None]
+    within = [low <= lift["depth"] <= high for lift, facts in lifts for low, high in [depths(facts)]]
     off = [lift["fall_error"] for lift, _ in lifts if lift["fall_error"] is not None]
     return {
-        "model": record["model"],
+        "model": record.row,
         "pictures": pictures,
         "rejected": float(np.mean([picture["p_value"] <= LEVEL for picture in pictures])),
         "never": float(np.mean([frame is None for frame in frames])),
@@ -54,16 +60,16 @@ def falls(record: Mapping[str, Any], truth: Mapping[str, Any] | None, rng: np.ra
     }
 
 
-def calibrate(clips: Sequence[Mapping[str, Any]]) -> dict[int | None, float]:
+def calibrate(clips: Sequence[ClipScore]) -> dict[int | None, float]:
     """How far the impact frames found in true clips are from the known ones, see `distribution.estimator_errors`."""
-    landing = [clip for clip in clips if clip["truth"]["contact_time"] is not None]
-    known = [pisa.first_frame_after(clip["truth"]["contact_time"], clip["truth"]["fps"]) for clip in landing]
-    return distribution.estimator_errors([clip["impact_frames"][0] for clip in landing], known)
+    landing = [clip for clip in clips if clip.truth["contact_time"] is not None]
+    known = [pisa.first_frame_after(clip.truth["contact_time"], clip.truth["fps"]) for clip in landing]
+    return distribution.estimator_errors([clip.impact_frames[0] for clip in landing], known)
 
 
 def fall_times(
     impact_frames: Sequence[int | None],
-    row: Mapping[str, Any],
+    facts: Mapping[str, Any],
     frames: int,
     fps: float,
     rng: np.random.Generator,
@@ -73,26 +79,26 @@ def fall_times(
 
     Args:
         impact_frames: of its videos, None where nothing lands.
-        row: of one of its true clips.
+        facts: beta, camera, depths and gravity of one of its true clips.
         frames: of a generated video.
         fps: its frames per second.
         errors: of the measured frames, see `calibrate`.
     """
-    heights = distribution.drop_heights(row["beta"], row["camera"]["position"][2], depths(row))
-    pmf_K = distribution.frame_pmf(heights, fps, frames, math.hypot(*row["gravity"]), errors)
+    heights = distribution.drop_heights(facts["beta"], facts["camera"]["position"][2], depths(facts))
+    pmf_K = distribution.frame_pmf(heights, fps, frames, math.hypot(*facts["gravity"]), errors)
     counts_K = np.bincount([frames if k is None else k for k in impact_frames], minlength=frames + 1)
     shares = {"pmf": pmf_K.tolist(), "measured": (counts_K / len(impact_frames)).tolist()}
-    told = {"beta": row["beta"], "videos": len(impact_frames)}
+    told = {"beta": facts["beta"], "videos": len(impact_frames)}
     return told | shares | distribution.ks_test(impact_frames, pmf_K, rng)
 
 
-def depths(row: Mapping[str, Any]) -> tuple[float, float]:
+def depths(facts: Mapping[str, Any]) -> tuple[float, float]:
     """Metres between which the depths of the ambiguous set are uniform."""
-    low, high = row["depths"]
+    low, high = facts["depths"]
     return low, high
 
 
-def lifted(masks_FHW: np.ndarray, fps: float, row: Mapping[str, Any]) -> dict[str, Any] | None:
+def lifted(masks_FHW: np.ndarray, fps: float, row: ClipRow) -> dict[str, Any] | None:
     """A clip's fall in three dimensions; None if nothing lands or its start is level with the camera.
 
     Returns:
@@ -104,8 +110,10 @@ def lifted(masks_FHW: np.ndarray, fps: float, row: Mapping[str, Any]) -> dict[st
     t_drop = pisa.contact_time(masks_FHW, fps)
     if t_drop is None:
         return None
-    gravity, camera_height = math.hypot(*row["gravity"]), row["camera"]["position"][2]
-    focal = row["camera"]["intrinsics"][1][1] * masks_FHW.shape[1] / row["size"][0]
+    assert row.gravity is not None
+    assert row.camera is not None
+    gravity, camera_height = math.hypot(*row.gravity), row.camera.position[2]
+    focal = row.camera.intrinsics[1][1] * masks_FHW.shape[1] / row.size[0]
     betas_F = distribution.slope(distribution.bottoms(masks_FHW), masks_FHW.shape[1], focal)
     depth, heights_F = distribution.lift(betas_F, t_drop, camera_height, gravity)
     if math.isnan(depth):

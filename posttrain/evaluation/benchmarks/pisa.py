@@ -8,75 +8,143 @@ and the seeds of a clip are averaged before clips are.
 
 Departures from the paper: masks come from a tracker that no reward is computed with, where the paper uses SAM 2 for
 both; the truth is the simulator's mask, not a tracked one.
+
+Beside the splits there may be the grid, whose clips the table shows as two splits, `id` with depths and heights as in
+training and `ood` with others, and the falls, which test p(t|y) and of the references need `truth` alone; see
+distribution.py.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
+from posttrain.core.recipe import Strict
 from posttrain.data.dataset import to_float
-from posttrain.evaluation.benchmarks.distribution import lifted
+from posttrain.data.schema import ClipRow
+from posttrain.evaluation.benchmarks import distribution
+from posttrain.evaluation.benchmarks.base import TRUTH, Benchmark, ClipScore, Metric, Pair, TestSet, Trace
+from posttrain.metrics import masks as masks_module
 from posttrain.metrics import physics, pisa
 from posttrain.metrics.masks import Track, segment
 from posttrain.types import Batch
 
-METRICS = ("l2", "chamfer", "iou", "vanished", "time_error", "no_contact")
+GRID, FALLS = "grid", "falls"  # test sets beside the splits
 
 
-def clip_seed(seed: int, clip: str) -> int:
-    """The seed of a clip's noise: a function of (seed, clip id) alone, whatever batch the clip is in."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{clip}".encode()).digest()[:8], "big") >> 1
+class FallsConfig(Strict):
+    """The test of p(t|y): an ambiguous set (sim/worlds/ambiguous.py), and the number of videos of each of its clips."""
+
+    clips: str
+    seeds: int = Field(6, ge=1)
 
 
-def score_videos(
-    videos_BFHWC: np.ndarray, batch: Batch, truths: Sequence[dict[str, Any]], track: Track, fps: float
-) -> list[dict[str, Any]]:
+class Config(Strict):
+    """`grid` is a folder that tells depths and heights which training had from others (sim/worlds/grid.py).
+
+    Of it and of `falls` the split test_unseen is measured.
+    """
+
+    grid: str | None = None
+    falls: FallsConfig | None = None
+
+
+METRICS = (
+    Metric("l2", "L2", headline="trajectory error L2"),
+    Metric("chamfer", "Chamfer"),
+    Metric("iou", "IoU", better="more", headline="IoU with the true object"),
+    Metric("vanished", "Vanished", hint="share of frames", headline="of frames without the object", share=True),
+    Metric("time_error", "Time error", "s", wire=False),
+    Metric("no_contact", "Never lands", hint="share of clips", decimals=2, share=True, wire=False),
+)
+SCORECARD = (  # quantities of metrics/physics.py
+    Metric("g", "g", "m/s²", "truth", 2),
+    Metric("release", "Let go", "s", "truth"),
+    Metric("contact", "Lands", "s", "truth"),
+    Metric("restitution", "Bounce", "of the speed", "truth", 2),
+    Metric("penetration", "Sinks in", "m", "truth"),
+    Metric("energy_fall", "Energy won falling", "J/kg", "truth", 2),
+    Metric("energy_contact", "Energy won at the contact", "J/kg", "truth", 2),
+    Metric("drift", "Drift", "m/s", "truth"),
+    Metric("jump", "Jump", "m", "truth"),
+    Metric("permanence", "Seen", "of the frames", "truth"),
+    Metric("size", "Growth", "1/s", "truth"),
+)
+NOTE = "L2 and Chamfer: how far the generated object is from the simulated one, in units of the picture's diagonal."
+
+
+def tests(config: Config, seeds: int) -> dict[str, TestSet]:
+    """The grid and the falls."""
+    found: dict[str, TestSet] = {}
+    if config.grid:
+        found[GRID] = TestSet(config.grid, "test_unseen", seeds, facts=("id",), needed=("id",), world="grid")
+    if config.falls:
+        needed = ("group", "beta", "depths", "gravity", "camera")
+        facts = (*needed, "contact_time", "fps")
+        folder, each = config.falls.clips, config.falls.seeds
+        found[FALLS] = TestSet(folder, "test_unseen", each, (TRUTH,), facts, needed, "ambiguous")
+    return found
+
+
+def split(name: str, clip: ClipScore) -> str | None:
+    """The grid is two splits of the table, the falls are a test of their own."""
+    if name == GRID:
+        return "id" if clip.truth["id"] else "ood"
+    return None if name == FALLS else name
+
+
+def score(
+    videos_BFHWC: np.ndarray, batch: Batch, rows: Sequence[ClipRow], fps: float, tracker: Track
+) -> list[ClipScore]:
     """Score one generated video per clip of `batch`.
 
     Args:
         videos_BFHWC: uint8, the generated videos; the first picture is the clip's.
         batch: the true clips with `instances_BFHW` and `target_B`.
-        truths: the clips' metadata rows (fps, drop_height, gravity, camera, distance).
-        track: the segmenter; it sees the video and the true mask of frame 0, on the batch's device.
+        rows: of them fps, drop_height, gravity, camera and distance.
         fps: frames per second of the generated videos.
+        tracker: the segmenter; it sees the video and the true mask of frame 0, on the batch's device.
 
     Returns:
-        One dict per clip: METRICS in the paper's convention (time_error in seconds, None where nothing lands),
-        "released" with l2, chamfer, iou, vanished in the other one, and "path": the object's centre [x, y] in pixels
-        per frame, None where it is lost; "true_path" is the simulator's; "physics" the scorecard, [value, sigma] by
-        quantity (of what is sideways the magnitude), empty where camera and distance are not known; "impact_frame",
-        None where nothing lands; "lifted" in an ambiguous set, see `distribution.lifted`. A number that does not exist
-        is None.
+        For each clip METRICS in the paper's convention (time_error in seconds, None where nothing lands), `released`
+        with l2, chamfer, iou, vanished in the other one; the scorecard, empty where camera and distance are not known,
+        of what is sideways the magnitude; `lifted` of an ambiguous set. A number that does not exist is None.
     """
     assert batch.instances_BFHW is not None
     assert batch.target_B is not None
     true_BFHW = batch.instances_BFHW == batch.target_B.view(-1, 1, 1, 1)
     video_BCFHW = torch.stack([to_float(video) for video in videos_BFHWC]).to(true_BFHW.device)
-    masks_BFHW = segment(track, video_BCFHW, true_BFHW[:, 0])
+    masks_BFHW = segment(tracker, video_BCFHW, true_BFHW[:, 0])
     scores = []
-    for masks, true, row in zip(masks_BFHW.cpu().numpy(), true_BFHW.cpu().numpy(), truths, strict=True):
-        numbers: dict[str, Any] = dict(pisa.score(masks, true, fps, row["fps"]))
+    for masks, true, row in zip(masks_BFHW.cpu().numpy(), true_BFHW.cpu().numpy(), rows, strict=True):
         timing: dict[str, Any] = {}
-        if row.get("drop_height") and row.get("gravity"):  # the true object is known to land within the clip
-            timing = pisa.time_error(masks, fps, row["drop_height"], math.hypot(*row["gravity"]))
-        numbers |= {key: timing.get(key) for key in ("time_error", "no_contact", "impact_frame")}
-        numbers["released"] = finite(pisa.score(masks, true, fps, row["fps"], "released"))
-        told = {"path": path(masks), "true_path": path(true), "physics": card(masks, fps, row)}
-        scores.append(finite(numbers) | told | ({"lifted": lifted(masks, fps, row)} if "beta" in row else {}))
+        if row.drop_height and row.gravity:  # the true object is known to land within the clip
+            timing = pisa.time_error(masks, fps, row.drop_height, math.hypot(*row.gravity))
+        landing = {key: timing.get(key) for key in ("time_error", "no_contact")}
+        scores.append(
+            ClipScore(
+                numbers=finite(pisa.score(masks, true, fps, row.fps) | landing),
+                released=finite(pisa.score(masks, true, fps, row.fps, "released")),
+                physics=card(masks, fps, row),
+                true_path=path(true),
+                paths=[path(masks)],
+                impact_frames=[timing.get("impact_frame")],
+                lifted=None if row.beta is None else [distribution.lifted(masks, fps, row)],
+            )
+        )
     return scores
 
 
-def card(masks_FHW: np.ndarray, fps: float, row: dict[str, Any]) -> dict[str, list[float] | None]:
-    """The scorecard of a video of the clip of a metadata row: [value, sigma] by quantity, as JSON has it."""
-    gravity = math.hypot(*(row.get("gravity") or (0.0,)))
-    if not (row.get("camera") and row.get("distance") and gravity):
+def card(masks_FHW: np.ndarray, fps: float, row: ClipRow) -> dict[str, Pair | None]:
+    """The scorecard of a video of the clip of a row: [value, sigma] by quantity."""
+    gravity = math.hypot(*(row.gravity or (0.0,)))
+    if not (row.camera and row.distance and gravity):
         return {}
-    focal = row["camera"]["intrinsics"][0][0] * masks_FHW.shape[1] / row["size"][0]
-    found = physics.scorecard(masks_FHW, fps, focal, row["distance"], row.get("drop_height") or None, gravity)
+    focal = row.camera.intrinsics[0][0] * masks_FHW.shape[1] / row.size[0]
+    found = physics.scorecard(masks_FHW, fps, focal, row.distance, row.drop_height or None, gravity)
     numbers = {name: measure and [round(measure.value, 6), round(measure.sigma, 6)] for name, measure in found.items()}
     for name in physics.SIDEWAYS:
         if (pair := numbers[name]) is not None:
@@ -84,38 +152,23 @@ def card(masks_FHW: np.ndarray, fps: float, row: dict[str, Any]) -> dict[str, li
     return numbers
 
 
-def average(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean of a clip's seeds, number by number, over the seeds that have it.
-
-    "paths", "impact_frames" and "lifted" keep what each seed has.
-    """
-    means: dict[str, Any] = {key: mean([score[key] for score in scores]) for key in METRICS}
-    means["released"] = {key: mean([score["released"][key] for score in scores]) for key in scores[0]["released"]}
-    means["physics"] = {name: pooled([score["physics"][name] for score in scores]) for name in scores[0]["physics"]}
-    means |= {"true_path": scores[0]["true_path"], "paths": [score["path"] for score in scores]}
-    means["impact_frames"] = [score["impact_frame"] for score in scores]
-    return means | ({"lifted": [score["lifted"] for score in scores]} if "lifted" in scores[0] else {})
-
-
-def pooled(measures: Sequence[list[float] | None]) -> list[float] | None:
-    """[value, sigma] of the mean of the measures that exist."""
-    present = np.array([measure for measure in measures if measure is not None])
-    if not len(present):
-        return None
-    return [float(present[:, 0].mean()), float(np.sqrt((present[:, 1] ** 2).sum()) / len(present))]
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """Mean of the values that exist."""
-    present = [value for value in values if value is not None]
-    return float(np.mean(present)) if present else None
-
-
-def finite(numbers: dict[str, Any]) -> dict[str, Any]:
+def finite(numbers: dict[str, Any]) -> dict[str, float | None]:
     """The same numbers, NaN as None, which JSON can say."""
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in numbers.items()}
 
 
-def path(masks_FHW: np.ndarray) -> list[list[float] | None]:
+def path(masks_FHW: np.ndarray) -> Trace:
     """Centres of the masks [x, y] in pixels, None where a mask is empty."""
     return [None if np.isnan(c).any() else [round(float(v), 2) for v in c] for c in pisa.centroids(masks_FHW)]
+
+
+BENCHMARK = Benchmark(
+    METRICS,
+    score,
+    "Does it fall as it should?",
+    NOTE,
+    SCORECARD,
+    sources=(pisa, physics, masks_module, distribution),
+    tests=tests,
+    split=split,
+)

@@ -1,4 +1,4 @@
-"""Clips whose truth is known, from PisaBench as it was published or from a dataset folder of ours.
+"""Clips whose truth is known, from PisaBench as it was published or from a dataset folder of ours. A helper of pisa.py.
 
     <...>/0000/clip_info.json, 00000.jpg, ...                  PisaBench real: 361 clips, 120 fps, clicks on frame 0
     <...>/00/clip_info.json, mask.npz, rgba_00000.jpg, ...     PisaBench simulated (seen and unseen): 16 fps
@@ -26,7 +26,9 @@ from PIL import Image
 
 from posttrain.core import files
 from posttrain.core.errors import UserError
-from posttrain.data.dataset import Clips, DataConfig, read_annotations
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips, read_annotations
+from posttrain.data.schema import ClipRow
 
 REAL_FPS, SIM_FPS = 120.0, 16.0  # said in the paper and nowhere in the files
 CONTEXT = " A video that conforms to the laws of physics."  # which the paper adds to the captions of real clips
@@ -46,25 +48,23 @@ class Truth:
     """What really happened in a clip.
 
     Attributes:
+        row: caption, fps, size, and where they are known drop_height, gravity, camera and distance.
         picture: gives its first picture, uint8 (H, W, 3).
         masks: gives the first n masks of the scored object, bool (F, H, W), F <= n; takes n.
         key: changes with all that they depend on.
-        row: fps, drop_height (metres; None if unknown) and gravity, as in metadata.jsonl.
         context: what a model is told after the caption.
     """
 
     id: str
-    caption: str
-    size: tuple[int, int]  # height, width
+    row: ClipRow
     picture: Callable[[], np.ndarray]
     masks: Callable[[int], np.ndarray]
     key: str
-    row: dict[str, Any]
     context: str = ""
 
     @property
-    def fps(self) -> float:
-        return float(self.row["fps"])
+    def caption(self) -> str:
+        return self.row.caption
 
 
 def open_benchmark(
@@ -101,19 +101,18 @@ def _ours(folder: Path, split: str) -> list[Truth]:
     clips = Clips(DataConfig(clips=str(folder), split=split), preload=False)
 
     def masks(index: int, n: int) -> np.ndarray:
-        instances = clips.read(index)[1]
+        instances, target = clips.read(index)[1], clips.row(index).target
         assert instances is not None
-        return (instances == clips.row(index)["target"] + 1)[:n]
+        assert target is not None
+        return (instances == target + 1)[:n]
 
     def picture(index: int) -> np.ndarray:
         return clips.read(index)[0][0]
 
     def truth(index: int) -> Truth:
         row = clips.row(index)
-        key = files.sha256_json([row["sha256"], row.get("annotations_sha256"), row["target"]])
-        facts = {name: row.get(name) for name in ("fps", "size", "drop_height", "gravity", "camera", "distance")}
-        size = clips.splits[0].size
-        return Truth(clips.ids[index], row["caption"], size, partial(picture, index), partial(masks, index), key, facts)
+        key = files.sha256_json([row.sha256, row.annotations_sha256, row.target])
+        return Truth(clips.ids[index], row, partial(picture, index), partial(masks, index), key)
 
     return [truth(index) for index in range(len(clips))]
 
@@ -134,11 +133,12 @@ def _published(scene: Path, clicks: Clicks | None, follower: str, cache: Path | 
     real = "points" in info
     target = _dropped(path, info["points"], (height, width)) if real else -1
     first, context = partial(_picture, pictures[0]), CONTEXT if real else ""
-    row = {"fps": REAL_FPS if real else SIM_FPS, "drop_height": None, "gravity": None}
+    fps, size = REAL_FPS if real else SIM_FPS, (height, width)
+    row = ClipRow(scene.name, info["prompt"], fps, len(pictures), size)
     if archive.exists():
         key = files.sha256_json([files.sha256(archive), target])
         masks = partial(_stored, archive, target, len(info["points"]) if real else 1)
-        return Truth(scene.name, info["prompt"], (height, width), first, masks, key, row, context)
+        return Truth(scene.name, row, first, masks, key, context)
     if not real:
         raise UserError(f"{archive}: does not exist; unpack PisaBench again")
     if clicks is None or cache is None:
@@ -150,7 +150,7 @@ def _published(scene: Path, clicks: Clicks | None, follower: str, cache: Path | 
     key = files.sha256_json([info["points"][target], sizes, files.sha256(pictures[0]), follower])
     kept = cache / f"{key[:32]}.npz"
     masks = partial(_clicked, pictures, info["points"][target], clicks, kept)
-    return Truth(scene.name, info["prompt"], (height, width), first, masks, key, row, context)
+    return Truth(scene.name, row, first, masks, key, context)
 
 
 def _dropped(path: Path, points: Any, size: tuple[int, int]) -> int:

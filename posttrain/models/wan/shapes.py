@@ -1,20 +1,23 @@
 """A Wan without weights: what the dry run of a training step runs."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers import CLIPVisionConfig
 
 from posttrain.models import lora
 from posttrain.models.base import ModelConfig, Outline
+from posttrain.models.folders import find, load_part
 from posttrain.models.wan.adapters import TARGETS
 from posttrain.models.wan.loading import DTYPES
 from posttrain.models.wan.model import Wan
-from posttrain.models.wan.published import read_configs
+from posttrain.models.wan.published import EMBEDDED, PUBLISHED, read_configs
 
-CLIP_TOKENS = 257  # patches and class token of a picture
+CLIP_TOKENS = 257  # patches and class token of a picture, in the published Wan2.1 I2V
 
 
 class Timetable(UniPCMultistepScheduler):
@@ -36,11 +39,23 @@ def outline(config: ModelConfig, frames: int, height: int, width: int) -> Outlin
     Raises:
         UserError: there is no such model, or the clips do not fit it.
     """
-    return of_configs(config, *read_configs(config.path, config.revision), frames, height, width)
+    configs, clip_tokens = read_configs(config.path, config.revision), CLIP_TOKENS
+    if config.path not in PUBLISHED or Path(config.path).is_dir():
+        root = find(config.path, config.revision, EMBEDDED)
+        if (root / "image_encoder").is_dir():
+            vision = load_part(CLIPVisionConfig, root, "image_encoder")
+            clip_tokens = 1 + (vision.image_size // vision.patch_size) ** 2
+    return of_configs(config, *configs, frames, height, width, clip_tokens)
 
 
 def of_configs(
-    config: ModelConfig, transformer: Mapping[str, Any], vae: Mapping[str, Any], frames: int, height: int, width: int
+    config: ModelConfig,
+    transformer: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    frames: int,
+    height: int,
+    width: int,
+    clip_tokens: int = CLIP_TOKENS,
 ) -> Outline:
     """The same of the configs of these parts; what they do not say is as in diffusers."""
     with torch.device("meta"):
@@ -59,6 +74,6 @@ def of_configs(
     if model.concatenates:
         condition["channels"] = (body.config.in_channels - shape[0], *shape[1:])
     if body.config.image_dim is not None:
-        condition["image"] = (CLIP_TOKENS, body.config.image_dim)
+        condition["image"] = (clip_tokens, body.config.image_dim)
     tokens = (shape[1] // patch[0]) * (shape[2] // patch[1]) * (shape[3] // patch[2])
     return Outline(model, decoder, tokens, body.config.text_dim, condition)

@@ -3,109 +3,145 @@
 Some objects hang at rest over piles; at time 0, which is frame 0, they are let go. Numbers of objects include their
 upper ends, a drop height is the air below the lowest point, piles are settled before time 0, nothing interpenetrates,
 restitution is never forced to 0. Everything a picture needs is drawn here, so the scene is a function of the numbers.
+Bullet puts the scene together, whichever engine moves it: it settles piles and sees what overlaps.
 
 Shape letters: P points, T frames, N bodies, V hull vertices.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
-from scipy.spatial.transform import Rotation
 
 from posttrain.core.errors import UserError
-from sim import assets
+from sim.assets import library, surfaces
+from sim.geometry import focal_pixels, outline, paths, project
 from sim.physics import bullet
+from sim.physics.base import Simulate, energy_gain
+from sim.render.base import MOST, Render
 from sim.scene import Background, Body, Camera, Light, Material, Scene, Trajectory
+from sim.worlds.base import Amount, Amounts, Draw, Positive, Positives, Share, Shares, Take, WorldConfig, ascending
 
-Range = tuple[float, float]
+SMALLEST = 2.0  # pixels, root of the area of the target's box: below that it may miss every pixel's centre
+BOUNCIEST = 0.99  # share of a speed that bounces may keep: an engine that keeps 0.006 more may raise the energy
 ATTEMPTS = 400
-TOUCH = -2e-3  # metres of overlap of the engine's hulls (1 mm of margin each) that still is a touch
+TOUCH = -2e-3  # metres of overlap of the engine's hulls that still is a touch
 
 
-class Config(BaseModel):
+def _above_the_horizon(degrees: tuple[float, float]) -> tuple[float, float]:
+    if degrees[1] > 90:
+        raise PydanticCustomError("range", "should end at 90 degrees")
+    return degrees
+
+
+class Config(WorldConfig):
     """Ranges are inclusive and drawn from uniformly; lengths in metres."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    width: int = 256
-    height: int = 256
-    frames: int = 32
-    fps: float = 16.0
-    dropped: tuple[int, int] = (1, 6)
-    pile: tuple[int, int] = (0, 4)  # bodies below each dropped one
-    drop: Range = (0.5, 1.5)
-    size: Range = (0.1, 0.4)
-    region: Range = (2.0, 2.0)  # the ground on which objects start: width, depth
-    camera_gap: float = 1.0  # from the camera to the region before it retreats
-    camera_height: Range = (0.4, 0.6)
-    camera_step: Range = (0.0, 0.4)  # of one retreat
-    target_pixels: Range = (0.0, 1e9)  # of the target in frame 0: root of its box's area
-    hidden: float = 0.5  # share of the target's box that may lie behind another's box
-    texture: float = 1.0  # contrast of procedural patterns; at 64 pixels a fine full one is aliasing and nothing else
+    dropped: Annotated[tuple[Annotated[int, Field(ge=1)], int], AfterValidator(ascending)] = (1, 6)
+    pile: Annotated[tuple[Annotated[int, Field(ge=0)], int], AfterValidator(ascending)] = (0, 4)  # below each dropped
+    drop: Positives = (0.5, 1.5)
+    size: Positives = (0.1, 0.4)
+    region: tuple[Amount, Amount] = (2.0, 2.0)  # the ground on which objects start: width, depth
+    camera_gap: Positive = 1.0  # from the camera to the region before it retreats
+    camera_height: Positives = (0.4, 0.6)
+    camera_step: Amounts = (0.0, 0.4)  # of one retreat
+    target_pixels: Amounts = (0.0, 1e9)  # of the target in frame 0: root of its box's area
+    hidden: Share = 0.5  # share of the target's box that may lie behind another's box
+    texture: Amount = 1.0  # contrast of procedural patterns; at 64 pixels a fine full one is aliasing and nothing else
     studio: bool = False  # before a backdrop of the floor's colour, without wall or horizon
-    contrast: float = 0.0  # least sRGB distance of the target's colour from those of wall or sky, and floor
-    shapes: tuple[str, ...] = ()  # kinds of objects, as "ball"; none named: all
-    density: Range = (200.0, 800.0)  # kg / m^3
-    friction: Range = (0.5, 0.9)
-    restitution: Range = (0.2, 0.6)
-    floor_friction: Range = (0.7, 1.0)
-    floor_restitution: Range = (0.4, 0.7)
-    sun: Range = (60.0, 85.0)  # degrees above the horizon
-    gravity: float = 9.81
+    contrast: Amount = 0.0  # least sRGB distance of the target's colour from those of wall or sky, and floor
+    shapes: tuple[str, ...] = ()  # categories of objects, as "ball"; none named: all
+    density: Positives = (200.0, 800.0)  # kg / m^3
+    friction: Amounts = (0.5, 0.9)
+    restitution: Shares = (0.2, 0.6)
+    floor_friction: Amounts = (0.7, 1.0)
+    floor_restitution: Shares = (0.4, 0.7)
+    sun: Annotated[Positives, AfterValidator(_above_the_horizon)] = (60.0, 85.0)  # degrees above the horizon
+    gravity: Positive = 9.81
+
+    def nearest(self) -> float:
+        """Metres from the camera to the nearest object, at least."""
+        return self.camera_gap
 
     @field_validator("shapes")
     @classmethod
     def _known(cls, shapes: tuple[str, ...]) -> tuple[str, ...]:
-        kinds = {name.partition("/")[0] for name in assets.object_ids()}
-        if unknown := [shape for shape in shapes if shape not in kinds]:
-            raise PydanticCustomError("shapes", f"no object is a {unknown[0]}; choose from {', '.join(sorted(kinds))}")
+        known = {library.category(asset) for asset in library.object_ids()}
+        if unknown := [shape for shape in shapes if shape not in known]:
+            raise PydanticCustomError("part", f"no object is a {unknown[0]}; choose from {', '.join(sorted(known))}")
         return shapes
 
+    @model_validator(mode="after")
+    def _can_be_seen(self) -> Self:
+        size, bodies = self.size[0], self.dropped[1] * (1 + self.pile[1])
+        pixels = focal_pixels(Camera((0.0, 0.0, 0.0), width=self.width)) * size / self.nearest()
+        if pixels < SMALLEST:
+            remedy = "take larger ones, a nearer camera or more pixels"
+            raise PydanticCustomError("part", f"size: {size:g} m are {pixels:.2g} pixels at most; {remedy}")
+        kept = self.restitution[0] * self.floor_restitution[0]
+        if kept > BOUNCIEST:
+            remedy = f"take less: their product is {kept:g}, {BOUNCIEST:g} at most keeps the energy from rising"
+            raise PydanticCustomError("part", f"restitution and floor_restitution: {remedy}")
+        if bodies > MOST:
+            raise PydanticCustomError("part", f"dropped and pile make up to {bodies} bodies; take {MOST} at most")
+        return self
 
-def make(
-    rng: np.random.Generator, config: Config, objects: list[str], backgrounds: list[str], seed: int
-) -> tuple[Scene, Trajectory]:
+
+def takes(draw: Draw, config: Config, simulate: Simulate, render: Render) -> Iterator[Take]:
+    """One clip.
+
+    Raises:
+        UserError: as `make`.
+    """
+    scene, trajectory = make(draw, config, simulate)
+    yield Take(scene, trajectory, render(scene, trajectory))
+
+
+def make(draw: Draw, config: Config, simulate: Simulate) -> tuple[Scene, Trajectory]:
     """A scene and its motion. Numbers and drop heights are drawn once, the rest again until all of it fits.
 
     Raises:
         UserError: the ranges leave no room for such a scene, or the split has none of `shapes`.
     """
-    heights = rng.uniform(*config.drop, size=rng.integers(*config.dropped, endpoint=True))
-    piles = rng.integers(*config.pile, size=len(heights), endpoint=True)
+    heights, piles = numbers(draw, config)
     for _ in range(ATTEMPTS):
-        scene = stage(rng, config, objects, backgrounds, seed, heights, piles)
+        scene = stage(draw, config, heights, piles)
         if scene is None or not _large_enough(scene, config):
             continue
-        trajectory = bullet.simulate(scene)
-        filmed = film(rng, config, scene, trajectory) if _sound(scene, trajectory) else None
-        if filmed is not None:
-            return filmed, trajectory
+        trajectory = simulate(scene)
+        framed = place_camera(draw, config, scene, trajectory) if _sound(scene, trajectory) else None
+        if framed is not None:
+            return framed, trajectory
     raise UserError(
         f"world: no scene with {len(heights)} dropped objects fits after {ATTEMPTS} tries; "
-        "widen target_pixels, size or region"
+        "widen target_pixels, size or region",
+        "value",
+        "world",
     )
 
 
-def stage(
-    rng: np.random.Generator,
-    config: Config,
-    objects: list[str],
-    backgrounds: list[str],
-    seed: int,
-    heights: np.ndarray,
-    piles: np.ndarray,
-) -> Scene | None:
-    """The world at time 0, the camera at its first place; None if something overlaps or does not come to rest."""
+def numbers(draw: Draw, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Drop heights of the dropped bodies, metres, and how many bodies lie below each."""
+    heights = draw.rng.uniform(*config.drop, size=draw.rng.integers(*config.dropped, endpoint=True))
+    return heights, draw.rng.integers(*config.pile, size=len(heights), endpoint=True)
+
+
+def stage(draw: Draw, config: Config, heights: np.ndarray, piles: np.ndarray) -> Scene | None:
+    """The world at time 0, the camera where it is first; None if something overlaps or does not come to rest."""
+    rng, objects = draw.rng, draw.objects
     if config.shapes:
-        objects = [name for name in objects if name.partition("/")[0] in config.shapes]
+        objects = [asset for asset in objects if library.category(asset) in config.shapes]
         if not objects:
-            raise UserError(f"world.shapes: none of the split's objects is a {' or '.join(config.shapes)}; name others")
+            wanted = " or ".join(config.shapes)
+            raise UserError(
+                f"world.shapes: none of the split's objects is a {wanted}; name others", "value", "world.shapes"
+            )
     width, depth = config.region
     viewpoint = (0.0, -config.camera_gap, float(rng.uniform(*config.camera_height)))
-    light, background = _light(rng, config), _background(rng, config, backgrounds)
+    light, background = _light(rng, config), _background(rng, config, draw.backgrounds)
     scene = Scene(
         bodies=(),
         camera=Camera(viewpoint, width=config.width, height=config.height),
@@ -118,7 +154,7 @@ def stage(
         fps=config.fps,
         target=0,
         caption="",
-        seed=seed,
+        seed=draw.index,
     )
     spots = np.stack([rng.uniform(-width / 2, width / 2, len(heights)), rng.uniform(0, depth, len(heights))], axis=1)
     stacks = [_stack(rng, config, objects, spot, count) for spot, count in zip(spots, piles, strict=True)]
@@ -142,7 +178,7 @@ def stage(
     return scene if _stands_out(scene, config) and bullet.clearance(scene) >= TOUCH else None
 
 
-def film(rng: np.random.Generator, config: Config, scene: Scene, trajectory: Trajectory) -> Scene | None:
+def place_camera(draw: Draw, config: Config, scene: Scene, trajectory: Trajectory) -> Scene | None:
     """Retreat until all is in the picture at time 0 and the target always; None if the target is small or hidden."""
     below = [[(*body.position[:2], 0.0)] for body in scene.bodies if body.role != "pile"]  # its shadow
     start_P3 = np.concatenate([*below, *(outline(body) + body.position for body in scene.bodies)])
@@ -150,12 +186,12 @@ def film(rng: np.random.Generator, config: Config, scene: Scene, trajectory: Tra
     farthest = _farthest(scene.camera, np.concatenate([start_P3, path_TV3.reshape(-1, 3)]))
     x, y, z = scene.camera.position
     while y > farthest:
-        y -= float(rng.uniform(*config.camera_step)) + 1e-3
+        y -= float(draw.rng.uniform(*config.camera_step)) + 1e-3
     behind = max(config.region[1], float(trajectory.positions_TN3[..., 1].max()) + config.size[1])
     scene = replace(
         scene,
         camera=replace(scene.camera, position=(x, y, z)),
-        background=replace(scene.background, wall_y=behind + float(rng.uniform(0.5, 4.0))),
+        background=replace(scene.background, wall_y=behind + float(draw.rng.uniform(0.5, 4.0))),
     )
     if not _large_enough(scene, config) or _hidden(scene, trajectory, path_TV3) > config.hidden:
         return None
@@ -163,53 +199,19 @@ def film(rng: np.random.Generator, config: Config, scene: Scene, trajectory: Tra
 
 
 def alone(
-    rng: np.random.Generator,
-    config: Config,
-    objects: list[str],
-    backgrounds: list[str],
-    seed: int,
-    depth: float,
-    height: float,
+    draw: Draw, config: Config, simulate: Simulate, depth: float, height: float
 ) -> tuple[Scene, Trajectory] | None:
     """One object so far from a camera that does not retreat, with so much air below it; None if that cannot be filmed.
 
     `config.region` is the ground on which it may be, from that depth on.
     """
     near = config.model_copy(update={"camera_gap": depth})
-    scene = stage(rng, near, objects, backgrounds, seed, np.array([height]), np.zeros(1, int))
+    scene = stage(draw, near, np.array([height]), np.zeros(1, int))
     if scene is None:
         return None
-    trajectory = bullet.simulate(scene)
-    filmed = film(rng, near, scene, trajectory) if _sound(scene, trajectory) else None
-    return (filmed, trajectory) if filmed is not None and filmed.camera == scene.camera else None
-
-
-def outline(body: Body) -> np.ndarray:
-    """Hull vertices (V, 3) in metres around the body's centre of mass, in the axes of the world."""
-    hull_V3 = assets.hull(body.asset) * body.size
-    # A ball is as low as its radius however it turns; its hull's points are that only unturned.
-    return hull_V3 if bullet.is_round(body) else Rotation.from_quat(bullet.xyzw(body.orientation)).apply(hull_V3)
-
-
-def lowest(body: Body) -> np.ndarray:
-    """The point (3,) of a body that is nearest to the floor, metres in the world."""
-    points_V3 = outline(body) + body.position
-    return np.asarray(points_V3[points_V3[:, 2].argmin()])
-
-
-def paths(scene: Scene, trajectory: Trajectory, index: int) -> np.ndarray:
-    """Hull vertices (T, V, 3) of one body along its trajectory, metres in the world."""
-    body = scene.bodies[index]
-    turns_T33 = Rotation.from_quat(np.roll(trajectory.quaternions_TN4[:, index], -1, axis=-1)).as_matrix()
-    hull_V3 = assets.hull(body.asset) * body.size
-    return np.einsum("tij,vj->tvi", turns_T33, hull_V3) + trajectory.positions_TN3[:, index, None]
-
-
-def project(camera: Camera, points: np.ndarray) -> np.ndarray:
-    """Pixels (..., 2), x right and y down, of points (..., 3) before the camera."""
-    x, y, z = np.moveaxis(points - np.array(camera.position), -1, 0)
-    focal = camera.focal / camera.sensor * camera.width
-    return np.stack([camera.width / 2 + focal * x / y, camera.height / 2 - focal * z / y], axis=-1)
+    trajectory = simulate(scene)
+    framed = place_camera(draw, near, scene, trajectory) if _sound(scene, trajectory) else None
+    return (framed, trajectory) if framed is not None and framed.camera == scene.camera else None
 
 
 def sentence(names: list[str]) -> str:
@@ -240,23 +242,23 @@ def _sound(scene: Scene, trajectory: Trajectory) -> bool:
     first = min((c.time for c in trajectory.contacts if {c.a, c.b} & dropped), default=np.inf)
     before_TN3 = trajectory.positions_TN3[: int(min(first * scene.fps, scene.frames - 1)) + 1, len(dropped) :]
     moved = np.linalg.norm(before_TN3 - before_TN3[:1], axis=-1).max(initial=0.0)
-    return bool(moved <= 2e-3) and bullet.energy_gain(trajectory) <= 0.01
+    return bool(moved <= 2e-3) and energy_gain(trajectory) <= 0.01
 
 
 def _large_enough(scene: Scene, config: Config) -> bool:
-    """Whether the target has the right size from the nearest place that shows all of frame 0, or from farther back."""
+    """Whether the target has the right size from the nearest point that shows all of frame 0, or from farther back."""
     points_P3 = np.concatenate([outline(body) + body.position for body in scene.bodies])
     x, y, z = scene.camera.position
     y = min(y, _farthest(scene.camera, points_P3))
     target = scene.bodies[scene.target]
-    pixels_V2 = project(replace(scene.camera, position=(x, y, z)), outline(target) + target.position)
+    pixels_V2 = project(replace(scene.camera, position=(x, y, z)), outline(target) + target.position)[0]
     low, high = config.target_pixels
-    return low <= float(np.sqrt(np.prod(np.ptp(pixels_V2, axis=0)))) <= high
+    return max(low, SMALLEST) <= float(np.sqrt(np.prod(np.ptp(pixels_V2, axis=0)))) <= high
 
 
 def _hidden(scene: Scene, trajectory: Trajectory, target_TV3: np.ndarray) -> float:
     """The largest share, over frames and other bodies, of the target's box that a nearer body's box covers."""
-    own_TV2 = project(scene.camera, target_TV3)
+    own_TV2, _ = project(scene.camera, target_TV3)
     low_T2, high_T2 = own_TV2.min(1), own_TV2.max(1)
     worst = 0.0
     for i in range(len(scene.bodies)):
@@ -264,14 +266,14 @@ def _hidden(scene: Scene, trajectory: Trajectory, target_TV3: np.ndarray) -> flo
             continue
         path_TV3 = paths(scene, trajectory, i)
         nearer_T = path_TV3[..., 1].mean(1) < target_TV3[..., 1].mean(1)
-        other_TV2 = project(scene.camera, path_TV3)
+        other_TV2, _ = project(scene.camera, path_TV3)
         shared_T2 = np.clip(np.minimum(high_T2, other_TV2.max(1)) - np.maximum(low_T2, other_TV2.min(1)), 0, None)
         worst = max(worst, float((nearer_T * shared_T2.prod(1) / (high_T2 - low_T2).prod(1)).max()))
     return worst
 
 
 def _body(rng: np.random.Generator, config: Config, objects: list[str], role: Literal["dropped", "pile"]) -> Body:
-    asset = assets.choose(rng, objects)
+    asset = library.choose(rng, objects)
     size = float(rng.uniform(*config.size))
     w, i, j, k = rng.normal(size=4)
     norm = float(np.sqrt(w * w + i * i + j * j + k * k))
@@ -280,7 +282,7 @@ def _body(rng: np.random.Generator, config: Config, objects: list[str], role: Li
         asset=asset,
         name=name,
         size=size,
-        mass=float(rng.uniform(*config.density)) * assets.mesh(asset).volume * size**3,
+        mass=float(rng.uniform(*config.density)) * library.mesh(asset).volume * size**3,
         friction=float(rng.uniform(*config.friction)),
         restitution=float(rng.uniform(*config.restitution)),
         position=(0.0, 0.0, 0.0),
@@ -311,16 +313,16 @@ def _top(body: Body, low_2: np.ndarray, high_2: np.ndarray) -> float:
 
 def _look(rng: np.random.Generator, config: Config, asset: str, size: float) -> tuple[str, Material | None]:
     """A noun for captions, and a surface if the asset has no texture of its own."""
-    mesh = assets.mesh(asset)
+    mesh = library.mesh(asset)
     if mesh.texture is not None:
         return mesh.name, None
-    material = assets.material(rng, size)
-    adjective = "wooden" if material.pattern == "wood" else assets.color_name(material.color)
+    material = surfaces.material(rng, size)
+    adjective = "wooden" if material.pattern == "wood" else surfaces.color_name(material.color)
     return f"{adjective} {mesh.name}", _faded(material, config.texture)
 
 
 def _background(rng: np.random.Generator, config: Config, backgrounds: list[str]) -> Background:
-    full = assets.background(str(rng.choice(backgrounds)))
+    full = surfaces.background(str(rng.choice(backgrounds)))
     wall = full.wall and _faded(full.wall, config.texture)
     return replace(full, floor=_faded(full.floor, config.texture), wall=wall)
 
@@ -341,15 +343,16 @@ def _faded(material: Material, contrast: float) -> Material:
 
 def _stands_out(scene: Scene, config: Config) -> bool:
     """Whether the target's colour differs from all that it may be seen against."""
-    place, body = scene.background, scene.bodies[scene.target]
+    behind, body = scene.background, scene.bodies[scene.target]
     if body.material:
-        own = assets.encoded(np.array(body.material.color))
+        own = surfaces.encoded(np.array(body.material.color))
     else:
-        texture = assets.mesh(body.asset).texture
+        texture = library.mesh(body.asset).texture
         assert texture is not None
         own = texture.mean((0, 1)) / 255
-    behind = [place.floor.color, *([place.wall.color] if place.wall else [place.sky_horizon, place.sky_zenith])]
-    return float(np.linalg.norm(assets.encoded(np.array(behind)) - own, axis=1).min()) >= config.contrast
+    upper = [behind.wall.color] if behind.wall else [behind.sky_horizon, behind.sky_zenith]
+    colors = np.array([behind.floor.color, *upper])
+    return float(np.linalg.norm(surfaces.encoded(colors) - own, axis=1).min()) >= config.contrast
 
 
 def _light(rng: np.random.Generator, config: Config) -> Light:
@@ -366,8 +369,3 @@ def _light(rng: np.random.Generator, config: Config) -> Light:
         color=(float(power * (1 + warmth)), float(power), float(power * (1 - warmth))),
         ambient=(float(sky * (1 - warmth)), float(sky), float(sky * (1 + warmth))),
     )
-
-
-def label(scene: Scene) -> str:
-    """The kind of motion, for the metadata."""
-    return "drop"

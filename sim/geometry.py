@@ -1,18 +1,22 @@
-"""The camera and rigid motion in numbers, float64: shared by the renderers and by those who check them.
+"""The camera, rigid motion and the outlines of bodies in numbers, float64: shared by worlds, engines and renderers.
 
 Pixels are (x right, y down) with centres at half-integers. Camera coordinates are (right, down, forward) in metres.
+Quaternions have w first; `xyzw` turns one for libraries that have it last.
+
+Shape letters: T frames, V hull vertices, H W pixels.
 """
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
-from posttrain.core.errors import UserError
-from sim.scene import Camera, Scene, Trajectory
+from sim.assets import library
+from sim.scene import Body, Camera, Quaternion, Scene, Trajectory
 
 
-def check(scene: Scene) -> None:
-    """Refuse what a Clip cannot hold: more bodies than a uint8 mask can number."""
-    if len(scene.bodies) > 255:
-        raise UserError(f"scene {scene.seed}: {len(scene.bodies)} bodies, but a mask numbers at most 255; take fewer")
+def xyzw(quaternion: Quaternion) -> Quaternion:
+    """A quaternion with w last."""
+    w, x, y, z = quaternion
+    return x, y, z, w
 
 
 def rotation(quaternions: np.ndarray) -> np.ndarray:
@@ -76,3 +80,24 @@ def flow(camera: Camera, instances: np.ndarray, depth: np.ndarray, trajectory: T
             moved = local @ turn[k + 1, i - 1].T + trajectory.positions_TN3[k + 1, i - 1]
             result[k][here] = project(camera, moved)[0] - project(camera, point)[0]
     return result
+
+
+def outline(body: Body) -> np.ndarray:
+    """Hull vertices (V, 3) in metres around the body's centre of mass, in the axes of the world."""
+    hull_V3 = library.hull(body.asset) * body.size
+    # A ball is as low as its radius however it turns; its hull's points are that only unturned.
+    return hull_V3 if library.is_round(body.asset) else Rotation.from_quat(xyzw(body.orientation)).apply(hull_V3)
+
+
+def lowest(body: Body) -> np.ndarray:
+    """The point (3,) of a body that is nearest to the floor, metres in the world."""
+    points_V3 = outline(body) + body.position
+    return np.asarray(points_V3[points_V3[:, 2].argmin()])
+
+
+def paths(scene: Scene, trajectory: Trajectory, index: int) -> np.ndarray:
+    """Hull vertices (T, V, 3) of one body along its trajectory, metres in the world."""
+    body = scene.bodies[index]
+    turns_T33 = Rotation.from_quat(np.roll(trajectory.quaternions_TN4[:, index], -1, axis=-1)).as_matrix()
+    hull_V3 = library.hull(body.asset) * body.size
+    return np.einsum("tij,vj->tvi", turns_T33, hull_V3) + trajectory.positions_TN3[:, index, None]

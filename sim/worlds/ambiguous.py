@@ -11,16 +11,18 @@ Where the object is below the camera (beta < 0), Z ends where its ray meets the 
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
 from posttrain.core.errors import UserError
-from sim import drop
-from sim.drop import Range
-from sim.physics import bullet
-from sim.scene import Clip, Scene, Shoot, Trajectory
+from sim.geometry import lowest
+from sim.physics.base import Simulate
+from sim.render.base import Render
+from sim.scene import Scene
+from sim.worlds import drop
+from sim.worlds.base import Amount, Draw, Positives, Take
 
 
 class Config(drop.Config):
@@ -28,14 +30,15 @@ class Config(drop.Config):
 
     dropped: tuple[Literal[1], Literal[1]] = (1, 1)
     pile: tuple[Literal[0], Literal[0]] = (0, 0)
-    region: Range = (1.0, 0.0)
-    depth: Range = (2.0, 18.0)
+    region: tuple[Amount, Amount] = (1.0, 0.0)
+    depth: Positives = (2.0, 18.0)
     members: int = Field(5, ge=1)  # of a group
 
+    def nearest(self) -> float:
+        return self.depth[0]
 
-def group(
-    rng: np.random.Generator, config: Config, objects: list[str], backgrounds: list[str], seed: int
-) -> list[Scene]:
+
+def group(draw: Draw, config: Config, simulate: Simulate) -> list[Scene]:
     """The scenes of a group; which depths they have says nothing about whether they can be filmed.
 
     Raises:
@@ -43,7 +46,7 @@ def group(
     """
     near, far = config.depth
     for _ in range(drop.ATTEMPTS):
-        first = drop.alone(rng, config, objects, backgrounds, seed, near, float(rng.uniform(*config.drop)))
+        first = drop.alone(draw, config, simulate, near, float(draw.rng.uniform(*config.drop)))
         if first is None:
             continue
         scene, _ = first
@@ -57,36 +60,30 @@ def group(
             light=replace(scene.light, shadows=False),
             background=replace(scene.background, wall_y=wall),
         )
-        return [at(scene, float(z)) for z in rng.uniform(near, min(far, floor), config.members)]
-    raise UserError(f"world: no scene fits after {drop.ATTEMPTS} tries; widen target_pixels, size, drop or region")
+        return [at(scene, float(z)) for z in draw.rng.uniform(near, min(far, floor), config.members)]
+    remedy = "widen target_pixels, size, drop or region"
+    raise UserError(f"world: no scene fits after {drop.ATTEMPTS} tries; {remedy}", "value", "world")
 
 
-def takes(
-    rng: np.random.Generator, config: Config, objects: list[str], backgrounds: list[str], seed: int, shoot: Shoot
-) -> Iterator[tuple[Scene, Trajectory, Clip, dict[str, Any]]]:
-    """The clips of a group and what their rows tell.
+def takes(draw: Draw, config: Config, simulate: Simulate, render: Render) -> Iterator[Take]:
+    """The clips of a group.
 
-    Depth Z and height Y of the lowest point and between which `depths` Z was drawn, metres, and beta.
+    Their rows tell depth Z and height Y of the lowest point and between which `depths` Z was drawn, metres, and beta.
     """
     picture: np.ndarray | None = None
-    for scene in group(rng, config, objects, backgrounds, seed):
-        trajectory = bullet.simulate(scene)
-        clip = shoot(scene, trajectory)
+    for scene in group(draw, config, simulate):
+        trajectory = simulate(scene)
+        clip = render(scene, trajectory)
         picture = clip.rgb[0] if picture is None else picture
         clip.rgb[0] = picture  # rounding makes a grey level here and there, which would tell
-        _, y, z = drop.lowest(scene.bodies[0])
-        told = {"depth": float(y) - scene.camera.position[1], "height": float(z), "beta": slope(scene)}
-        yield scene, trajectory, clip, {"group": seed, "depths": list(config.depth), **told}
-
-
-def label(scene: Scene) -> str:
-    """The kind of motion, for the metadata."""
-    return drop.label(scene)
+        _, y, z = lowest(scene.bodies[0])
+        labels = {"depth": float(y) - scene.camera.position[1], "height": float(z), "beta": slope(scene)}
+        yield Take(scene, trajectory, clip, {"group": draw.index, "depths": list(config.depth), **labels})
 
 
 def slope(scene: Scene) -> float:
     """beta: how fast the ray from the camera through the object's lowest point rises."""
-    _, y, z = drop.lowest(scene.bodies[0]) - np.array(scene.camera.position)
+    _, y, z = lowest(scene.bodies[0]) - np.array(scene.camera.position)
     return float(z / y)
 
 
@@ -94,7 +91,7 @@ def at(scene: Scene, depth: float) -> Scene:
     """The same picture with the object's lowest point at another depth: all lengths from the camera on are scaled."""
     (body,) = scene.bodies
     eye = np.array(scene.camera.position)
-    factor = depth / float(drop.lowest(body)[1] - eye[1])
+    factor = depth / float(lowest(body)[1] - eye[1])
     x, y, z = (eye + factor * (body.position - eye)).tolist()
     material = body.material and replace(body.material, scale=factor * body.material.scale)
     grown = replace(body, size=factor * body.size, mass=factor**3 * body.mass, position=(x, y, z), material=material)

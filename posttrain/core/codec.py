@@ -1,0 +1,301 @@
+"""Video files: what is in them, their pictures, and pictures written as one. Every file of video is opened here.
+
+Shape letters: F frames, H W pixels, C channels. Pictures are uint8 RGB, upright, with square pixels.
+"""
+
+import io
+import math
+import struct
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import av.logging
+import numpy as np
+
+from posttrain.core import files
+from posttrain.core.errors import UserError
+
+ENCODERS = ("libx264", "libx264rgb")  # what files are written with: to be looked at, and without loss
+
+
+class Turn(NamedTuple):
+    """What makes a picture upright, in this order: rows and columns change places, left and right do, top and bottom.
+
+    It is the file's display matrix, of which phones and mirrored front cameras write eight kinds.
+    """
+
+    transposed: bool = False
+    left_right: bool = False
+    top_bottom: bool = False
+
+    def __call__(self, picture_HWC: np.ndarray) -> np.ndarray:
+        picture_HWC = picture_HWC.swapaxes(0, 1) if self.transposed else picture_HWC
+        return picture_HWC[:: -1 if self.top_bottom else 1, :: -1 if self.left_right else 1]
+
+    def __str__(self) -> str:
+        if self.transposed and self.left_right == self.top_bottom:
+            return "mirrored: and turned"
+        if self.transposed:
+            return f"turned: by {90 if self.top_bottom else 270} degrees"
+        if self.left_right and self.top_bottom:
+            return "turned: by 180 degrees"
+        return "mirrored: left to right" if self.left_right else "mirrored: upside down"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is in a video file: when each frame is shown, and the upright picture's height and width."""
+
+    sha256: str
+    times: np.ndarray  # seconds (F,), ascending, from 0
+    marks: tuple[int, ...] | None  # timestamps in the file's own unit, by which frames are found; None: it has none
+    size: tuple[int, int]
+    turn: Turn
+
+
+def inspect(path: Path) -> Facts:
+    """What is in the video file `path`; of most files nothing but the first picture is decoded.
+
+    Raises:
+        UserError: it is no video, a torn one, or its picture lies askew.
+    """
+    return _inspect(path, *_state(path))
+
+
+@cache  # a run asks twice: when it checks the recipe, and when it trains
+def _inspect(path: Path, size: int, changed: int) -> Facts:
+    try:
+        with _open(path) as container:
+            stream = _stream(container, path)
+            found = [(packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.size]
+            promised = stream.frames if "mp4" in container.format.name else 0  # others count what is not there
+            base, rate = stream.time_base, stream.average_rate
+        stamps = [pts for pts, discard in found if not discard]
+        with _open(path) as container:
+            stream = _stream(container, path)
+            frames = container.decode(stream)
+            picture = next(frames)
+            (height, width), turn = (picture.height, _width(picture, stream)), _turn(picture, path)
+            if stream.codec_context.has_b_frames and None not in stamps and stamps == sorted(stamps):
+                # frames lie in another order than they are shown in, and their times are not: AVI numbers packets
+                shown = [picture.pts, *(frame.pts for frame in frames)]
+                if None in shown or shown != sorted(shown):
+                    stamps = [None]
+    except (av.FFmpegError, StopIteration) as error:
+        raise UserError(f"{path}: cannot be read: torn or no video", "damaged") from error
+    if len(found) < promised:
+        raise UserError(f"{path}: cannot be read: torn, {len(found)} of {promised} frames are there", "damaged")
+    # a file counts in thousandths of a second, or in other units: of two frames at one time the first is seen
+    marks = tuple(sorted(set(stamps))) if stamps and None not in stamps and base else None
+    if marks is not None and base is not None:
+        times = (np.array(marks) - marks[0]) * float(base)
+    elif rate:
+        times = np.arange(len(found)) / float(rate)
+    else:
+        raise UserError(f"{path}: cannot be read: says nothing of its frames' times", "format")
+    upright = (width, height) if turn.transposed else (height, width)
+    return Facts(files.sha256(path), times, marks, upright, turn)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What changes with a file: its size, and when it was written."""
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns
+
+
+def check(path: Path, frames: tuple[int, ...], marked: bool) -> None:
+    """Decode a video as far as `pictures` would, and refuse what the decoder complains of.
+
+    A flipped bit need not be seen: H.264, MPEG-2 and MPEG-4 are found out mostly, FFV1 always, VP9 and HEVC hardly.
+
+    Raises:
+        UserError: as `pictures`.
+    """
+    _check(path, *_state(path), frames, marked)
+
+
+@cache
+def _check(path: Path, size: int, changed: int, frames: tuple[int, ...], marked: bool) -> None:
+    for _ in _decode(path, frames, marked, threads="NONE"):
+        pass
+
+
+@contextmanager
+def complaints() -> Iterator[None]:
+    """Within it `check` hears what FFmpeg says of a file, too. Not in pictures read by threads of FFmpeg's own."""
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)
+    try:
+        with av.logging.Capture(local=False):  # what is said while a file is opened or closed is shown to nobody
+            yield
+    finally:
+        av.logging.set_level(None)
+
+
+def pictures(path: Path, frames: Collection[int], marked: bool) -> Iterator[tuple[int, np.ndarray]]:
+    """Some of a video's frames, one by one in the order of the file: (frame, picture (H, W, 3)).
+
+    Args:
+        frames: their timestamps in the file's own unit, or, unless `marked`, their places in it.
+
+    Raises:
+        UserError: the file is torn or damaged as far as that, or is not the one that was looked at.
+    """
+    for mark, frame, stream in _decode(path, frames, marked):
+        picture = frame.to_ndarray(format="rgb24", width=_width(frame, stream), height=frame.height)
+        yield mark, _turn(frame, path)(picture)
+
+
+def _decode(path: Path, frames: Collection[int], marked: bool, threads: str = "AUTO") -> Iterator[tuple[int, Any, Any]]:
+    """(frame, what PyAV decodes, its stream), as `pictures` has them."""
+    missing, number, last = set(frames), 0, None
+    try:
+        with _open(path) as container:
+            stream = _stream(container, path)
+            stream.thread_type = threads
+            stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
+            decoded = container.decode(stream)
+            while missing:
+                with av.logging.Capture() as said:
+                    frame = next(decoded, None)
+                if frame is None:
+                    break
+                if said or frame.is_corrupt:
+                    reason = said[0][2].strip() if said else f"frame {number} is corrupt"
+                    raise UserError(f"{path}: damaged: the decoder says: {reason}; mend or remove it", "damaged")
+                if marked and None not in (last, frame.pts) and frame.pts < last:
+                    raise UserError(f"{path}: damaged: its time stamps go back; mend or remove it", "damaged")
+                mark, last = frame.pts if marked else number, frame.pts
+                if mark in missing:
+                    missing.remove(mark)
+                    yield mark, frame, stream
+                number += 1
+    except av.FFmpegError as error:
+        raise UserError(f"{path}: damaged: {error.strerror}; mend or remove it", "damaged") from error
+    if missing:
+        many = f"{len(missing)} of its frames cannot be decoded"
+        raise UserError(f"{path}: damaged: {many}; mend or remove it", "damaged")
+
+
+def first_picture(path: Path) -> np.ndarray:
+    """A video's first picture, (H, W, 3). Raises UserError if it is none."""
+    return next(pictures(path, (0,), False))[1]
+
+
+def read_video(path: Path | str, content: bytes | None = None) -> np.ndarray:
+    """All frames of a file of our own, (F, H, W, 3).
+
+    Args:
+        content: the file's bytes, where they were read before.
+
+    Raises:
+        UserError: the file is missing, torn, or not a video.
+    """
+    try:
+        with av.open(io.BytesIO(files.read_bytes(path) if content is None else content), "r") as container:
+            promised = container.streams.video[0].frames
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (av.FFmpegError, IndexError) as error:
+        raise UserError(f"{path}: is torn or no video; delete it and make it again", "damaged") from error
+    if not frames or len(frames) < promised:
+        many = f"{len(frames)} of {promised} frames"
+        raise UserError(f"{path}: is torn ({many}); delete it and make it again", "damaged")
+    return np.stack(frames)
+
+
+def lossless(frames_FHWC: np.ndarray, fps: float) -> bytes:
+    """An H.264 RGB mp4 without loss (High 4:4:4 Predictive, qp 0); same frames, same bytes."""
+    buffer, options = io.BytesIO(), {"crf": "0", "preset": "veryfast"}
+    _encode(buffer, frames_FHWC, fps, "libx264rgb", "rgb24", options, {"fflags": "+bitexact"}, threads=1)
+    return buffer.getvalue()
+
+
+def write_near_lossless(path: Path, frames_FHWC: np.ndarray, fps: float) -> None:
+    """An H.264 mp4 that every browser plays, in yuv420p. H and W must be even."""
+    options = {"crf": "10", "preset": "medium"}
+    _encode(str(path), frames_FHWC, fps, "libx264", "yuv420p", options, {"movflags": "+faststart"})
+
+
+def playable(frames_FHWC: np.ndarray, fps: float, crf: int) -> bytes:
+    """An H.264 mp4 that every browser plays, small enough for a page: the larger `crf`, the smaller. Sides are cut to
+    even ones."""
+    _, height, width, _ = frames_FHWC.shape
+    even_FHWC, buffer = frames_FHWC[:, : height // 2 * 2, : width // 2 * 2], io.BytesIO()
+    _encode(buffer, even_FHWC, fps, "libx264", "yuv420p", {"crf": str(crf), "preset": "slow", "g": "16"})
+    return buffer.getvalue()
+
+
+def _encode(
+    file: Any,
+    frames_FHWC: np.ndarray,
+    fps: float,
+    codec: str,
+    pixels: str,
+    options: dict[str, str],
+    muxer: dict[str, str] | None = None,
+    threads: int = 0,
+) -> None:
+    """Write frames to a path or buffer. `fps` may be broken, as 12.5 or 23.976; `threads` 0: as x264 likes."""
+    # a path tells its format itself
+    with av.open(file, "w", format=None if isinstance(file, str) else "mp4", options=muxer or {}) as container:
+        # the macroblock tree of x264 reads memory that nobody wrote: with it the same frames give other bytes each time
+        options = {**options, "x264-params": "mbtree=0"}
+        stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
+        stream.height, stream.width = frames_FHWC.shape[1:3]
+        stream.pix_fmt = pixels
+        if threads:
+            stream.thread_count = threads
+        for frame in frames_FHWC:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def gif(path: Path | str) -> tuple[bytes, tuple[int, int]]:
+    """A video file as an endless GIF, and its height and width."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        rate, frames = float(stream.average_rate or 10), [frame.to_image() for frame in container.decode(stream)]
+    buffer = io.BytesIO()
+    # GIF counts time in hundredths of a second
+    duration = round(100 / rate) * 10
+    frames[0].save(buffer, format="GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0)
+    return buffer.getvalue(), (frames[0].height, frames[0].width)
+
+
+def _open(path: Path) -> Any:
+    """A video file to be read. Titles in other alphabets than Unicode do no harm."""
+    return av.open(str(path), metadata_errors="replace")
+
+
+def _turn(frame: Any, path: Path) -> Turn:
+    """The frame's display matrix: x' = a x + c y, y' = b x + d y, of x right and y down."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return Turn()
+    a, b, _, c, d = struct.unpack("=9i", bytes(data))[:5]
+    size = max(abs(a), abs(b), abs(c), abs(d))
+    a, b, c, d = (value / size if size else 0.0 for value in (a, b, c, d))
+    if min(abs(a), abs(d)) > 0.999 and max(abs(b), abs(c)) < 0.02:
+        return Turn(False, a < 0, d < 0)
+    if min(abs(b), abs(c)) > 0.999 and max(abs(a), abs(d)) < 0.02:
+        return Turn(True, c < 0, b < 0)
+    angle = math.degrees(math.atan2(-b, a))
+    raise UserError(f"{path}: lies askew: its picture is to be turned by {angle:.0f} degrees or stretched", "format")
+
+
+def _stream(container: Any, path: Path) -> Any:
+    stream = container.streams.best("video")
+    if stream is None:
+        raise UserError(f"{path}: cannot be read: no pictures in it", "format")
+    return stream
+
+
+def _width(frame: Any, stream: Any) -> int:
+    """The picture's width on the screen, where pixels may be wider than high."""
+    return max(1, round(frame.width * float(stream.sample_aspect_ratio or 1)))

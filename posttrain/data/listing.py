@@ -1,0 +1,356 @@
+"""Find the videos that a user brings, and their captions.
+
+What is read, in `<folder>/<split>` or, where that has none, in `<folder>`, a list before the videos themselves:
+
+    metadata.jsonl, .json, .csv, .tsv   rows with a VIDEO and a CAPTION column (finetrainers, videofolder,
+                                        DiffSynth-Studio); such a file may also be named itself
+    videos.txt and prompts.txt          one file name and one caption per line (finetrainers)
+    a.mp4 and a.txt                     the caption beside the video (finetrainers), in folders of any depth
+
+File names are relative to the list, or to `<split>` beside it (DiffSynth-Studio). Of a list that names files in
+`<split>/`, only these are read: the others are another split's. A list may also say which part of a video is seen,
+`start` and `end` in seconds, so that one file gives several clips, and at how many frames per second slow motion was
+really filmed, `true_fps`. A CSV's cells are parted by commas, semicolons or tabs.
+
+No name leads out of the folder, not through a link either; only the links of a snapshot that the hub's cache holds lead
+to its own blobs.
+"""
+
+import csv
+import difflib
+import io
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from posttrain.core import codec, files
+from posttrain.core.errors import UserError
+from posttrain.core.progress import track
+from posttrain.data.config import Wanted
+from posttrain.data.schema import ClipRow
+from posttrain.data.views import WHOLE, Part, View, see
+
+TABLES = ("metadata.jsonl", "metadata.json", "metadata.csv", "metadata.tsv")
+LISTS = ("videos.txt", "video.txt")
+PROMPTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
+# Names of columns, without case, spaces, "_" and "-"; the first that is there counts.
+VIDEO = ("filename", "video", "videopath", "videofile", "path", "filepath", "mediapath")
+CAPTION = ("caption", "prompt", "text")
+PART = ("start", "end", "true_fps")
+SUFFIXES = {
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wmv", ".flv", ".mpg", ".mpeg", ".gif"),
+    *(".ogv", ".ts", ".mts", ".m2ts", ".3gp", ".3g2", ".f4v", ".vob", ".asf", ".mxf", ".m2v", ".dv", ".qt"),
+}
+SPLITS = {"train", "test", "test_seen", "test_unseen", "val", "validation"}  # folders that names may begin with
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A video of a list. `name` is relative to `folder`; no caption is None; `captions` is how many the list has."""
+
+    folder: Path
+    name: str
+    caption: str | None
+    part: Part = WHOLE
+    captions: int = 1
+
+
+# ---------------------------------------------------------------- finding
+
+
+def entries(folder: Path | str, split: str) -> list[Entry]:
+    """The videos below `folder` in the order of their list (of their names where there is none); [] if none is found.
+
+    Raises:
+        UserError: a list cannot be understood, or names a file outside its folder.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        return _of_split(_table(folder), split)
+    for home in (folder / split, folder):
+        for names, read_list in ((TABLES, _table), (LISTS, _lists)):
+            for name in names:
+                if (home / name).is_file():
+                    return _of_split(read_list(home / name), split)
+    for home in (folder / split, folder):
+        if videos := videos_in(home):
+            return [Entry(home, path.name, _beside(home, path)) for path in videos]
+    for home in (folder / split, folder):
+        deeper = [path for path in _walk(home) if path.suffix.lower() in SUFFIXES]
+        if deeper and not _lists_below(home):
+            return _of_split([Entry(home, str(path.relative_to(home)), _beside(home, path)) for path in deeper], split)
+    return []
+
+
+def videos_in(folder: Path) -> list[Path]:
+    """The videos that lie in a folder itself, by name."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, in the order of their names, but for hidden ones."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name[0] != ".":
+            yield from _walk(path) if path.is_dir() and not path.is_symlink() else [path]
+
+
+def _lists_below(folder: Path) -> list[Path]:
+    """The folders below this one that have a list of their own."""
+    return sorted({path.parent for path in _walk(folder) if path.name in (*TABLES, *LISTS)})
+
+
+def remedy(folder: Path | str, split: str) -> tuple[str, str]:
+    """Of `folder`, which has no clips of `split`: what is wrong with it, and what to do."""
+    folder, film = Path(folder), "film the clips with `python -m sim make RECIPE`"
+    if folder.is_dir():
+        if lists := _lists_below(folder):
+            names = ", ".join(str(path.relative_to(folder)) for path in lists[:5])
+            return f"has no split {split}, but {names}", f"{film}, ask for another split, or name such a folder itself"
+        if not any(_walk(folder)):
+            return "is empty", f"put videos there, or {film}"
+        ends = ", ".join(sorted({path.suffix or path.name for path in _walk(folder)})[:5])
+        return f"holds no videos (but {ends})", "name the folder where they lie"
+    if url := re.match(r"(?:hf|https?):/.*?([\w.-]+)/([\w.-]+)$", str(folder)):
+        return "is not on this disk", f"`hf download --repo-type dataset {url[1]}/{url[2]} --local-dir data/{url[2]}`"
+    home = folder.parent
+    close = difflib.get_close_matches(folder.name, [path.name for path in home.iterdir()], 1) if home.is_dir() else []
+    if close:
+        return "does not exist", f"did you mean {home / close[0]}? or {film}"
+    if len(folder.parts) == 2 and not home.exists():
+        hub = f"`hf download --repo-type dataset {folder} --local-dir data/{folder.name}` if it is on the hub"
+        return "does not exist", f"{film}, or {hub}"
+    return "does not exist", film
+
+
+def _of_split(listed: Sequence[Entry], split: str) -> list[Entry]:
+    """A list's files, those found in `split` alone named so; where it names files in there, only these."""
+    found = []
+    for entry in listed:
+        within = f"{split}/{entry.name}"
+        lies_within = not (entry.folder / entry.name).exists() and (entry.folder / within).exists()
+        found.append(replace(entry, name=within) if lies_within else entry)
+    chosen = [entry for entry in found if Path(entry.name).parts[0] == split]
+    return chosen or [entry for entry in found if Path(entry.name).parts[0] not in SPLITS]
+
+
+def _table(path: Path) -> list[Entry]:
+    """The rows of a table, by its suffix."""
+    rows: Any
+    if path.suffix == ".jsonl":
+        rows = list(enumerate(files.read_jsonl(path), 1))
+    elif path.suffix == ".json":
+        rows = files.read_json(path)
+        rows = rows.get("data") if isinstance(rows, dict) else rows
+        rows = list(enumerate(rows, 1)) if isinstance(rows, list) else []
+    elif path.suffix in (".csv", ".tsv"):
+        rows = _csv(path)
+    else:
+        raise UserError(
+            f"{path}: is no folder and no .jsonl, .json, .csv or .tsv; name a folder or a list of videos", "format"
+        )
+    if not rows or not all(isinstance(row, dict) for _, row in rows):
+        raise UserError(f"{path}: should hold rows, each a mapping with a video and a caption; write it so", "format")
+    rows = [(line, {_column(name): value for name, value in row.items()}) for line, row in rows]
+    there = set().union(*(row for _, row in rows))
+    name, caption = (next((column for column in columns if column in there), "") for columns in (VIDEO, CAPTION))
+    if not name:
+        raise UserError(f"{path}: has no column of file names; call it file_name, video or path", "format")
+    return [
+        _entry(path, line, row.get(name), row.get(caption), *(row.get(_column(number)) for number in PART))
+        for line, row in rows
+    ]
+
+
+def _column(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).lower()
+
+
+def _csv(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """(line, row) of a CSV; nothing in it is guessed: a row of more cells than the header has is refused."""
+    text = files.read_text(path)
+    header = text.partition("\n")[0]
+    reader = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=header.count), strict=True)
+    rows, columns = list[tuple[int, dict[str, str]]](), list[str]()
+    try:
+        while True:
+            line = reader.line_num + 1
+            cells = next(reader, None)
+            if cells is None:
+                return rows
+            if not cells:
+                continue
+            if not columns:
+                columns = cells
+                continue
+            if len(cells) > len(columns):
+                many = f"has {len(cells)} cells, but the header {len(columns)}"
+                raise UserError(f'{path}:{line}: {many}; put captions with commas into quotes ("...")', "format")
+            if any(re.search(r"\n[^\n]*\.(mp4|mov|mkv|webm|avi)\W", cell) for cell in cells):
+                raise UserError(f"{path}:{line}: a quote swallows the rows after it; close or double it", "format")
+            rows.append((line, dict(zip(columns, cells, strict=False))))
+    except csv.Error as error:
+        raise UserError(f"{path}:{line}: cannot be read ({error}); mend its quotes", "format") from error
+
+
+def _lists(path: Path) -> list[Entry]:
+    prompts = next((path.parent / name for name in PROMPTS if (path.parent / name).is_file()), None)
+    if prompts is None:
+        raise UserError(
+            f"{path}: has no captions beside it; write one per line into {path.parent / PROMPTS[0]}", "missing"
+        )
+    names, captions = (files.read_text(file).rstrip("\n").split("\n") for file in (path, prompts))
+    if len(names) != len(captions):
+        many = f"{len(captions)} lines, but {path.name} {len(names)}"
+        raise UserError(f"{prompts}: has {many}; write one caption a line", "mismatch")
+    return [_entry(path, n, *pair) for n, pair in enumerate(zip(names, captions, strict=True), 1)]
+
+
+def _entry(path: Path, line: int, name: Any, caption: Any, *part: Any) -> Entry:
+    if not isinstance(name, str) or not name.strip():
+        raise UserError(f"{path}:{line}: names no video; take the row out or name one", "format")
+    within(path.parent, name.strip())
+    captions = [text for text in (caption if isinstance(caption, list) else [caption]) if isinstance(text, str)]
+    text = captions[0].strip() if captions else ""
+    numbers = {column: _number(path, line, column, cell) for column, cell in zip(PART, part, strict=False)}
+    start, end, rate = numbers.get("start") or 0.0, numbers.get("end"), numbers.get("true_fps")
+    if end is not None and end <= start:
+        raise UserError(f"{path}:{line}: ends before it starts; give start and end in seconds", "value", "end")
+    if rate == 0:
+        raise UserError(f"{path}:{line}: true_fps is 0; give frames per second, or leave it empty", "value", "true_fps")
+    return Entry(path.parent, name.strip(), text or None, Part(start, end, rate), max(1, len(captions)))
+
+
+def _number(path: Path, line: int, column: str, value: Any) -> float | None:
+    """A cell that may be empty."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise UserError(f"{path}:{line}: {column} is {str(value)[:80]!r}, not a number from 0 on", "value", column)
+    return number
+
+
+def _beside(folder: Path, video: Path) -> str | None:
+    within(folder, str(video.relative_to(folder)))
+    text = within(folder, str(video.with_suffix(".txt").relative_to(folder)))
+    return (files.read_text(text).strip() or None) if text.is_file() else None
+
+
+def within(folder: Path, name: str) -> Path:
+    """The path of `name` below `folder`, which may be a snapshot in the hub's cache: all its files are links.
+
+    Raises:
+        UserError: it leads out of the folder, and is no blob of the snapshot's own repository.
+    """
+    try:
+        return files.inside(folder, name)
+    except UserError as error:
+        path, home = folder / name, folder.resolve()
+        if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_symlink():
+            raise
+        blobs = [above.parent / "blobs" for above in (home, *home.parents) if above.name == "snapshots"]
+        if path.resolve().parent in blobs[:1]:
+            return path
+        said = "is a link out of its folder; copy the file, or name the folder where it lies"
+        raise UserError(f"{path}: {said}", "outside") from error
+
+
+# ---------------------------------------------------------------- choosing
+
+
+def choose(
+    listed: Sequence[Entry], wanted: Wanted, uncaptioned: str, limit: int | None = None
+) -> tuple[list[ClipRow], list[View], list[dict[str, Any]]]:
+    """The clips that a list of videos gives. All are decoded once, so that damage is known before anything is encoded.
+
+    Args:
+        uncaptioned: what becomes of a video without a caption: "leave_out", or "empty" for an empty one.
+        limit: how many clips at most.
+
+    Returns:
+        A row per clip (file_name, caption, fps, frames, size, sha256), its view, and for every video of the list a note
+        {"file", "used", "notes"} with texts "kind: detail".
+
+    Raises:
+        UserError: no video can be used.
+    """
+    rows: list[ClipRow] = []
+    views: list[View] = []
+    told: list[dict[str, Any]] = []
+    first: dict[tuple[str, str, Part], str] = {}  # the video with this content, caption and part
+    folder = listed[0].folder
+    pool = ThreadPoolExecutor()
+    with codec.complaints():
+        try:
+            looked = pool.map(partial(_look, wanted=wanted, uncaptioned=uncaptioned), listed)
+            for entry in track(listed, f"looking at the videos of {folder}", len(listed)):
+                if limit is not None and len(rows) == limit:
+                    told.append({"file": entry.name, "used": False, "notes": [f"over data.limit: {limit} clips"]})
+                    continue
+                sha256, view, notes = next(looked)
+                caption = entry.caption or ""
+                if view is not None and (clip := (sha256, caption, entry.part)) in first:
+                    view, notes = None, [f"double: {first[clip]} is the same video with the same caption"]
+                elif view is not None:
+                    first[clip] = entry.name
+                    rows.append(ClipRow(entry.name, caption, wanted.fps, wanted.frames, wanted.size, sha256))
+                    views.append(view)
+                told.append({"file": entry.name, "used": view is not None, "notes": notes})
+        finally:
+            pool.shutdown(cancel_futures=True)  # those over the limit, or all after Ctrl-C
+    if not rows:
+        one = f"{told[0]['file']}: {'; '.join(told[0]['notes'])}"
+        raise UserError(
+            f"{folder}: none of its {len(told)} videos can be used ({count(told)}), as {one}; mend them or data.*",
+            "no_clips",
+        )
+    return rows, views, told
+
+
+def _look(entry: Entry, wanted: Wanted, uncaptioned: str) -> tuple[str, View | None, list[str]]:
+    """A video's digest, how it becomes a clip (None: it does not), and the notes."""
+    path = within(entry.folder, entry.name)
+    if entry.caption is None and uncaptioned != "empty":
+        return "", None, ["no caption"]
+    if not path.is_file():
+        return "", None, ["does not exist"]
+    try:
+        facts = codec.inspect(path)
+        view, notes = see(facts, wanted, entry.part)
+        if view is not None:
+            codec.check(path, view.frames, view.marked)
+    except UserError as error:
+        return "", None, [str(error).removeprefix(f"{path}: ").removesuffix("; mend or remove it")]
+    if view is not None and entry.captions > 1:
+        notes = [*notes, f"several captions: the first of {entry.captions} is taken"]
+    return facts.sha256, view, notes
+
+
+# ---------------------------------------------------------------- telling
+
+
+def count(told: Sequence[dict[str, Any]]) -> str:
+    """The kinds of notes, most frequent first: "7 too short, 2 no caption"."""
+    kinds = Counter(note.split(":")[0] for row in told for note in row["notes"])
+    return ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+
+
+def summary(told: Sequence[dict[str, Any]], lines: int = 5) -> list[str]:
+    """What is done to the videos, in a line, and the first of those that are left out, with the reason."""
+    used = [row for row in told if row["used"]]
+    out = [row for row in told if not row["used"]]
+    changes = f" ({count(used)})" if count(used) else ""
+    text = [f"{len(used)} of {len(told)} videos are used{changes}, {len(out)} left out"]
+    text += [f"left out: {row['file']} ({'; '.join(row['notes'])})" for row in out[:lines]]
+    return text + ([f"and {len(out) - lines} more"] if len(out) > lines else [])

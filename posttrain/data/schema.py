@@ -1,0 +1,178 @@
+"""A row of metadata.jsonl: what is known of one clip. sim/dataset.py writes it; it is read here alone.
+
+What each world tells besides stands with the field. Numbers are SI units; the world's axes are in posttrain/types.py.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from posttrain.core import files
+from posttrain.core.errors import UserError
+
+Vector = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A level pinhole that looks along +y of the world.
+
+    Attributes:
+        position: metres.
+        intrinsics: 3 x 3, row by row, in pixels of the clip's own size.
+        focal, sensor: focal length and the sensor's width, metres.
+    """
+
+    position: Vector
+    intrinsics: tuple[Vector, Vector, Vector]
+    focal: float | None = None
+    sensor: float | None = None
+
+
+@dataclass(frozen=True)
+class Body:
+    """A rigid body.
+
+    Attributes:
+        name: the noun that captions use.
+        size: metres, the longest side of its bounding box.
+        mass: kilograms.
+        role: `dropped` falls, `pile` waits below, `moved` follows a given path.
+    """
+
+    asset: str
+    name: str
+    size: float
+    mass: float
+    friction: float
+    restitution: float
+    role: str
+
+
+@dataclass(frozen=True)
+class Contact:
+    """One touch of two bodies, of which -1 is the floor: seconds, bodies, normal impulse in newton seconds."""
+
+    time: float
+    pair: tuple[int, int]
+    impulse: float | None = None
+
+
+@dataclass(frozen=True)
+class Violation:
+    """The law that a clip breaks on purpose (sim/worlds/counterfactual.py).
+
+    Attributes:
+        kind: which law, and how.
+        severity: 0 as the truth, 1 as far from it as a clip in which nothing moves.
+        value: how much, in the kind's own unit, which `meaning` says.
+        seen: share of the frames in which the scored object is seen.
+    """
+
+    kind: str
+    severity: float
+    value: float = 0.0
+    meaning: str = ""
+    seen: float | None = None
+
+
+@dataclass(frozen=True)
+class ClipRow:
+    """What is known of one clip. Of a user's own video, and of a sample, only what has no default.
+
+    Attributes:
+        file_name, annotations: the video and its .npz, relative to the split's folder.
+        size: height, width in pixels.
+        sha256, annotations_sha256: of the two files; "" and None where they were not taken.
+        target: index of the scored body; its id among the instances is one more.
+        distance: metres along the optical axis from the camera to the target's centre in frame 0.
+        motion: the kind of motion.
+        drop_height, contact_time: metres and seconds until the target first touches anything, None if it never does; of
+            a clip that breaks a law, drop_height is the true clip's.
+        group: equal of clips that continue the same first picture.
+        violation: None of a true clip.
+        depth, height: of the target in frame 0, metres (grid, ambiguous).
+        depths: metres, between which `depth` was drawn (ambiguous).
+        beta: how fast the ray from the camera through the target's lowest point rises (ambiguous).
+        id: whether depth and height are as in training (grid).
+        written: the row as it stands in its file; None of a row that was made here. See `to_json`.
+    """
+
+    file_name: str
+    caption: str
+    fps: float
+    frames: int
+    size: tuple[int, int]
+    sha256: str = ""
+    annotations: str | None = None
+    annotations_sha256: str | None = None
+    target: int | None = None
+    seed: int | None = None
+    camera: Camera | None = None
+    gravity: Vector | None = None
+    bodies: tuple[Body, ...] = ()
+    distance: float | None = None
+    motion: str | None = None
+    drop_height: float | None = None
+    contact_time: float | None = None
+    contacts: tuple[Contact, ...] = ()
+    background: str | None = None
+    split: str | None = None
+    generator: str | int | None = None
+    group: int | None = None
+    violation: Violation | None = None
+    depth: float | None = None
+    height: float | None = None
+    depths: tuple[float, float] | None = None
+    beta: float | None = None
+    id: bool | None = None
+    written: dict[str, Any] | None = field(default=None, repr=False, compare=False)
+
+
+FIELDS = tuple(field.name for field in fields(ClipRow) if field.name != "written")
+_ROW = TypeAdapter(ClipRow)
+
+
+def read(metadata: Path) -> list[ClipRow]:
+    """The rows of a metadata.jsonl.
+
+    Raises:
+        UserError: the file is missing, or a field is of the wrong type; the message names file, line and field.
+    """
+    return [from_json(row, f"{metadata}:{number}") for number, row in enumerate(files.read_jsonl(metadata), 1)]
+
+
+def from_json(row: Mapping[str, Any], where: str) -> ClipRow:
+    """A row as it stands in a file, checked. Fields that are not known here are kept in `written` alone.
+
+    Raises:
+        UserError: a field is missing or of the wrong type; `where` (file and line) begins the message.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: should be a mapping of fields; make the dataset again", "format")
+    try:
+        found = _ROW.validate_json(json.dumps({name: row[name] for name in FIELDS if name in row}), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        wrong = "is missing" if first["type"] == "missing" else f"{first['msg'][:1].lower()}{first['msg'][1:]}"
+        raise UserError(f"{where}: {name}: {wrong}; make the dataset again", "format", name) from error
+    return replace(found, written=dict(row))
+
+
+def to_json(row: ClipRow) -> dict[str, Any]:
+    """The row as it was read; of one that was made here, the fields that have a value."""
+    if row.written is not None:
+        return row.written
+    made: dict[str, Any] = json.loads(json.dumps(asdict(row)))
+    return {name: value for name, value in made.items() if value not in (None, [], "")}
+
+
+def facts(row: ClipRow, names: Sequence[str]) -> dict[str, Any]:
+    """These fields as JSON has them, None where nothing is known."""
+    known = to_json(row)
+    return {name: known.get(name) for name in names}

@@ -1,0 +1,138 @@
+"""The library of objects: which there are, which are kept for testing, and what each looks like and weighs.
+
+Objects come from what pip installs: the 999 sound nameless shapes of pybullet_data ("toy"), its named models (duck,
+mug, ...), and the shapes of shapes.py. An asset's id is `category/number`. Everything follows from ids: the same id
+gives the same arrays in every process.
+
+Shape letters: V vertices, F triangles, P points.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pybullet_data
+from PIL import Image
+from scipy.spatial import ConvexHull
+
+from posttrain.core.errors import UserError
+from sim.assets.meshes import centred, read_obj, smooth
+from sim.assets.shapes import SHAPES, sphere_points
+
+HULL_POINTS = 64  # what PyBullet handles quickly; more would be no better at these sizes
+VARIANTS = 16  # proportions per made category
+
+# pybullet_data: category -> (model, texture or None, which of its axes points up)
+MODELS: dict[str, tuple[str, str | None, str]] = {
+    "bear": ("teddy2_VHACD_CHs.obj", None, "y"),
+    "bunny": ("bunny.obj", None, "y"),
+    "domino": ("domino/domino.obj", "domino/domino.jpg", "z"),
+    "duck": ("duck.obj", "duckCM.png", "y"),
+    "lettered cube": ("jenga/jenga.obj", "jenga/jenga.png", "z"),
+    "mug": ("objects/mug.obj", None, "z"),
+    "plastic brick": ("lego/lego.obj", None, "y"),
+    "soccer ball": ("soccerball.obj", "colors16.png", "z"),
+    "wheel": ("racecar/meshes/left_front_wheel.obj", "racecar/meshes/wheel.jpg", "y"),
+    "wooden box": ("table/table.obj", "table/table.png", "z"),
+}
+ROUND = ("ball", "soccer ball")  # a hull of 64 points would not roll: physics takes a true sphere of diameter `size`
+
+
+@dataclass(frozen=True, eq=False)
+class Mesh:
+    """Triangles around the centre of mass (assuming uniform density), scaled to a longest bounding-box side of 1."""
+
+    vertices: np.ndarray  # (V, 3) float64
+    normals: np.ndarray  # (V, 3) float64, unit
+    faces: np.ndarray  # (F, 3) int32, counter-clockwise from outside
+    uv: np.ndarray | None  # (V, 2), v upwards
+    texture: np.ndarray | None  # (H, W, 3) uint8 sRGB, first row on top
+    volume: float  # of the scaled mesh, so a body of size s has volume * s**3 cubic metres
+    name: str  # the noun a caption uses
+
+
+def object_ids() -> list[str]:
+    """All objects, sorted."""
+    toys = [f"toy/{i:03d}" for i in range(1000) if i != 168]  # all coordinates of 168 are NaN
+    made = [f"{name}/{i:02d}" for name in SHAPES for i in range(1 if name == "ball" else VARIANTS)]
+    return sorted(toys + made + [f"{name}/00" for name in MODELS])
+
+
+def category(asset: str) -> str:
+    """What an asset is: "ball" of "ball/00"."""
+    return asset.partition("/")[0]
+
+
+def is_round(asset: str) -> bool:
+    """Whether physics takes a sphere of diameter `size` for it."""
+    return category(asset) in ROUND
+
+
+def split(ids: list[str], fraction: float = 0.1) -> tuple[list[str], list[str]]:
+    """(train, test): the rule of Kubric's `get_test_split`, a draw without replacement from the sorted ids, seed 42."""
+    ids = sorted(ids)
+    test = set(np.random.default_rng(42).choice(ids, size=round(len(ids) * fraction), replace=False).tolist())
+    return [i for i in ids if i not in test], sorted(test)
+
+
+def choose(rng: np.random.Generator, ids: list[str]) -> str:
+    """One of `ids`: half of the time a nameless toy, else first a category and then one of that category.
+
+    An even draw over ids would show toys four times in five, and captions would have little to say.
+    """
+    by_category: dict[str, list[str]] = {}
+    for asset in ids:
+        by_category.setdefault(category(asset), []).append(asset)
+    toys = by_category.pop("toy", [])
+    if toys and (not by_category or rng.random() < 0.5):
+        return toys[rng.integers(len(toys))]
+    names = sorted(by_category)
+    others = by_category[names[rng.integers(len(names))]]
+    return others[rng.integers(len(others))]
+
+
+@cache
+def mesh(asset: str) -> Mesh:
+    """The asset's triangles; see Mesh for frame and scale.
+
+    Raises:
+        UserError: no such asset.
+    """
+    name, _, number = asset.partition("/")
+    folder = Path(pybullet_data.getDataPath())
+    uv, texture = None, None
+    if asset not in object_ids():
+        raise UserError(f"{asset}: no such asset; library.object_ids() lists them all", "unknown_name")
+    if name == "toy":
+        vertices, faces, _, _ = read_obj(folder / "random_urdfs" / number / f"{number}.obj")
+    elif name in MODELS:
+        file, picture, up = MODELS[name]
+        vertices, faces, uv, corners = read_obj(folder / file)
+        if up == "y":
+            vertices = vertices[:, [0, 2, 1]] * [1, -1, 1]
+        if picture is None or uv is None:
+            uv = None
+        else:
+            uv = uv[corners]
+            texture = np.asarray(Image.open(folder / picture).convert("RGB"))
+    else:
+        vertices, faces = SHAPES[name](np.random.default_rng([*name.encode(), int(number)]))
+    vertices, volume = centred(vertices, faces)
+    vertices, normals, faces, uv = smooth(vertices, faces, uv)
+    return Mesh(vertices, normals, faces, uv, texture, volume, name)
+
+
+@cache
+def hull(asset: str) -> np.ndarray:
+    """At most 64 points (P, 3) of the asset's convex hull, in the frame of `mesh`.
+
+    They are the extreme points in evenly spread directions, the six of the bounding box first, so the hull lies
+    inside the true one and touches the same box.
+    """
+    vertices = mesh(asset).vertices
+    points = vertices[ConvexHull(vertices).vertices]
+    if len(points) <= HULL_POINTS:
+        return points
+    directions = np.concatenate([np.eye(3), -np.eye(3), sphere_points(HULL_POINTS - 6)])
+    return points[np.unique((points @ directions.T).argmax(axis=0))]

@@ -1,0 +1,229 @@
+"""Clips that are wrong in a known way by a known amount: groups of one true drop scene and violations of it.
+
+All members of a group have the scene, the camera and the first picture of the true clip (drop.py); each other one
+breaks one law. A violation's `value` is physical, its `severity` says how wrong the clip is:
+
+    severity = min(1, d / d_static),   d = mean over frames and bodies of |x - x_true|, metres,
+
+with x the bodies' centres of mass and d_static that of the clip in which nothing moves. For what vanishes or melts,
+whose centre may be right, d is the mean over frames of the pixels in which the target's mask differs from the true one.
+
+Shape letters: T frames, N bodies.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from sim.physics import analytic
+from sim.physics.base import Simulate
+from sim.render.base import Render
+from sim.scene import FLOOR, AddEnergy, Clip, Hold, Intervention, Scene, Teleport, Trajectory, Tunnel
+from sim.worlds import drop
+from sim.worlds.base import Draw, Take
+
+# kind of violation -> what its value says, the least and the largest one, and a sweep that grows worse
+VIOLATIONS: dict[str, tuple[str, tuple[float, float], tuple[float, ...]]] = {
+    "weak_gravity": ("of g", (0.0, 1.0), (0.8, 0.6, 0.4, 0.2)),
+    "strong_gravity": ("of g", (1.0, 20.0), (1.25, 1.6, 2.5, 5.0)),
+    "sideways_gravity": ("degrees from down", (0.0, 90.0), (1.0, 3.0, 10.0, 30.0)),
+    "upward_gravity": ("of g, upwards", (0.0, 10.0), (0.05, 0.2, 0.5, 1.0)),
+    "hover": ("of the fall missing", (0.0, 1.0), (0.1, 0.3, 0.6, 1.0)),
+    "delay": ("s until the release", (0.0, 60.0), (0.125, 0.25, 0.5, 1.0)),
+    "tunnel_floor": ("m into the floor", (0.0, 10.0), (0.05, 0.1, 0.2, 0.4)),
+    "tunnel_pile": ("m into the pile", (0.0, 10.0), (0.1, 0.2, 0.25, 0.3)),
+    "more_bounce": ("of the speed kept at a bounce off the floor", (0.0, 1.0), (0.7, 0.8, 0.9, 1.0)),
+    "less_bounce": ("of the bounce kept", (0.0, 1.0), (0.95, 0.7, 0.4, 0.0)),
+    "energy": ("m of height gained at the first contact", (0.0, 10.0), (0.1, 0.2, 0.4, 0.8)),
+    "teleport": ("m sideways at half the time of the fall", (0.0, 10.0), (0.1, 0.2, 0.4, 0.8)),
+    "vanish": ("s gone at the end", (0.0, 60.0), (0.25, 0.5, 1.0, 1.75)),
+    "melt": ("of the size left at the end", (0.0, 1.0), (0.8, 0.6, 0.4, 0.2)),
+    "slow_motion": ("of the speed", (0.0, 1.0), (0.8, 0.6, 0.4, 0.2)),
+}
+SEEN = ("vanish", "melt")  # wrong in the picture, not in the path
+RIGHT = 0.005  # severity up to which nothing was violated
+
+
+@dataclass(frozen=True)
+class Violation:
+    kind: str
+    value: float
+
+
+class Config(drop.Config):
+    """`violations`: the values of each kind (default: all kinds of VIOLATIONS, swept). Those of a pile need one."""
+
+    violations: dict[str, Annotated[tuple[float, ...], Field(min_length=1)]] = Field(
+        default_factory=lambda: {kind: sweep for kind, (_, _, sweep) in VIOLATIONS.items()}
+    )
+    # Of a group at most, the true clip among them, the others drawn; None: all. What violates nothing is left out.
+    members: int | None = Field(None, ge=2)
+
+    @field_validator("violations")
+    @classmethod
+    def _possible(cls, violations: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+        if unknown := [kind for kind in violations if kind not in VIOLATIONS]:
+            known = ", ".join(VIOLATIONS)
+            raise PydanticCustomError("part", f"no violation is called {unknown[0]}; choose from {known}")
+        for kind, values in violations.items():
+            meaning, (least, largest), _ = VIOLATIONS[kind]
+            if wrong := [value for value in values if not least <= value <= largest]:
+                raise PydanticCustomError("part", f"{kind} is {wrong[0]:g}, not {least:g} to {largest:g} {meaning}")
+        return violations
+
+
+def group(draw: Draw, config: Config, simulate: Simulate) -> tuple[Scene, Trajectory, list[Violation]]:
+    """A true scene and its motion, and which laws the group's other members break.
+
+    Raises:
+        UserError: as `drop.make`.
+    """
+    scene, trajectory = drop.make(draw, config, simulate)
+    possible = [
+        Violation(kind, value)
+        for kind, values in config.violations.items()
+        for value in values
+        if kind != "tunnel_pile" or any(body.role == "pile" for body in scene.bodies)
+    ]
+    if config.members is not None and config.members - 1 < len(possible):
+        chosen = sorted(draw.rng.choice(len(possible), config.members - 1, replace=False).tolist())
+        possible = [possible[i] for i in chosen]
+    return scene, trajectory, possible
+
+
+def takes(draw: Draw, config: Config, simulate: Simulate, render: Render) -> Iterator[Take]:
+    """The clips of a group, the true one first."""
+    scene, true, violations = group(draw, config, simulate)
+    truth = render(scene, true)
+    contact = _contact(scene, true)
+    height = None if contact is None else analytic.drop_height(contact, config.gravity)
+    yield Take(scene, true, truth, {"group": draw.index, "violation": None})
+    for violation in violations:
+        trajectory = violate(scene, true, violation, simulate)
+        clip = render(scene, trajectory)
+        clip.rgb[0] = truth.rgb[0]  # shadows are as coarse as the motion is wide, which would tell
+        wrong = severity(scene, violation.kind, clip, trajectory, true, truth)
+        if wrong < RIGHT:  # as more bounce than what is there already, or a tunnel through a pile that it never hits
+            continue
+        seen = float((clip.instances == scene.target + 1).any(axis=(1, 2)).mean())
+        labels = {
+            "kind": violation.kind,
+            "value": violation.value,
+            "meaning": VIOLATIONS[violation.kind][0],
+            "severity": wrong,
+            "seen": seen,
+        }
+        yield Take(scene, trajectory, clip, {"group": draw.index, "violation": labels, "drop_height": height})
+
+
+def violate(scene: Scene, true: Trajectory, violation: Violation, simulate: Simulate) -> Trajectory:
+    """The scene's motion with one law broken: gravity, time and the release for all bodies, the rest for the target.
+
+    Raises:
+        UserError: the engine cannot do it.
+    """
+    kind, value = violation.kind, violation.value
+    times_T = np.arange(scene.frames) / scene.fps
+    down = abs(scene.gravity[2])
+    target = scene.bodies[scene.target]
+    match kind:
+        case "weak_gravity" | "strong_gravity":
+            return simulate(replace(scene, gravity=(0.0, 0.0, -down * value)))
+        case "upward_gravity":
+            return simulate(replace(scene, gravity=(0.0, 0.0, down * value)))
+        case "sideways_gravity":
+            tilt = math.radians(value)
+            gravity = (_inwards(scene) * down * math.sin(tilt), 0.0, -down * math.cos(tilt))
+            return simulate(replace(scene, gravity=gravity))
+        case "slow_motion":
+            if value == 0:
+                return static(scene, simulate)
+            slow = simulate(replace(scene, fps=scene.fps / value))
+            return replace(slow, contacts=tuple(replace(c, time=c.time / value) for c in slow.contacts))
+        case "delay":
+            held = min(round(value * scene.fps), scene.frames - 1)
+            source_T = np.maximum(np.arange(scene.frames) - held, 0)
+            late = tuple(replace(c, time=c.time + held / scene.fps) for c in true.contacts)
+            return replace(
+                true,
+                positions_TN3=true.positions_TN3[source_T],
+                quaternions_TN4=true.quaternions_TN4[source_T],
+                contacts=tuple(c for c in late if c.time <= times_T[-1]),
+            )
+        case "more_bounce" | "less_bounce":
+            kept = target.restitution * scene.floor_restitution
+            # with the floor's, which it is multiplied by, `value`; off a floor of 0 nothing bounces
+            more = max(value, kept) / (scene.floor_restitution or 1.0)
+            other = replace(target, restitution=more if kind == "more_bounce" else value * target.restitution)
+            bodies = [other if body is target else body for body in scene.bodies]
+            return simulate(replace(scene, bodies=tuple(bodies)))
+        case "vanish" | "melt":
+            scales_TN = np.ones((scene.frames, len(scene.bodies)))
+            if kind == "vanish":
+                scales_TN[(times_T > times_T[-1] - value) & (times_T > 0), scene.target] = 0  # all share frame 0
+            else:
+                scales_TN[:, scene.target] = 1 + (value - 1) * times_T / times_T[-1]
+            return replace(true, scales_TN=scales_TN)
+        case _:
+            return simulate(scene, [intervention(scene, true, violation)])
+
+
+def intervention(scene: Scene, true: Trajectory, violation: Violation) -> Intervention:
+    """What an engine is asked to do: hover, tunnel_floor, tunnel_pile, energy or teleport."""
+    value, target = violation.value, scene.target
+    contact = _contact(scene, true)
+    contact = (scene.frames - 1) / scene.fps if contact is None else contact
+    match violation.kind:
+        case "hover":
+            fall = abs(scene.gravity[2]) * contact**2 / 2
+            return Hold(target, height=scene.bodies[target].position[2] - (1 - value) * fall)
+        case "tunnel_floor":
+            return Tunnel(target, (FLOOR,), depth=value)
+        case "tunnel_pile":
+            pile = tuple(i for i, body in enumerate(scene.bodies) if body.role == "pile")
+            return Tunnel(target, pile, depth=value)
+        case "energy":
+            return AddEnergy(target, height=value)
+        case _:
+            return Teleport(target, time=contact / 2, offset=(_inwards(scene) * value, 0.0, 0.0))
+
+
+def _inwards(scene: Scene) -> float:
+    """Where the middle of the picture is from the target: -1 to the left, 1 to the right."""
+    return -1.0 if scene.bodies[scene.target].position[0] > 0 else 1.0
+
+
+def _contact(scene: Scene, trajectory: Trajectory) -> float | None:
+    """Seconds until the target touches anything, None if it never does."""
+    return next((c.time for c in trajectory.contacts if scene.target in (c.a, c.b)), None)
+
+
+def static(scene: Scene, simulate: Simulate) -> Trajectory:
+    """Nothing moves."""
+    return simulate(replace(scene, bodies=tuple(replace(body, role="moved") for body in scene.bodies)))
+
+
+def deviation(positions_TN3: np.ndarray, true_TN3: np.ndarray) -> float:
+    """Metres between bodies and true ones, mean over frames and bodies."""
+    return float(np.linalg.norm(positions_TN3 - true_TN3, axis=-1).mean())
+
+
+def mask_deviation(mask_THW: np.ndarray, true_THW: np.ndarray) -> float:
+    """Pixels in which two masks differ, mean over frames."""
+    return float((mask_THW != true_THW).sum(axis=(1, 2)).mean())
+
+
+def severity(scene: Scene, kind: str, clip: Clip, trajectory: Trajectory, true: Trajectory, true_clip: Clip) -> float:
+    """How wrong a clip is: 0 as the truth, 1 as far from it as the clip in which nothing moves, or farther."""
+    if kind in SEEN:
+        mask_THW, true_THW = (c.instances == scene.target + 1 for c in (clip, true_clip))
+        wrong, most = mask_deviation(mask_THW, true_THW), mask_deviation(true_THW[:1], true_THW)
+    else:
+        true_TN3 = true.positions_TN3
+        wrong, most = deviation(trajectory.positions_TN3, true_TN3), deviation(true_TN3[:1], true_TN3)
+    return min(1.0, wrong / most) if most else float(wrong > 0)
