@@ -56,7 +56,7 @@ much (`value`, `meaning`), how wrong that is (`severity`: mean distance of the b
 of the clip in which nothing moves) and in which share of the frames the target is `seen`; null: the true clip.
 `drop_height` and `gravity` are the true ones, `contact_time` and `contacts` are the clip's own.
 """
-VERSION = "1"  # of the generator: another one means other bytes for the same recipe
+VERSION = "2"  # of the generator: another one means other bytes for the same recipe
 
 
 class Job(Strict):
@@ -279,7 +279,6 @@ def _claim(out: Path, job: Job, splits: dict[str, int]) -> None:
     if path.exists():
         theirs = read_json(path)
         kept = theirs.pop("splits")
-        theirs.setdefault("physics", {"name": "bullet"})  # what all folders were made by before they said so
         here, there = _flat(mine), _flat(theirs)
         differ = [key for key in sorted(here | there) if here.get(key) != there.get(key)]
         if differ:

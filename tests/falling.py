@@ -61,7 +61,7 @@ def write_dataset(
         (folder / split / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-AMBIGUOUS = {  # what sim/ambiguous.py tells of a clip besides
+AMBIGUOUS = {  # what sim/worlds/ambiguous.py tells of a clip besides
     "group": 5,
     "beta": 0.2,
     "depths": [2.0, 18.0],

@@ -33,7 +33,7 @@ from sim.scene import (
     Tunnel,
 )
 
-STEP = 1 / 240  # seconds by which a contact may be off
+STEP = 5e-4  # seconds by which a contact may be off
 RED, GREY = (Material("plain", color, color, 1.0, 0) for color in ((0.6, 0.1, 0.1), (0.5, 0.5, 0.5)))
 FOCAL = 70.0  # pixels, of a camera of 64 pixels
 
@@ -185,7 +185,7 @@ def it_falls_as_the_closed_form_until_it_lands(simulate: Simulate) -> None:
         frames = 33 if asset == "ball/00" else int(landing * 16) + 1  # how a cone lands has no closed form
         trajectory = simulate(world(thing, frames=frames))
         times = np.arange(frames) / 16
-        before = times < landing - STEP
+        before = times < landing
         fallen = trajectory.positions_TN3[before, 0, 2] - 1.3
         np.testing.assert_allclose(fallen, Fall(height).at(times)[0][before] - height, atol=1e-3)
         np.testing.assert_allclose(trajectory.positions_TN3[before, 0, :2], [[0.2, 0.0]] * before.sum(), atol=1e-3)
@@ -206,18 +206,18 @@ def a_ball_bounces_and_rests_on_the_floor(simulate: Simulate) -> None:
     """With a restitution e the second touch comes after another 2 e of the fall's time."""
     for restitution in (0.0, 0.3, 0.5):
         trajectory = simulate(world(body((0.0, 0.0, 1.15), restitution=restitution)))
-        assert trajectory.positions_TN3[:, 0, 2].min() > 0.13  # steps are seen
+        assert trajectory.positions_TN3[:, 0, 2].min() > 0.145
         first, landing = trajectory.contacts[0].time, fall_time(1.0)
         if restitution:
             flight = trajectory.contacts[1].time - first
-            assert flight == pytest.approx(2 * restitution * landing, rel=0.15)
-            assert trajectory.contacts[0].impulse == pytest.approx((1 + restitution) * 9.81 * landing, rel=0.1)
+            assert flight == pytest.approx(2 * restitution * landing, rel=0.02)
+            assert trajectory.contacts[0].impulse == pytest.approx((1 + restitution) * 9.81 * landing, rel=0.01)
     still = simulate(world(body((0.0, 0.0, 0.65), restitution=0.0)))
     assert still.positions_TN3[-1, 0, 2] == pytest.approx(0.15, abs=3e-3)
 
 
 def energy_never_rises(simulate: Simulate) -> None:
-    for restitution in (0.0, 0.6):
+    for restitution in (0.0, 0.6, 0.99):
         trajectory = simulate(world(body((0.0, 0.0, 1.15), restitution=restitution)))
         assert trajectory.energy[0] == pytest.approx(9.81 * 1.15, rel=1e-6)
         assert energy_gain(trajectory) <= 0.01
@@ -249,7 +249,7 @@ def interventions_are_done_or_refused(simulate: Simulate) -> None:
         if done(lambda: trajectories.append(simulate(scene, [intervention]))):  # noqa: B023 (called at once)
             np.testing.assert_allclose(trajectories[0].positions_TN3[-1, 0, [0, 2]], end, atol=6e-3)
     if done(lambda: trajectories.append(simulate(scene, [AddEnergy(0, height=0.4)]))):
-        assert trajectories[-1].positions_TN3[8:, 0, 2].max() == pytest.approx(lands + 0.4, abs=0.04)
+        assert trajectories[-1].positions_TN3[8:, 0, 2].max() == pytest.approx(lands + 0.4, abs=0.01)
 
 
 def a_motion_is_a_function_of_its_scene(simulate: Simulate) -> None:

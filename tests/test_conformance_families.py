@@ -1,4 +1,4 @@
-"""Every family of video models through one list: the five kinds of Wan, and a toy that lives in a folder of its own."""
+"""Every family of video models through one list: five kinds of Wan, Open-Sora, and a toy in a folder of its own."""
 
 import ast
 import contextlib
@@ -19,6 +19,7 @@ from falling import write_groups
 from helpers import toy_family
 from safetensors.torch import load_file
 from tiny import FAMILIES, wan_folder
+from tiny_opensora import opensora_folder
 from torch import Tensor
 
 import posttrain.models
@@ -48,7 +49,10 @@ class Case(NamedTuple):
 CASES = {
     kind: Case(partial(wan_folder, family=kind), {"family": "wan", **({"expert": "high"} if "a14b" in kind else {})})
     for kind in FAMILIES
-} | {"toy": Case(toy_family.make, {"family": "toy"}, ("diffusers", "merged"))}
+} | {
+    "opensora": Case(opensora_folder, {"family": "opensora"}, ("diffusers", "merged")),
+    "toy": Case(toy_family.make, {"family": "toy"}, ("diffusers", "merged")),
+}
 METHODS: dict[str, dict[str, Any]] = {
     "psft": {"method": {"name": "psft"}},
     "oro": {"method": {"name": "oro", "rewards": [{"name": "object"}], "sampler": {"steps": 2, "guidance": 2.0}}},
@@ -100,7 +104,7 @@ def disturb(model: Any) -> Any:
 @torch.no_grad()
 def velocity(model: Any) -> Tensor:
     random = torch.Generator().manual_seed(0)
-    of_family = family("toy" if type(model).__name__ == "Toy" else "wan")
+    of_family = family(type(model).__module__.split(".")[2])  # posttrain.models.<family>
     frames, side = of_family.FRAMES, 2 * of_family.SIDE
     z_BCFHW = torch.randn(2, *model.latent_shape(frames, side, side), generator=random)
     first_BC1HW = 2 * torch.rand(2, 3, 1, side, side, generator=random) - 1
@@ -122,7 +126,7 @@ def test_the_protocol_is_what_is_checked() -> None:
     assert asked == set(PROTOCOL)
 
 
-@pytest.mark.parametrize("name", ["wan", "toy"])
+@pytest.mark.parametrize("name", ["wan", "opensora", "toy"])
 def test_a_familys_functions_take_what_they_are_given(home: Path, name: str) -> None:
     module = resolve("models", name)
     for asked, function in inspect.getmembers(Family, inspect.isfunction):
@@ -231,7 +235,8 @@ def test_the_dry_run_has_the_real_shapes(home: Path, name: str, conditioning: st
     assert shapes.model.n_cond_frames == model.n_cond_frames
     assert all(p.is_meta for p in shapes.model.transformer.parameters())
     seen: list[int] = []
-    model.transformer.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    block = next(module for key, module in model.transformer.named_modules() if key.endswith("blocks.0"))
+    block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1:-1].numel()))
     z_BCFHW = torch.zeros(1, *model.latent_shape(*clip))
     t_BF = torch.full((1, z_BCFHW.shape[2]), 0.95)
     with torch.no_grad():
@@ -273,7 +278,7 @@ def test_each_method_trains(home: Path, name: str, method: str) -> None:
         assert code == 0, said
 
 
-@pytest.mark.parametrize("name", ["wan2.2-ti2v", "toy"])
+@pytest.mark.parametrize("name", ["wan2.2-ti2v", "opensora", "toy"])
 def test_a_model_is_sampled_by_the_command(home: Path, name: str) -> None:
     arguments = ["--prompt", "a duck falls.", "--frames", "5", "--height", "32", "--width", "32", "--steps", "2"]
     code, said = command("sample", f"models/{name}", "--family", CASES[name].model["family"], *arguments)
@@ -283,7 +288,7 @@ def test_a_model_is_sampled_by_the_command(home: Path, name: str) -> None:
 
 def test_a_family_in_a_folder_of_its_own_is_offered(home: Path) -> None:
     """And what lies beside families and is none is not."""
-    assert sorted(plugins("models")) == ["toy", "wan"]
+    assert sorted(plugins("models")) == ["opensora", "toy", "wan"]
     code, said = command("sample", "models/toy", "--family", "lora", "--prompt", "x")
     assert code == 1
     assert said.count("\n") == 1

@@ -61,7 +61,7 @@ def test_gravity_is_scaled(ball: tuple[Scene, Trajectory], kind: str, value: flo
     fall = analytic.Fall(HEIGHT, gravity=9.81 * value)
     before = fall.contacts(9.0)[0] > TIMES
     np.testing.assert_allclose(lowest(ball[0], wrong)[before], fall.at(TIMES)[0][before], atol=1e-3)
-    assert wrong.contacts[0].time == pytest.approx(fall.contacts(9.0)[0], abs=1 / 240)
+    assert wrong.contacts[0].time == pytest.approx(fall.contacts(9.0)[0], abs=5e-4)
 
 
 def test_gravity_sideways_and_up(ball: tuple[Scene, Trajectory]) -> None:
@@ -94,7 +94,7 @@ def test_it_lands_below_the_floor(ball: tuple[Scene, Trajectory]) -> None:
     for depth in (0.05, 0.4):
         sunk = violate(replace(scene, frames=65), true, Violation("tunnel_floor", depth))
         assert lowest(scene, sunk)[-1] == pytest.approx(-depth, abs=6e-3)
-        assert sunk.contacts[0].time == pytest.approx(analytic.fall_time(HEIGHT + depth), abs=1 / 240)
+        assert sunk.contacts[0].time == pytest.approx(analytic.fall_time(HEIGHT + depth), abs=5e-4)
 
 
 def test_it_sinks_into_the_pile_and_the_pile_does_not_notice() -> None:
@@ -107,7 +107,7 @@ def test_it_sinks_into_the_pile_and_the_pile_does_not_notice() -> None:
     for depth in (0.05, 0.1):
         sunk = violate(scene, true, Violation("tunnel_pile", depth))
         contact = next(c.time for c in sunk.contacts if 0 in (c.a, c.b))
-        assert contact == pytest.approx(analytic.fall_time(0.5 + depth), abs=1.5 / 240)
+        assert contact == pytest.approx(analytic.fall_time(0.5 + depth), abs=5e-4)
         np.testing.assert_allclose(sunk.positions_TN3[:, 1], np.tile(sunk.positions_TN3[0, 1], (33, 1)), atol=2e-3)
 
 
@@ -162,7 +162,7 @@ def test_slow_motion_is_the_truth_at_another_rate(ball: tuple[Scene, Trajectory]
     before = true.contacts[0].time > TIMES[:17]
     np.testing.assert_allclose(slow.positions_TN3[::2][before], true.positions_TN3[:17][before], atol=1e-5)
     np.testing.assert_allclose(slow.positions_TN3[::2], true.positions_TN3[:17], atol=0.03)  # a step's worth of bounce
-    assert slow.contacts[0].time == pytest.approx(2 * true.contacts[0].time, abs=2 / 240)
+    assert slow.contacts[0].time == pytest.approx(2 * true.contacts[0].time, abs=1e-3)
     stopped = violate(scene, true, Violation("slow_motion", 0.0))
     assert (stopped.positions_TN3 == true.positions_TN3[0]).all()
 

@@ -67,7 +67,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fix
     section, package = request.param
     text = (ROOT / "CONTRIBUTING.md").read_text()
     path, code = re.search(
-        rf"^### {section}\n.*?This one, `([\w/]+\.py)`.*?```python\n(.*?)```", text, re.S | re.M
+        rf"^##+ {section}\n.*?This one, `([\w/]+\.py)`.*?```python\n(.*?)```", text, re.S | re.M
     ).groups()
     assert Path(path).parent == Path(*package.split("."))
     (tmp_path / Path(path).name).write_text(code)
@@ -120,6 +120,7 @@ def films(override: str, folder: Path) -> None:
         ("world.size=[0.3,.inf]", "world.size"),
         ("world.gravity=0", "world.gravity"),
         ("world.restitution=[0.5,1.2]", "world.restitution"),
+        ("world={name: drop, restitution: [1, 1], floor_restitution: [1, 1]}", "restitution"),
         ("world.sun=[10,120]", "world.sun"),
         ("world.target_pixels=[24,12]", "world.target_pixels"),
         ("world={name: grid, depth: [0, 1]}", "world.depth"),

@@ -64,7 +64,7 @@ class Contact:
 
 @dataclass(frozen=True)
 class Violation:
-    """The law that a clip breaks on purpose (sim/counterfactual.py).
+    """The law that a clip breaks on purpose (sim/worlds/counterfactual.py).
 
     Attributes:
         kind: which law, and how.

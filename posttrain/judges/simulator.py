@@ -2,7 +2,7 @@
 
 Both mean the same, a deviation as a share of that of the clip in which nothing moves:
 
-    a counterfactual (sim/counterfactual.py)   pc = 1 - severity                          sa = 1
+    a counterfactual (sim/worlds/counterfactual.py)   pc = 1 - severity                          sa = 1
     a sample of a true clip's first picture    pc = 1 - min(1, L2 / L2_frozen)            sa = 1 - vanished
 
 with PISA's L2 (metrics/pisa.py, equation 6; where the object vanished it is 1) of the sample's masks and of the true

@@ -3,8 +3,8 @@
     rewards: [{name: segmentation, weight: 1.0}, {name: trajectory, weight: 2.0}]
 
 A reward is a file of this folder: a `Config` (of RewardConfig), what it must be told (`TRUTHS`, fields of Batch beside
-pictures, masks and the scored object), the kinds of violation that it puts in order (`RANKS`, sim/counterfactual.py),
-and `load(config, device)`, which returns a function of
+pictures, masks and the scored object), the kinds of violation that it puts in order (`RANKS`, of
+sim/worlds/counterfactual.py), and `load(config, device)`, which returns a function of
 
     video_BCFHW  a generated clip in [-1, 1], frame 0 the given picture
     batch        the true clip: its pictures, masks, scored object, and what TRUTHS names

@@ -1,4 +1,4 @@
-"""Which reward sees what: rewards of clips that break one law by a known amount (sim/counterfactual.py), as Markdown.
+"""Which reward sees what: rewards of clips that break one law by a known amount, as Markdown.
 
     python -m posttrain.studies.rewards data/pocket-violations --groups 4 --sum segmentation=1,trajectory=2
 

@@ -3,8 +3,8 @@
     python -m posttrain.studies.violations data/pocket-violations data/pocket-drop --figure violations.png
 
 On true clips, the error of every quantity, and whether its sigma says how large that is. On clips that break one law
-(sim/counterfactual.py), what every quantity becomes at each value of the violation, and Spearman's rho of the two. The
-figure shows them, and the metrics of posttrain.metrics.pisa, over the violations' severity.
+(sim/worlds/counterfactual.py), what every quantity becomes at each value of the violation, and Spearman's rho of the
+two. The figure shows them, and the metrics of posttrain.metrics.pisa, over the violations' severity.
 
 Truths: gravity, the first contact and the drop height are in the rows; a restitution is that of the body's centre,
 from the simulator's path, where its first three frames after the contact are a flight; all else is 0, permanence 1.

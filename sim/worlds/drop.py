@@ -26,8 +26,9 @@ from sim.scene import Background, Body, Camera, Light, Material, Scene, Trajecto
 from sim.worlds.base import Amount, Amounts, Draw, Positive, Positives, Share, Shares, Take, WorldConfig, ascending
 
 SMALLEST = 2.0  # pixels, root of the area of the target's box: below that it may miss every pixel's centre
+BOUNCIEST = 0.99  # share of a speed that bounces may keep: an engine that keeps 0.006 more may raise the energy
 ATTEMPTS = 400
-TOUCH = -2e-3  # metres of overlap of the engine's hulls (1 mm of margin each) that still is a touch
+TOUCH = -2e-3  # metres of overlap of the engine's hulls that still is a touch
 
 
 def _above_the_horizon(degrees: tuple[float, float]) -> tuple[float, float]:
@@ -80,6 +81,10 @@ class Config(WorldConfig):
         if pixels < SMALLEST:
             remedy = "take larger ones, a nearer camera or more pixels"
             raise PydanticCustomError("part", f"size: {size:g} m are {pixels:.2g} pixels at most; {remedy}")
+        kept = self.restitution[0] * self.floor_restitution[0]
+        if kept > BOUNCIEST:
+            remedy = f"take less: their product is {kept:g}, {BOUNCIEST:g} at most keeps the energy from rising"
+            raise PydanticCustomError("part", f"restitution and floor_restitution: {remedy}")
         if bodies > MOST:
             raise PydanticCustomError("part", f"dropped and pile make up to {bodies} bodies; take {MOST} at most")
         return self

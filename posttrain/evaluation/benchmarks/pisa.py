@@ -36,14 +36,14 @@ GRID, FALLS = "grid", "falls"  # test sets beside the splits
 
 
 class FallsConfig(Strict):
-    """The test of p(t|y): an ambiguous set (sim/ambiguous.py), and how many videos of each of its clips are made."""
+    """The test of p(t|y): an ambiguous set (sim/worlds/ambiguous.py), and the number of videos of each of its clips."""
 
     clips: str
     seeds: int = Field(6, ge=1)
 
 
 class Config(Strict):
-    """`grid` is a folder that tells depths and heights which training had from others (sim/grid.py).
+    """`grid` is a folder that tells depths and heights which training had from others (sim/worlds/grid.py).
 
     Of it and of `falls` the split test_unseen is measured.
     """

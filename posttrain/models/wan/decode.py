@@ -6,7 +6,7 @@ same layers in the same order, which the backward pass computes again. Alive at 
 keeps, and the caches of all boundaries between two; these may wait in main memory (`offload`).
 
 The pixels are those of `AutoencoderKLWan.decode`, bit for bit, and so is the gradient where they lie in the range. A
-pixel that overshot has none in diffusers, so that it stays there whatever the loss says; here see `clamp`.
+pixel that overshot has none in diffusers, so that it stays there whatever the loss says; here see `pixels.clamp`.
 
 Axes: B batch, C channels, F frames (of latents; of pixels where they are called video), H W cells or pixels.
 """
@@ -23,31 +23,10 @@ from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
+from posttrain.models.pixels import clamp
+
 # what a causal convolution hands on: its last inputs, or None before the first frame, or diffusers' mark after it
 Cache = Tensor | str | None
-
-
-class _Clamp(torch.autograd.Function):
-    """x clamped to [-1, 1]. Its gradient is the loss's own, without what pushes x further out: for descent alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.clamp(-1, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (x,), (gradient,) = ctx.saved_tensors, gradients
-        return gradient.masked_fill((x.abs() > 1) & (x * gradient < 0), 0)
-
-
-def clamp(x: Tensor) -> Tensor:
-    """x clamped to [-1, 1], for a loss that is minimised.
-
-    The gradient dL/dx is dL/dy, but 0 where |x| > 1 and -dL/dy points outwards: there a step changes nothing that is
-    seen, and x would only drift. Where -dL/dy points inwards, a step is what brings the pixel back.
-    """
-    return _Clamp.apply(x)
 
 
 def decode(vae: AutoencoderKLWan, z_BCFHW: Tensor, recompute: bool = True, offload: bool = False) -> Tensor:

@@ -1,0 +1,42 @@
+"""What a recipe, a report and an export ask of the family beside the model itself."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from posttrain.models import lora
+from posttrain.models.base import Defaults, ModelConfig
+
+# size, length and rate of PISA's clips; steps and guidance of Open-Sora's sampling script
+DEFAULTS = Defaults(frames=32, size=(256, 256), fps=16, steps=30, guidance=7.0)
+
+
+def defaults(path: str) -> Defaults:
+    """The same for every model of the family."""
+    return DEFAULTS
+
+
+def needs_picture(path: str, revision: str | None = None) -> bool:
+    """Never: the model makes clips of text alone, too."""
+    return False
+
+
+def original_name(layer: str) -> str | None:
+    """None: ComfyUI has no Open-Sora. An adapter's file has the original names anyway, which are ours."""
+    return None
+
+
+def load_stock_adapter(transformer: nn.Module, file: Path) -> None:
+    """Put the adapter in `file` onto `transformer` by diffusers alone."""
+    weights, metadata = lora.read(file)
+    loader: Any = transformer
+    loader.load_lora_adapter(weights, prefix="transformer", metadata=metadata)
+
+
+def pipeline_code(
+    config: ModelConfig, adapter: bool, clip: Mapping[str, Any], sampler: Mapping[str, Any]
+) -> str | None:
+    """None: diffusers has no pipeline for it."""
+    return None
