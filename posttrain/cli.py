@@ -1,13 +1,18 @@
-"""The command line. A refusal is one line and exit code 1; what was done so far is kept and reused."""
+"""The command line.
+
+Exit codes: 0 done; 1 refused, with one line on stderr that ends in the error's code (core/errors.py) in brackets; 2
+no such command or option; 130 stopped by Ctrl-C. What was done so far is kept and reused.
+"""
 
 import argparse
+import errno
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from posttrain.core import recipe
-from posttrain.core.errors import UserError
+from posttrain.core.errors import UserError, one_line, printable
 
 COMMANDS = {
     "run": "every stage of a recipe: clips, training, evaluation, report, export; continues what was cut off",
@@ -25,7 +30,7 @@ TOOLS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="posttrain", description="Teach a video model physics.")
+    parser = recipe.Parser(prog="posttrain", description="Teach a video model physics.")
     parsers = parser.add_subparsers(dest="command", required=True)
     for name, text in COMMANDS.items():
         command = parsers.add_parser(name, help=text, description=text)
@@ -47,72 +52,96 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_score(parsers)
     options = recipe.arguments(parser, arguments)
     try:
-        if options.command == "doctor":
-            return _doctor(options.recipe, options.overrides, options.processes)
-        if options.command == "bench":
-            return _bench()
-        from posttrain.commands import commands, stages  # takes a second, for torch
-        from posttrain.commands.experiment import members, open_run, resolved
-
-        if options.command == "compare":
-            commands.compare([options.first, *options.others])
-            return 0
-        if options.command == "sample":
-            wishes = {name: getattr(options, name) for name in WISHES if getattr(options, name) is not None}
-            if (options.height is None) != (options.width is None):
-                raise UserError("--height, --width: give both or neither")
-            if options.height is not None:
-                wishes["size"] = options.height, options.width
-            commands.sample(options.target, options.image, wishes, options.scale, options.output, options.family)
-            return 0
-        if options.command == "score":
-            asked = {name: getattr(options, name) for name in JUDGING if getattr(options, name) is not None}
-            commands.judge(options.folder, options.judge, options.clips, options.split, asked)
-            return 0
-        if options.command == "eval" and (options.clips or options.run):
-            if options.overrides:
-                raise UserError(f"{options.overrides[0]}: with --clips there is no recipe whose values could change")
-            asked = {name: getattr(options, name) for name in ASKED if getattr(options, name) is not None}
-            if asked and not options.run:
-                raise UserError(f"--{next(iter(asked))}: is for the videos that --run makes; leave it out")
-            tracker = options.tracker or "pocket"
-            commands.score(options.target, options.clips, options.run, tracker, options.fps, options.out, asked)
-            return 0
-        if options.command == "eval" and (ignored := [name for name in SCORING if getattr(options, name) is not None]):
-            raise UserError(
-                f"--{ignored[0]}: is for --clips and --run; a run's own measurement is its recipe's, eval.*"
-            )
-        whole = open_run(options.target, options.overrides)
-        runs = members(*whole)
-        if options.command in ("run", "train"):
-            for plan, _ in runs:
-                resolved(plan.model)  # says at once what the last of several would lack
-        for plan, folder in runs:
-            if options.command == "run":
-                stages.run(plan, folder)
-            elif options.command == "train":
-                stages.prepare(plan)
-                stages.train(plan, folder)
-            elif options.command == "groups":
-                if plan.data.groups or not whole[0].divided:  # a row of a table may have none
-                    stages.prepare(plan)
-                    commands.groups(plan, folder)
-            elif options.command == "eval":
-                stages.evaluate(plan, folder)
-            elif options.command == "report":
-                if folder == whole[1] or stages.is_measured(folder):
-                    stages.report(plan, folder)
-            else:
-                stages.export(plan, folder, options.check)
-        if whole[0].divided and (options.command == "report" or (options.command == "run" and whole[0].eval)):
-            stages.report(*whole)
+        return _do(options)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in UNREACHABLE:
+            raise
+        print(f"{printable(str(error.filename), 300)}: {str(error.strerror).lower()} [missing]", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
+
+
+UNREACHABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)  # of a file or folder that is named
+
+
+def _do(options: argparse.Namespace) -> int:
+    """The command; its exit code."""
+    if options.command == "doctor":
+        return _doctor(options.recipe, options.overrides, options.processes)
+    if options.command == "bench":
+        return _bench()
+    from posttrain.commands import sampling, scoring  # takes a second, for torch
+
+    if options.command == "compare":
+        scoring.compare([options.first, *options.others])
+    elif options.command == "sample":
+        wishes = _given(options, WISHES)
+        if (options.height is None) != (options.width is None):
+            raise UserError("--height, --width: give both or neither", "required", "--height")
+        if options.height is not None:
+            wishes["size"] = options.height, options.width
+        sampling.sample(options.target, options.image, wishes, options.scale, options.output, options.family)
+    elif options.command == "score":
+        scoring.score(options.folder, options.judge, options.clips, options.split, _given(options, JUDGING))
+    elif options.command == "eval" and (options.clips or options.run):
+        if options.overrides:
+            word = printable(options.overrides[0])
+            raise UserError(f"{word}: with --clips there is no recipe whose values could change", "conflict", "--clips")
+        asked = _given(options, ASKED)
+        if asked and not options.run:
+            name = f"--{next(iter(asked))}"
+            raise UserError(f"{name}: is for the videos that --run makes; leave it out", "conflict", name)
+        tracker = options.tracker or "pocket"
+        scoring.evaluate_videos(options.target, options.clips, options.run, tracker, options.fps, options.out, asked)
+    else:
+        _stages(options)
     return 0
+
+
+def _given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Of these options those that were given."""
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def _stages(options: argparse.Namespace) -> None:
+    """One stage of a recipe, or all of them; of a sweep or a table, run by run."""
+    from posttrain.commands import sampling, stages
+    from posttrain.commands.experiment import members, open_run, resolved
+
+    if options.command == "eval" and (ignored := list(_given(options, SCORING))):
+        name = f"--{ignored[0]}"
+        raise UserError(
+            f"{name}: is for --clips and --run; a run's own measurement is its recipe's, eval.*", "conflict", name
+        )
+    whole = open_run(options.target, options.overrides)
+    runs = members(*whole)
+    if options.command in ("run", "train"):
+        for plan, _ in runs:
+            resolved(plan.model)  # says at once what the last of several would lack
+    for plan, folder in runs:
+        if options.command == "run":
+            stages.run(plan, folder)
+        elif options.command == "train":
+            stages.prepare(plan)
+            stages.train(plan, folder)
+        elif options.command == "groups":
+            if plan.data.groups or not whole[0].divided:  # a row of a table may have none
+                stages.prepare(plan)
+                sampling.groups(plan, folder)
+        elif options.command == "eval":
+            stages.evaluate(plan, folder)
+        elif options.command == "report":
+            if folder == whole[1] or stages.is_measured(folder):
+                stages.report(plan, folder)
+        else:
+            stages.export(plan, folder, options.check)
+    if whole[0].divided and (options.command == "report" or (options.command == "run" and whole[0].eval)):
+        stages.report(*whole)
 
 
 def _scoring(command: argparse.ArgumentParser) -> None:
@@ -127,7 +156,7 @@ def _scoring(command: argparse.ArgumentParser) -> None:
     runs = "let a run's base and tuned model make the videos first, from the benchmark's pictures and prompts"
     group.add_argument("--run", nargs="+", default=[], metavar="RUN", help=runs)
     group.add_argument("--steps", type=positive, help="of the sampler, for --run (as in the run's recipe)")
-    group.add_argument("--guidance", type=float, help="for --run; 1 leaves guidance and negative prompts out")
+    group.add_argument("--guidance", type=number, help="for --run; 1 leaves guidance and negative prompts out")
     group.add_argument("--seeds", type=positive, metavar="N", help="how many videos of each clip --run makes")
     group.add_argument(
         "--tracker",
@@ -135,7 +164,7 @@ def _scoring(command: argparse.ArgumentParser) -> None:
         help="what follows the object: a SAM 2 in transformers' layout, as facebook/sam2.1-hiera-large, which the real "
         "set needs; by default the embedded tracker, made for 64 x 64 pixels",
     )
-    group.add_argument("--fps", type=float, help="of the videos, where their files say it wrongly")
+    group.add_argument("--fps", type=rate, help="of the videos, where their files say it wrongly")
     group.add_argument("--out", metavar="FOLDER", help="where scores and report go (runs/eval-<benchmark>)")
 
 
@@ -148,7 +177,7 @@ def _add_compare(parsers: Any) -> None:
 
 ASKED = ("steps", "guidance", "seeds")  # options of `eval --run`
 SCORING = ("tracker", "fps", "out", *ASKED)  # and of `eval --clips`
-JUDGING = ("model", "frames", "url", "rate", "tracker")  # options of `score`
+JUDGING = ("model", "frames", "url", "rate", "side", "tracker")  # options of `score`
 WISHES = ("prompt", "negative", "seeds", "frames", "fps", "steps", "guidance", "guidance_low")  # see gallery.Wish
 
 
@@ -163,7 +192,7 @@ def _add_sample(parsers: Any) -> None:
     command.add_argument("--prompt", required=True)
     command.add_argument("--negative", help="what should not be seen; counts where the guidance is above 1")
     command.add_argument(
-        "--seed", type=int, nargs="+", dest="seeds", metavar="SEED", help="a clip for each (default 0)"
+        "--seed", type=seed, nargs="+", dest="seeds", metavar="SEED", help="a clip for each (default 0)"
     )
     for side in ("height", "width"):
         command.add_argument(f"--{side}", type=positive, help="pixels")
@@ -172,9 +201,9 @@ def _add_sample(parsers: Any) -> None:
     )
     command.add_argument("--fps", type=rate, help="of the files: how fast they play")
     command.add_argument("--steps", type=positive, help="of the sampler")
-    command.add_argument("--guidance", type=float, help="1 leaves guidance out")
-    command.add_argument("--guidance-low", type=float, help="of the second of two experts, where it differs")
-    command.add_argument("--scale", type=float, default=1.0, help="how much the run's adapter counts (default 1)")
+    command.add_argument("--guidance", type=number, help="1 leaves guidance out")
+    command.add_argument("--guidance-low", type=number, help="of the second of two experts, where it differs")
+    command.add_argument("--scale", type=number, default=1.0, help="how much the run's adapter counts (default 1)")
     command.add_argument("--output", type=Path, help="folder (default: samples/asked in the run's)")
 
 
@@ -194,19 +223,37 @@ def _add_score(parsers: Any) -> None:
     url = "for endpoint, as http://localhost:8000/v1; a key is taken from OPENAI_API_KEY"
     command.add_argument("--url", help=url)
     command.add_argument("--rate", type=rate, metavar="N", help="for endpoint, requests per minute at most")
+    side = "for endpoint, of the pictures' longer side: larger ones are made smaller (default: as they are, in PNG)"
+    command.add_argument("--side", type=positive, metavar="PIXELS", help=side)
     command.add_argument("--tracker", metavar="FOLDER|HUB", help="for simulator with --clips, as in `posttrain eval`")
 
 
 def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
+    return _within(text, int, 1, 10**6)
+
+
+def seed(text: str) -> int:
+    return _within(text, int, 0, 2**63 - 1)
 
 
 def rate(text: str) -> float:
-    if not 0 < (number := float(text)) < float("inf"):
-        raise ValueError
-    return number
+    return _within(text, float, 1e-3, 1e6)
+
+
+def number(text: str) -> float:
+    return _within(text, float, -1e3, 1e3)
+
+
+Number = TypeVar("Number", int, float)
+
+
+def _within(text: str, read: Callable[[str], Number], least: Number, most: Number) -> Number:
+    try:
+        if least <= (value := read(text)) <= most:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{printable(repr(text))} is no {read.__name__} from {least:g} to {most:g}")
 
 
 def _doctor(path: str | None, overrides: Sequence[str], processes: int) -> int:

@@ -1,6 +1,5 @@
 """`python -m sim make RECIPE [a.b=c ...]` films a dataset; `python -m sim show DATASET` shows some of it."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from posttrain.core import recipe
-from posttrain.core.errors import UserError
+from posttrain.core.errors import UserError, one_line
 from sim import dataset
 from sim.bench import bench
 from sim.show import show
@@ -36,7 +35,7 @@ def make(path: Path | str, overrides: Sequence[str] = (), workers: int | None = 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sim", description=__doc__)
+    parser = recipe.Parser(prog="python -m sim", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("make", help="film the dataset of a recipe; continues where it was stopped")
     making.add_argument("recipe")
@@ -59,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print(show(options.dataset, options.split, options.count, options.output))
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; finished clips are kept and the same command continues", file=sys.stderr)

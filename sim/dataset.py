@@ -38,7 +38,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from posttrain.core.codec import lossless
 from posttrain.core.errors import UserError
 from posttrain.core.files import explain, read_json, sha256, sweep, write_bytes, write_json, write_jsonl, write_text
-from posttrain.core.recipe import Plugin, PluginFrom, Strict
+from posttrain.core.recipe import Plugin, PluginFrom, Strict, flat
 from sim.assets import library, surfaces
 from sim.worlds.base import Draw, Take
 
@@ -279,7 +279,7 @@ def _claim(out: Path, job: Job, splits: dict[str, int]) -> None:
     if path.exists():
         theirs = read_json(path)
         kept = theirs.pop("splits")
-        here, there = _flat(mine), _flat(theirs)
+        here, there = flat(mine), flat(theirs)
         differ = [key for key in sorted(here | there) if here.get(key) != there.get(key)]
         if differ:
             what = ", ".join(f"{key}: {there.get(key)} there, {here.get(key)} here" for key in differ[:3])
@@ -303,12 +303,6 @@ def card(splits: dict[str, int]) -> str:
     """A dataset card, from which `datasets.load_dataset(folder)` learns the splits' names."""
     files = "\n".join(f"  - split: {split}\n    path: {split}/*" for split in splits)
     return f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}\n---\n{CARD}"
-
-
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {key: value}
-    return {k: v for name, part in value.items() for k, v in _flat(part, f"{key}.{name}" if key else name).items()}
 
 
 def _sweep(out: Path, splits: dict[str, int]) -> None:

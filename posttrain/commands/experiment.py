@@ -16,7 +16,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from posttrain.core import files, recipe
-from posttrain.core.errors import UserError
+from posttrain.core.errors import UserError, printable
 from posttrain.core.recipe import Plugin, PluginFrom, Strict
 from posttrain.data.config import DataConfig
 from posttrain.evaluation.evaluate import EvalConfig
@@ -43,7 +43,14 @@ class Table(Strict):
 
     rows: Annotated[dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], dict[str, Any]], Field(min_length=1)]
     # of training; a row is their mean, clip by clip. None: the recipe's own
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
+
+    @field_validator("seeds")
+    @classmethod
+    def _once(cls, seeds: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if seeds and len(set(seeds)) < len(seeds):
+            raise PydanticCustomError("duplicate", "has a seed twice; keep one")
+        return seeds
 
     @field_validator("rows")
     @classmethod
@@ -106,6 +113,19 @@ class Recipe(Strict):
                 if defaults and isinstance(asked := groups.get("sampler", {}), dict):
                     return values | {"data": data | {"groups": groups | {"sampler": asked | sampler(defaults, asked)}}}
         return values
+
+    @field_validator("sweep")
+    @classmethod
+    def _folders(cls, sweep: dict[str, tuple[Any, ...]] | None) -> dict[str, tuple[Any, ...]] | None:
+        for values in (sweep or {}).values():
+            names = [_folder(value) for value in values]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise PydanticCustomError(
+                    "duplicate", "has two values whose folder is {name}; keep one", {"name": printable(twice)}
+                )
+            if odd := [n for n in names if n[:1] in (".", "") or not n.isprintable() or len(n) > 100]:
+                raise PydanticCustomError("value", "has a value that names no folder: {name}", {"name": printable(odd)})
+        return sweep
 
     @field_validator("method")
     @classmethod
@@ -175,7 +195,7 @@ def _defaults(name: Any, path: str) -> Defaults | None:
 def _samples(method: Any) -> bool:
     """Whether a method of this name has a `sampler` in its Config; what is wrong with a name is said elsewhere."""
     try:
-        return "sampler" in recipe.resolve(METHODS, method).Config.model_fields
+        return isinstance(method, str) and "sampler" in recipe.resolve(METHODS, method).Config.model_fields
     except (UserError, AttributeError):
         return False
 
@@ -207,7 +227,10 @@ def claim(plan: Recipe, folder: Path, name: str) -> None:
     """
     path = folder / "recipe.yaml"
     if path.exists() and ((folder / ADAPTER).exists() or any(folder.glob("checkpoints/step-*"))):
-        new, old = _flat(plan.model_dump(mode="json")), _flat(recipe.load(path, (), Recipe).model_dump(mode="json"))
+        new, old = (
+            recipe.flat(plan.model_dump(mode="json")),
+            recipe.flat(recipe.load(path, (), Recipe).model_dump(mode="json")),
+        )
         differing = [
             f"{key} ({old.get(key)}, now {new.get(key)})"
             for key in sorted(new.keys() | old.keys())
@@ -233,7 +256,7 @@ def members(plan: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
             changes |= {f"{row}/{seed}": values | {"train.seed": seed} for row, values in plan.table.rows.items()}
     elif plan.sweep:
         ((key, swept),) = plan.sweep.items()
-        changes = {str(value).replace("/", "-"): {key: value} for value in swept}
+        changes = {_folder(value): {key: value} for value in swept}
     else:
         return [(plan, folder)]
     path, found = folder / "recipe.yaml", {}
@@ -246,14 +269,13 @@ def members(plan: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
     return [(member, folder / name) for name, member in found.items()]
 
 
+def _folder(value: int | float | str) -> str:
+    """The folder of a sweep's run with this value."""
+    return str(value).replace("/", "-")
+
+
 def _measured(plan: Recipe) -> dict[str, Any] | None:
     return plan.eval.model_dump(exclude={"every", "batch"}) if plan.eval else None
-
-
-def _flat(value: Any, place: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {place: value}
-    return {k: v for name, part in value.items() for k, v in _flat(part, f"{place}.{name}" if place else name).items()}
 
 
 def is_trained(folder: Path, meaning: dict[str, Any] | None = None) -> bool:

@@ -41,7 +41,7 @@ def make_samples(plan: Recipe, groups: GroupsConfig) -> None:
         UserError: samples there are of another model or kind, two clips have one name, or the judge cannot compare
             samples with clips as filmed.
     """
-    from posttrain.judges.folder import find, score
+    from posttrain.judges.folder import find, score_videos
 
     data = plan.data
     if groups.judge and not (isinstance(data.clips, str) and data.frames is data.fps is data.size is None):
@@ -58,7 +58,7 @@ def make_samples(plan: Recipe, groups: GroupsConfig) -> None:
     if groups.judge and main_process():
         for folder in folders:
             found, path = find(folder, Path(str(data.clips)), data.split)
-            score(found, path, *simulator_judge(str(data.clips), data.split, "pocket"))
+            score_videos(found, path, *simulator_judge(str(data.clips), data.split, "pocket"))
     wait()
 
 

@@ -31,7 +31,7 @@ def process() -> Any:
 
     for way in ("FSDP", "MEGATRON_LM"):  # accelerate's FSDP trains copies that know nothing of each other on CPUs
         if _flag(f"ACCELERATE_USE_{way}"):
-            raise UserError(f"accelerate launch: {way} is not supported; {REMEDY}")
+            raise UserError(f"accelerate launch: {way} is not supported; {REMEDY}", "unsupported")
     options: dict[str, Any] = {}
     if cpu := not torch.cuda.is_available() or _flag("ACCELERATE_USE_CPU"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says that it found no GPU
@@ -47,7 +47,7 @@ def process() -> Any:
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
     asked = os.environ.get("WORLD_SIZE", "several" if launched else "1")
     if asked != str(state.num_processes):
-        raise UserError(f"{asked} processes were asked for and {state.num_processes} started; {REMEDY}")
+        raise UserError(f"{asked} processes were asked for and {state.num_processes} started; {REMEDY}", "unsupported")
     return state
 
 
@@ -76,10 +76,12 @@ def zero_plugin(share: int, accumulate: int, clip: float, bf16: bool) -> Any:
 
     for field in ("config_file", "offload_optimizer_device", "offload_param_device"):
         if (found := os.environ.get(f"ACCELERATE_DEEPSPEED_{field.upper()}", "none")) != "none":
-            raise UserError(f"accelerate launch: deepspeed's {field} is {found}, which is not supported; leave it out")
+            message = f"accelerate launch: deepspeed's {field} is {found}, which is not supported; leave it out"
+            raise UserError(message, "unsupported", field)
     plugin = DeepSpeedPlugin(gradient_accumulation_steps=accumulate, gradient_clipping=clip)
     if plugin.zero_stage != 2:
-        raise UserError(f"accelerate launch: zero_stage is {plugin.zero_stage}; set 2, see recipes/launch/zero2.yaml")
+        message = f"accelerate launch: zero_stage is {plugin.zero_stage}; set 2, see recipes/launch/zero2.yaml"
+        raise UserError(message, "unsupported", "zero_stage")
     plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = share
     plugin.deepspeed_config["torch_autocast"] = {
         "enabled": bf16,

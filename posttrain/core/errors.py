@@ -1,6 +1,6 @@
 """What a user can mend: one line, a stable code, and the recipe key or option that it is about."""
 
-from typing import Literal
+from typing import Any, Literal
 
 # Tests, scripts and docs go by these; the wording of a message may change at any time.
 Code = Literal[
@@ -44,3 +44,18 @@ class UserError(Exception):
         super().__init__(message)
         self.code: Code = code
         self.field = field
+
+
+def printable(text: Any, most: int = 80) -> str:
+    """What text or value looks like on one line: at most `most` characters, none of them a control character.
+
+    So what a user, a file or a server wrote can be put into a message: it neither fills a terminal nor steers it.
+    """
+    text = text if isinstance(text, str) else repr(text)
+    text = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * most]).split())
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def one_line(error: UserError) -> str:
+    """What a terminal is shown: the message, on one line, and its code, by which the docs list what to do."""
+    return f"{printable(str(error), 2000)} [{error.code}]"

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -14,38 +15,58 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from posttrain.core.errors import UserError
+from posttrain.core.errors import UserError, printable
 
 
 @contextmanager
 def explain(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals while writing `path` into one clear line."""
+    """Turn the operating system's refusals while writing `path` into one clear line.
+
+    Raises:
+        UserError: disk_full or not_writable. What fails elsewhere than at `path` is raised as it is.
+    """
     try:
         yield
     except (OSError, SafetensorError) as found:
         error = _refusal(found)
+        if not _concerns(error, path):
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path}: the disk is full; free some space and start again, nothing is lost") from error
-        if error.errno == errno.EFBIG:
-            raise UserError(f"{path}: is larger than the system allows (ulimit -f); raise the limit") from error
-        if error.errno == errno.ENOENT:
-            raise UserError(f"{path}: cannot be written (its folder was removed meanwhile); start again") from error
-        if error.errno in (errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"{path}: cannot be written (a folder on the way is a file); choose another") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            why = os.strerror(error.errno).lower()
-            raise UserError(f"{path}: cannot be written ({why}); choose another folder or mend its rights") from error
-        raise
+            message = "the disk is full; free space and start again, nothing is lost"
+            raise UserError(f"{path}: {message}", "disk_full") from error
+        if error.errno not in REMEDIES:
+            raise
+        raise UserError(f"{path}: cannot be written {REMEDIES[error.errno]}", "not_writable") from error
+
+
+REMEDIES = {
+    errno.EFBIG: "(it is larger than the system allows, see ulimit -f); raise the limit",
+    errno.ENOENT: "(its folder was removed, or cannot be made there); start again, or choose another folder",
+    errno.ENOTDIR: "(a folder on the way is a file); choose another folder",
+    errno.EEXIST: "(a folder on the way is a file); choose another folder",
+    errno.ENAMETOOLONG: "(its name is too long); choose a shorter one",
+    errno.EACCES: "(permission denied); choose another folder, or change its rights",
+    errno.EPERM: "(operation not permitted); choose another folder, or change its rights",
+    errno.EROFS: "(read-only file system); choose another folder",
+}
+
+
+def _concerns(error: OSError, path: Path) -> bool:
+    """Whether an error is about what lies beside or below `path`, or about a folder above it."""
+    if not isinstance(error.filename, str):
+        return True
+    failed, parent = Path(error.filename).absolute(), path.absolute().parent
+    return failed.is_relative_to(parent) or parent.is_relative_to(failed)
 
 
 def _refusal(error: Exception) -> OSError:
-    """What the operating system said, also where safetensors or shutil.copytree told it in their own way."""
+    """The operating system's error, also where safetensors or shutil.copytree raise their own in its place."""
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             if any(f"[Errno {number}]" in why for _, _, why in error.args[0]):
                 return OSError(number, os.strerror(number))
-    if isinstance(error, SafetensorError) and (told := re.search(r"os error (\d+)", str(error))):
-        return OSError(int(told[1]), str(error))
+    if isinstance(error, SafetensorError) and (said := re.search(r"os error (\d+)", str(error))):
+        return OSError(int(said[1]), str(error))
     return error if isinstance(error, OSError) else OSError(str(error))
 
 
@@ -66,7 +87,7 @@ def replacing(path: Path | str, flush: bool = True) -> Iterator[Path]:
     many, cheap to make again and checked by their digest do without.
 
     Raises:
-        UserError: the disk is full or the place cannot be written; `path` keeps what it had.
+        UserError: disk_full or not_writable; `path` keeps what it had.
     """
     path = Path(path)
     with explain(path):
@@ -106,51 +127,103 @@ def write_json(path: Path | str, value: Any, flush: bool = True) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n", flush)
 
 
-def read_bytes(path: Path | str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})", "missing") from error
-
-
-def read_text(path: Path | str) -> str:
-    """UTF-8 text, with or without a byte order mark; lines end by "\\n", however they did in the file.
+def read_json(path: Path | str) -> Any:
+    """The value in a JSON file: UTF-8, UTF-16 or UTF-32, with a byte order mark or without; every number finite.
 
     Raises:
-        UserError: it is not there, or in another encoding.
+        UserError: missing; format (no text, or no JSON), with the line.
     """
+    text = read_text(path)
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: does not exist", "missing") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})", "missing") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8", "format") from error
-
-
-def read_json(path: Path | str) -> Any:
-    try:
-        return json.loads(read_text(path))
+        return _parsed(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: is not JSON ({error.msg}); make the file again", "damaged") from error
+        raise UserError(f"{path}:{error.lineno}: is not JSON ({error.msg}); mend the file", "format") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON ({_reason(error)}); mend the file", "format") from error
+
+
+def read_object(path: Path | str) -> dict[str, Any]:
+    """The same of a file that holds an object.
+
+    Raises:
+        UserError: as `read_json`; or it holds something else (format).
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds {printable(value)}, not an object; mend the file", "format")
+    return value
 
 
 def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; blank lines are none. A line ends by a line feed alone: text may hold other breaks."""
+    """The objects in a JSON-lines file, in the encodings of `read_json`; blank lines are skipped.
+
+    Raises:
+        UserError: missing; format (no text, or a line that holds no JSON object), with the line.
+    """
     rows = []
+    # not splitlines: text in JSON may hold U+2028 and the like
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: is not JSON ({error.msg}); make the file again", "damaged") from error
+            value = _parsed(line)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else _reason(error)
+            raise UserError(f"{path}:{number}: is not JSON ({reason}); mend the line", "format") from error
+        if not isinstance(value, dict):
+            raise UserError(f"{path}:{number}: is {printable(value)}, not an object; mend the line", "format")
+        rows.append(value)
     return rows
 
 
-def write_jsonl(path: Path | str, rows: list[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+def read_text(path: Path | str) -> str:
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 that is recognised by its first bytes, without its mark.
+
+    Lines end by "\\n", however they did in the file.
+
+    Raises:
+        UserError: missing; format (another encoding).
+    """
+    content = read_bytes(path)
+    encoding = json.detect_encoding(content)
+    try:
+        return content.decode(encoding).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: is not {encoding.upper()} text; save the file as UTF-8", "format") from error
+
+
+def read_bytes(path: Path | str) -> bytes:
+    """The content of a file.
+
+    Raises:
+        UserError: missing: it is not there, or the system does not let it be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{printable(str(path), 300)}: does not exist", "missing") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{printable(str(path), 300)}: cannot be read ({why.lower()})", "missing") from error
+
+
+def _parsed(text: str) -> Any:
+    return json.loads(text, parse_float=_finite, parse_constant=_finite)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{printable(text)} is not finite")
+    return number
+
+
+def _reason(error: Exception) -> str:
+    return "it is nested too deeply" if isinstance(error, RecursionError) else printable(str(error), 200)
+
+
+def write_jsonl(path: Path | str, rows: list[dict[str, Any]], flush: bool = True) -> None:
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), flush)
 
 
 def sha256(path: Path | str) -> str:
@@ -171,10 +244,16 @@ def inside(root: Path | str, name: str) -> Path:
     """The path of `name` below `root`.
 
     Raises:
-        UserError: `name` would leave `root` (absolute, "..", or through a link).
+        UserError: outside: `name` would leave `root` (absolute, "..", or through a link), or can be no path.
     """
     root = Path(root).resolve()
-    path = (root / name).resolve()
+    try:
+        path = (root / name).resolve()
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # too long; a NUL; links in a circle
+        raise UserError(f"{root}: the entry {printable(repr(name))} is no file's name; mend it", "outside") from error
     if not path.is_relative_to(root):
-        raise UserError(f"{root}: {name[:80]!r} points outside the folder; give a path inside, without ..", "outside")
+        raise UserError(f"{root}: the entry {printable(repr(name))} points outside the folder; mend it", "outside")
     return path

@@ -23,7 +23,8 @@ def check_trackers(names: Sequence[str]) -> None:
     """Raises UserError if one of them is not installed."""
     for name in names:
         if find_spec(name) is None:
-            raise UserError(f"train.trackers: {name} is not installed; `pip install {name}`, or leave it out")
+            message = f"train.trackers: {name} is not installed; `pip install {name}`, or leave it out"
+            raise UserError(message, "not_installed", "train.trackers")
 
 
 @contextmanager
@@ -52,7 +53,8 @@ def tracking(accelerator: Any, folder: Path, steps: int, config: Mapping[str, An
     except Exception as error:  # each has its own kinds
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         names = ", ".join(map(str, accelerator.log_with))
-        raise UserError(f"train.trackers: {names} did not start ({why}); mend it or leave it out") from error
+        message = f"train.trackers: {names} did not start ({why}); mend it or leave it out"
+        raise UserError(message, "not_installed", "train.trackers") from error
     try:
         yield
     finally:

@@ -2,6 +2,9 @@
 
 What comes out is inverse depth, 0 for the sky: of the published relative models up to a scale and a shift that may
 differ from picture to picture; of the metric ones, and of the embedded one, in 1 / metres.
+
+Under autocast the decoder alone is computed in bf16. With the backbone in bf16 too, the reward's gradient was up to 9
+times too long (at the true clip of tests/test_rewards.py); with it in float32 it is off by 1%.
 """
 
 from pathlib import Path
@@ -14,6 +17,7 @@ from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation
 from posttrain.core.files import replacing
 from posttrain.models.base import ModelConfig
 from posttrain.models.folders import network
+from posttrain.nets.precision import widened
 from posttrain.nets.sam2 import MEAN, STD
 
 NEAREST = 0.01  # metres, where a metric model's answer is turned over
@@ -38,11 +42,15 @@ class Depth(nn.Module):
         height, width = pictures_NCHW.shape[-2:]
         patch, side = self.net.config.patch_size, self.net.backbone.config.image_size
         size = [patch * max(1, round(length * side / min(height, width) / patch)) for length in (height, width)]
-        mean, std = (pictures_NCHW.new_tensor(v).view(-1, 1, 1) for v in (MEAN, STD))
-        shown = (pictures_NCHW + 1) / 2
+        shown = (widened(pictures_NCHW) + 1) / 2
         if size != [height, width]:
             shown = F.interpolate(shown, size, mode="bicubic", antialias=True)
-        found = self.net((shown - mean) / std).predicted_depth
+        mean, std = (shown.new_tensor(v).view(-1, 1, 1) for v in (MEAN, STD))
+        shown = (shown - mean) / std
+        with torch.autocast(shown.device.type, enabled=False):  # in bf16 its gradient may point elsewhere
+            features = self.net.backbone.forward_with_filtered_kwargs(shown).feature_maps
+        grid = [length // patch for length in size]
+        found = widened(self.net.head(self.net.neck(features, *grid), *grid))
         if self.net.config.depth_estimation_type == "metric":
             found = 1 / found.clamp_min(NEAREST)
         if size != [height, width]:

@@ -23,6 +23,7 @@ from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenc
 from posttrain.core.files import replacing
 from posttrain.models.base import ModelConfig
 from posttrain.models.folders import network
+from posttrain.nets.precision import widened
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # SAM 2's normalisation of pixels in [0, 1]
 
@@ -77,7 +78,7 @@ class Sam2Tracker(nn.Module):
         size = (self.sam.config.image_size, self.sam.config.image_size)
         memory = max(self.sam.config.num_maskmem, self.sam.config.max_object_pointers_in_encoder)
         session: Sam2VideoInferenceSession | None = None
-        for t, picture in enumerate(pictures):
+        for t, picture in enumerate(map(widened, pictures)):
             batch, _, height, width = picture.shape
             if session is None:
                 session = Sam2VideoInferenceSession(
@@ -122,8 +123,7 @@ class Sam2Tracker(nn.Module):
             kept = session.output_dict_per_obj[0]["cond_frame_outputs" if given else "non_cond_frame_outputs"]
             kept[t] |= {"maskmem_features": features_t, "maskmem_pos_enc": position}
             kept.pop(t - memory, None)
-            logits = out["pred_masks"].to(torch.promote_types(out["pred_masks"].dtype, torch.float32))
-            yield F.interpolate(logits, (height, width), mode="bilinear")
+            yield F.interpolate(widened(out["pred_masks"]), (height, width), mode="bilinear")
 
 
 def new(config: Sam2VideoConfig, seed: int = 0) -> Sam2Tracker:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from posttrain.core.errors import UserError
-from posttrain.core.files import read_json, replacing, write_json
+from posttrain.core.files import read_object, replacing, write_json
 from posttrain.models.base import ModelConfig
 from posttrain.pocket import folder
 
@@ -124,17 +124,19 @@ def load(config: ModelConfig, device: str = "cpu") -> Model:
         UserError: the folder has no config.json or no weights.
     """
     path = folder("tracker") if config.path == "pocket" else Path(config.path)
-    settings: dict[str, Any] = read_json(path / "config.json")
+    settings: dict[str, Any] = read_object(path / "config.json")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         module = Tracker(tuple(settings["widths"]))
     if config.init == "pretrained":
         weights = path / "model.safetensors"
         if not weights.exists():
-            raise UserError(f"{weights}: does not exist; train it, or choose another model.path")
+            message = f"{weights}: does not exist; train it, or choose another model.path"
+            raise UserError(message, "missing", "model.path")
         try:
             module.load_state_dict(load_file(weights))
         except (RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
-            raise UserError(f"{weights}: does not fit the tracker ({reason}); train it again") from error
+            message = f"{weights}: does not fit the tracker ({reason}); train it again"
+            raise UserError(message, "mismatch", "model.path") from error
     return Model(module.to(device))

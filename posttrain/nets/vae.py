@@ -44,7 +44,8 @@ def load(config: ModelConfig, device: str = "cpu") -> Autoencoder:
     """The autoencoder in the `vae` folder of a model folder; `init: random` keeps its architecture alone."""
     path = folder("wan") if config.path == "pocket" else Path(config.path)
     if not (path / "vae" / "config.json").exists():
-        raise UserError(f"{path / 'vae' / 'config.json'}: does not exist; model.path must be a diffusers Wan folder")
+        message = f"{path / 'vae' / 'config.json'}: does not exist; model.path must be a diffusers folder with a vae"
+        raise UserError(message, "missing", "model.path")
     if config.init == "pretrained":
         return Autoencoder(AutoencoderKLWan.from_pretrained(path / "vae").to(device))
     with torch.random.fork_rng(devices=[]):

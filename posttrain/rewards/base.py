@@ -9,7 +9,8 @@ sim/worlds/counterfactual.py), and `load(config, device)`, which returns a funct
     video_BCFHW  a generated clip in [-1, 1], frame 0 the given picture
     batch        the true clip: its pictures, masks, scored object, and what TRUTHS names
 
-that gives each clip's reward, float (B,), the more the better, with a gradient to every picture after the first. Where
+that gives each clip's reward, float32 (B,), the more the better, with a gradient to every picture after the first; also
+under autocast and of a video in bf16, where networks are computed in bf16 and all else in float32. Where
 a network is asked, `net(config)` returns it, so that a run knows by which weights it was trained.
 Truths come from the simulator and are never estimated. Weights of networks get no gradient.
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.core.recipe import Plugin, Strict
+from posttrain.nets.precision import widened
 from posttrain.types import Batch
 
 PROTOCOL = ("Config", "TRUTHS", "RANKS", "load")
@@ -74,5 +76,5 @@ def contrast(video_BCFHW: Tensor, true_BCFHW: Tensor) -> Tensor:
     What a network sees in a flat picture is what it was used to see: rewards charge such a picture with their largest
     error. Nothing is asked from half on, where clips differ in what they show.
     """
-    shown, true = (video[:, :, 1:].flatten(3).std(3).mean(1) for video in (video_BCFHW, true_BCFHW))
+    shown, true = (widened(video[:, :, 1:]).flatten(3).std(3).mean(1) for video in (video_BCFHW, true_BCFHW))
     return (2 * shown / true.clamp_min(1e-6)).clamp_max(1.0)
