@@ -27,6 +27,7 @@ from posttrain.commands.loading import (
     CACHE,
     TRACKED,
     base_model,
+    device,
     load_model,
     load_tracker,
     main_process,
@@ -142,7 +143,7 @@ def train(plan: Recipe, folder: Path) -> None:
             )
     data = method.data(Source(model, clips, groups, plan.model.conditioning == "image", CACHE / "latents"), config)
     depends = method.depends(config) | fingerprints(method.rewards(config))
-    rewards = base.load_all(method.rewards(config), model.device)
+    rewards = base.load_all(method.rewards(config), device())
     validate, ends, every = None, None, plan.eval.every if plan.eval else 0
     if plan.eval:
         from posttrain.evaluation.evaluate import validation

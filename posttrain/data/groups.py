@@ -2,8 +2,8 @@
 
 Losers are clips of a dataset folder that break a law in the true clip's scene (sim/worlds/counterfactual.py), samples
 that a model made under several seeds, or both; or the best of the samples wins against the others. Samples lie in any
-folder, named <clip>-s<seed>.mp4 as a recipe's base makes them (losers.py), or <clip>-s<seed>-<model>.mp4 as `posttrain sample`
-does of <clip>.png; and what a judge says of them lies beside them in scores.jsonl:
+folder, named <clip>-s<seed>.mp4 as a recipe's base makes them (losers.py), or <clip>-s<seed>-<model>.mp4 as `posttrain
+sample` does of <clip>.png; and what a judge says of them lies beside them in scores.jsonl:
 
     {"file_name": "00012-s0.mp4", "sa": 0.9, "pc": 0.2}     both 0 to 1: follows its text, obeys physics
 

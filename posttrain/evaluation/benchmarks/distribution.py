@@ -1,8 +1,8 @@
 """What a measured run says about p(t|y) and about 3D (PISA, section 5.2): from impact frames and masks to numbers.
 
 A helper of pisa.py. The laws are in posttrain/metrics/distribution.py. The rows of an ambiguous set
-(sim/worlds/ambiguous.py) tell which clips have the same first picture (`group`), along which ray the object lies (`beta`) and between which
-`depths`.
+(sim/worlds/ambiguous.py) tell which clips have the same first picture (`group`), along which ray the object lies
+(`beta`) and between which `depths`.
 """
 
 import math
