@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from posttrain.core.errors import UserError
+from posttrain.core.files import alone
 from sim import cli, dataset
 from sim.assets import library, surfaces
 from sim.physics import bullet
@@ -225,7 +226,7 @@ def test_another_recipe_in_the_same_folder_is_refused(copy: Path):
 
 
 def test_two_makers_do_not_meet(copy: Path):
-    with dataset._alone(copy), pytest.raises(UserError) as error:
+    with alone(copy, "makes clips", patience=0.1), pytest.raises(UserError) as error:
         remake(copy)
     assert error.value.code == "busy"
 

@@ -11,6 +11,7 @@ Stages meet in files. Each looks at what is there, says what it reuses, does the
     runs/<run>/merged/       the adapter folded into its base, where `export:` lists it
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from posttrain.commands.loading import (
 from posttrain.commands.losers import make_samples
 from posttrain.core import files
 from posttrain.core.errors import UserError
+from posttrain.core.signals import Interrupted
 from posttrain.core.trackers import check_trackers
 from posttrain.data import listing
 from posttrain.data.config import GroupsConfig
@@ -81,9 +83,10 @@ def film(plan: Recipe) -> None:
     if not main_process():
         makers = []
     for maker in makers:
-        code = subprocess.run([sys.executable, "-m", "sim", "make", maker], check=False).returncode
-        if code in (-2, 130):
-            raise KeyboardInterrupt
+        command = [sys.executable, "-m", "sim", "make", maker, "--parent", str(os.getpid())]
+        code = subprocess.run(command, check=False).returncode
+        if code in (130, 143):
+            raise Interrupted(code - 128)
         if code:
             raise UserError(f"{maker}: its clips could not be made (the line above says why)", "internal", "data.make")
     wait()
@@ -170,8 +173,6 @@ def train(plan: Recipe, folder: Path) -> None:
     method.train(run, model, config, **inputs)
     model.module = run.finish()
     if main_process():
-        files.sweep(folder)
-        files.sweep(folder / ADAPTER)
         if ends and ends(run.steps):
             step = best_look(read_looks(folder)).step
             print(f"training: rolled back from step {run.steps} to step {step}", file=sys.stderr)
@@ -179,7 +180,7 @@ def train(plan: Recipe, folder: Path) -> None:
                 shutil.copytree(folder / BEST, temporary)
         else:
             model.save(folder / ADAPTER)
-        files.write_json(folder / TRAINED, run.meaning)
+        files.write_json(folder / TRAINED, {**run.meaning, "sha256": files.sums(folder / ADAPTER)})
     wait()
 
 

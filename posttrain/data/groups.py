@@ -211,6 +211,8 @@ def _samples(
     for video in listing.videos_in(folder):
         match sample_of(video.stem, places):
             case clip, seed if not config.samples_each or seed < config.samples_each:
+                if not files.intact(video):
+                    raise UserError(f"{video}: is damaged (its content is not what was written); delete it", "damaged")
                 found.append((places[clip], video, None if rows is None else _scores(path, video.name, rows)))
     if found and rows is None and (scored or config.winner == "sample"):
         why, remedy = "losers are weighed by their scores", ", or set method.physics=null"
