@@ -83,13 +83,23 @@ def film(plan: Recipe) -> None:
     if not main_process():
         makers = []
     for maker in makers:
-        command = [sys.executable, "-m", "sim", "make", maker, "--parent", str(os.getpid())]
-        code = subprocess.run(command, check=False).returncode
-        if code in (130, 143):
-            raise Interrupted(code - 128)
-        if code:
-            raise UserError(f"{maker}: its clips could not be made (the line above says why)", "internal", "data.make")
+        make_clips(maker)
     wait()
+
+
+def make_clips(maker: str) -> None:
+    """Film the clips of one recipe of `sim make`, which ends when this process does.
+
+    Raises:
+        UserError: internal: they could not be made; why, it has said itself.
+        Interrupted: it was asked to stop.
+    """
+    command = [sys.executable, "-m", "sim", "make", maker, "--parent", str(os.getpid())]
+    code = subprocess.run(command, check=False).returncode
+    if code in (130, 143):
+        raise Interrupted(code - 128)
+    if code:
+        raise UserError(f"{maker}: its clips could not be made (the line above says why)", "internal", "data.make")
 
 
 def check_data(plan: Recipe) -> None:
