@@ -23,7 +23,16 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.commands.experiment import ADAPTER, TRAINED, Recipe, is_trained, members, need_training, resolved
+from posttrain.commands.experiment import (
+    ADAPTER,
+    TRAINED,
+    Recipe,
+    is_trained,
+    members,
+    need_training,
+    resolved,
+    trained_files,
+)
 from posttrain.commands.loading import (
     CACHE,
     TRACKED,
@@ -190,7 +199,7 @@ def train(plan: Recipe, folder: Path) -> None:
                 shutil.copytree(folder / BEST, temporary)
         else:
             model.save(folder / ADAPTER)
-        files.write_json(folder / TRAINED, {**run.meaning, "sha256": files.sums(folder / ADAPTER)})
+        files.write_json(folder / TRAINED, {**run.meaning, "sha256": trained_files(folder)})
     wait()
 
 
