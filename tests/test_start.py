@@ -53,7 +53,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         wan.save(path / "runs" / name / "adapter")
         model = {"path": "wan", "adapter": adapter and ADAPTER}
         files.write_text(path / "runs" / name / "recipe.yaml", yaml.safe_dump(RECIPE | {"run": name, "model": model}))
-        files.write_json(path / "runs" / name / "trained.json", {"model": start})
+        files.write_json(
+            path / "runs" / name / "trained.json",
+            {"model": start, "sha256": files.sums(path / "runs" / name / "adapter")},
+        )
     return path
 
 
