@@ -138,11 +138,8 @@ def save(transformer: nn.Module, folder: Path | str) -> Path:
 
     Its B is multiplied by each layer's scale, and the header says alpha = rank.
     """
-    from peft.utils import get_peft_model_state_dict
-
     inner = unwrap(transformer)
-    config = inner.peft_config[NAME]
-    weights = get_peft_model_state_dict(inner, adapter_name=NAME)
+    config, weights = inner.peft_config[NAME], _weights(inner, NAME)
     for name, tensor in weights.items():
         layer, matrix = name.rsplit(".lora_", 1)  # "A.weight", "B.weight" or "B.bias"
         if matrix.startswith("B"):
@@ -231,7 +228,6 @@ def _add(inner: Any, path: Path, read: Callable[[Path], Weights], name: str) -> 
     """Put the adapter in the file `path` beside those that are there. Raises UserError: see `load`."""
     from diffusers.utils import logging
     from peft.functional import cast_adapter_dtype
-    from peft.utils import get_peft_model_state_dict
 
     _check_foreign(path)
     level = logging.get_verbosity()
@@ -253,11 +249,12 @@ def _add(inner: Any, path: Path, read: Callable[[Path], Weights], name: str) -> 
         logging.set_verbosity(level)
     given = {key.removeprefix("transformer.") for key in weights}
     there = name in getattr(inner, "peft_config", {})
-    taken = set(get_peft_model_state_dict(inner, adapter_name=name)) if there else set()
+    taken = set(_weights(inner, name)) if there else set()
     targets = metadata.get("transformer.target_modules", [])  # peft makes layers for what the file has, no more
     adapted = {key.split(".lora_")[0] for key in given}
     lacking = set(_linear(inner, targets if isinstance(targets, list) else [])) - adapted
-    if wrong := sorted(given - taken) or sorted(taken - given) or sorted(lacking):
+    unsaid = {key for key in taken - given if not key.endswith(".bias")}  # peft gives all layers one, of zeros
+    if wrong := sorted(given - taken) or sorted(unsaid) or sorted(lacking):
         where = "model" if wrong[0] in given else "file"
         raise UserError(
             f"{path}: does not fit the model (the {where} has no {wrong[0]}); use the base that it was trained on",
@@ -265,6 +262,16 @@ def _add(inner: Any, path: Path, read: Callable[[Path], Weights], name: str) -> 
         )
     cast_adapter_dtype(inner, name)
     inner.train(inner.training)  # peft's new layers are in training mode, where a dropout of the file would act
+
+
+def _weights(inner: Any, name: str) -> dict[str, torch.Tensor]:
+    """The matrices and biases of an adapter, by layer."""
+    from peft.utils import get_peft_model_state_dict
+
+    with warnings.catch_warnings():  # peft takes a bias, which has one axis, for a matrix that was torn
+        warnings.filterwarnings("ignore", r"Adapter '.*': \d+ LoRA tensor")
+        weights: dict[str, torch.Tensor] = get_peft_model_state_dict(inner, adapter_name=name)
+    return weights
 
 
 def _check_foreign(path: Path) -> None:
@@ -349,8 +356,8 @@ def proceed(transformer: nn.Module, path: Path | str, read: Callable[[Path], Wei
         for layer in _adapted(inner):
             layer.lora_A[NAME].weight.copy_(layer.lora_A[OTHER].weight)
             layer.lora_B[NAME].weight.copy_(layer.lora_B[OTHER].weight * (layer.scaling[OTHER] / layer.scaling[NAME]))
-    inner.delete_adapters(OTHER)
     inner.set_adapter(NAME)
+    inner.delete_adapters(OTHER)
 
 
 def _adapted(transformer: nn.Module) -> list[Any]:
