@@ -25,6 +25,7 @@ from posttrain.models.folders import check_files, find, load_part, load_tokenize
 from posttrain.models.wan import adapters
 from posttrain.models.wan.model import Wan, architecture
 from posttrain.models.wan.padding import fold_padding
+from posttrain.models.wan.precision import keep_float32
 from posttrain.models.wan.published import EMBEDDED
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -165,6 +166,7 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
         if config.other_adapter is not None:
             lora.load(other, config.other_adapter, adapters.read)
         fold_padding(other)
+        keep_float32(other)
         return other.requires_grad_(False)
 
     folder = Path(root).absolute()  # later the working directory may be another
@@ -194,6 +196,7 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
             )
         lora.proceed(transformer, config.start, adapters.read)
     fold_padding(transformer)
+    keep_float32(transformer)
     return Wan(
         transformer,
         vae_config,
