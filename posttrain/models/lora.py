@@ -286,7 +286,9 @@ def _check_foreign(path: Path) -> None:
             raise UserError(f"{path}: is {what} ({wrong[0]}), which is not read here; {remedy}", "unsupported")
     if not any("lora" in name or ".diff" in name for name in names):
         what = "a model's own weights" if any(name.endswith(".weight") for name in names) else "no adapter"
-        raise UserError(f"{path}: is {what} ({names[:1]}); name a file with low-rank matrices (lora_A, lora_B)", "format")
+        raise UserError(
+            f"{path}: is {what} ({names[:1]}); name a file with low-rank matrices (lora_A, lora_B)", "format"
+        )
 
 
 def _check_plain(path: Path, metadata: dict[str, Any]) -> None:
