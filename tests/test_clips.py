@@ -14,7 +14,7 @@ from posttrain.core import files
 from posttrain.core.codec import read_video
 from posttrain.core.errors import UserError
 from posttrain.data.config import DataConfig
-from posttrain.data.dataset import Clips, check_same_kind, open_split, read_annotations
+from posttrain.data.dataset import Clips, check_same_format, open_split, read_annotations
 
 SPLIT = "train"
 
@@ -120,7 +120,7 @@ def test_clips_of_another_kind_are_refused(folder, tmp_path, field, value):
     with pytest.raises(UserError, match=rf"others/train/metadata\.jsonl: {field} is .* in .*drops/train; clips"):
         Clips(DataConfig(clips=[str(folder), str(tmp_path / "others")]))
     with pytest.raises(UserError, match=rf"others/train/metadata\.jsonl: {field} is"):
-        check_same_kind([open_split(folder, SPLIT), open_split(tmp_path / "others", SPLIT)])
+        check_same_format([open_split(folder, SPLIT), open_split(tmp_path / "others", SPLIT)])
     edit(folder, 2, **{field: value})
     with pytest.raises(UserError, match=rf"metadata\.jsonl:3: 00002\.mp4: {field} is .* in 00000\.mp4; clips are"):
         open_split(folder, SPLIT)

@@ -293,7 +293,9 @@ def test_without_cropping_another_shape_is_left_out(tmp_path) -> None:
     config = DataConfig(clips=str(tmp_path), **WANTED, crop="none", uncaptioned="empty")
     clips = Clips(config, preload=False)
     assert clips.ids == ["a.mp4"]
-    assert clips.splits[0].told[1]["notes"] == ["another shape: 32 x 34 pixels (height x width), and data.crop is none"]
+    assert clips.splits[0].video_notes[1].notes == [
+        "another shape: 32 x 34 pixels (height x width), and data.crop is none"
+    ]
     with pytest.raises(ValueError, match="crop is for clips of another size"):
         DataConfig(clips="x", crop="left")
 
@@ -763,10 +765,10 @@ def test_a_dataset_folder_is_retimed_with_its_masks_and_only_if_asked(tmp_path) 
     np.testing.assert_array_equal(found, instances[::2, 1::2, 1::2])
     assert np.abs(video[3, 8:, 8:].astype(int) - truth[6, 17::2, 17::2]).max() <= 60
     assert asked.annotated
-    assert asked.splits[0].told[0]["notes"] == ["retimed: 16 fps to 8 fps", "scaled: 32 x 32 to 16 x 16 pixels"]
+    assert asked.splits[0].video_notes[0].notes == ["retimed: 16 fps to 8 fps", "scaled: 32 x 32 to 16 x 16 pixels"]
     same = Clips(DataConfig(clips=str(tmp_path / "drops"), frames=9, fps=16, size=(32, 32)), preload=False)
     assert same.key == plain.key != asked.key
-    assert not same.splits[0].told
+    assert not same.splits[0].video_notes
     with pytest.raises(UserError, match=r"metadata\.jsonl: its clips cannot be used \(too short: "):
         Clips(DataConfig(clips=str(tmp_path / "drops"), frames=33, fps=16, size=(16, 16)))
 
