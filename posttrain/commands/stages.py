@@ -214,7 +214,7 @@ def check_groups(plan: Recipe) -> GroupsConfig | None:
 
 def tell(clips: Clips, folder: Path) -> None:
     """Say which files are retimed, cropped or left out: in short on the terminal, each of them in clips.jsonl."""
-    told = [{"clips": str(split.folder), **row} for split in clips.splits for row in split.video_notes]
+    told = [{"clips": str(split.folder), **note._asdict()} for split in clips.splits for note in split.video_notes]
     if told and main_process():
         files.write_jsonl(folder / CLIPS, told)
         for split in clips.splits:
