@@ -1,7 +1,8 @@
 """The command line.
 
 Exit codes: 0 done; 1 failed, with one line on stderr that ends in the error's code (core/errors.py) in brackets; 2
-unknown command or option; 130 stopped by Ctrl-C. What is done so far is kept, and the same command continues.
+unknown command or option; 130 stopped by Ctrl-C, 143 by SIGTERM. What is done so far is kept, and the same command
+continues.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 from posttrain.core import recipe
 from posttrain.core.errors import UserError, one_line, printable
+from posttrain.core.signals import STOPPED, exit_code
 
 COMMANDS = {
     "run": "every stage of a recipe: clips, training, evaluation, report, export; continues where it was stopped",
@@ -63,9 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"{printable(str(error.filename), 300)}: {str(error.strerror).lower()} [missing]", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(STOPPED, file=sys.stderr)
+        return exit_code(error)
 
 
 UNREACHABLE = (
@@ -120,7 +122,7 @@ def _given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 def _stages(options: argparse.Namespace) -> None:
     """Do one stage of a recipe, or all; for a sweep or a table, for one run after the other."""
     from posttrain.commands import sampling, stages
-    from posttrain.commands.experiment import members, open_run, resolved
+    from posttrain.commands.experiment import alone, members, open_run, resolved
 
     if options.command == "eval" and (ignored := list(_given(options, SCORING))):
         name = f"--{ignored[0]}"
@@ -135,24 +137,26 @@ def _stages(options: argparse.Namespace) -> None:
         for plan, _ in runs:
             resolved(plan.model)  # so a mistake in the last run is found before the first is trained
     for plan, folder in runs:
-        if options.command == "run":
-            stages.run(plan, folder)
-        elif options.command == "train":
-            stages.prepare(plan)
-            stages.train(plan, folder)
-        elif options.command == "groups":
-            if plan.data.groups or not whole[0].divided:  # a run of a table may have none
+        with alone(plan, folder):
+            if options.command == "run":
+                stages.run(plan, folder)
+            elif options.command == "train":
                 stages.prepare(plan)
-                sampling.groups(plan, folder)
-        elif options.command == "eval":
-            stages.evaluate(plan, folder)
-        elif options.command == "report":
-            if folder == whole[1] or stages.is_measured(folder):
-                stages.report(plan, folder)
-        else:
-            stages.export(plan, folder, options.check)
+                stages.train(plan, folder)
+            elif options.command == "groups":
+                if plan.data.groups or not whole[0].divided:  # a run of a table may have none
+                    stages.prepare(plan)
+                    sampling.groups(plan, folder)
+            elif options.command == "eval":
+                stages.evaluate(plan, folder)
+            elif options.command == "report":
+                if folder == whole[1] or stages.is_measured(folder):
+                    stages.report(plan, folder)
+            else:
+                stages.export(plan, folder, options.check)
     if whole[0].divided and (options.command == "report" or (options.command == "run" and whole[0].eval)):
-        stages.report(*whole)
+        with alone(*whole):
+            stages.report(*whole)
 
 
 def _scoring(command: argparse.ArgumentParser) -> None:
