@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from posttrain.core.errors import UserError
 from posttrain.core.recipe import Strict
 from posttrain.data.groups import Groups
-from posttrain.flow import TimeKind, frame_times, interpolate, sample_time, target
+from posttrain.flow import TimeDistribution, frame_times, interpolate, sample_time, target
 from posttrain.methods.base import Dry, Source
 from posttrain.models import lora
 from posttrain.models.base import VideoModel
@@ -69,7 +69,7 @@ class Config(Strict):
     loser_weight: Annotated[float, Field(gt=0, le=1)] = 1.0  # lambda_l: of the losers' errors beside the winner's
     physics: Physics | None = Physics()  # None: alpha = gamma = 1
     noise: Literal["shared", "independent"] = "shared"  # between the members of a group
-    timesteps: TimeKind = "logit_normal"
+    timesteps: TimeDistribution = "logit_normal"
     shift: PositiveFloat = 3.0
     weighting: Literal["none", "bell"] = "none"  # of errors by their time
     reference: Literal["lora", "full_copy"] = "lora"
