@@ -104,9 +104,8 @@ def make_home(home: Path) -> Path:
 def result(home: Path) -> dict[str, str]:
     """Digests of what a run and its losers leave, but for times, and for what is of use to nobody after it."""
     found = {}
-    for folder in ("runs/try/adapter", "runs/try/merged", "runs/try/samples", "runs/cache", "made"):
+    for folder in ("runs/try/adapter", "runs/try/merged", "runs/try/samples", "made"):
         found |= {f"{folder}/{name}": digest for name, digest in files.sums(home / folder).items()}
-    found = {name: digest for name, digest in found.items() if not name.endswith("record.json")}
     for path in sorted((home / "runs" / "try" / "evaluation").glob("*.json")):
         found[path.name] = files.sha256_json(
             {k: v for k, v in files.read_json(path).items() if k not in ("seconds", "sha256")}
