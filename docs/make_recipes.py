@@ -23,7 +23,7 @@ from pydantic_core import PydanticUndefined
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from posttrain.commands.experiment import Recipe, Table
-from posttrain.core.recipe import Plugin, PluginFrom, plugins, resolve
+from posttrain.core.recipe import Plugin, plugins, resolve
 from sim.cli import Recipe as Clips
 
 PAGE = Path(__file__).with_name("recipes.md")
@@ -103,7 +103,7 @@ MEANINGS = {
     "eval.batch": "Clips sampled at once.",
     "eval.sampler": "How the model is sampled. Left out: as the model's authors do.",
     "eval.tracker": "What follows the object: `pocket` (made for 64 × 64 pixels), or a SAM 2 folder or hub id.",
-    "benchmark.pisa.grid": "Dataset of `world: {name: grid}`: depths and heights inside and outside the training range.",
+    "benchmark.pisa.grid": "Dataset of `world: {name: grid}`: depths and heights in and beyond the training range.",
     "benchmark.pisa.falls": "Dataset of `world: {name: ambiguous}`: tests the distribution of fall times, p(t \\| y).",
     "benchmark.pisa.falls.clips": "Folder of the ambiguous dataset.",
     "benchmark.pisa.falls.seeds": "Samples of each of its clips.",
@@ -136,7 +136,7 @@ MEANINGS = {
     "method.gdpo.noise": "One noise for the whole group, or one for each clip in it.",
     "method.gdpo.weighting": "`bell`: weight errors by their timestep, as the released code does.",
     "method.gdpo.reference": "`lora`: the model with its adapter switched off. `full_copy`: a frozen copy.",
-    "method.gdpo.cached_draws": "Fixed (timestep, noise) draws of each group, so that the reference runs once. 0: new draws.",
+    "method.gdpo.cached_draws": "Fixed (timestep, noise) draws of a group, so that the reference runs once. 0: new draws.",
     "method.gdpo.backward": "`in_turn`: memory of one clip, one more forward pass.",
     "reward.*.weight": "Weight in the sum of rewards.",
     "reward.*.path": "Weights of the network: `pocket`, a folder, or a hub id.",

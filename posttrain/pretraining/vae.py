@@ -7,7 +7,8 @@ Loss, for pixels x in [-1, 1], their reconstruction y, and object weight w (1 on
 where d are the differences to the right, lower and next-frame neighbours (edges and motion, on which a small moving
 object lives). KL is averaged over latent values. Objects cover a few percent of a picture; without w they dissolve.
 
-First it learns single pictures, which it does many times faster than clips and without which clips stay grey (LOG.md).
+First it learns single pictures, which it does many times faster than clips, and without which clips stay grey
+(docs/log/pocket-model.md).
 The decoder is causal and runs chunk by chunk, so errors build up along a clip unless it is trained on long ones:
 every later step draws a clip length, a time stride (which makes slow motion fast), mirrorings and transpositions.
 Each step sees about the same number of frames, whatever the length. Most of a clip lies still, and what is fast is what

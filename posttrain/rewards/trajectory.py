@@ -13,7 +13,7 @@ made differentiable.
 
 What it does not see: shape and turning, and size within that factor; use it beside `segmentation`. For what has
 vanished w has a gradient, but it seldom points towards the true pixels (17% of such clips, that of `object` 33%); a
-step along it brought the object nearer in three clips of four, along `object`'s in two (LOG.md).
+step along it brought the object nearer in three clips of four, along `object`'s in two (docs/log).
 """
 
 import math
