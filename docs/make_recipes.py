@@ -136,7 +136,7 @@ MEANINGS = {
     "method.gdpo.noise": "One noise for the whole group, or one for each clip in it.",
     "method.gdpo.weighting": "`bell`: weight errors by their timestep, as the released code does.",
     "method.gdpo.reference": "`lora`: the model with its adapter switched off. `full_copy`: a frozen copy.",
-    "method.gdpo.cached_draws": "Fixed (timestep, noise) draws of a group, so that the reference runs once. 0: new draws.",
+    "method.gdpo.cached_draws": "Fixed (timestep, noise) draws of a group; the reference then runs once. 0: new draws.",
     "method.gdpo.backward": "`in_turn`: memory of one clip, one more forward pass.",
     "reward.*.weight": "Weight in the sum of rewards.",
     "reward.*.path": "Weights of the network: `pocket`, a folder, or a hub id.",
