@@ -1,6 +1,6 @@
 # Every target is one command. `make psft` goes from an empty machine to a tuned model; `make test` checks everything.
 python := .venv/bin/python
-.PHONY: setup psft oro gdpo sim report bench test lint docs
+.PHONY: setup psft oro gdpo sim report bench chaos test lint docs
 
 setup: # .venv with everything in it; does only what is missing
 	@./setup.sh
@@ -25,6 +25,10 @@ report: setup # write report.json, report.html and report.gif again from what th
 
 bench: setup # time every stage of the pocket model on this machine
 	@$(python) -m posttrain bench
+
+CHAOS ?= 10 # minutes; 30 for the long form
+chaos: setup # kill, damage and mislead tiny runs; nothing may come of it but one line or the same result
+	@OMP_NUM_THREADS=1 $(python) tests/chaos.py $(CHAOS)
 
 test: setup # all tests
 	@./setup.sh chromium

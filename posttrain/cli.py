@@ -1,7 +1,7 @@
 """The command line.
 
 Exit codes: 0 done; 1 refused, with one line on stderr that ends in the error's code (core/errors.py) in brackets; 2
-no such command or option; 130 stopped by Ctrl-C. What was done so far is kept and reused.
+no such command or option; 130 stopped by Ctrl-C, 143 by SIGTERM. What was done so far is kept and reused.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from posttrain.core import recipe
 from posttrain.core.errors import UserError, one_line, printable
+from posttrain.core.signals import STOPPED, exit_code
 
 COMMANDS = {
     "run": "every stage of a recipe: clips, training, evaluation, report, export; continues what was cut off",
@@ -61,9 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"{printable(str(error.filename), 300)}: {str(error.strerror).lower()} [missing]", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(STOPPED, file=sys.stderr)
+        return exit_code(error)
 
 
 UNREACHABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)  # of a file or folder that is named
@@ -111,7 +112,7 @@ def _given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 def _stages(options: argparse.Namespace) -> None:
     """One stage of a recipe, or all of them; of a sweep or a table, run by run."""
     from posttrain.commands import sampling, stages
-    from posttrain.commands.experiment import members, open_run, resolved
+    from posttrain.commands.experiment import alone, members, open_run, resolved
 
     if options.command == "eval" and (ignored := list(_given(options, SCORING))):
         name = f"--{ignored[0]}"
@@ -124,24 +125,26 @@ def _stages(options: argparse.Namespace) -> None:
         for plan, _ in runs:
             resolved(plan.model)  # says at once what the last of several would lack
     for plan, folder in runs:
-        if options.command == "run":
-            stages.run(plan, folder)
-        elif options.command == "train":
-            stages.prepare(plan)
-            stages.train(plan, folder)
-        elif options.command == "groups":
-            if plan.data.groups or not whole[0].divided:  # a row of a table may have none
+        with alone(plan, folder):
+            if options.command == "run":
+                stages.run(plan, folder)
+            elif options.command == "train":
                 stages.prepare(plan)
-                sampling.groups(plan, folder)
-        elif options.command == "eval":
-            stages.evaluate(plan, folder)
-        elif options.command == "report":
-            if folder == whole[1] or stages.is_measured(folder):
-                stages.report(plan, folder)
-        else:
-            stages.export(plan, folder, options.check)
+                stages.train(plan, folder)
+            elif options.command == "groups":
+                if plan.data.groups or not whole[0].divided:  # a row of a table may have none
+                    stages.prepare(plan)
+                    sampling.groups(plan, folder)
+            elif options.command == "eval":
+                stages.evaluate(plan, folder)
+            elif options.command == "report":
+                if folder == whole[1] or stages.is_measured(folder):
+                    stages.report(plan, folder)
+            else:
+                stages.export(plan, folder, options.check)
     if whole[0].divided and (options.command == "report" or (options.command == "run" and whole[0].eval)):
-        stages.report(*whole)
+        with alone(*whole):
+            stages.report(*whole)
 
 
 def _scoring(command: argparse.ArgumentParser) -> None:

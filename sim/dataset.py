@@ -10,7 +10,6 @@ labels name a `group`, the clips of scene 3 are 00003-0, 00003-1 and so on (worl
 first; worlds/ambiguous.py).
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -37,7 +36,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from posttrain.core.codec import lossless
 from posttrain.core.errors import UserError
-from posttrain.core.files import explain, read_json, sha256, sweep, write_bytes, write_json, write_jsonl, write_text
+from posttrain.core.files import (
+    alone,
+    read_json,
+    read_object,
+    sha256,
+    sweep,
+    write_bytes,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from posttrain.core.recipe import Plugin, PluginFrom, Strict, flat
 from sim.assets import library, surfaces
 from sim.worlds.base import Draw, Take
@@ -82,12 +91,16 @@ def write(
         KeyboardInterrupt: finished clips stay, and the next call continues.
     """
     out, console = Path(out), console or Console(stderr=True, highlight=False, soft_wrap=True)
-    with explain(out):
-        out.mkdir(parents=True, exist_ok=True)
-    with _alone(out):
+    wanted = [(split, i) for split, count in splits.items() for i in range(count)]
+    if out.is_dir() and not os.access(out, os.W_OK):  # as on a read-only disk; whole clips need no writing
+        _kept(out, job, splits)
+        listed = all((out / split / "metadata.jsonl").is_file() for split in splits)
+        if listed and all(finished(out, *scene) for scene in wanted):
+            console.print(f"{out}: complete, {len(wanted)} scenes; it cannot be written, and need not be")
+            return
+    with alone(out, "makes clips", "out"):
         _claim(out, job, splits)
-        _sweep(out, splits)
-        wanted = [(split, i) for split, count in splits.items() for i in range(count)]
+        sweep(out, deep=True)
         done = {scene for scene in wanted if finished(out, *scene)}
         missing = [scene for scene in wanted if scene not in done]
         if done:
@@ -226,6 +239,7 @@ def _begin() -> None:
 def _run(out: Path, job: Job, scenes: list[tuple[str, int]], workers: int, console: Console) -> None:
     times = TimeElapsedColumn(), TimeRemainingColumn()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin)
     try:
         with _for_workers():
@@ -241,6 +255,10 @@ def _run(out: Path, job: Job, scenes: list[tuple[str, int]], workers: int, conso
             "internal",
             "--workers",
         ) from error
+    except BaseException:  # a signal, or a worker's error: what is being filmed is whole or absent, and not waited for
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -260,25 +278,24 @@ def _for_workers() -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    with explain(out), open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{out}: another process makes clips here; wait for it or choose another folder", "busy", "out"
-            ) from error
-        yield
-
-
 def _claim(out: Path, job: Job, splits: dict[str, int]) -> None:
     """Refuse a folder whose clips were made by another recipe, or are more than this one wants."""
+    kept = _kept(out, job, splits)
+    write_json(out / "recipe.json", job.describe() | {"splits": kept | splits})
+    write_text(out / "README.md", card(kept | splits))
+
+
+def _kept(out: Path, job: Job, splits: dict[str, int]) -> dict[str, int]:
+    """The number of scenes of each split that is there; refused as `_claim` does."""
     path, mine = out / "recipe.json", job.describe()
     kept: dict[str, int] = {}
     if path.exists():
-        theirs = read_json(path)
-        kept = theirs.pop("splits")
+        theirs = read_object(path)
+        kept = theirs.pop("splits", None)
+        if not isinstance(kept, dict) or not all(type(count) is int for count in kept.values()):
+            raise UserError(
+                f"{path}: splits: is no mapping of names to numbers; remove {out} and film again", "damaged"
+            )
         here, there = flat(mine), flat(theirs)
         differ = [key for key in sorted(here | there) if here.get(key) != there.get(key)]
         if differ:
@@ -295,17 +312,10 @@ def _claim(out: Path, job: Job, splits: dict[str, int]) -> None:
                 "other_run",
                 f"splits.{split}",
             )
-    write_json(path, mine | {"splits": kept | splits})
-    write_text(out / "README.md", card(kept | splits))
+    return kept
 
 
 def card(splits: dict[str, int]) -> str:
     """A dataset card, from which `datasets.load_dataset(folder)` learns the splits' names."""
     files = "\n".join(f"  - split: {split}\n    path: {split}/*" for split in splits)
     return f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}\n---\n{CARD}"
-
-
-def _sweep(out: Path, splits: dict[str, int]) -> None:
-    """Remove what a killed process left half-written."""
-    for folder in [out, *(out / split for split in splits), *(out / ".rows" / split for split in splits)]:
-        sweep(folder)

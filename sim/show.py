@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from posttrain.core.codec import read_video
-from posttrain.core.errors import UserError
+from posttrain.core.errors import UserError, printable
 from posttrain.core.files import inside, read_jsonl, replacing, write_text
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -47,13 +47,25 @@ def show(folder: Path | str, split: str | None, count: int, output: Path | str) 
         )
     if output.suffix not in (".png", ".html"):
         raise UserError(f"--output: {output} is neither a .png nor an .html", "value", "--output")
-    groups = [group for name in names for group in grouped(folder / name)[:count]]
+    if count < 1:
+        raise UserError(f"--count: is {count}; ask for 1 or more", "value", "--count")
+    try:
+        groups = [group for name in names for group in grouped(folder / name)[:count]]
+        _draw(folder.name, groups, output)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        why = f"lacks {error}" if isinstance(error, KeyError) else printable(str(error))
+        raise UserError(
+            f"{folder}: a row of its metadata.jsonl cannot be shown ({why}); film it again", "damaged"
+        ) from error
+    return output
+
+
+def _draw(title: str, groups: Sequence[Sequence[tuple[Path, dict[str, Any]]]], output: Path) -> None:
     if output.suffix == ".html":
-        write_text(output, page(folder.name, groups))
+        write_text(output, page(title, groups))
     else:
         with replacing(output) as temporary:
             sheet([clip for group in groups for clip in group]).save(temporary, format="PNG")
-    return output
 
 
 def grouped(folder: Path) -> list[list[tuple[Path, dict[str, Any]]]]:

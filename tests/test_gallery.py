@@ -119,7 +119,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "eval": {"clips": "drops", "sampler": {"steps": 2, "guidance": 1.0}},
     }
     files.write_text(run / "recipe.yaml", yaml.safe_dump(recipe))
-    files.write_json(run / "trained.json", {"model": start})
+    files.write_json(run / "trained.json", {"model": start, "sha256": files.sums(run / "adapter")})
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path / "first.png")
     return path
@@ -348,7 +348,8 @@ def test_a_run_of_whole_weights_has_no_scale(home: Path) -> None:
     files.write_text(
         run / "recipe.yaml", yaml.safe_dump(yaml.safe_load(text) | {"run": "whole", "model": {"path": "wan"}})
     )
-    files.write_json(run / "trained.json", {"model": start_fingerprint(wan.module)})
+    digests = files.sums(run / "adapter")
+    files.write_json(run / "trained.json", {"model": start_fingerprint(wan.module), "sha256": digests})
     code, _, said = sampled(home, "whole", *SMALL, "--scale", "0.5")
     assert code == 1
     assert "whole has no adapter, all weights were trained; leave it out" in said.splitlines()[-1]

@@ -412,7 +412,8 @@ def test_the_command_lets_a_run_make_the_videos(tmp_path) -> None:
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     code, _, said = command(tmp_path, "eval", "sim", "--run", "recipe.yaml")
-    assert (code, said) == (1, "runs/try/adapter: is missing or incomplete; finish `posttrain train` first\n")
+    assert code == 1
+    assert said.startswith("runs/try/adapter: ")
     assert command(tmp_path, "train", "recipe.yaml")[0] == 0
     with calls() as usual:
         code, _, said = command(tmp_path, "eval", "sim", "--run", "try", "--out", "usual", "--tracker", "pocket")

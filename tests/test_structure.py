@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "commands": METHODS,
     "studies": [*METHODS, "commands"],
     "cli": [*METHODS, "commands", "studies", "sim"],
-    "__main__": ["cli"],
+    "__main__": ["core", "cli"],
     "_torchvision": [],
 }
 

@@ -565,15 +565,20 @@ def test_a_list_that_would_be_cut_is_refused_by_line(tmp_path, name, content, li
         entries(tmp_path, "train")
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.json", "videos.txt", "a.txt"])
-def test_text_of_another_encoding_is_refused_in_one_line(tmp_path, name, encoding) -> None:
+def test_text_of_another_encoding_is_refused_in_one_line(tmp_path, name) -> None:
     (tmp_path / "a.mp4").touch()
     (tmp_path / "prompts.txt").write_text("it falls")
-    (tmp_path / name).write_bytes("fällt".encode(encoding))
-    with pytest.raises(UserError, match=rf"{name}: is not UTF-8 \(byte \d+\); save it as UTF-8") as error:
+    (tmp_path / name).write_bytes("fällt".encode("latin-1"))
+    with pytest.raises(UserError, match=f"{name}:1: .*UTF-8") as error:
         entries(tmp_path, "train")
     assert error.value.code == "format"
+
+
+def test_utf_16_is_read_by_its_mark(tmp_path) -> None:
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "metadata.csv").write_bytes("video,caption\r\na.mp4,es fällt\r\n".encode("utf-16"))
+    assert [entry.caption for entry in entries(tmp_path, "train")] == ["es fällt"]
 
 
 def test_the_links_of_a_hub_snapshot_are_followed_and_no_others(tmp_path) -> None:
@@ -879,7 +884,7 @@ def test_a_method_that_needs_masks_refuses_them(home) -> None:
 def test_half_a_wish_is_refused(home) -> None:
     code, _, said = command(home, "train", "recipe.yaml", "run=half", "data.fps=null")
     assert code == 1
-    assert said == "recipe.yaml:4: data: frames, fps and size say together what clips shall be; give all three\n"
+    assert said.startswith("recipe.yaml:4: data: frames, fps and size say together what clips shall be; give all three")
 
 
 def test_test_clips_of_another_kind_are_still_refused(home) -> None:

@@ -78,6 +78,8 @@ def sample(
         config, name, usual = alone(target, image is not None, device(), family or FAMILY), Path(target).name, {}
         models = {name: lambda: nullcontext(load_model(config))}
         output = output or RUNS / "samples" / name
+    if image and any((output / f"{image.stem}{s}").resolve() == image.resolve() for s in (".png", ".gif")):
+        raise UserError(f"--output: in {output} the sheet would replace {image}; name another", "conflict", "--output")
     of_model = family_of(config.family)
     defaults = of_model.defaults(config.path)
     asked = {**defaults._asdict(), **usual, **wishes, **sampler(defaults, usual, wishes)}

@@ -87,6 +87,10 @@ def evaluate_videos(
     for _, path in rows:
         if not path.is_dir():
             raise UserError(f"{path}: does not exist; --clips names folders of videos", "missing", "--clips")
+    folder = Path(out) if out else RUNS / f"eval-{Path(benchmark).resolve().name}"
+    written = (folder / "samples").resolve()
+    if inner := [path for _, path in rows if path.resolve().is_relative_to(written)]:
+        raise UserError(f"--out: what is scored would replace {inner[0]}; name another folder", "conflict", "--out")
     follower = load_tracker(tracker)
     masks = CACHE / "masks"
     truths = open_benchmark(benchmark, getattr(follower, "clicks", None), weights_fingerprint(follower.module), masks)
@@ -95,7 +99,6 @@ def evaluate_videos(
             f"the embedded tracker was made for {TRACKED} x {TRACKED} pixels; name a SAM 2 with --tracker",
             file=sys.stderr,
         )
-    folder = Path(out) if out else RUNS / f"eval-{Path(benchmark).resolve().name}"
     for target in runs:
         rows += _sample_run(target, truths, folder / "videos", asked or {})
     if len(dict(rows)) < len(rows) or any(not name or "/" in name for name, _ in rows):

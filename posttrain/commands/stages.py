@@ -11,6 +11,7 @@ Stages meet in files. Each looks at what is there, says what it reuses, does the
     runs/<run>/merged/       the adapter folded into its base, where `export:` lists it
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,16 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.commands.experiment import ADAPTER, TRAINED, Recipe, is_trained, members, need_training, resolved
+from posttrain.commands.experiment import (
+    ADAPTER,
+    TRAINED,
+    Recipe,
+    is_trained,
+    members,
+    need_training,
+    resolved,
+    trained_files,
+)
 from posttrain.commands.loading import (
     CACHE,
     TRACKED,
@@ -38,6 +48,7 @@ from posttrain.commands.loading import (
 from posttrain.commands.losers import make_samples
 from posttrain.core import files
 from posttrain.core.errors import UserError
+from posttrain.core.signals import Interrupted
 from posttrain.core.trackers import check_trackers
 from posttrain.data import listing
 from posttrain.data.config import GroupsConfig
@@ -81,12 +92,23 @@ def film(plan: Recipe) -> None:
     if not main_process():
         makers = []
     for maker in makers:
-        code = subprocess.run([sys.executable, "-m", "sim", "make", maker], check=False).returncode
-        if code in (-2, 130):
-            raise KeyboardInterrupt
-        if code:
-            raise UserError(f"{maker}: its clips could not be made (the line above says why)", "internal", "data.make")
+        make_clips(maker)
     wait()
+
+
+def make_clips(maker: str) -> None:
+    """Film the clips of one recipe of `sim make`, which ends when this process does.
+
+    Raises:
+        UserError: internal: they could not be made; why, it has said itself.
+        Interrupted: it was asked to stop.
+    """
+    command = [sys.executable, "-m", "sim", "make", maker, "--parent", str(os.getpid())]
+    code = subprocess.run(command, check=False).returncode
+    if code in (130, 143):
+        raise Interrupted(code - 128)
+    if code:
+        raise UserError(f"{maker}: its clips could not be made (the line above says why)", "internal", "data.make")
 
 
 def check_data(plan: Recipe) -> None:
@@ -170,8 +192,6 @@ def train(plan: Recipe, folder: Path) -> None:
     method.train(run, model, config, **inputs)
     model.module = run.finish()
     if main_process():
-        files.sweep(folder)
-        files.sweep(folder / ADAPTER)
         if ends and ends(run.steps):
             step = best_look(read_looks(folder)).step
             print(f"training: rolled back from step {run.steps} to step {step}", file=sys.stderr)
@@ -179,7 +199,7 @@ def train(plan: Recipe, folder: Path) -> None:
                 shutil.copytree(folder / BEST, temporary)
         else:
             model.save(folder / ADAPTER)
-        files.write_json(folder / TRAINED, run.meaning)
+        files.write_json(folder / TRAINED, {**run.meaning, "sha256": trained_files(folder)})
     wait()
 
 

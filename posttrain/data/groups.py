@@ -211,6 +211,8 @@ def _samples(
     for video in listing.videos_in(folder):
         match sample_of(video.stem, places):
             case clip, seed if not config.samples_each or seed < config.samples_each:
+                if not files.intact(video):
+                    raise UserError(f"{video}: is damaged (its content is not what was written); delete it", "damaged")
                 found.append((places[clip], video, None if rows is None else _scores(path, video.name, rows)))
     if found and rows is None and (scored or config.winner == "sample"):
         why, remedy = "losers are weighed by their scores", ", or set method.physics=null"
@@ -223,6 +225,8 @@ def _samples(
 def _scores(path: Path, name: str, rows: dict[Any, dict[str, Any]]) -> Scores:
     if name not in rows:
         raise UserError(f"{path}: has no row for {name}; `posttrain score` it, or remove the file", "unfinished")
+    if "sha256" in rows[name] and files.seal(rows[name]) != rows[name]:  # what others wrote has no digest
+        raise UserError(f"{path}: the row of {name} is not what was written; score it again", "damaged")
     for field in Scores._fields:
         value = rows[name].get(field)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:

@@ -27,7 +27,7 @@ from posttrain.core.errors import UserError, printable
 from posttrain.core.files import read_object, replacing, write_json
 from posttrain.models.base import ModelConfig
 from posttrain.nets.precision import widened
-from posttrain.pocket import folder
+from posttrain.pocket import whole
 
 SMALLEST = 128  # pixels of a side: the coarsest of four correlation volumes is then 2 x 2
 PUBLISHED = ("raft_large", "raft_small")
@@ -165,7 +165,7 @@ def load(config: ModelConfig, device: str = "cpu") -> Model:
     """
     if config.path in PUBLISHED:
         return Model(Flow(_published(config.path)).to(device))
-    path = folder("raft") if config.path == "pocket" else Path(config.path).expanduser()
+    path = whole("raft") if config.path == "pocket" else Path(config.path).expanduser()
     if path.is_file():
         return Model(Flow(_from_file(path)).to(device))
     if not (path / "config.json").is_file():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from posttrain.core.errors import UserError
 from posttrain.core.files import read_object, replacing, write_json
 from posttrain.models.base import ModelConfig
-from posttrain.pocket import folder
+from posttrain.pocket import whole
 
 GIVEN = 10.0  # the logit of frame 0's true mask
 
@@ -123,7 +123,7 @@ def load(config: ModelConfig, device: str = "cpu") -> Model:
     Raises:
         UserError: the folder has no config.json or no weights.
     """
-    path = folder("tracker") if config.path == "pocket" else Path(config.path)
+    path = whole("tracker") if config.path == "pocket" else Path(config.path)
     settings: dict[str, Any] = read_object(path / "config.json")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

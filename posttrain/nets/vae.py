@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from posttrain.core.errors import UserError
 from posttrain.core.files import replacing
 from posttrain.models.base import ModelConfig
-from posttrain.pocket import folder
+from posttrain.pocket import whole
 
 
 class Reconstruction(nn.Module):
@@ -42,7 +42,7 @@ class Autoencoder:
 
 def load(config: ModelConfig, device: str = "cpu") -> Autoencoder:
     """The autoencoder in the `vae` folder of a model folder; `init: random` keeps its architecture alone."""
-    path = folder("wan") if config.path == "pocket" else Path(config.path)
+    path = whole("wan") if config.path == "pocket" else Path(config.path)
     if not (path / "vae" / "config.json").exists():
         message = f"{path / 'vae' / 'config.json'}: does not exist; model.path must be a diffusers folder with a vae"
         raise UserError(message, "missing", "model.path")

@@ -148,9 +148,12 @@ def embed(part: str, trained: Path) -> Path:
 
 
 def write_checksums() -> None:
-    """SHA256SUMS of all embedded weights, which `posttrain doctor` compares them with."""
+    """SHA256SUMS of all that is embedded, with which it is compared before it is used."""
     root = folder("")
-    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.safetensors"))
+    files = sorted(
+        path.relative_to(root).as_posix() for part in root.iterdir() for path in part.rglob("*.*") if part.is_dir()
+    )
+    files = [name for name in files if name.endswith((".safetensors", ".json"))]
     write_text(root / "SHA256SUMS", "".join(f"{sha256(root / name)}  {name}\n" for name in files))
 
 
