@@ -1,4 +1,4 @@
-"""`python -m sim make RECIPE [a.b=c ...]` films a dataset; `python -m sim show DATASET` shows some of it."""
+"""`python -m sim make RECIPE [a.b=c ...]` films a dataset; `python -m sim show DATASET` shows its first clips."""
 
 import sys
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from sim import dataset
 from sim.bench import bench
 from sim.show import show
 
-Split = Annotated[str, Field(pattern=r"^\w[\w-]*$")]  # it names a folder
+Split = Annotated[str, Field(pattern=r"^\w[\w-]*$")]  # also a folder's name
 
 
 class Recipe(dataset.Job):
@@ -49,13 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     making.add_argument("overrides", nargs="*", metavar="a.b=c")
     making.add_argument("--workers", type=positive, help="processes (default: one per core)")
     making.add_argument("--parent", type=positive, metavar="PID", help="end when this process, its parent, ends")
-    timing = commands.add_parser("bench", help="CPU seconds that a recipe's groups and their parts take")
+    timing = commands.add_parser("bench", help="measure CPU seconds of a recipe's groups and their parts")
     timing.add_argument("recipe")
     timing.add_argument("overrides", nargs="*", metavar="a.b=c")
-    showing = commands.add_parser("show", help="put clips of a dataset on one sheet, or on a page where they move")
+    showing = commands.add_parser("show", help="write a sheet of a dataset's clips, or a page on which they play")
     showing.add_argument("dataset")
     showing.add_argument("--split")
-    showing.add_argument("--count", type=positive, default=8, help="clips of each split (of groups: groups)")
+    showing.add_argument("--count", type=positive, default=8, help="clips, or groups, of each split")
     showing.add_argument("-o", "--output", default="sheet.png", help="a .png, or an .html (default: %(default)s)")
     options = recipe.arguments(parser, arguments)
     try:

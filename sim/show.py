@@ -1,7 +1,6 @@
-"""Look at a dataset: a contact sheet, or a page on which its clips move. Under each clip stands what it is.
+"""Show a dataset as a contact sheet, or as a page on which its clips play. Each clip has a line of text below.
 
-Of a world with groups (worlds/counterfactual.py, worlds/ambiguous.py) a group's clips come together, and each tells its
-violation, or its depth.
+Clips of one group (worlds/counterfactual.py, worlds/ambiguous.py) are together, each with its violation or its depth.
 """
 
 import base64
@@ -34,7 +33,7 @@ figcaption {{ font-size: 12px }}
 
 
 def show(folder: Path | str, split: str | None, count: int, output: Path | str) -> Path:
-    """Write the first `count` clips (of groups: groups) of one split or of each to `output`, a .png or an .html.
+    """Write the first `count` clips (or groups) of one split, or of each split, to `output`, a .png or an .html.
 
     Raises:
         UserError: the folder holds no clips, or `output` is neither.
@@ -69,7 +68,7 @@ def _draw(title: str, groups: Sequence[Sequence[tuple[Path, dict[str, Any]]]], o
 
 
 def grouped(folder: Path) -> list[list[tuple[Path, dict[str, Any]]]]:
-    """The clips of a split's folder with their rows, those of a group together; any other is alone."""
+    """The clips of a split's folder with their rows, a list per group; a clip without a group has its own list."""
     groups: dict[Any, list[tuple[Path, dict[str, Any]]]] = {}
     for row in read_jsonl(folder / "metadata.jsonl"):
         key = row.get("group", row["file_name"])
@@ -78,7 +77,7 @@ def grouped(folder: Path) -> list[list[tuple[Path, dict[str, Any]]]]:
 
 
 def words(row: dict[str, Any]) -> str:
-    """What a clip is."""
+    """The text below a clip."""
     if "depth" in row:
         return f"{row['motion']} from {row['height']:.2f} m at a depth of {row['depth']:.2f} m"
     if "violation" not in row:
@@ -91,7 +90,7 @@ def words(row: dict[str, Any]) -> str:
 
 
 def sheet(clips: Sequence[tuple[Path, dict[str, Any]]], columns: int = 8) -> Image.Image:
-    """A row per clip: `columns` frames from first to last, and the words below."""
+    """A strip per clip, `columns` frames from first to last, with its text below."""
     strips = []
     for path, row in clips:
         frames = read_video(path)
@@ -112,7 +111,7 @@ def sheet(clips: Sequence[tuple[Path, dict[str, Any]]], columns: int = 8) -> Ima
 
 
 def page(title: str, groups: Sequence[Sequence[tuple[Path, dict[str, Any]]]]) -> str:
-    """A page of its own: a group per section, its clips moving side by side."""
+    """A complete HTML page: a section per group, its clips playing side by side."""
     body = ""
     for group in groups:
         path, first = group[0]

@@ -33,7 +33,16 @@ from posttrain.evaluation.score import sample_missing
 from posttrain.models.base import AdapterConfig, Defaults, ModelConfig, sampler
 from posttrain.models.wan.loading import load
 from posttrain.models.wan.published import defaults
-from posttrain.reporting.gallery import LINE, Wish, animation, contact_sheet, film, fit, natural_size, open_picture
+from posttrain.reporting.gallery import (
+    LINE,
+    Wish,
+    animation,
+    contact_sheet,
+    fit,
+    natural_size,
+    open_picture,
+    sample_side_by_side,
+)
 from posttrain.training.checkpoints import start_fingerprint
 
 
@@ -222,7 +231,7 @@ def test_all_texts_are_encoded_before_anything_is_sampled(home: Path, tmp_path: 
         return found
 
     wish = Wish("a duck falls.", (32, 32), 5, 16, 2, 2.0, seeds=(0, 1))
-    film({"a": ready}, np.zeros((32, 32, 3), np.uint8), wish, tmp_path / "clip")
+    sample_side_by_side({"a": ready}, np.zeros((32, 32, 3), np.uint8), wish, tmp_path / "clip")
     assert order() == ["text", "velocity"]
     kind = {"frames": 5, "fps": 16, "size": [32, 32]}
     sample_missing(ready, open_benchmark(tmp_path / "drops"), tmp_path / "out", kind, 2, 2, 2, 2.0)
@@ -255,7 +264,7 @@ def test_a_model_is_gone_before_the_next_is_loaded(home: Path, tmp_path: Path, a
         yield model
 
     wish = Wish("a duck falls.", (32, 32), 5, 16, 1, 1.0)
-    film({name: ready for name in "abc"}, np.zeros((32, 32, 3), np.uint8), wish, tmp_path / "clip")
+    sample_side_by_side({name: ready for name in "abc"}, np.zeros((32, 32, 3), np.uint8), wish, tmp_path / "clip")
     assert len(loaded) == 12
 
 
@@ -316,7 +325,7 @@ def test_what_continues_a_picture_needs_one(home: Path, target: str) -> None:
     code, _, said = sampled(home, target, *SMALL, image=None)
     assert code == 1
     assert said.startswith(f"--image: is missing; {target} ")
-    assert " to continue a first picture, name one" in said
+    assert " a first picture; name one" in said
     assert said.count("\n") == 1
 
 

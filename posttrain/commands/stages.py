@@ -52,7 +52,7 @@ from posttrain.core.signals import Interrupted
 from posttrain.core.trackers import check_trackers
 from posttrain.data import listing
 from posttrain.data.config import GroupsConfig
-from posttrain.data.dataset import Clips, Split, check_same_kind, open_split, open_splits
+from posttrain.data.dataset import Clips, Split, check_same_format, open_split, open_splits
 from posttrain.evaluation.evaluate import EvalConfig
 from posttrain.methods.base import Source, fingerprints, method_of, sampler
 from posttrain.reporting.gallery import contact_sheet
@@ -116,7 +116,7 @@ def check_data(plan: Recipe) -> None:
     splits = open_splits(plan.data)
     if plan.eval:
         splits += check_tracker(plan.eval)
-    check_same_kind(splits)
+    check_same_format(splits)
 
 
 def check_tracker(measured: EvalConfig) -> list[Split]:
@@ -234,11 +234,11 @@ def check_groups(plan: Recipe) -> GroupsConfig | None:
 
 def tell(clips: Clips, folder: Path) -> None:
     """Say which files are retimed, cropped or left out: in short on the terminal, each of them in clips.jsonl."""
-    told = [{"clips": str(split.folder), **row} for split in clips.splits for row in split.told]
+    told = [{"clips": str(split.folder), **note._asdict()} for split in clips.splits for note in split.video_notes]
     if told and main_process():
         files.write_jsonl(folder / CLIPS, told)
         for split in clips.splits:
-            for line in listing.summary(split.told) if split.told else ():
+            for line in listing.summary(split.video_notes) if split.video_notes else ():
                 print(f"{split.folder}: {line}", file=sys.stderr)
         chosen = dict.fromkeys(np.linspace(0, len(clips) - 1, min(SHOWN, len(clips))).round().astype(int).tolist())
         captions = {index: " ".join(clips.row(index).caption.split())[:150] for index in chosen}
