@@ -117,6 +117,17 @@ MEANINGS = {
     "*.sampler.guidance_low": "Guidance of the second expert (Wan2.2-A14B), where it differs.",
     "*.timesteps": "Distribution of the training timesteps.",
     "*.shift": "Shift of the timesteps. Above 1: more training near noise, where motion is decided.",
+    "method.gdpo": "PhyGDPO: prefer true clips to rejected ones, see [PhyGDPO](phygdpo.md).",
+    "method.oro": "ORO: maximise differentiable rewards of sampled clips, see [ORO](oro.md).",
+    "method.psft": "PSFT: fine-tune on true clips with the rectified-flow loss, see [PSFT](psft.md).",
+    "reward.depth": "Depth Anything's depth against the true depth.",
+    "reward.flow": "RAFT's optical flow against the true flow.",
+    "reward.object": "`segmentation` and `trajectory` together, with one pass of SAM 2.",
+    "reward.segmentation": "SAM 2's soft masks against the true masks.",
+    "reward.trajectory": "The centre of SAM 2's soft mask against the true centre.",
+    "benchmark.pisa": "PISA's metrics and the scorecard, see [Measuring](measuring.md).",
+    "physics.analytic": "Free fall and bounces in closed form, for balls that touch only the floor.",
+    "physics.bullet": "Rigid bodies in PyBullet.",
     "method.oro.rewards": "The rewards to maximise, `[{name: object, weight: 1.0}, …]`.",
     "method.oro.sampler": "Left out: as `eval.sampler`.",
     "method.oro.grad": "Sampler steps with a gradient: `all`, `{last: 2}` or `{active: [0, 5, 11]}`.",
@@ -328,7 +339,7 @@ def named(package: str, prefix: str, written: str, skip: tuple[str, ...] = ()) -
     """A section for each plug-in of a package."""
     for name in plugins(package):
         module = resolve(package, name)
-        first = (module.__doc__ or "").split("\n\n")[0].replace("\n", " ").rstrip(":")
+        first = MEANINGS.get(f"{prefix}.{name}") or (module.__doc__ or "").split("\n\n")[0].replace("\n", " ")
         yield f"### `{{name: {name}}}`\n\n{first}\n\n{table(module.Config, f'{prefix}.{name}.', written, skip)}"
 
 
