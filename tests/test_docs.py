@@ -18,7 +18,7 @@ from posttrain.core.errors import Code
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
-EXAMPLES = {"sim/render/fog.py", "sim/physics/euler.py", "sim/counterfactual.py"}  # in CONTRIBUTING.md's code
+EXAMPLES = {"sim/render/fog.py", "sim/physics/euler.py"}  # in CONTRIBUTING.md's code
 COMMAND = re.compile(r"^(?:\.venv/bin/\S+ .*-m |\.venv/bin/)(posttrain|sim) (\w+)(.*?)(?:  +#.*)?$", re.MULTILINE)
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
