@@ -6,10 +6,10 @@ Both mean the same, a deviation as a share of that of the clip in which nothing 
     a sample of a true clip's first picture    pc = 1 - min(1, L2 / L2_frozen)            sa = 1 - vanished
 
 with PISA's L2 (metrics/pisa.py, equation 6; where the object vanished it is 1) of the sample's masks and of the true
-clip's first mask held, and `vanished` the share of frames in which the object that the caption names is not found. In
-frames that a sample lacks of the true clip it is not. The
-truth has pc = 1, a frozen picture or worse pc = 0; where nothing moves in the true clip, any deviation does. A
-counterfactual's caption names what falls, and that is there until it is not: sa = 1.
+clip's first mask held, and `vanished` the share of frames in which the object that the caption names is not found,
+among them those that a sample lacks of the true clip. The truth has pc = 1, a frozen picture or worse pc = 0; where
+nothing moves in the true clip, any deviation does. A counterfactual's caption names what falls, and that is there until
+it is not: sa = 1.
 
 Shape letters: F frames, H W pixels.
 """
@@ -63,15 +63,15 @@ def samples(clips: Clips, track: Track, device: torch.device) -> Judge:
             or another one's first picture, or its true clip shows no object at first.
     """
     if not clips.annotated:
-        raise UserError(
-            f"{clips.splits[0].folder}: has no masks, which the simulator judges by; take clips that `sim make` filmed"
-        )
+        where = clips.splits[0].folder
+        message = f"{where}: has no masks, which the simulator judges by; take clips that `sim make` filmed"
+        raise UserError(message, "unsupported", "--clips")
     places = names(clips)
 
     def judge(path: Path, caption: str) -> Scores:
         sample = sample_of(path.stem, places)
         if sample is None:
-            raise UserError(f"{path}: continues no true clip of {clips.splits[0].folder}; remove it")
+            raise UserError(f"{path}: continues no true clip of {clips.splits[0].folder}; remove it", "mismatch")
         index = places[sample[0]]
         true_FHWC, instances_FHW = clips.read(index)
         assert instances_FHW is not None
@@ -79,7 +79,8 @@ def samples(clips: Clips, track: Track, device: torch.device) -> Judge:
         assert target is not None
         true_FHW = instances_FHW == target + 1
         if not true_FHW[0].any():
-            raise UserError(f"{clips.video(index)}: shows no object to follow in its first picture; leave it out")
+            message = f"{clips.video(index)}: shows no object to follow in its first picture; leave it out"
+            raise UserError(message, "mismatch")
         facts, size = codec.inspect(path), true_FHW.shape[1:]
         frames = facts.marks or tuple(range(len(facts.times)))
         shape = (int(size[0]), int(size[1]))

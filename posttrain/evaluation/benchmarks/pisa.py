@@ -116,7 +116,8 @@ def score(
     Returns:
         For each clip METRICS in the paper's convention (time_error in seconds and time_offset in milliseconds, None
         where nothing lands), `released` with l2, chamfer, iou, vanished, span in the other one; the scorecard, empty
-        where camera and distance are not known, of what is sideways the magnitude; `lifted` of an ambiguous set. A number that does not exist is None.
+        where camera and distance are not known, of what is sideways the magnitude; `lifted` of an ambiguous set. A
+        number that does not exist is None.
     """
     assert batch.instances_BFHW is not None
     assert batch.target_B is not None

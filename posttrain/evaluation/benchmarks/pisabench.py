@@ -9,12 +9,12 @@ per second there are ("fps": 24), or is opened with the rate; else it is refused
 of real clips, or its names of simulated ones.
 
 clip_info.json is {"prompt": "A black eraser falls.", "points": [{"positive": [[x, y], ...], "negative": [...]}, ...]},
-an entry of `points` for each object, no `points` for simulated clips; mask.npz holds `mask` (frames, objects, H, W).
-One object is scored, the one that drops: of simulated clips the last, of real ones that with the highest positive
-click.
+an entry of `points` for each object; simulated clips have no `points`. mask.npz holds `mask` (frames, objects, H, W).
+Only the object that drops is scored: the last one in simulated clips, the one with the highest positive click in real
+clips.
 
-The real set has no masks: they come from the clicks through SAM 2 at the pictures' own size and rate, as far as they
-are needed, and are kept. Where a mask.npz lies beside real pictures (the authors' own script puts it there) it is used.
+The real set has no masks. SAM 2 makes them from the clicks, at the pictures' own size and rate, for the frames that are
+needed; they are cached. A mask.npz beside real pictures (the authors' own script writes it) is used instead.
 
 Shape letters: F frames, H W pixels, P clicks.
 """
@@ -36,13 +36,13 @@ from posttrain.data.config import DataConfig
 from posttrain.data.dataset import Clips, read_annotations
 from posttrain.data.schema import ClipRow
 
-REAL_FPS, SIM_FPS, REAL_CLIPS = 120.0, 16.0, 361  # said in the paper and nowhere in the files
-CONTEXT = " A video that conforms to the laws of physics."  # which the paper adds to the captions of real clips
-NEGATIVE = "no camera motion, no slow-motion"  # the paper's negative prompts; they count where there is guidance
+REAL_FPS, SIM_FPS, REAL_CLIPS = 120.0, 16.0, 361  # from the paper; the files do not have them
+CONTEXT = " A video that conforms to the laws of physics."  # the paper adds it to the captions of real clips
+NEGATIVE = "no camera motion, no slow-motion"  # the paper's negative prompts; used only with guidance
 
 
 class Clicks(Protocol):
-    """Follows what is clicked on in the first of `frames` pictures, uint8 (H, W, 3): a bool mask (H, W) for each."""
+    """Follows the object clicked on in the first of `frames` pictures, uint8 (H, W, 3); yields bool masks (H, W)."""
 
     def __call__(
         self, pictures: Iterable[np.ndarray], frames: int, points_P2: np.ndarray, labels_P: np.ndarray
@@ -51,14 +51,14 @@ class Clicks(Protocol):
 
 @dataclass(frozen=True)
 class Truth:
-    """What really happened in a clip.
+    """A clip of a benchmark.
 
     Attributes:
-        row: caption, fps, size, and where they are known drop_height, gravity, camera and distance.
-        picture: gives its first picture, uint8 (H, W, 3).
-        masks: gives the first n masks of the scored object, bool (F, H, W), F <= n; takes n.
-        key: changes with all that they depend on.
-        context: what a model is told after the caption.
+        row: caption, fps, size, and if known drop_height, gravity, camera and distance.
+        picture: returns its first picture, uint8 (H, W, 3).
+        masks: takes n, returns the first n masks of the scored object (fewer if the clip ends), bool (F, H, W).
+        key: changes with everything that the masks depend on.
+        context: text that is added to the caption in a model's prompt.
     """
 
     id: str
@@ -80,14 +80,16 @@ def open_benchmark(
     cache: Path | None = None,
     fps: float | None = None,
 ) -> dict[str, list[Truth]]:
-    """The clips of a folder by split; a split is named by the folder its clips lie in, as seen from `folder`.
+    """The clips of a folder by split; a split's name is the path of its folder relative to `folder`.
 
     Args:
-        clicks: SAM 2, for the real set; `follower` says what its masks depend on, `cache` is where they are kept.
-        fps: frames per second of the true clips, where their files do not say it.
+        clicks: SAM 2, for the real set.
+        follower: changes with everything that its masks depend on.
+        cache: the folder for its masks.
+        fps: frames per second of the true clips, if their files do not say it.
 
     Raises:
-        UserError: there is no clip, a file of one is wrong, masks are wanted from clicks without SAM 2, or the rate is
+        UserError: there is no clip, a file of one is wrong, clicks need SAM 2 and there is none, or the rate is
             not known (required, --truth-fps), is none (value), or is another one in the files (conflict).
     """
     folder = Path(folder)
@@ -95,15 +97,15 @@ def open_benchmark(
         raise UserError(f"--truth-fps: {fps:g} is no rate; give frames per second", "value", "--truth-fps")
     scenes = sorted(path.parent for path in folder.rglob("clip_info.json") if not _hidden(path.relative_to(folder)))
     if scenes:
-        found: dict[str, list[Path]] = {}
+        split_scenes: dict[str, list[Path]] = {}
         for scene in scenes:
             split = scene.parent.relative_to(folder).as_posix() if scene.parent != folder else folder.name
-            found.setdefault(split, []).append(scene)
+            split_scenes.setdefault(split, []).append(scene)
         return {
             split: [
-                _published(scene, rate, clicks, follower, cache) for scene, rate in _rates(split, some, fps).items()
+                _published(scene, rate, clicks, follower, cache) for scene, rate in _rates(split, each, fps).items()
             ]
-            for split, some in found.items()
+            for split, each in split_scenes.items()
         }
     splits = sorted(path.parent.name for path in folder.glob("*/metadata.jsonl"))
     if not splits:
@@ -200,7 +202,7 @@ def _published(scene: Path, fps: float, clicks: Clicks | None, follower: str, ca
         raise UserError(
             f"{scene}: its masks come from clicks through SAM 2; name one, as in --tracker facebook/sam2.1-hiera-large"
         )
-    # the pictures' names and sizes stand for their bytes, of which there are some 40 GB in all
+    # the pictures' names and sizes are hashed instead of their bytes, about 40 GB in total
     sizes = [[picture.name, picture.stat().st_size] for picture in pictures]
     key = files.sha256_json([info["points"][target], sizes, files.sha256(pictures[0]), follower])
     kept = cache / f"{key[:32]}.npz"
@@ -213,8 +215,8 @@ def _dropped(path: Path, points: Any, size: tuple[int, int]) -> int:
     if not isinstance(points, list) or not points:
         raise UserError(f"{path}: points: should be a list of objects; unpack PisaBench again")
     for number, entry in enumerate(points):
-        clicks = [entry.get(kind, []) for kind in ("positive", "negative")] if isinstance(entry, dict) else [None]
-        pairs = [pair for some in clicks for pair in (some if isinstance(some, list) else [None])]
+        clicks = [entry.get(sign, []) for sign in ("positive", "negative")] if isinstance(entry, dict) else [None]
+        pairs = [pair for points_of in clicks for pair in (points_of if isinstance(points_of, list) else [None])]
         if not clicks[0] or not all(_inside(pair, size) for pair in pairs):
             raise UserError(
                 f"{path}: points[{number}]: should have clicks [x, y] inside the picture; unpack PisaBench again"
@@ -237,7 +239,7 @@ def _stored(archive: Path, target: int, objects: int, n: int) -> np.ndarray:
 
 
 def _clicked(pictures: list[Path], clicked: dict[str, Any], clicks: Clicks, kept: Path, n: int) -> np.ndarray:
-    """The first n masks, from the file `kept` or, where that has fewer, from SAM 2."""
+    """The first n masks, from the file `kept`, or from SAM 2 if that has fewer."""
     n = min(n, len(pictures))
     if kept.exists():
         with np.load(kept, allow_pickle=False) as arrays:
