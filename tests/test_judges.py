@@ -15,10 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -175,10 +177,11 @@ def test_spellings_of_yes_and_no() -> None:
 
 
 def test_pictures_are_evenly_spread(tmp_path: Path) -> None:
-    assert spread(33, 5).tolist() == [0, 8, 16, 24, 32]
-    assert spread(10, 4).tolist() == [0, 3, 6, 9]
-    assert spread(3, 16).tolist() == [0, 1, 2]
-    assert spread(9, 1).tolist() == [0]
+    assert spread(np.arange(33) / 16, 5).tolist() == [0, 8, 16, 24, 32]
+    assert spread(np.arange(10) / 16, 4).tolist() == [0, 3, 6, 9]
+    assert spread(np.arange(3) / 16, 16).tolist() == [0, 1, 2]
+    assert spread(np.arange(9) / 16, 1).tolist() == [0]
+    assert spread(np.array([0, 0.1, 0.2, 0.3, 1.0, 2.0]), 3).tolist() == [0, 4, 5]  # by time, not by number
     video, instances = film(rows_of(2, 9), 8, 200)
     write_clip(tmp_path / "a.mp4", video, instances)
     assert (pictures(tmp_path / "a.mp4", 3) == video[[0, 4, 8]]).all()
@@ -236,7 +239,7 @@ def test_samples_against_their_truth(tmp_path: Path) -> None:
 
 
 def test_short_varying_and_other_samples_are_judged_by_their_frames_own_times(tmp_path: Path) -> None:
-    """Half of the truth has what it lacks charged; half of its frames at their times are the truth; others are refused."""
+    """Of half of the truth the rest is charged; some of its frames at their times are the truth; others are refused."""
     write_dataset(tmp_path / "drops", ["train"], clips=2, frames=17)
     made, true = tmp_path / "made", rows_of(2, 17)
     made.mkdir()

@@ -74,9 +74,10 @@ def weigh(yes: float, no: float, model: str, question: str) -> Answer:
     return Answer(yes / mass, mass)
 
 
-def spread(there: int, wanted: int) -> np.ndarray:
-    """The indices of `wanted` pictures, evenly spread over `there` from first to last; all if there are fewer."""
-    return np.linspace(0, there - 1, min(there, wanted)).round().astype(int)
+def spread(times_F: np.ndarray, wanted: int) -> np.ndarray:
+    """The indices of `wanted` pictures, evenly spread in time from first to last; fewer where few are shown."""
+    moments = np.linspace(times_F[0], times_F[-1], min(len(times_F), wanted))
+    return np.unique(views.nearest(times_F, moments))
 
 
 def pictures(path: Path, wanted: int) -> np.ndarray:
@@ -86,7 +87,7 @@ def pictures(path: Path, wanted: int) -> np.ndarray:
         UserError: it is torn or no video.
     """
     facts = codec.inspect(path)
-    places = spread(len(facts.times), wanted).tolist()
+    places = spread(facts.times, wanted).tolist()
     frames = tuple(places if facts.marks is None else (facts.marks[place] for place in places))
     return views.read(path, views.View(frames, facts.marks is not None, (0, 0, *facts.size), facts.size))
 

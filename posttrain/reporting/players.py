@@ -54,11 +54,11 @@ def players(chosen: Sequence[Shown], styles: dict[str, str]) -> tuple[str, list[
             break
     cards: dict[str, str] = {}
     data, widest = [], max((len(shown) for shown, _, _ in chosen), default=1)
-    for (shown, clips, _), video in zip(chosen, videos, strict=True):
-        first = shown[0]
-        cards[first.split] = cards.get(first.split, "") + card(shown, clips, video, styles)
+    for (shown, clips, pictures), video in zip(chosen, videos, strict=True):
+        first, frames = shown[0], len(pictures[0])
+        cards[first.split] = cards.get(first.split, "") + card(shown, clips, video, styles, frames)
         paths = [clip.paths[0] if clip.paths else [] for clip in clips]
-        data.append({"fps": first.fps, "frames": first.frames, "width": first.size[1], "paths": paths})
+        data.append({"fps": first.fps, "frames": frames, "width": first.size[1], "paths": paths})
     speeds = "".join(
         f'<button value="{speed}" aria-pressed="{str(speed == 1).lower()}">{name}</button>'
         for speed, name in ((1, "1×"), (0.5, "½×"), (0.25, "¼×"))
@@ -77,17 +77,21 @@ def players(chosen: Sequence[Shown], styles: dict[str, str]) -> tuple[str, list[
     )
 
 
-def card(shown: Sequence[Record], clips: Sequence[ClipScore], video: bytes, styles: dict[str, str]) -> str:
-    """One player: caption, film with traced paths, names, and the heights over time as its scrubber."""
+def card(
+    shown: Sequence[Record], clips: Sequence[ClipScore], video: bytes, styles: dict[str, str], frames: int
+) -> str:
+    """One player: caption, film with traced paths, names, and the heights over time as its scrubber.
+
+    `frames` is how many the film has.
+    """
     record, (height, width) = shown[0], shown[0].size
-    n, frames, fps, name = len(shown), record.frames, record.fps, html.escape(clips[0].id)
-    assert frames is not None
+    n, fps, name = len(shown), record.fps, html.escape(clips[0].id)
     assert fps is not None
     benchmark = named(record.benchmark)
     first, truth = benchmark.metrics[0], benchmark.rows[0].name
-    overlay = ""
+    overlay, true_path = "", max((clip.true_path for clip in clips), key=len)  # a short video has not all of it
     for i in range(n):
-        d = path_d([None if p is None else (p[0] + 0.5 + i * width, p[1] + 0.5) for p in clips[0].true_path], 1)
+        d = path_d([None if p is None else (p[0] + 0.5 + i * width, p[1] + 0.5) for p in true_path], 1)
         overlay += f'<path class="under" d="{d}"/><path class="over" d="{d}"/><circle r="{height / 40:.2f}"/>'
         overlay += f'<line x1="{i * width}" x2="{i * width}" y1="0" y2="{height}"/>' if i else ""
     names, series = "", []
@@ -114,15 +118,15 @@ def card(shown: Sequence[Record], clips: Sequence[ClipScore], video: bytes, styl
 
 
 def panels(run: Path, shown: Sequence[Record], name: str) -> list[np.ndarray]:
-    """One clip as each record's model shows it first, uint8 (F, H, W, 3)."""
+    """One clip as each record's model shows it first, uint8 (F, H, W, 3); the shorter ones end in black."""
     found = []
     for record in shown:
         path = Path(record.samples or run / "samples" / record.model) / record.folder / f"{name}-s0.mp4"
         if not path.exists():
             raise UserError(f"{path}: does not exist; delete {run / 'evaluation'} and evaluate again", "missing")
         found.append(read_video(path))
-    shortest = min(map(len, found))
-    return [panel[:shortest] for panel in found]
+    longest = max(map(len, found))
+    return [np.pad(panel, ((0, longest - len(panel)), (0, 0), (0, 0), (0, 0))) for panel in found]
 
 
 def film(panels_FHWC: Sequence[np.ndarray]) -> np.ndarray:
