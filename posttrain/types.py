@@ -47,6 +47,9 @@ class Batch:
         return replace(self, **cut)
 
 
+SHARED, LAYERS = 1, 2  # what else draws in a step besides its samples: (seed, step) alone would be sample 0's
+
+
 class Random:
     """Random numbers for one batch: every draw depends on (seed, step, global sample index) alone.
 
@@ -56,7 +59,7 @@ class Random:
     def __init__(self, seed: int, step: int, indices: Sequence[int]) -> None:
         states = [np.random.SeedSequence([seed, step, i]).generate_state(1, np.uint64)[0] for i in indices]
         self.generators = [torch.Generator().manual_seed(int(state >> 1)) for state in states]
-        state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
+        state = np.random.SeedSequence([seed, step], spawn_key=(SHARED,)).generate_state(1, np.uint64)[0]
         self._step = torch.Generator().manual_seed(int(state >> 1))
 
     def shared(self, *shape: int) -> Tensor:

@@ -104,9 +104,8 @@ def make_home(home: Path) -> Path:
 def result(home: Path) -> dict[str, str]:
     """Digests of what a run and its losers leave, but for times, and for what is of use to nobody after it."""
     found = {}
-    for folder in ("runs/try/adapter", "runs/try/merged", "runs/try/samples", "runs/cache", "made"):
+    for folder in ("runs/try/adapter", "runs/try/merged", "runs/try/samples", "made"):
         found |= {f"{folder}/{name}": digest for name, digest in files.sums(home / folder).items()}
-    found = {name: digest for name, digest in found.items() if not name.endswith("record.json")}
     for path in sorted((home / "runs" / "try" / "evaluation").glob("*.json")):
         found[path.name] = files.sha256_json(
             {k: v for k, v in files.read_json(path).items() if k not in ("seconds", "sha256")}
@@ -320,9 +319,11 @@ def server(home: Path, draws: random.Random) -> Iterator[str]:
 
 
 def attack(minutes: float, seed: int, runs: bool = True) -> dict[str, Counter[str]]:
-    """Counts of refused, right and wrong by attack; what is wrong is printed. `runs`: also kills and flips."""
-    draws, until = random.Random(seed), time.monotonic() + 60 * minutes
-    counts: dict[str, Counter[str]] = {}
+    """Counts of refused, right and wrong by attack, of one round at least; what is wrong is printed.
+
+    `runs`: also kills and flips.
+    """
+    draws, counts = random.Random(seed), dict[str, Counter[str]]()
     with tempfile.TemporaryDirectory() as folder:
         home = make_home(Path(folder) / "home")
         quick = {"recipes": recipes, "manifests": manifests, "server": server}
@@ -341,16 +342,18 @@ def attack(minutes: float, seed: int, runs: bool = True) -> dict[str, Counter[st
             attacks["flips"] = lambda: flips(home, expected, draws)
             attacks["kills"] = lambda: kills(home, expected, seconds, draws)
             times |= {"flips": 3, "kills": 1}
-        while time.monotonic() < until:
+        until, first = time.monotonic() + 60 * minutes, True
+        while first or time.monotonic() < until:
             for name, each in attacks.items():
                 for _ in range(times[name]):
-                    if time.monotonic() >= until:
+                    if time.monotonic() >= until and not first:
                         break
                     for found in each():
                         good = found in ("refused", "right")
                         counts.setdefault(name, Counter())[found if good else "wrong"] += 1
                         if not good:
                             print(f"{name}: {found}", flush=True)
+            first = False
     return counts
 
 

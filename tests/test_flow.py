@@ -109,6 +109,15 @@ def test_times_depend_on_the_sample_alone() -> None:
     assert torch.equal(whole[1:], sample_time(Random(7, 3, [5, 6]), "logit_normal", 3.0))
 
 
+@pytest.mark.parametrize("step", [0, 1])
+def test_what_a_step_shares_is_no_samples_own(step: int) -> None:
+    """Neither the first one's, whose index 0 numpy would take for nothing, nor another step's."""
+    random = Random(7, step, range(20))
+    assert not (random.uniform(4) == random.shared(4)).all(1).any()
+    assert not torch.equal(Random(7, step, []).shared(4), Random(7, step + 1, []).shared(4))
+    assert torch.equal(Random(7, step, [3]).shared(4), Random(7, step, []).shared(4))
+
+
 class Constant:
     """The same velocity everywhere: the ODE's solution is a straight line."""
 

@@ -458,7 +458,7 @@ def test_losers_are_sampled_as_is_usual_unless_the_recipe_says_otherwise(home: P
     assert how(large) == SamplerConfig(steps=40, guidance=4, guidance_low=3)
     assert how(large, "data.groups.sampler={steps: 20}") == SamplerConfig(steps=20, guidance=4, guidance_low=3)
     assert how(large, "data.groups.sampler={guidance: 2}") == SamplerConfig(steps=40, guidance=2)
-    for name in ("gdpo", "gdpo_table"):  # as the samples were made that their scores in the README come of
+    for name in ("gdpo", "gdpo_table"):  # as the samples were made that their scores in docs/results.md come of
         wanted = recipe.load(ROOT / "recipes" / "pocket" / f"{name}.yaml", [], Recipe).data.groups
         assert wanted is not None
         assert (wanted.sampler, wanted.batch) == (SamplerConfig(steps=12, guidance=1), 10)

@@ -159,10 +159,17 @@ def test_another_start_in_the_same_folder_is_refused(home: Path) -> None:
     assert code == 1
     assert "differs from recipe.yaml in model.start (first, now None)" in said
     weights = home / FIRST
-    content = weights.read_bytes()
+    content, trained_json = weights.read_bytes(), home / "runs" / "first" / "trained.json"
+    noted = files.read_object(trained_json)
     known(home, adapter=AdapterConfig(**ADAPTER), seed=5).save(weights.parent)
     code, said = command(home, "train", "same")
+    assert code == 1
+    assert said.startswith("runs/first/adapter/")
+    assert said.endswith("[damaged]")
+    files.write_json(trained_json, noted | {"sha256": files.sums(weights.parent)})
+    code, said = command(home, "train", "same")
     weights.write_bytes(content)
+    files.write_json(trained_json, noted)
     assert code == 1
     assert "was made with another model" in said
 

@@ -341,9 +341,7 @@ def is_trained(folder: Path, meaning: dict[str, Any] | None = None) -> bool:
 def trained_files(folder: Path) -> dict[str, str]:
     """Digests of what training left in the run's adapter/; what `export` writes beside it is made again anyway."""
     digests = files.sums(folder / ADAPTER)
-    return {
-        name: digests[name] for name in digests if name != "README.md" and not name.endswith("_comfyui.safetensors")
-    }
+    return {name: digests[name] for name in digests if not name.endswith(("README.md", "_comfyui.safetensors"))}
 
 
 def need_training(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """What a command does when it is asked to stop, from its first moment on; and children that end with their parent.
 
 Every file is whole or absent, so a command may end anywhere: SIGINT (Ctrl-C) and SIGTERM raise `Interrupted`, which
-becomes one line and the shell's exit code, 128 + signal. A second signal ends the process at once. While modules are
+becomes one line and the shell's exit code, 128 + signal. A later signal ends the process at once. While modules are
 imported nothing is at work yet, and libraries in C would turn the exception into one of theirs: there the first does.
 """
 
@@ -41,16 +41,19 @@ def launch(module: str) -> int:
 
 
 class _Stop:
-    """A handler: the first signal raises `Interrupted`, the next one, or one among imports, ends the process."""
+    """A handler: the first signal raises `Interrupted`; one after a second, or among imports, ends the process."""
 
-    asked = False  # of all signals together
+    asked: float | None = None  # when the first of all signals came
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if _Stop.asked or _importing(frame):
+        now = time.monotonic()
+        if _Stop.asked is not None and now < _Stop.asked + 1:
+            return  # pressed twice; the first is being heeded
+        if _Stop.asked is not None or _importing(frame):
             cursor = b"\x1b[?25h" if os.isatty(2) else b""  # progress bars hide it
             os.write(2, cursor + f"{STOPPED}\n".encode())
             os._exit(128 + number)
-        _Stop.asked = True
+        _Stop.asked = now
         raise Interrupted(number)
 
 

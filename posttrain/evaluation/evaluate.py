@@ -347,9 +347,10 @@ def validation(
 
 
 def weights_fingerprint(module: nn.Module, base: bool = False) -> str:
-    """Hash of a module's weights; with `base` an adapter on it does not count, as if it had never been attached."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
+    """Hash of a module's weights; with `base` an adapter that adds nothing does not count, as if it were not there."""
+    digest, weights = hashlib.sha256(), module.state_dict()
+    base = base and not any(tensor.any() for name, tensor in weights.items() if ".lora_B." in name)
+    for name, tensor in weights.items():
         name = name.removeprefix("module.").replace(".base_layer", "")
         if base and ".lora_" in name:
             continue

@@ -8,10 +8,10 @@ where d are the differences to the right, lower and next-frame neighbours (edges
 object lives). KL is averaged over latent values. Objects cover a few percent of a picture; without w they dissolve.
 
 The first steps are on single pictures: they are learnt many times faster than clips, and without them clips stay grey
-(LOG.md). The decoder is causal and runs chunk by chunk, so errors grow along a clip unless it is trained on long ones:
-every later step draws a clip length, a time stride (which makes slow motion fast), mirrorings and transpositions.
-Each step has about the same number of frames, whatever the length. Most of a clip lies still, and one latent smears
-fast motion over its four frames: so bodies of other clips fly through the picture.
+(docs/log/pocket-model.md). The decoder is causal and runs chunk by chunk, so errors grow along a clip unless it is
+trained on long ones: every later step draws a clip length, a time stride (which makes slow motion fast), mirrorings and
+transpositions. Each step has about the same number of frames, whatever the length. Most of a clip lies still, and one
+latent smears fast motion over its four frames: so bodies of other clips fly through the picture.
 """
 
 import math

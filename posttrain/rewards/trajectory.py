@@ -13,7 +13,7 @@ form of PISA's L2 (posttrain/metrics/pisa.py).
 
 Not measured: shape and rotation, and size within that factor; use it together with `segmentation`. For a vanished
 object w has a gradient, but it seldom points to the true pixels (in 17% of such clips; that of `object` in 33%). A step
-along it brought the object nearer in three clips of four, along `object`'s in two (LOG.md).
+along it brought the object nearer in three clips of four, along `object`'s in two (docs/log).
 """
 
 import math
