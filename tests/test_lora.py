@@ -332,7 +332,12 @@ def test_an_rslora_keeps_its_strength_from_start_to_file(folder: Path, tmp_path:
 
 @pytest.mark.parametrize(
     "header",
-    [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"modules_to_save": ["proj_out"]}, {"layer_replication": [[0, 1]]}],
+    [
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"modules_to_save": ["proj_out"]},
+        {"layer_replication": [[0, 1]]},
+    ],
 )
 def test_headers_that_ask_for_more_are_refused_by_name(folder: Path, tmp_path: Path, header: dict[str, object]) -> None:
     (plain,) = adapted(folder).save(tmp_path)

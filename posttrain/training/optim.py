@@ -6,7 +6,6 @@ At step s, with the gradient g of its batch:
 """
 
 import math
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
