@@ -78,25 +78,19 @@ def export(
 def check(files: Sequence[Path], model: VideoModel, config: ModelConfig) -> Iterator[str]:
     """Load each file as others do and compare velocity and adapter with ours; yield a line about each.
 
-        On the device is one transformer at a time.
+    On the device is one transformer at a time.
 
-        Args:
-            files: adapters (safetensors) and transformer folders, as `export` returns them.
-            model: the trained model.
-            config: what it was loaded by; its `start` and `merge` are files and folders.
+    Args:
+        files: adapters (safetensors) and transformer folders, as `export` returns them.
+        model: the trained model.
+        config: what it was loaded by; its `start` and `merge` are files and folders.
 
-        Raises:
-            UserError: the stock pipeline cannot load a file, or its velocity is another. At most 1% of what the adapter
-                changes may differ, beside the rounding of the arithmetic: 1e-5 of the largest velocity in float32, 2e-2 in
-    <<<<<<< HEAD
-                coarser numbers (4 x 2^-8 and reserve). A small adapter hides in that, so its share in the weights must be 1
-                too: within 1e-3, or within 0.02 where it is folded into coarse weights, which rounds. Where a sum of such
-                weights cannot hold so small an adapter, the share is printed and not asked for.
-    =======
-                coarser numbers (4 x 2^-8 and reserve). As a small adapter hides in that, its share in the weights must be
-                1, too: within 1e-3, or where it is folded into coarse weights, which rounds, within 0.02 (and told alone
-                where a sum cannot hold it).
-    >>>>>>> models17
+    Raises:
+        UserError: the stock pipeline cannot load a file, or its velocity is another. At most 1% of what the adapter
+            changes may differ, beside the rounding of the arithmetic: 1e-5 of the largest velocity in float32, 2e-2 in
+        coarser numbers (4 x 2^-8 and reserve). A small adapter hides in that, so its share in the weights must be 1
+        too: within 1e-3, or within 0.02 where it is folded into coarse weights, which rounds. Where a sum of such
+        weights cannot hold so small an adapter, the share is printed and not asked for.
     """
     stock = family(config.family)
     ours, device, random = model.transformer, model.device, torch.Generator().manual_seed(0)
