@@ -21,7 +21,7 @@ from PIL import Image
 from tiny import wan_folder
 
 from posttrain import cli
-from posttrain.commands import commands
+from posttrain.commands import sampling
 from posttrain.commands.experiment import open_run
 from posttrain.core import files
 from posttrain.core.codec import inspect, read_video
@@ -33,7 +33,16 @@ from posttrain.evaluation.score import sample_missing
 from posttrain.models.base import AdapterConfig, Defaults, ModelConfig, sampler
 from posttrain.models.wan.loading import load
 from posttrain.models.wan.published import defaults
-from posttrain.reporting.gallery import LINE, Wish, animation, contact_sheet, film, fit, natural_size, open_picture
+from posttrain.reporting.gallery import (
+    LINE,
+    Wish,
+    animation,
+    contact_sheet,
+    fit,
+    natural_size,
+    open_picture,
+    sample_side_by_side,
+)
 from posttrain.training.checkpoints import start_fingerprint
 
 
@@ -119,7 +128,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "eval": {"clips": "drops", "sampler": {"steps": 2, "guidance": 1.0}},
     }
     files.write_text(run / "recipe.yaml", yaml.safe_dump(recipe))
-    files.write_json(run / "trained.json", {"model": start})
+    files.write_json(run / "trained.json", {"model": start, "sha256": files.sums(run / "adapter")})
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path / "first.png")
     return path
@@ -177,14 +186,14 @@ def test_the_second_expert_has_its_own_guidance(tmp_path: Path) -> None:
 def test_a_run_is_sampled_as_it_was_measured(home: Path) -> None:
     plan, _ = open_run(str(home / "runs" / "try"))
     measured = plan.model_copy(update={"eval": EvalConfig(clips="x", sampler={"steps": 3, "guidance_low": 2.0})})
-    assert commands._usual(measured) == {"steps": 3, "guidance": 1.0, "guidance_low": 2.0}
+    assert sampling._usual(measured) == {"steps": 3, "guidance": 1.0, "guidance_low": 2.0}
 
 
 @pytest.mark.parametrize(("path", "device", "dtype"), [("wan", "cpu", "fp32"), ("wan", "cuda", "bf16"),
                                                        ("pocket", "cuda", "fp32")])  # fmt: skip
 def test_a_model_alone_is_bf16_on_a_gpu(path: str, device: str, dtype: str) -> None:
     for pictured, conditioning in ((True, "image"), (False, "text")):
-        config = commands.alone(path, pictured, torch.device(device))
+        config = sampling.alone(path, pictured, torch.device(device))
         assert (config.path, config.dtype, config.conditioning) == (path, dtype, conditioning)
 
 
@@ -222,7 +231,7 @@ def test_all_texts_are_encoded_before_anything_is_sampled(home: Path, tmp_path: 
         return found
 
     wish = Wish("a duck falls.", (32, 32), 5, 16, 2, 2.0, seeds=(0, 1))
-    film({"a": ready}, np.zeros((32, 32, 3), np.uint8), wish, tmp_path / "clip")
+    sample_side_by_side({"a": ready}, np.zeros((32, 32, 3), np.uint8), wish, tmp_path / "clip")
     assert order() == ["text", "velocity"]
     kind = {"frames": 5, "fps": 16, "size": [32, 32]}
     sample_missing(ready, open_benchmark(tmp_path / "drops"), tmp_path / "out", kind, 2, 2, 2, 2.0)
@@ -255,7 +264,7 @@ def test_a_model_is_gone_before_the_next_is_loaded(home: Path, tmp_path: Path, a
         yield model
 
     wish = Wish("a duck falls.", (32, 32), 5, 16, 1, 1.0)
-    film({name: ready for name in "abc"}, np.zeros((32, 32, 3), np.uint8), wish, tmp_path / "clip")
+    sample_side_by_side({name: ready for name in "abc"}, np.zeros((32, 32, 3), np.uint8), wish, tmp_path / "clip")
     assert len(loaded) == 12
 
 
@@ -307,7 +316,8 @@ def test_what_is_conditioned_on_text_takes_no_picture(home: Path) -> None:
     assert np.abs(base - alone).mean() < 0.5
     assert np.abs(base - tuned).mean() > 1
     code, _, said = sampled(home, "words", *SMALL)
-    assert (code, said) == (1, "--image: words was trained on text alone (model.conditioning); leave it out\n")
+    assert code == 1
+    assert said.startswith("--image: words was trained on text alone")
 
 
 @pytest.mark.parametrize("target", ["try", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"])
@@ -315,7 +325,7 @@ def test_what_continues_a_picture_needs_one(home: Path, target: str) -> None:
     code, _, said = sampled(home, target, *SMALL, image=None)
     assert code == 1
     assert said.startswith(f"--image: is missing; {target} ")
-    assert said.endswith(" to continue a first picture, name one\n")
+    assert " a first picture; name one" in said
     assert said.count("\n") == 1
 
 
@@ -336,7 +346,7 @@ def test_what_cannot_be_sampled_is_one_line(home: Path) -> None:
     ):
         code, _, said = sampled(home, target, *more)
         assert code == 1
-        assert said.splitlines()[-1] == expected
+        assert said.splitlines()[-1].startswith(expected)
 
 
 def test_a_run_of_whole_weights_has_no_scale(home: Path) -> None:
@@ -347,9 +357,10 @@ def test_a_run_of_whole_weights_has_no_scale(home: Path) -> None:
     files.write_text(
         run / "recipe.yaml", yaml.safe_dump(yaml.safe_load(text) | {"run": "whole", "model": {"path": "wan"}})
     )
-    files.write_json(run / "trained.json", {"model": start_fingerprint(wan.module)})
+    digests = files.sums(run / "adapter")
+    files.write_json(run / "trained.json", {"model": start_fingerprint(wan.module), "sha256": digests})
     code, _, said = sampled(home, "whole", *SMALL, "--scale", "0.5")
     assert code == 1
-    assert said.splitlines()[-1].endswith("whole has no adapter, all weights were trained; leave it out")
+    assert "whole has no adapter, all weights were trained; leave it out" in said.splitlines()[-1]
     with pytest.raises(UserError, match="does not exist"):
         open_picture(home / "nothing.png")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from unrounded import Unrounded
 
 import posttrain
@@ -348,6 +349,27 @@ def test_the_gradient_in_weights_is_that_of_finite_differences(
             assert (moved(1e-6) - moved(-1e-6)) / 2e-6 == pytest.approx(float(length), rel=1e-4)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reward_is_the_same_under_autocast(name: str, dtype: torch.dtype) -> None:
+    """As full-size recipes train it (precision: bf16), of a decoder's pictures in float32 or bf16: float32, its value
+    off by 1% of itself and 0.01 at most, its gradient's direction by a cosine of 0.99 (measured: 0.5%, 0.994)."""
+    reward, batch = loaded(name), scene(5)
+    video = batch.video_BCFHW + 0.1 * torch.randn(batch.video_BCFHW.shape, generator=GENERATOR)
+
+    def asked(video: Tensor) -> tuple[Tensor, Tensor]:
+        video = video.clone().requires_grad_()
+        value = reward(video, batch)
+        return value, torch.autograd.grad(value.sum(), video)[0].float()
+
+    expected, gradient = asked(video)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, rounded = asked(video.to(dtype))
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=0.01, atol=0.01)
+    assert F.cosine_similarity(rounded.flatten(), gradient.flatten(), 0) > 0.99
+
+
 # ---------------------------------------------------------------------- on filmed violations
 
 
@@ -475,9 +497,9 @@ print([(part.name, part.config.weight) for part in parts], total.tolist(), list(
 
 
 def test_adding_a_reward_is_one_file_and_one_line(tmp_path: Path) -> None:
-    """The file and the line that README.md gives, in a copy of the package."""
+    """The file and the line that CONTRIBUTING.md gives, in a copy of the package."""
     package = Path(posttrain.__file__).parent
-    section = (package.parent / "README.md").read_text().split("## Adding a reward\n")[1].split("\n## ")[0]
+    section = (package.parent / "CONTRIBUTING.md").read_text().split("## A new reward\n")[1].split("\n##")[0]
     place, file = re.search(r"`([\w/]+/<name>\.py)`:\n```python\n(.*?)```", section, re.DOTALL).groups()
     line = re.search(r"`(rewards: .*?)`", section).group(1)
     shutil.copytree(package, tmp_path / "posttrain", ignore=shutil.ignore_patterns("*.safetensors", "__pycache__"))

@@ -53,7 +53,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         wan.save(path / "runs" / name / "adapter")
         model = {"path": "wan", "adapter": adapter and ADAPTER}
         files.write_text(path / "runs" / name / "recipe.yaml", yaml.safe_dump(RECIPE | {"run": name, "model": model}))
-        files.write_json(path / "runs" / name / "trained.json", {"model": start})
+        files.write_json(
+            path / "runs" / name / "trained.json",
+            {"model": start, "sha256": files.sums(path / "runs" / name / "adapter")},
+        )
     return path
 
 
@@ -148,7 +151,7 @@ def test_whole_weights_are_a_start_with_and_without_an_adapter(home: Path) -> No
         assert (velocity(tuned) - velocity(whole)).abs().max() < 1e-6
     code, said = command(home, "train", "recipe.yaml", "run=upon", "model.start=over")
     assert code == 1
-    assert said == (
+    assert said.startswith(
         "model.start: over was trained on runs/whole/adapter/transformer; "
         "`posttrain export runs/over export=[merged]`, and start from the folder that it writes"
     )
@@ -171,10 +174,17 @@ def test_another_start_in_the_same_folder_is_refused(home: Path) -> None:
     assert code == 1
     assert "differs from recipe.yaml in model.start (first, now None)" in said
     weights = home / FIRST
-    content = weights.read_bytes()
+    content, trained_json = weights.read_bytes(), home / "runs" / "first" / "trained.json"
+    noted = files.read_object(trained_json)
     known(home, adapter=AdapterConfig(**ADAPTER), seed=5).save(weights.parent)
     code, said = command(home, "train", "same")
+    assert code == 1
+    assert said.startswith("runs/first/adapter/")
+    assert said.endswith("[damaged]")
+    files.write_json(trained_json, noted | {"sha256": files.sums(weights.parent)})
+    code, said = command(home, "train", "same")
     weights.write_bytes(content)
+    files.write_json(trained_json, noted)
     assert code == 1
     assert "was made with another model" in said
 

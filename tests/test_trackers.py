@@ -168,13 +168,16 @@ def test_trackio_has_the_run_and_its_videos(tmp_path: Path, monkeypatch: pytest.
 def test_an_unknown_tracker_and_one_that_is_not_installed_are_said(tmp_path: Path) -> None:
     path = tmp_path / "train.yaml"
     path.write_text("steps: 1\nbatch: 1\nlr: 1.0\ntrackers: [tensorbord]\n")
-    with pytest.raises(UserError, match=r"train\.yaml:4: trackers\.0: input should be 'tensorboard', 'wandb' or 'trac"):
+    with pytest.raises(UserError, match=r"train\.yaml:4.*tensorboard") as raised:
         recipe.load(path, [], TrainConfig)
-    with pytest.raises(UserError, match=r"train\.trackers: nowhere is not installed; `pip install nowhere`, or leave"):
+    assert (raised.value.code, raised.value.field) == ("value", "trackers.0")
+    with pytest.raises(UserError, match="nowhere") as raised:
         check_trackers(["json", "nowhere"])
+    assert (raised.value.code, raised.value.field) == ("not_installed", "train.trackers")
 
 
 def test_a_tracker_that_does_not_start_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("a file where its folder should be")
-    with pytest.raises(UserError, match=r"train\.trackers: tensorboard did not start \(.*\); mend it or leave it out"):
+    with pytest.raises(UserError, match="tensorboard") as raised:
         train(tmp_path, ["tensorboard"])
+    assert (raised.value.code, raised.value.field) == ("not_installed", "train.trackers")

@@ -2,21 +2,23 @@
 
     runs/<run>/recipe.yaml   the resolved recipe, overrides in it
     runs/<run>/adapter/      the trained weights (also where they are a whole model)
-    runs/<run>/trained.json  says that they are complete, and what they depend on
+    runs/<run>/trained.json  says that they are complete, what they depend on, and their digests
+    runs/<run>/.lock         is held by the process that works there
 
 A folder belongs to one recipe; a run may start from what others left in theirs.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from posttrain.core import files, recipe
-from posttrain.core.errors import UserError
+from posttrain.core import distributed, files, recipe
+from posttrain.core.errors import UserError, printable
 from posttrain.core.recipe import Plugin, PluginFrom, Strict
 from posttrain.data.config import DataConfig
 from posttrain.evaluation.evaluate import EvalConfig
@@ -28,6 +30,7 @@ from posttrain.training.optim import TrainConfig
 from posttrain.training.tripwires import TripwiresConfig, chooses_by_the_test
 
 RUNS = Path("runs")
+TAKEN = ("cache", "samples")  # folders in it that are no runs
 METHODS = ("methods", "pretraining")  # packages
 ADAPTER, TRAINED = "adapter", "trained.json"
 # may change without changing the trained weights
@@ -38,12 +41,35 @@ FREE = (
 Values = Annotated[tuple[int | float | str, ...], Field(min_length=1)]
 
 
+BUSY = "works"  # what another process may be doing in a run's folder
+
+
+def _names_a_folder(run: str) -> str:
+    """Refuse what is no folder of its own below RUNS."""
+    parts = run.split("/")
+    odd = [p for p in parts if not p or p[0] == "." or p != p.strip() or not p.isprintable() or "\\" in p]
+    if odd or len(run.encode()) > 200 or parts[0] in TAKEN:
+        raise PydanticCustomError(
+            "value",
+            "should name a folder below runs/ in at most 200 letters, without . at its start and not {taken}",
+            {"taken": " or ".join(TAKEN)},
+        )
+    return run
+
+
 class Table(Strict):
     """Rows of one report, each by what it changes in the recipe, as in `flow: {method.rewards: [{name: flow}]}`."""
 
     rows: Annotated[dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], dict[str, Any]], Field(min_length=1)]
     # of training; a row is their mean, clip by clip. None: the recipe's own
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
+
+    @field_validator("seeds")
+    @classmethod
+    def _once(cls, seeds: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if seeds and len(set(seeds)) < len(seeds):
+            raise PydanticCustomError("duplicate", "has a seed twice; keep one")
+        return seeds
 
     @field_validator("rows")
     @classmethod
@@ -64,7 +90,7 @@ class Recipe(Strict):
     `table` a run for each row and seed, runs/<run>/<row>/<seed>, and one report.
     """
 
-    run: str
+    run: Annotated[str, AfterValidator(_names_a_folder)]
     model: ModelConfig
     data: DataConfig
     method: Annotated[Plugin, PluginFrom(*METHODS)]
@@ -106,6 +132,19 @@ class Recipe(Strict):
                 if defaults and isinstance(asked := groups.get("sampler", {}), dict):
                     return values | {"data": data | {"groups": groups | {"sampler": asked | sampler(defaults, asked)}}}
         return values
+
+    @field_validator("sweep")
+    @classmethod
+    def _folders(cls, sweep: dict[str, tuple[Any, ...]] | None) -> dict[str, tuple[Any, ...]] | None:
+        for values in (sweep or {}).values():
+            names = [_folder(value) for value in values]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise PydanticCustomError(
+                    "duplicate", "has two values whose folder is {name}; keep one", {"name": printable(twice)}
+                )
+            if odd := [n for n in names if n[:1] in (".", "") or not n.isprintable() or len(n) > 100]:
+                raise PydanticCustomError("value", "has a value that names no folder: {name}", {"name": printable(odd)})
+        return sweep
 
     @field_validator("method")
     @classmethod
@@ -175,7 +214,7 @@ def _defaults(name: Any, path: str) -> Defaults | None:
 def _samples(method: Any) -> bool:
     """Whether a method of this name has a `sampler` in its Config; what is wrong with a name is said elsewhere."""
     try:
-        return "sampler" in recipe.resolve(METHODS, method).Config.model_fields
+        return isinstance(method, str) and "sampler" in recipe.resolve(METHODS, method).Config.model_fields
     except (UserError, AttributeError):
         return False
 
@@ -207,7 +246,10 @@ def claim(plan: Recipe, folder: Path, name: str) -> None:
     """
     path = folder / "recipe.yaml"
     if path.exists() and ((folder / ADAPTER).exists() or any(folder.glob("checkpoints/step-*"))):
-        new, old = _flat(plan.model_dump(mode="json")), _flat(recipe.load(path, (), Recipe).model_dump(mode="json"))
+        new, old = (
+            recipe.flat(plan.model_dump(mode="json")),
+            recipe.flat(recipe.load(path, (), Recipe).model_dump(mode="json")),
+        )
         differing = [
             f"{key} ({old.get(key)}, now {new.get(key)})"
             for key in sorted(new.keys() | old.keys())
@@ -216,9 +258,29 @@ def claim(plan: Recipe, folder: Path, name: str) -> None:
         if differing:
             what = ", ".join(differing)
             raise UserError(f"{path}: differs from {name} in {what}; choose another run=... or delete {folder}")
-    text = recipe.dump(plan)
-    if not path.exists() or path.read_text() != text:
-        files.write_text(path, text)
+    text, process = recipe.dump(plan), distributed.process()
+    if process.is_main_process and (not path.exists() or path.read_text(errors="replace") != text):
+        with files.alone(folder, BUSY, "run"):
+            files.write_text(path, text)
+    process.wait_for_everyone()
+
+
+@contextmanager
+def alone(plan: Recipe, folder: Path) -> Iterator[None]:
+    """Hold the run's folder, so that nobody else works there; of several processes of one run the first does.
+
+    Raises:
+        UserError: busy: another process does, or has begun another recipe there.
+    """
+    if not distributed.process().is_main_process:
+        yield
+        return
+    with files.alone(folder, BUSY, "run"):
+        path = folder / "recipe.yaml"
+        if not path.exists() or path.read_text(errors="replace") != recipe.dump(plan):
+            raise UserError(f"{path}: was changed by another process just now; start again", "busy", "run")
+        files.sweep(folder, deep=True)
+        yield
 
 
 def members(plan: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
@@ -233,7 +295,7 @@ def members(plan: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
             changes |= {f"{row}/{seed}": values | {"train.seed": seed} for row, values in plan.table.rows.items()}
     elif plan.sweep:
         ((key, swept),) = plan.sweep.items()
-        changes = {str(value).replace("/", "-"): {key: value} for value in swept}
+        changes = {_folder(value): {key: value} for value in swept}
     else:
         return [(plan, folder)]
     path, found = folder / "recipe.yaml", {}
@@ -246,14 +308,13 @@ def members(plan: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
     return [(member, folder / name) for name, member in found.items()]
 
 
+def _folder(value: int | float | str) -> str:
+    """The folder of a sweep's run with this value."""
+    return str(value).replace("/", "-")
+
+
 def _measured(plan: Recipe) -> dict[str, Any] | None:
     return plan.eval.model_dump(exclude={"every", "batch"}) if plan.eval else None
-
-
-def _flat(value: Any, place: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {place: value}
-    return {k: v for name, part in value.items() for k, v in _flat(part, f"{place}.{name}" if place else name).items()}
 
 
 def is_trained(folder: Path, meaning: dict[str, Any] | None = None) -> bool:
@@ -264,11 +325,23 @@ def is_trained(folder: Path, meaning: dict[str, Any] | None = None) -> bool:
     """
     if not (folder / TRAINED).exists() or not (folder / ADAPTER).exists():
         return False
-    kept = files.read_json(folder / TRAINED)
+    kept = files.read_object(folder / TRAINED)
+    digests = kept.get("sha256")
+    if wrong := files.changed(folder / ADAPTER, digests) if isinstance(digests, dict) and digests else [""]:
+        raise UserError(
+            f"{folder / ADAPTER / wrong[0]}: is missing or not what training wrote; delete {folder} and train again",
+            "damaged",
+        )
     if meaning is not None and (other := [key for key, value in meaning.items() if kept.get(key) != value]):
         what = ", ".join(other)
         raise UserError(f"{folder / ADAPTER}: came of another {what}; choose another run=... or delete {folder}")
     return True
+
+
+def trained_files(folder: Path) -> dict[str, str]:
+    """Digests of what training left in the run's adapter/; what `export` writes beside it is made again anyway."""
+    digests = files.sums(folder / ADAPTER)
+    return {name: digests[name] for name in digests if not name.endswith(("README.md", "_comfyui.safetensors"))}
 
 
 def need_training(folder: Path) -> None:
@@ -311,6 +384,7 @@ def _check_base(field: str, source: str, run: Path, merge: tuple[Merged, ...]) -
     """Refuse the adapter of a run that was trained on more than its model.path and `merge`."""
     if not (run / TRAINED).is_file():
         return
+    need_training(run)
     try:
         base = resolved(recipe.load(run / "recipe.yaml", (), Recipe).model)
     except UserError as error:

@@ -88,9 +88,9 @@ def check(files: Sequence[Path], model: VideoModel, config: ModelConfig) -> Iter
     Raises:
         UserError: the stock pipeline cannot load a file, or its velocity is another. At most 1% of what the adapter
             changes may differ, beside the rounding of the arithmetic: 1e-5 of the largest velocity in float32, 2e-2 in
-            coarser numbers (4 x 2^-8 and reserve). As a small adapter hides in that, its share in the weights must be
-            1, too: within 1e-3, or where it is folded into coarse weights, which rounds, within 0.02 (and told alone
-            where a sum cannot hold it).
+            coarser numbers (4 x 2^-8 and reserve). A small adapter hides in that, so its share in the weights must be 1
+            too: within 1e-3, or within 0.02 where it is folded into coarse weights, which rounds. Where a sum of such
+            weights cannot hold so small an adapter, the share is printed and not asked for.
     """
     stock = family(config.family)
     ours, device, random = model.transformer, model.device, torch.Generator().manual_seed(0)

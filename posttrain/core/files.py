@@ -1,51 +1,78 @@
-"""Files that are whole or absent: written to a temporary name, flushed, renamed. Errors a user can act on."""
+"""Files that are whole or absent: written to a temporary name, flushed, renamed. Errors a user can act on.
+
+What is read back later has its SHA-256 noted: within it (`write_sealed`), or beside it (`note_digest`).
+"""
 
 import errno
+import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from posttrain.core.errors import UserError
+from posttrain.core.errors import UserError, printable
 
 
 @contextmanager
 def explain(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals while writing `path` into one clear line."""
+    """Turn the operating system's refusals while writing `path` into one clear line.
+
+    Raises:
+        UserError: disk_full or not_writable. What fails elsewhere than at `path` is raised as it is.
+    """
     try:
         yield
     except (OSError, SafetensorError) as found:
         error = _refusal(found)
+        if not _concerns(error, path):
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path}: the disk is full; free some space and start again, nothing is lost") from error
-        if error.errno == errno.EFBIG:
-            raise UserError(f"{path}: is larger than the system allows (ulimit -f); raise the limit") from error
-        if error.errno == errno.ENOENT:
-            raise UserError(f"{path}: cannot be written (its folder was removed meanwhile); start again") from error
-        if error.errno in (errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"{path}: cannot be written (a folder on the way is a file); choose another") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            why = os.strerror(error.errno).lower()
-            raise UserError(f"{path}: cannot be written ({why}); choose another folder or mend its rights") from error
-        raise
+            message = "the disk is full; free space and start again, nothing is lost"
+            raise UserError(f"{path}: {message}", "disk_full") from error
+        if error.errno not in REMEDIES:
+            raise
+        raise UserError(f"{path}: cannot be written {REMEDIES[error.errno]}", "not_writable") from error
+
+
+REMEDIES = {
+    errno.EFBIG: "(it is larger than the system allows, see ulimit -f); raise the limit",
+    errno.ENOENT: "(its folder was removed, or cannot be made there); start again, or choose another folder",
+    errno.ENOTDIR: "(a folder on the way is a file); choose another folder",
+    errno.EEXIST: "(a folder on the way is a file); choose another folder",
+    errno.ENAMETOOLONG: "(its name is too long); choose a shorter one",
+    errno.EACCES: "(permission denied); choose another folder, or change its rights",
+    errno.EPERM: "(operation not permitted); choose another folder, or change its rights",
+    errno.EROFS: "(read-only file system); choose another folder",
+}
+
+
+def _concerns(error: OSError, path: Path) -> bool:
+    """Whether an error is about what lies beside or below `path`, or about a folder above it."""
+    if not isinstance(error.filename, str):
+        return True
+    failed, parent = Path(error.filename).absolute(), path.absolute().parent
+    return failed.is_relative_to(parent) or parent.is_relative_to(failed)
 
 
 def _refusal(error: Exception) -> OSError:
-    """What the operating system said, also where safetensors or shutil.copytree told it in their own way."""
+    """The operating system's error, also where safetensors or shutil.copytree raise their own in its place."""
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             if any(f"[Errno {number}]" in why for _, _, why in error.args[0]):
                 return OSError(number, os.strerror(number))
-    if isinstance(error, SafetensorError) and (told := re.search(r"os error (\d+)", str(error))):
-        return OSError(int(told[1]), str(error))
+    if isinstance(error, SafetensorError) and (said := re.search(r"os error (\d+)", str(error))):
+        return OSError(int(said[1]), str(error))
     return error if isinstance(error, OSError) else OSError(str(error))
 
 
@@ -66,12 +93,13 @@ def replacing(path: Path | str, flush: bool = True) -> Iterator[Path]:
     many, cheap to make again and checked by their digest do without.
 
     Raises:
-        UserError: the disk is full or the place cannot be written; `path` keeps what it had.
+        UserError: disk_full or not_writable; `path` keeps what it had.
     """
     path = Path(path)
     with explain(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        _sweep_once(path.parent)
+        holder, lock = _holder(path)
         try:
             temporary = holder / path.name
             yield temporary
@@ -84,13 +112,75 @@ def replacing(path: Path | str, flush: bool = True) -> Iterator[Path]:
                 _flush(path.parent)
         finally:
             shutil.rmtree(holder, ignore_errors=True)
+            os.close(lock)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed processes left half-written in `folder`; nobody else may be writing there."""
-    for remnant in folder.glob(".*.????????"):  # as `replacing` names its own
-        if remnant.is_dir() and {path.name for path in remnant.iterdir()} <= {remnant.name[1:-9], "old"}:
-            shutil.rmtree(remnant, ignore_errors=True)
+def _holder(path: Path) -> tuple[Path, int]:
+    """A new folder beside `path` to write in, and its lock, which tells `sweep` that somebody is at work there."""
+    while True:
+        holder = Path(tempfile.mkdtemp(prefix=f".{path.name[:200]}.", suffix=PART, dir=path.parent))
+        lock = os.open(holder, os.O_RDONLY)
+        with suppress(OSError):  # some network disks have no locks; `sweep` leaves all as it is there
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink:  # 0: `sweep` came between
+            return holder, lock
+        os.close(lock)
+
+
+PART = ".part"  # what names end in of folders that `replacing` writes in
+
+
+def sweep(folder: Path, deep: bool = False) -> None:
+    """Remove what killed processes left half-written in `folder`; `deep`: in the folders below it too."""
+    remnants: list[Path] = []
+    with suppress(OSError):  # others may come and go there
+        remnants += (folder.rglob if deep else folder.glob)(f".*.????????{PART}")
+    for remnant in remnants:
+        with suppress(OSError):
+            lock = os.open(remnant, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused where somebody is at work
+                shutil.rmtree(remnant)
+            finally:
+                os.close(lock)
+
+
+@lru_cache(maxsize=4096)
+def _sweep_once(folder: Path) -> None:
+    """Before a process writes in a folder for the first time: whatever is written is cleared up after."""
+    sweep(folder)
+
+
+@contextmanager
+def alone(folder: Path, what: str, field: str = "", patience: float = 3.0) -> Iterator[None]:
+    """Hold `folder` for this process; its end, however it comes, gives it free.
+
+    Args:
+        what: what another process may be doing there, as in "makes clips".
+        field: the key or option that names the folder.
+        patience: seconds to wait for another process, which may just be ending.
+
+    Raises:
+        UserError: busy; or the folder cannot be written.
+    """
+    with explain(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        until = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > until:
+                    raise UserError(
+                        f"{folder}: another process {what} here; wait for it, or choose another folder", "busy", field
+                    ) from error
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(lock)
 
 
 def write_bytes(path: Path | str, content: bytes, flush: bool = True) -> None:
@@ -106,51 +196,110 @@ def write_json(path: Path | str, value: Any, flush: bool = True) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n", flush)
 
 
-def read_bytes(path: Path | str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})", "missing") from error
-
-
-def read_text(path: Path | str) -> str:
-    """UTF-8 text, with or without a byte order mark; lines end by "\\n", however they did in the file.
+def read_json(path: Path | str) -> Any:
+    """The value in a JSON file: UTF-8, UTF-16 or UTF-32, with a byte order mark or without; every number finite.
 
     Raises:
-        UserError: it is not there, or in another encoding.
+        UserError: missing; format (no text, or no JSON), with the line.
     """
+    text = read_text(path)
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: does not exist", "missing") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})", "missing") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8", "format") from error
-
-
-def read_json(path: Path | str) -> Any:
-    try:
-        return json.loads(read_text(path))
+        return _parsed(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: is not JSON ({error.msg}); make the file again", "damaged") from error
+        raise UserError(f"{path}:{error.lineno}: is not JSON ({error.msg}); mend the file", "format") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON ({_reason(error)}); mend the file", "format") from error
+
+
+def read_object(path: Path | str) -> dict[str, Any]:
+    """The same of a file that holds an object.
+
+    Raises:
+        UserError: as `read_json`; or it holds something else (format).
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds {printable(value)}, not an object; mend the file", "format")
+    return value
 
 
 def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; blank lines are none. A line ends by a line feed alone: text may hold other breaks."""
+    """The objects in a JSON-lines file, in the encodings of `read_json`; blank lines are skipped.
+
+    Raises:
+        UserError: missing; format (no text, or a line that holds no JSON object), with the line.
+    """
     rows = []
+    # not splitlines: text in JSON may hold U+2028 and the like
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: is not JSON ({error.msg}); make the file again", "damaged") from error
+            value = _parsed(line)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else _reason(error)
+            raise UserError(f"{path}:{number}: is not JSON ({reason}); mend the line", "format") from error
+        if not isinstance(value, dict):
+            raise UserError(f"{path}:{number}: is {printable(value)}, not an object; mend the line", "format")
+        rows.append(value)
     return rows
 
 
-def write_jsonl(path: Path | str, rows: list[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+def read_text(path: Path | str) -> str:
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 that is recognised by its first bytes, without its mark.
+
+    Lines end by "\\n", however they did in the file.
+
+    Raises:
+        UserError: missing; format (another encoding).
+    """
+    content = read_bytes(path)
+    encoding = json.detect_encoding(content)
+    try:
+        return content.decode(encoding).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: is not {encoding.upper()} text; save the file as UTF-8", "format") from error
+
+
+def read_bytes(path: Path | str) -> bytes:
+    """The content of a file.
+
+    Raises:
+        UserError: missing: it is not there, or the system does not let it be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{printable(str(path), 300)}: does not exist", "missing") from error
+    except ValueError as error:  # a NUL in the name
+        raise UserError(f"{printable(str(path), 300)}: is no file's name", "missing") from error
+    except OSError as error:
+        if error.errno not in UNREADABLE:  # the disk does not answer: of what is there this says nothing
+            raise
+        why = os.strerror(error.errno).lower()
+        raise UserError(f"{printable(str(path), 300)}: cannot be read ({why})", "missing") from error
+
+
+UNREADABLE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)
+
+
+def _parsed(text: str) -> Any:
+    return json.loads(text, parse_float=_finite, parse_constant=_finite)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{printable(text)} is not finite")
+    return number
+
+
+def _reason(error: Exception) -> str:
+    return "it is nested too deeply" if isinstance(error, RecursionError) else printable(str(error), 200)
+
+
+def write_jsonl(path: Path | str, rows: list[dict[str, Any]], flush: bool = True) -> None:
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), flush)
 
 
 def sha256(path: Path | str) -> str:
@@ -171,10 +320,67 @@ def inside(root: Path | str, name: str) -> Path:
     """The path of `name` below `root`.
 
     Raises:
-        UserError: `name` would leave `root` (absolute, "..", or through a link).
+        UserError: outside: `name` would leave `root` (absolute, "..", or through a link), or can be no path.
     """
     root = Path(root).resolve()
-    path = (root / name).resolve()
+    try:
+        path = (root / name).resolve()
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # too long; a NUL; links in a circle
+        raise UserError(f"{root}: the entry {printable(repr(name))} is no file's name; mend it", "outside") from error
     if not path.is_relative_to(root):
-        raise UserError(f"{root}: {name[:80]!r} points outside the folder; give a path inside, without ..", "outside")
+        raise UserError(f"{root}: the entry {printable(repr(name))} points outside the folder; mend it", "outside")
     return path
+
+
+def write_sealed(path: Path | str, value: dict[str, Any], flush: bool = True) -> None:
+    """Write an object with its own digest in it, as `sha256`; what it had of that name is replaced."""
+    write_json(path, seal(value), flush)
+
+
+def seal(value: dict[str, Any]) -> dict[str, Any]:
+    """The object with its own digest in it."""
+    rest = {key: part for key, part in value.items() if key != "sha256"}
+    return rest | {"sha256": sha256_json(rest)}
+
+
+def read_sealed(path: Path | str) -> dict[str, Any]:
+    """The object that `write_sealed` wrote, digest included.
+
+    Raises:
+        UserError: missing; damaged: it is not what was written.
+    """
+    try:
+        value = read_object(path)
+    except UserError as error:
+        if error.code == "format":
+            raise UserError(f"{path}: is damaged ({error})", "damaged") from error
+        raise
+    if value.get("sha256") != seal(value)["sha256"]:
+        raise UserError(f"{path}: is damaged (its content is not what was written)", "damaged")
+    return value
+
+
+def sums(folder: Path | str) -> dict[str, str]:
+    """The SHA-256 of every file in a folder and below, by its path from there."""
+    folder = Path(folder)
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def changed(folder: Path | str, noted: dict[str, str]) -> list[str]:
+    """Which files of `noted`, as `sums` gives them, are missing in the folder or not what they were."""
+    paths = {name: Path(folder) / name for name in noted}
+    return [name for name, path in paths.items() if not path.is_file() or sha256(path) != noted[name]]
+
+
+def note_digest(path: Path) -> None:
+    """Note what the file at `path` is, in the hidden folder .sha256 beside it."""
+    write_text(path.parent / ".sha256" / path.name, sha256(path) + "\n", flush=False)
+
+
+def intact(path: Path) -> bool:
+    """Whether a file is what was noted of it; one of which nothing was noted is anybody's, and taken as it is."""
+    note = path.parent / ".sha256" / path.name
+    return not note.is_file() or note.read_text(errors="replace").strip() == sha256(path)

@@ -1,4 +1,4 @@
-"""From a YAML recipe to a typed, frozen config. A key that nobody reads is an error, and an error names its line.
+"""From a YAML recipe to a typed, immutable config. An unknown key is an error, and an error names its line.
 
 A name is a file: `method: {name: psft, ...}` is `methods/psft.py`, and the other keys are the fields of its `Config`.
 """
@@ -6,39 +6,64 @@ A name is a file: `method: {name: psft, ...}` is `methods/psft.py`, and the othe
 import argparse
 import importlib
 import pkgutil
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, Never, NoReturn, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticCustomError, core_schema
 
-from posttrain.core.errors import UserError
+from posttrain.core import files
+from posttrain.core.errors import Code, UserError, printable
 
 
 class Strict(BaseModel):
-    """A typed part of a recipe: unknown keys are refused, values do not change."""
+    """A typed part of a recipe: unknown keys are refused, numbers are finite, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Schema = TypeVar("Schema", bound=BaseModel)
-Place = tuple[str | int, ...]  # the keys that lead to a value
-# what PyYAML raises for a control character, for 2026-13-01, for {[a]: 1} and for &a [*a]
-UNREADABLE = (yaml.YAMLError, ValueError, TypeError, RecursionError)
+Keys = tuple[str | int, ...]  # the path to a value: ("data", "clips", 0)
+LARGEST = 2**20  # characters of a recipe
+MOST = 20_000  # keys and values of a recipe, after its anchors are written out
+# what PyYAML raises for a control character, for 2026-13-01, for {[a]: 1}, for !!timestamp x, for !!bool x, for &a [*a]
+UNREADABLE = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but 1e3 is a number, as in YAML 1.2, and a whole number has at most 64 bits."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: the text "1e3" in quotes."""
+
+
+def _whole(loader: _Loader, node: yaml.ScalarNode) -> int:
+    if not -(2**63) <= (number := loader.construct_yaml_int(node)) < 2**63:
+        raise yaml.MarkedYAMLError(problem="a number has more than 64 bits", problem_mark=node.start_mark)
+    return number
+
+
+for _reader_or_writer in (_Loader, _Dumper):
+    _reader_or_writer.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole)
 
 
 def resolve(packages: str | Sequence[str], name: str) -> ModuleType:
-    """The plug-in `name` of one of these packages: "methods" means posttrain.methods, "sim.physics" itself.
+    """The plug-in `name` of one of these packages ("methods" stands for posttrain.methods).
 
-    A plug-in is a module that has every name of `PROTOCOL` in its package's base.py; other modules are not offered.
+    A plug-in is a module that has every name in `PROTOCOL` of its package's base.py. Other modules are not offered.
 
     Raises:
-        UserError: there is no such plug-in; the message lists those there are.
+        UserError: there is no such plug-in; the message lists those that exist.
     """
     packages = [packages] if isinstance(packages, str) else packages
     full = [_package(package) for package in packages]
@@ -46,8 +71,8 @@ def resolve(packages: str | Sequence[str], name: str) -> ModuleType:
         if name in _modules(package) and _is_plugin(module := importlib.import_module(f"{package}.{name}"), package):
             return module
     offered = plugins(*packages)
-    places = " and ".join(package.replace(".", "/") for package in full)
-    raise UserError(f"{places}: has no {name!r}, {_suggest(name, offered)}", "unknown_name")
+    searched = " and ".join(package.replace(".", "/") for package in full)
+    raise UserError(f"{searched}: has no {printable(repr(name))}, {_suggest(name, offered)}", "unknown_name")
 
 
 def plugins(*packages: str) -> list[str]:
@@ -77,7 +102,7 @@ class Plugin:
     module: ModuleType
     config: Any
 
-    def __reduce__(self) -> Any:  # a module goes to another process by its name
+    def __reduce__(self) -> Any:  # a module is sent to another process by its name
         return _plugin, (self.name, self.module.__name__, self.config)
 
 
@@ -93,12 +118,13 @@ class PluginFrom:
 
     def parse(self, value: Any) -> Plugin:
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-            raise PydanticCustomError("part", "should be a mapping with a 'name'")
+            raise PydanticCustomError("required", "should be a mapping with a 'name'")
         try:
             module = resolve(self.packages, value["name"])
         except UserError as error:
-            raise PydanticCustomError("name", "{reason}", {"reason": str(error)}) from error
-        return Plugin(value["name"], module, module.Config(**{k: v for k, v in value.items() if k != "name"}))
+            raise PydanticCustomError("unknown_name", "{reason}", {"reason": str(error)}) from error
+        config = module.Config.model_validate({k: v for k, v in value.items() if k != "name"})
+        return Plugin(value["name"], module, config)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
         dump = core_schema.plain_serializer_function_ser_schema(
@@ -112,29 +138,14 @@ def load(path: Path | str, overrides: Sequence[str], schema: type[Schema]) -> Sc
 
     Raises:
         UserError: one line with file, line, key and remedy, e.g.
-            "recipes/x.yaml:7: data.clps: unknown key, did you mean 'clips'?"
+            "recipes/x.yaml:7: data.clps: unknown key, did you mean 'clips'?"; its field is the key, "data.clps".
+            Codes: missing, format, duplicate, unknown_key, unknown_name, required, value, and those with which a
+            schema's own checks raise PydanticCustomError.
     """
-    path = Path(path)
-    try:
-        text = path.read_text()
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-        origins: dict[Place, str] = {}
-        if isinstance(node, yaml.MappingNode):
-            _locate(node, (), path, origins)
-    except FileNotFoundError:
-        near = get_close_matches(str(path), [str(p) for p in path.parent.glob("*.yaml")], n=1)
-        remedy = f"did you mean {near[0]!r}?" if near else "name a recipe"
-        raise UserError(f"{path}: does not exist, {remedy}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}: is not YAML ({error.problem})") from error
-    except UNREADABLE as error:  # a control character, 2026-13-01, {[a]: 1}
-        raise UserError(f"{path}: is not YAML ({str(error).splitlines()[0]})") from error
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}:1: should be a mapping of keys to values")
+    path, origins = Path(path), dict[Keys, str]()
+    values = _parse(_text(path), (), lambda line: f"{path}:{line}", origins, "")
+    if not isinstance(values, dict):
+        raise UserError(f"{path}:1: should be a mapping of keys to values", "format")
     for override in overrides:
         _override(values, override, origins)
     try:
@@ -143,15 +154,65 @@ def load(path: Path | str, overrides: Sequence[str], schema: type[Schema]) -> Sc
         _explain(error, values, schema, origins)
 
 
+def _text(path: Path) -> str:
+    try:
+        text = files.read_text(path)
+    except UserError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        near = get_close_matches(str(path), [str(p) for p in path.parent.glob("*.yaml")], n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else "name a recipe"
+        raise UserError(f"{printable(str(path), 300)}: does not exist, {remedy}", "missing") from None
+    if len(text) > LARGEST:
+        raise UserError(f"{path}: is longer than {LARGEST} characters; name a recipe, or shorten it", "format")
+    return text
+
+
+def _parse(text: str, keys: Keys, where: Callable[[int], str], origins: dict[Keys, str], field: str) -> Any:
+    """The value of a YAML text that is at `keys` of a recipe; writes the line of each of its keys into `origins`.
+
+    Raises:
+        UserError: the text is not YAML, or has too many values. The error's field is `field`.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _locate(node, keys, where, origins)
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{where(line)}: is not YAML ({printable(error.problem)})", "format", field) from error
+    except UNREADABLE as error:
+        reason = "an anchor holds itself" if isinstance(error, RecursionError) else str(error).partition("\n")[0]
+        raise UserError(f"{where(0).removesuffix(':0')}: is not YAML ({printable(reason)})", "format", field) from error
+
+
+def flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted keys: {"a": {"b": 1}} is {"a.b": 1}."""
+    if not isinstance(value, dict):
+        return {key: value}
+    return {k: v for name, part in value.items() for k, v in flat(part, f"{key}.{name}" if key else name).items()}
+
+
 def dump(model: BaseModel) -> str:
     """The resolved recipe as YAML that `load` reads back to an equal model."""
-    return yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100)
+    values = model.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line parser whose error messages are short."""
+
+    def error(self, message: str) -> Never:
+        super().error(printable(message, 300))
 
 
 def arguments(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse a command line on which overrides may also follow options, as in "make x.yaml --workers 2 seed=1".
 
-    argparse alone takes `overrides` only up to the first option. Anything else that is too much ends the program.
+    argparse itself takes `overrides` only before the first option. Any other unknown word ends the program.
     """
     options, more = parser.parse_known_args(words)
     if wrong := [word for word in more if word.startswith("-") or not hasattr(options, "overrides")]:
@@ -166,88 +227,117 @@ def _suggest(name: str, names: Sequence[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"choose from: {', '.join(sorted(names)) or '(nothing)'}"
 
 
-def _locate(node: yaml.Node, place: Place, path: Path, origins: dict[Place, str]) -> None:
-    """Note for every key and item of the document the line where it stands."""
-    origins.setdefault(place, f"{path}:{node.start_mark.line + 1}")
+def _locate(node: yaml.Node, keys: Keys, where: Callable[[int], str], origins: dict[Keys, str]) -> None:
+    """Write the line of every key and item of the document into `origins`."""
+    line = where(node.start_mark.line + 1)
+    if len(origins) >= MOST:
+        raise UserError(f"{line}: has more than {MOST} keys and values; shorten it", "format")
+    origins.setdefault(keys, line)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            inner = (*place, key.value)
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key is no text", problem_mark=key.start_mark)
+            inner, line = (*keys, key.value), where(key.start_mark.line + 1)
             if inner in origins:
-                raise UserError(f"{path}:{key.start_mark.line + 1}: {_dotted(inner)}: stands here twice; keep one")
-            origins[inner] = f"{path}:{key.start_mark.line + 1}"
-            _locate(value, inner, path, origins)
+                raise UserError(f"{line}: {_dotted(inner)}: is given twice; keep one", "duplicate", _dotted(inner))
+            origins[inner] = line
+            _locate(value, inner, where, origins)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            _locate(value, (*place, index), path, origins)
+            _locate(value, (*keys, index), where, origins)
 
 
-def _override(values: dict[str, Any], override: str, origins: dict[Place, str]) -> None:
+def _override(values: dict[str, Any], override: str, origins: dict[Keys, str]) -> None:
     name, equals, text = override.partition("=")
+    shown = printable(override)
     if not equals or not all(name.split(".")):
-        raise UserError(f"{override}: an override is written key=value, as in train.steps=20")
-    *parents, last = place = tuple(name.split("."))
+        raise UserError(f"{shown}: an override is written key=value, as in train.steps=20", "value")
+    *parents, last = keys = tuple(name.split("."))
     for depth, key in enumerate(parents, 1):
         inner = values.get(key)
         if inner is None:
             inner = values[key] = {}
         if not isinstance(inner, dict):
-            raise UserError(f"{override}: {_dotted(place[:depth])} is not a mapping")
+            outer = _dotted(keys[:depth])
+            raise UserError(f"{shown}: {outer} is not a mapping", "value", outer)
         values = inner
-    try:
-        values[last] = yaml.safe_load(text)
-    except UNREADABLE as error:
-        raise UserError(f"{override}: the value is not YAML") from error
-    for known in [p for p in origins if p[: len(place)] == place]:
+    for known in [p for p in origins if p[: len(keys)] == keys]:
         del origins[known]
-    for depth in range(1, len(place) + 1):
-        origins.setdefault(place[:depth], override)
+    values[last] = _parse(text, keys, lambda line: shown, origins, name)
+    for depth in range(1, len(keys) + 1):
+        origins.setdefault(keys[:depth], shown)
 
 
-def _dotted(place: Place) -> str:
-    return ".".join(map(str, place))
+def _dotted(keys: Keys) -> str:
+    return ".".join(printable(str(key)) for key in keys)
 
 
-def _explain(error: ValidationError, values: Any, schema: type[BaseModel], origins: dict[Place, str]) -> NoReturn:
-    """Raise the first complaint as one line; an unknown key comes first, for it is often why another is missing."""
+def _explain(error: ValidationError, values: Any, schema: type[BaseModel], origins: dict[Keys, str]) -> NoReturn:
+    """Raise the first error as one line. An unknown key comes first: it is often why another key is missing."""
     errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    first, place = errors[0], errors[0]["loc"]
-    message = "should be a mapping" if first["type"] == "model_type" else first["msg"][:1].lower() + first["msg"][1:]
+    first, keys = errors[0], errors[0]["loc"]
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    code: Any = "value"
     if first["type"] == "extra_forbidden":
-        message = f"unknown key, {_suggest(str(place[-1]), _keys(schema, place[:-1], values))}"
+        code, keys = "unknown_key", _written(keys, values)
+        message = f"unknown key, {_suggest(str(keys[-1]), _fields(schema, keys[:-1], values))}"
     elif first["type"] == "missing":
-        message = "is missing"
+        message, code, keys = "is missing", "required", (*_written(keys[:-1], values), keys[-1])
     else:
-        place = _written(place, values)
-        if first["type"] not in ("part", "name"):
-            message += f", not {first['input']!r}"
-    origin = next(origins[place[:n]] for n in range(len(place), -1, -1) if place[:n] in origins)
-    raise UserError(f"{origin}: {_dotted(place)}: {message}") from error
+        keys = _written(keys, values)
+        if first["type"] in get_args(Code):  # raised by our own validators, with a full message
+            code = first["type"]
+        elif first["type"] != "part":
+            message = SHORTER.get(first["type"], message) + f", not {printable(repr(first['input']))}"
+    origin = next(origins[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in origins)
+    raise UserError(": ".join(filter(None, (origin, _dotted(keys), message))), code, _dotted(keys)) from error
 
 
-def _written(place: Place, values: Any) -> Place:
-    """The part of `place` that stands in the recipe: for a union, pydantic adds the name of the branch."""
-    for depth, key in enumerate(place):
+SHORTER = {  # pydantic's messages in fewer words
+    "model_type": "should be a mapping",
+    "dict_type": "should be a mapping",
+    "list_type": "should be a list, as in [a, b]",
+    "tuple_type": "should be a list, as in [a, b]",
+    "int_parsing": "should be a whole number",
+    "int_type": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "int_parsing_size": "should be a whole number of at most 64 bits",
+    "float_parsing": "should be a number",
+    "float_type": "should be a number",
+    "finite_number": "should be a finite number",
+    "bool_parsing": "should be true or false",
+    "bool_type": "should be true or false",
+    "string_type": "should be text",
+    "invalid_key": "should have text as keys",
+}
+
+
+def _written(keys: Keys, values: Any) -> Keys:
+    """Those of `keys` that are in the recipe: for a union, pydantic adds the name of a branch."""
+    existing: Keys = ()
+    for key in keys:
         try:
             values = values[key]
         except (KeyError, IndexError, TypeError):
-            return place[:depth]
-    return place
+            continue
+        existing += (key,)
+    return existing
 
 
-def _keys(schema: type[BaseModel], place: Place, values: Any) -> list[str]:
-    """The keys allowed at `place`."""
-    if not place:
+def _fields(schema: type[BaseModel], keys: Keys, values: Any) -> list[str]:
+    """The keys that are allowed at `keys` of a recipe."""
+    if not keys:
         return list(schema.model_fields)
-    if isinstance(place[0], int):  # an item of a list
-        return _keys(schema, place[1:], values[place[0]])
-    field = schema.model_fields[place[0]]
-    kinds = [field.annotation, *get_args(field.annotation)]
-    marks = [*field.metadata, *(mark for kind in kinds for mark in getattr(kind, "__metadata__", ()))]
+    if isinstance(keys[0], int):  # an item of a list
+        return _fields(schema, keys[1:], values[keys[0]])
+    field = schema.model_fields[keys[0]]
+    types = [field.annotation, *get_args(field.annotation)]
+    marks = [*field.metadata, *(mark for type_ in types for mark in getattr(type_, "__metadata__", ()))]
     plugin = next((mark for mark in marks if isinstance(mark, PluginFrom)), None)
-    inner, rest = values[place[0]], place[1:]
+    inner, rest = values[keys[0]], keys[1:]
     if plugin is not None:
-        if rest and isinstance(rest[0], int):  # one of several parts
+        if rest and isinstance(rest[0], int):  # one of several
             inner, rest = inner[rest[0]], rest[1:]
-        return ["name", *_keys(resolve(plugin.packages, inner["name"]).Config, rest, inner)]
-    models = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
-    return _keys(models[0], rest, inner) if models else []
+        return ["name", *_fields(resolve(plugin.packages, inner["name"]).Config, rest, inner)]
+    models = [type_ for type_ in types if isinstance(type_, type) and issubclass(type_, BaseModel)]
+    return _fields(models[0], rest, inner) if models else []

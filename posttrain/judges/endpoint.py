@@ -1,41 +1,62 @@
 """Asks a model behind an OpenAI-compatible server: POST <url>/chat/completions, pictures as data URLs, with logprobs.
 
-Of the answer one token is wanted and the TOP likeliest in its place; "Yes" and "No" are all of them that say so, with
-or without a space around them, and what is not among them counts nothing. Not every server gives logprobs, and one that
-does may have to be told how many pictures a question may have (vLLM: --limit-mm-per-prompt).
+Of the answer one token is wanted, and the likeliest ones in its place: 20 of them, or as many as the server gives; what
+is not among them counts nothing. Where a server wants `max_completion_tokens`, or its own `temperature`, it gets that.
+Not every server gives logprobs, and one that does may have to be told how many pictures a question may have (vLLM:
+--limit-mm-per-prompt).
 
-Answers are kept by the pictures, the question and the model's name, so that nothing is asked twice. The key in the
-environment's OPENAI_API_KEY, if there is one, is sent to the server and kept nowhere.
+A server is not trusted: an answer has at most LARGEST bytes, comes uncompressed and within a time, redirects are not
+followed, and its words are shown on one short line, without control characters. Answers are kept by the pictures, the
+question and the model's name, so that nothing is asked twice. The key in the environment's OPENAI_API_KEY, if there is
+one, is sent to the server's address alone, and neither shown nor kept.
 """
 
+import asyncio
 import base64
-import http.client
 import io
 import json
 import math
 import os
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import httpx
 import numpy as np
 from PIL import Image
 
 from posttrain.core import files
-from posttrain.core.errors import UserError
-from posttrain.judges.questions import ANSWERS, Ask, no_answer, ratio
+from posttrain.core.errors import UserError, printable
+from posttrain.judges.questions import Answer, Ask, weigh, word
 
-TOP = 20  # the most that OpenAI and vLLM give
+KEY = "OPENAI_API_KEY"
+TOPS = (20, 10, 5)  # top_logprobs: OpenAI and vLLM give 20, others fewer
 BUSY = {408, 409, 425, 429, 500, 502, 503, 504}  # what may be otherwise a little later
-TIMEOUT = 300.0  # seconds for one answer
+TIMEOUT = 300.0  # seconds for one answer, from the first byte sent to the last one read
+LARGEST = 2**20  # bytes of one answer; 20 tokens take 2,000
 LONGEST = 60.0  # seconds between two tries, unless the server asks for more
+PATIENCE = 600.0  # seconds, the most that it may ask for
+
+
+class Reply(NamedTuple):
+    """What a server answers: its status, headers with small names, and body."""
+
+    status: int
+    headers: httpx.Headers
+    body: bytes
 
 
 def connect(
-    url: str, model: str, cache: Path, per_minute: float | None = None, tries: int = 6, wait: float = 1.0
+    url: str,
+    model: str,
+    cache: Path,
+    per_minute: float | None = None,
+    side: int | None = None,
+    tries: int = 6,
+    wait: float = 1.0,
+    timeout: float = TIMEOUT,
 ) -> Ask:
     """A model of a server.
 
@@ -43,65 +64,103 @@ def connect(
         url: up to and with its version, as http://localhost:8000/v1.
         cache: the folder where answers are kept.
         per_minute: how many requests at most; None: as many as the server answers.
+        side: pixels that the longer side of a picture has at most; larger ones are made smaller. None: as they are.
         tries: of a request that fails for a reason that may pass.
         wait: seconds after the first failure; each further wait is twice as long, or as long as the server asks.
+        timeout: seconds for one answer.
 
     Raises:
-        UserError: the address is none. When asked: the server refuses, is not there, or gives no logprobs; or the
-            answer begins with neither word.
+        UserError: value: the address is none, or the key cannot be sent. When asked: network: the server is not there,
+            refuses, redirects, or is busy for long; answer: it gives no usable logprobs, or neither yes nor no.
     """
-    if not url.startswith(("http://", "https://")):
-        raise UserError(f"--url: {url} is no address of a server; give one as http://localhost:8000/v1")
-    address, pace = f"{url.rstrip('/')}/chat/completions", _pace(per_minute)
+    address, headers = _address(url), _headers()
+    ways, pace = {"top": TOPS[0], "limit": "max_tokens", "temperature": 1}, _pace(per_minute)
 
-    def ask(pictures_FHWC: np.ndarray, question: str) -> float:
-        shown = [list(pictures_FHWC.shape), files.sha256_bytes(pictures_FHWC.tobytes())]
+    def ask(pictures_FHWC: np.ndarray, question: str) -> Answer:
+        shown = [list(pictures_FHWC.shape), files.sha256_bytes(pictures_FHWC.tobytes()), *([side] if side else [])]
         path = cache / f"{files.sha256_json([model, question, shown])}.json"
-        if not path.exists():
-            answer = _post(address, _request(model, pictures_FHWC, question), pace, tries, wait)
-            kept = {"model": model, "question": question, "top": likeliest(answer, f"{url}: {model}")}
-            files.write_json(path, kept, flush=False)
-        top = files.read_json(path)["top"]
-        yes, no = (sum(math.exp(logprob) for token, logprob in top if token.strip() == word) for word in ANSWERS)
-        if yes + no == 0:
-            raise no_answer(model, question)
-        return ratio(yes, no)
+        top = _kept(path)
+        if top is None:
+            content = _content(pictures_FHWC, question, side)
+            answer = _ask(address, headers, ways, model, content, pace, tries, wait, timeout)
+            top = likeliest(answer, f"{address}: {model}")
+            files.write_sealed(path, {"model": model, "question": question, "top": top}, flush=False)
+        yes, no = (sum(math.exp(logprob) for token, logprob in top if word(token) == w) for w in ("yes", "no"))
+        return weigh(yes, no, model, question)
 
     return ask
 
 
 def likeliest(answer: Any, who: str) -> list[tuple[str, float]]:
-    """The likeliest first tokens of an answer with their log probabilities.
+    """The likeliest first tokens of an answer with their log probabilities, without those of probability 0.
 
     Raises:
-        UserError: there are none.
+        UserError: answer: there are none, or what stands there are no log probabilities.
     """
     try:
-        return [
-            (str(t["token"]), float(t["logprob"]))
-            for t in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        top = [
+            (_clean(str(t["token"]), 100), float(t["logprob"]))
+            for t in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"][:100]
         ]
     except (LookupError, TypeError, ValueError) as error:
         remedy = "use a server that does, as vLLM, or --judge vlm"
-        raise UserError(f"{who} answers without logprobs (top_logprobs), which scores come from; {remedy}") from error
+        reason = f"{who} answers without logprobs (top_logprobs), which scores come from; {remedy}"
+        raise UserError(reason, "answer", "--url") from error
+    if not all(logprob <= 0.01 for _, logprob in top):  # nan as well
+        raise UserError(f"{who} answers logprobs that are none ({printable(top)}); mend the server", "answer", "--url")
+    return [(token, logprob) for token, logprob in top if logprob > -math.inf]
 
 
-def _request(model: str, pictures_FHWC: np.ndarray, question: str) -> dict[str, Any]:
-    seen = [{"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in pictures_FHWC]
-    return {
-        "model": model,
-        "messages": [{"role": "user", "content": [*seen, {"type": "text", "text": question}]}],
-        "max_tokens": 1,
-        "temperature": 1,  # some servers' logprobs are those after it
-        "logprobs": True,
-        "top_logprobs": TOP,
-    }
+def _kept(path: Path) -> list[tuple[str, float]] | None:
+    """The tokens of an answer that was kept; None where there is none, or a damaged one, which is asked for again."""
+    try:
+        return [(str(token), min(0.0, float(logprob))) for token, logprob in files.read_sealed(path)["top"]]
+    except (UserError, LookupError, TypeError, ValueError):
+        return None
 
 
-def _data_url(picture_HWC: np.ndarray) -> str:
-    """A picture without loss."""
-    content = io.BytesIO()
-    Image.fromarray(picture_HWC).save(content, "png")
+def _address(url: str) -> str:
+    try:
+        parts = httpx.URL(url.strip())
+        whole = parts.scheme in ("http", "https") and parts.host and 0 <= (parts.port or 0) < 2**16
+        bare = not (parts.userinfo or parts.query or parts.fragment)
+    except httpx.InvalidURL:
+        whole = bare = False
+    if not (whole and bare):
+        remedy = f"give one as http://localhost:8000/v1, and a key in {KEY}"
+        raise UserError(f"--url: {_clean(url)} is no address of a server; {remedy}", "value", "--url")
+    return f"{url.strip().rstrip('/')}/chat/completions"
+
+
+def _key() -> str:
+    return os.environ.get(KEY, "").strip()
+
+
+def _headers() -> dict[str, str]:
+    key = _key()
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise UserError(f"{KEY}: has a space or another character that no key has; set it anew", "value", KEY)
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+    return headers | ({"Authorization": f"Bearer {key}"} if key else {})
+
+
+def _clean(text: str, most: int = 200) -> str:
+    """What a server wrote, fit to be shown and kept: on one line, without the key."""
+    return printable(text.replace(_key(), "***") if _key() else text, most)
+
+
+def _content(pictures_FHWC: np.ndarray, question: str, side: int | None) -> list[dict[str, Any]]:
+    """A question after its pictures, as a message has them."""
+    seen = [{"type": "image_url", "image_url": {"url": _data_url(picture, side)}} for picture in pictures_FHWC]
+    return [*seen, {"type": "text", "text": question}]
+
+
+def _data_url(picture_HWC: np.ndarray, side: int | None) -> str:
+    """A picture without loss, made smaller where its longer side is above `side`."""
+    picture, content = Image.fromarray(picture_HWC), io.BytesIO()
+    if side:
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    picture.save(content, "png")
     return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
@@ -114,26 +173,101 @@ def _pace(per_minute: float | None) -> Iterator[None]:
         yield
 
 
-def _post(address: str, asked: dict[str, Any], pace: Iterator[None], tries: int, wait: float) -> Any:
-    key = os.environ.get("OPENAI_API_KEY")
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    for attempt in range(tries):
+def _ask(
+    address: str,
+    headers: dict[str, str],
+    ways: dict[str, Any],
+    model: str,
+    content: list[dict[str, Any]],
+    pace: Iterator[None],
+    tries: int,
+    wait: float,
+    timeout: float,
+) -> Any:
+    """The answer's JSON. `ways` is how this server wants to be asked, and learns what it refuses."""
+    attempt, reason = 0, ""
+    while attempt < tries:
         next(pace)
-        request = urllib.request.Request(address, json.dumps(asked).encode(), headers)
+        asked: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": content}]}
+        asked |= {ways["limit"]: 1, "logprobs": True, "top_logprobs": ways["top"]}
+        if ways["temperature"] is not None:  # some servers' logprobs are those after it
+            asked |= {"temperature": ways["temperature"]}
         pause = min(wait * 2**attempt, LONGEST)
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            said = " ".join(error.read(2000).decode(errors="replace").split())[:200]
-            reason = f"{error.code} {error.reason}: {said}"
-            if error.code not in BUSY:
-                raise UserError(f"{address}: refuses ({reason}); mend --url, --model or OPENAI_API_KEY") from error
-            asks = error.headers.get("Retry-After", "")
-            pause = max(pause, float(asks) if asks.isdecimal() else 0.0)
-        except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
-            reason = str(error) or type(error).__name__
-        if attempt < tries - 1:
+            reply = asyncio.run(_post(address, headers, json.dumps(asked).encode(), timeout))
+        except (httpx.HTTPError, OSError, TimeoutError) as error:
+            reason = _clean(str(error)) or f"{type(error).__name__} after {timeout:g} s"
+        else:
+            said = _clean(reply.body[:2000].decode(errors="replace"))
+            if reply.status == 200:
+                try:
+                    return json.loads(reply.body)
+                except (ValueError, RecursionError):  # torn, or not UTF-8
+                    reason = f"what it answers is not JSON: {said}"
+            elif reply.status in (400, 422) and _learn(ways, said.lower()):
+                continue
+            elif reply.status not in BUSY:
+                raise _refusal(address, reply, said)
+            else:
+                reason = f"{reply.status}: {said}"
+                pause = max(pause, _asked(reply.headers.get("Retry-After", "")))
+                if pause > PATIENCE:
+                    message = f"{address}: is busy, and asks to come back in {pause / 3600:.1f} hours ({said})"
+                    raise UserError(f"{message}; start again then, what was answered is kept", "network", "--url")
+        attempt += 1
+        if attempt < tries:
             time.sleep(pause)
     remedy = "see that the server runs and start again, what was answered is kept"
-    raise UserError(f"{address}: no answer in {tries} tries ({reason}); {remedy}")
+    raise UserError(f"{address}: no answer in {tries} tries ({reason}); {remedy}", "network", "--url")
+
+
+async def _post(address: str, headers: dict[str, str], content: bytes, timeout: float) -> Reply:
+    """One request; whatever the server does, it ends in time and takes LARGEST bytes at most."""
+    async with asyncio.timeout(timeout), httpx.AsyncClient(timeout=timeout, follow_redirects=False) as client:
+        async with client.stream("POST", address, headers=headers, content=content) as response:
+            body = bytearray()
+            if response.headers.get("Content-Encoding", "identity") != "identity":
+                raise httpx.DecodingError("the answer is compressed, which was not asked for")
+            async for part in response.aiter_raw():
+                body += part
+                if len(body) > LARGEST:
+                    raise httpx.DecodingError(f"the answer has more than {LARGEST} bytes")
+            return Reply(response.status_code, response.headers, bytes(body))
+
+
+def _learn(ways: dict[str, Any], said: str) -> bool:
+    """Whether what a server says to a refused request is about how it was asked, and there is another way."""
+    if "max_completion_tokens" in said and ways["limit"] == "max_tokens":
+        ways["limit"] = "max_completion_tokens"
+    elif "logprobs" in said and ways["top"] > TOPS[-1]:
+        ways["top"] = TOPS[TOPS.index(ways["top"]) + 1]
+    elif "temperature" in said and ways["temperature"] is not None:
+        ways["temperature"] = None
+    else:
+        return False
+    return True
+
+
+def _refusal(address: str, reply: Reply, said: str) -> UserError:
+    """What to do about an answer that asking again does not change."""
+    if 300 <= reply.status < 400:
+        where = _clean(reply.headers.get("Location", "nowhere"))
+        remedy = "the key is not sent there; if that is the server, name its address in --url"
+        return UserError(f"{address}: redirects to {where}; {remedy}", "network", "--url")
+    fields = {401: KEY, 403: KEY, 404: "--model", 413: "--side"}
+    remedies = {
+        KEY: f"set {KEY} to a key that may use this model",
+        "--model": "see that --url ends as in /v1, and that the server has this --model",
+        "--side": "make the pictures smaller, as by --side 512, or show fewer, as by --frames 8",
+    }
+    field = fields.get(reply.status, "--url")
+    remedy = remedies.get(field, "see what it says; smaller or fewer pictures (--side, --frames) are easier to take")
+    return UserError(f"{address}: refuses ({reply.status}: {said}); {remedy}", "network", field)
+
+
+def _asked(header: str) -> float:
+    """Seconds that Retry-After asks for, as a number or as a date; 0 where it says neither."""
+    try:
+        return float(header) if header.isdecimal() else parsedate_to_datetime(header).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError):
+        return 0.0

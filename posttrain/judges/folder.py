@@ -4,19 +4,20 @@ FOLDER holds samples, named <clip>-s<seed>.mp4 by the clips of a dataset, which 
 dataset folder, or one of any videos with captions (data/listing.py). Scores go beside the videos, a row of scores.jsonl
 each, where groups look for them (data/groups.py):
 
-    {"file_name": "00012-s0.mp4", "sa": 0.9, "pc": 0.2, "judge": "...", "key": "..."}
+    {"file_name": "00012-s0.mp4", "sa": 0.9, "pc": 0.2, "mass": 0.99, "judge": "...", "key": "...", "sha256": "..."}
 
+`mass` is the probability that a model's answers begin with yes or no (questions.py); of the simulator there is none.
 Each is written as soon as it is known. Started again, only those are asked for that are missing, or whose video or
 caption changed since. Scores of different judges are not mixed.
 """
 
-import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from posttrain.core import files
-from posttrain.core.errors import UserError
+from posttrain.core.errors import UserError, printable
 from posttrain.core.progress import progress
 from posttrain.data import listing
 from posttrain.data.groups import SCORES, sample_of
@@ -44,46 +45,50 @@ def find(folder: Path, clips: Path | None, split: str) -> tuple[list[Video], Pat
         listed = listing.entries(folder, split)
         if not listed:
             raise UserError(
-                f"{folder}: has no videos with captions in {split}; of samples, name the dataset by --clips"
+                f"{folder}: has no videos with captions in {split}; of samples, name the dataset by --clips", "no_clips"
             )
         found = [_captioned(e, e.folder / e.name, e.name) for e in listed]
         return found, listed[0].folder / SCORES
     true: dict[str, listing.Entry] = {}
     for entry in listing.entries(clips, split):
         if true.setdefault(Path(entry.name).stem, entry) is not entry:
-            raise UserError(f"--clips: {clips} has two clips called {Path(entry.name).stem}; rename one of them")
+            message = f"--clips: {clips} has two clips called {Path(entry.name).stem}; rename one of them"
+            raise UserError(message, "duplicate", "--clips")
     matched = [(sample_of(path.stem, true), path) for path in listing.videos_in(folder)]
     found = [_captioned(true[sample[0]], path, path.name) for sample, path in matched if sample]
     if not found:
-        raise UserError(
-            f"{folder}: has no samples of the clips in {clips}, {split}; they are called <clip>-s<seed>.mp4"
-        )
+        message = f"{folder}: has no samples of the clips in {clips}, {split}; they are called <clip>-s<seed>.mp4"
+        raise UserError(message, "no_clips", "--clips")
     return found, folder / SCORES
 
 
 def _captioned(entry: listing.Entry, path: Path, name: str) -> Video:
     if entry.caption is None:
-        raise UserError(f"{entry.folder / entry.name}: has no caption to be judged by; give it one")
+        raise UserError(f"{entry.folder / entry.name}: has no caption to be judged by; give it one", "required")
     if not path.is_file():
-        raise UserError(f"{path}: does not exist; take it out of the list, or make it")
+        raise UserError(f"{path}: does not exist; take it out of the list, or make it", "missing")
     return Video(path, name, entry.caption)
 
 
-def score(found: Sequence[Video], path: Path, ready: Callable[[], Judge], name: str) -> list[dict[str, Any]]:
+def score_videos(found: Sequence[Video], path: Path, ready: Callable[[], Judge], name: str) -> list[dict[str, Any]]:
     """Let the judge called `name` score the videos that `path` has no score of; returns the rows of all.
 
     Args:
         ready: gives the judge; asked only if there is something to do.
 
     Raises:
-        UserError: `path` has scores of another judge, or what the judge raises.
+        UserError: other_run: `path` has scores of another judge; or what the judge raises.
     """
-    rows = {row.get("file_name"): row for row in files.read_jsonl(path)} if path.exists() else {}
+    rows = {str(row.get("file_name")): row for row in files.read_jsonl(path)} if path.exists() else {}
     if other := next((row for row in rows.values() if row.get("judge") != name), None):
-        had = other.get("judge", "an unknown judge")
-        raise UserError(f"{path}: has scores by {had}, not by {name}; move it away to score anew")
+        had = printable(other.get("judge", "an unknown judge"))
+        raise UserError(f"{path}: has scores by {had}, not by {name}; move it away to score anew", "other_run")
     keys = {video.name: files.sha256_json([name, files.sha256(video.path), video.caption]) for video in found}
-    missing = [video for video in found if rows.get(video.name, {}).get("key") != keys[video.name]]
+    damaged = [name for name, row in rows.items() if files.seal(row) != row]
+    if damaged:
+        print(f"{path}: the row of {damaged[0]} is not what was written; scored again", file=sys.stderr)
+    fresh = {name for name, row in rows.items() if row.get("key") == keys.get(name) and name not in damaged}
+    missing = [video for video in found if video.name not in fresh]
     if not missing:
         return [rows[video.name] for video in found]
     judge = ready()
@@ -91,9 +96,7 @@ def score(found: Sequence[Video], path: Path, ready: Callable[[], Judge], name: 
         for video in missing:
             scores = judge(video.path, video.caption)
             told = {"file_name": video.name, **scores._asdict(), "judge": name, "key": keys[video.name]}
-            rows[video.name] = told
-            files.write_text(
-                path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows.values()), flush=False
-            )
+            rows[video.name] = files.seal(told)
+            files.write_jsonl(path, list(rows.values()), flush=False)
             advance(f"sa {scores.sa:.2f}, pc {scores.pc:.2f}")
     return [rows[video.name] for video in found]

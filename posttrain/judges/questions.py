@@ -2,27 +2,51 @@
 
 They are those of VideoCon-Physics (VideoPhy, arXiv 2406.03520): a score is
 
-    P("Yes") / (P("Yes") + P("No"))
+    P(Yes) / (P(Yes) + P(No))
 
-with the probabilities of the first word of the answer. Scores of different models are not comparable in absolute terms.
-The video is shown as pictures, evenly spread over it from the first to the last.
+with P(Yes) the probability that the answer begins with a token that says yes, in whatever spelling: "Yes", " yes",
+"YES", "Yes,", or with the marks of a tokenizer, "\u0120Yes" and "\u2581Yes". P(No) is alike. Where their sum, the
+score's `mass`, is below MASS, answers begin otherwise ("<think>", "The video"), and the ratio means nothing: no score.
+
+Scores of different models are not comparable in absolute terms. The video is shown as pictures, evenly spread over it
+from the first to the last.
 
 Shape letters: F frames, H W pixels, C channels.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from posttrain.core import codec
-from posttrain.core.errors import UserError
+from posttrain.core.errors import UserError, printable
 from posttrain.data import views
 from posttrain.data.groups import Scores
 
-Ask = Callable[[np.ndarray, str], float]  # (pictures uint8 (F, H, W, 3), question) -> the answer's worth, in [0, 1]
-Judge = Callable[[Path, str], Scores]  # (video, caption) -> its scores
-ANSWERS = ("Yes", "No")
+WORDS = ("yes", "no")
+MASS = 0.1  # of P(Yes) + P(No)
+
+
+class Answer(NamedTuple):
+    """The worth of an answer, in [0, 1], and the probability `mass` that it begins with yes or no."""
+
+    worth: float
+    mass: float
+
+
+class Judgement(NamedTuple):
+    """A model's scores of a video; `mass` is the smaller one of its two answers."""
+
+    sa: float
+    pc: float
+    mass: float
+
+
+Ask = Callable[[np.ndarray, str], Answer]  # (pictures uint8 (F, H, W, 3), question) -> the answer
+Judge = Callable[[Path, str], Scores | Judgement]  # (video, caption) -> its scores
 
 
 def questions(caption: str) -> tuple[str, str]:
@@ -30,13 +54,28 @@ def questions(caption: str) -> tuple[str, str]:
     return f'Does this video entail the description: "{caption}"?', "Does this video follow the physical laws?"
 
 
-def ratio(yes: float, no: float) -> float:
-    """The worth of an answer, from what is proportional to the probabilities of "Yes" and "No"; not both may be 0."""
-    return yes / (yes + no)
+def word(token: str) -> str:
+    """The one of WORDS that a token says, in any case, with or without spaces, punctuation, marks; "" for others."""
+    letters = re.sub(r"^[\W_\u0120\u010a]+|[\W_]+$", "", token).casefold()
+    return letters if letters in WORDS else ""
+
+
+def weigh(yes: float, no: float, model: str, question: str) -> Answer:
+    """The equation above, of two probabilities.
+
+    Raises:
+        UserError: answer: they have too little mass.
+    """
+    mass = yes + no
+    if not mass >= MASS:  # nan as well
+        begins = f'{model}: begins its answer to "{printable(question, 60)}" with yes or no in {mass:.1%} of cases'
+        remedy = "choose a model that answers with one word, without thinking first"
+        raise UserError(f"{begins}; {remedy}", "answer", "--model")
+    return Answer(yes / mass, mass)
 
 
 def spread(there: int, wanted: int) -> np.ndarray:
-    """The places of `wanted` pictures, evenly spread over `there` from first to last; all if there are fewer."""
+    """The indices of `wanted` pictures, evenly spread over `there` from first to last; all if there are fewer."""
     return np.linspace(0, there - 1, min(there, wanted)).round().astype(int)
 
 
@@ -55,14 +94,9 @@ def pictures(path: Path, wanted: int) -> np.ndarray:
 def asking(ask: Ask, frames: int) -> Judge:
     """A judge that shows so many pictures of a video and asks the two questions."""
 
-    def judge(path: Path, caption: str) -> Scores:
+    def judge(path: Path, caption: str) -> Judgement:
         shown = pictures(path, frames)
         sa, pc = (ask(shown, question) for question in questions(caption))
-        return Scores(sa, pc)
+        return Judgement(sa.worth, pc.worth, min(sa.mass, pc.mass))
 
     return judge
-
-
-def no_answer(model: str, question: str) -> UserError:
-    """For a model whose answer begins with neither word."""
-    return UserError(f'{model}: begins its answer to "{question}" with neither Yes nor No; choose a model that does')

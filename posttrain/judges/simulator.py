@@ -62,15 +62,15 @@ def samples(clips: Clips, track: Track, device: torch.device) -> Judge:
             them, or its true clip shows no object at first.
     """
     if not clips.annotated:
-        raise UserError(
-            f"{clips.splits[0].folder}: has no masks, which the simulator judges by; take clips that `sim make` filmed"
-        )
+        where = clips.splits[0].folder
+        message = f"{where}: has no masks, which the simulator judges by; take clips that `sim make` filmed"
+        raise UserError(message, "unsupported", "--clips")
     places = names(clips)
 
     def judge(path: Path, caption: str) -> Scores:
         sample = sample_of(path.stem, places)
         if sample is None:
-            raise UserError(f"{path}: continues no true clip of {clips.splits[0].folder}; remove it")
+            raise UserError(f"{path}: continues no true clip of {clips.splits[0].folder}; remove it", "mismatch")
         index = places[sample[0]]
         _, instances_FHW = clips.read(index)
         assert instances_FHW is not None
@@ -78,7 +78,8 @@ def samples(clips: Clips, track: Track, device: torch.device) -> Judge:
         assert target is not None
         true_FHW = instances_FHW == target + 1
         if not true_FHW[0].any():
-            raise UserError(f"{clips.video(index)}: shows no object to follow in its first picture; leave it out")
+            message = f"{clips.video(index)}: shows no object to follow in its first picture; leave it out"
+            raise UserError(message, "mismatch")
         facts, size = codec.inspect(path), true_FHW.shape[1:]
         frames = facts.marks or tuple(range(len(facts.times)))
         shape = (int(size[0]), int(size[1]))

@@ -4,45 +4,52 @@ A video is shown as several pictures, also to a model that takes videos besides.
 of transformers' classes that is InstructBlipVideo, which has no chat template.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from posttrain.core.errors import UserError
-from posttrain.judges.questions import ANSWERS, Ask, no_answer, ratio
+from posttrain.core.errors import Code, UserError, printable
+from posttrain.judges.questions import WORDS, Answer, Ask, weigh, word
 
 
 def load(path: str, device: torch.device) -> Ask:
     """The model in a folder of transformers' layout, or of a hub id; in bf16 on a GPU, in float32 elsewhere.
 
-    "Yes" and "No" are all tokens that say so, with or without a space around them.
+    Yes and no are all tokens that say so (questions.py: `word`). Code that a model brings along is never run.
 
     Raises:
-        UserError: it is no such model, cannot be had, takes no pictures, has no chat template or no such tokens, or
-            needs a library more.
+        UserError: about --model. missing, format: it is no such model, or cannot be had; unsupported: it takes no
+            pictures, or has no chat template or no such tokens; not_installed: it needs a library more. When asked:
+            answer: it says neither yes nor no.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
         if getattr(processor, "image_processor", None) is None:
-            raise UserError(f"--model: {path} takes no pictures ({type(processor).__name__}); name a model that does")
+            name = type(processor).__name__
+            raise _refused(f"{path} takes no pictures ({name}); name a model that does", "unsupported")
         if getattr(processor, "chat_template", None) is None:
-            raise UserError(f"--model: {path} has no chat template; name a model that was tuned to answer")
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
+            raise _refused(f"{path} has no chat template; name a model that was tuned to answer", "unsupported")
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
     except ImportError as error:
-        raise UserError(f"--model: {path} cannot be loaded ({_line(error)}); install what it lacks") from error
+        raise _refused(f"{path} cannot be loaded ({_line(error)}); install what it lacks", "not_installed") from error
     except (OSError, ValueError) as error:
         remedy = "name a model that takes pictures and text, as Qwen/Qwen2.5-VL-3B-Instruct"
-        raise UserError(f"--model: {path} cannot be loaded ({_line(error)}); {remedy}") from error
+        code: Code = "format" if Path(path).is_dir() else "missing"
+        raise _refused(f"{path} cannot be loaded ({_line(error)}); {remedy}", code) from error
     model = model.to(device).eval()
     said = processor.tokenizer.batch_decode([[token] for token in range(len(processor.tokenizer))])
-    tokens = [[i for i, text in enumerate(said) if text.strip() == answer] for answer in ANSWERS]
+    tokens = [[i for i, text in enumerate(said) if word(text) == answer] for answer in WORDS]
     if not all(tokens):
-        raise UserError(f"--model: {path} has no token for Yes or none for No; name another model")
+        raise _refused(f"{path} has no token for yes or none for no; name another model", "unsupported")
 
     @torch.inference_mode()
-    def ask(pictures_FHWC: np.ndarray, question: str) -> float:
+    def ask(pictures_FHWC: np.ndarray, question: str) -> Answer:
         seen = [{"type": "image", "image": Image.fromarray(picture)} for picture in pictures_FHWC]
         chat = [{"role": "user", "content": [*seen, {"type": "text", "text": question}]}]
         inputs = processor.apply_chat_template(
@@ -52,13 +59,15 @@ def load(path: str, device: torch.device) -> Ask:
             **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
         p_V = answer.logits[0][0].double().softmax(-1)
-        yes, no = (float(p_V[some].sum()) for some in tokens)
-        if yes + no == 0:
-            raise no_answer(path, question)
-        return ratio(yes, no)
+        yes, no = (float(p_V[of_word].sum()) for of_word in tokens)
+        return weigh(yes, no, path, question)
 
     return ask
 
 
+def _refused(reason: str, code: Code) -> UserError:
+    return UserError(f"--model: {reason}", code, "--model")
+
+
 def _line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    return printable(str(error).strip().partition("\n")[0], 200)

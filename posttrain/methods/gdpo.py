@@ -20,7 +20,7 @@ eq. 9, weighs err by time (`weighting: bell`) and draws noise for each member by
 first latent frame is given and bears no loss, as in psft.py; losers get the winner's, for that is what all continue.
 With `loser_weight` lambda_l < 1 losers count less, x_j = beta T [(err_w - err_ref_w) - lambda_l (err_l - err_ref_l)_j],
 as in DPO-Shift (arXiv 2502.07599): the difference alone is also made larger by both errors growing, and where a large
-one is asked for they do (LOG.md). The inequalities above hold for any x.
+one is asked for they do (docs/log). The inequalities above hold for any x.
 Flow-DPO (beta T 50, for its 100 has a factor 1/2) and VideoDPO (2500, independent noise) are `pair` with one loser and
 without physics rewarding.
 """
@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from posttrain.core.errors import UserError
 from posttrain.core.recipe import Strict
 from posttrain.data.groups import Groups
-from posttrain.flow import TimeKind, frame_times, interpolate, sample_time, shift_time, target
+from posttrain.flow import TimeDistribution, frame_times, interpolate, sample_time, shift_time, target
 from posttrain.methods.base import Dry, Source
 from posttrain.models import lora
 from posttrain.models.base import VideoModel
@@ -69,7 +69,7 @@ class Config(Strict):
     loser_weight: Annotated[float, Field(gt=0, le=1)] = 1.0  # lambda_l: of the losers' errors beside the winner's
     physics: Physics | None = Physics()  # None: alpha = gamma = 1
     noise: Literal["shared", "independent"] = "shared"  # between the members of a group
-    timesteps: TimeKind = "logit_normal"
+    timesteps: TimeDistribution = "logit_normal"
     shift: PositiveFloat = 3.0
     weighting: Literal["none", "bell"] = "none"  # of errors by their time
     reference: Literal["lora", "full_copy"] = "lora"

@@ -17,14 +17,14 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from posttrain.core.recipe import Strict
-from posttrain.flow import TimeKind, frame_times, interpolate, sample_time, target
+from posttrain.flow import TimeDistribution, frame_times, interpolate, sample_time, target
 from posttrain.models.base import VideoModel
 from posttrain.training.run import Metric, Run
 from posttrain.types import Batch, Random
 
 
 class Config(Strict):
-    timesteps: TimeKind = "logit_normal"
+    timesteps: TimeDistribution = "logit_normal"
     shift: PositiveFloat = 3.0  # > 1: more training near noise, where the motion is decided
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from posttrain.core.errors import UserError
 from posttrain.core.files import read_json
 from posttrain.models.base import ModelConfig
-from posttrain.pocket import folder
+from posttrain.pocket import whole
 
 # What is fetched of a hub repository: the parts a folder may have, and in them configs, vocabularies and safe weights.
 PARTS = ["transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler"]
@@ -37,7 +37,7 @@ def find(path: str, revision: str | None = None, embedded: str | None = None) ->
                 "conflict",
                 "model.revision",
             )
-        return folder(str(embedded)) if pocket else _diffusers(path, Path(path))
+        return whole(str(embedded)) if pocket else _diffusers(path, Path(path))
     if Path(path).is_file():
         raise UserError(
             f"model.path: {path} is a file; name the diffusers folder of the whole model or its hub id, and an adapter "
@@ -89,7 +89,7 @@ def network(kind: type[PreTrainedModel], config: ModelConfig, part: str) -> Any:
         UserError: it is no such network, or not a whole one.
     """
     local = Path(config.path).exists() or config.path.startswith((".", "/", "~")) or config.path.count("/") != 1
-    path, name = str(folder(part)) if config.path == "pocket" else config.path, kind.__name__
+    path, name = str(whole(part)) if config.path == "pocket" else config.path, kind.__name__
     if local and not (Path(path) / "config.json").exists():
         raise UserError(
             f"{Path(path) / 'config.json'}: does not exist; name the folder of a {name} or a hub id",
@@ -175,3 +175,19 @@ def load_part(kind: Any, root: Path, name: str, **options: Any) -> Any:
             lacking = sorted(info["missing_keys"])[0]
             raise UserError(f"{part}: lacks {lacking}; get this part of the model again", "damaged")
     return loaded
+
+
+def load_tokenizer(root: Path, name: str) -> Any:
+    """The tokenizer in the folder `name` of `root`; no code that the folder brings along is run.
+
+    Raises:
+        UserError: its vocabulary is missing, for which transformers would make another; or as `load_part`.
+    """
+    if (root / name).is_dir() and not any((root / name / file).is_file() for file in VOCABULARIES):
+        raise UserError(
+            f"{root / name}: has none of {', '.join(VOCABULARIES)}; get this part of the model again", "missing"
+        )
+    return load_part(AutoTokenizer, root, name, trust_remote_code=False)
+
+
+VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model")  # one of these a tokenizer is read from

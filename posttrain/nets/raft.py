@@ -1,11 +1,13 @@
 """RAFT (arXiv 2003.12039) as torchvision has it: optical flow between neighbouring pictures, differentiable.
 
-Where weights come from: `pocket` (embedded), `raft_large` and `raft_small` (those that torchvision publishes), a folder
-as `Model.save` writes it, or a file: torchvision's state dict (.pth, .safetensors) or one of the original code
-(raft-things.pth and its kin), whose names are mapped.
+Weights may be `pocket` (embedded), `raft_large` or `raft_small` (torchvision's), a folder as `Model.save` writes it, or
+a file: torchvision's state dict (.pth, .safetensors) or one of the original code (such as raft-things.pth), whose names
+are mapped.
 
-torchvision's forward cuts the gradient before each update, as the paper does for training; what is left is not the
-derivative of the flow and may point elsewhere. `Flow.see` runs the same parts without the cut.
+torchvision's forward cuts the gradient before each update, as the paper does for training. The rest is not the
+derivative of the flow and may have another direction. `Flow.see` runs the same parts without the cut.
+
+Under autocast the encoders and the updates are computed in bf16; coordinates, flow and resized pictures stay float32.
 """
 
 import math
@@ -21,10 +23,11 @@ from torchvision.models import optical_flow
 from torchvision.models.optical_flow import raft
 from torchvision.models.optical_flow._utils import upsample_flow
 
-from posttrain.core.errors import UserError
-from posttrain.core.files import read_json, replacing, write_json
+from posttrain.core.errors import UserError, printable
+from posttrain.core.files import read_object, replacing, write_json
 from posttrain.models.base import ModelConfig
-from posttrain.pocket import folder
+from posttrain.nets.precision import widened
+from posttrain.pocket import whole
 
 SMALLEST = 128  # pixels of a side: the coarsest of four correlation volumes is then 2 x 2
 PUBLISHED = ("raft_large", "raft_small")
@@ -46,7 +49,7 @@ ORIGINAL = {
 
 
 class Flow(nn.Module):
-    """A RAFT, and how a video is shown to it."""
+    """A RAFT that takes videos of any size."""
 
     def __init__(self, net: raft.RAFT, updates: int = UPDATES) -> None:
         super().__init__()
@@ -54,36 +57,37 @@ class Flow(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "Flow":
-        """Stays in evaluation mode: batch statistics are those of the weights."""
+        """Stays in evaluation mode: batch norm uses the stored statistics."""
         return super().train(False)
 
     def forward(self, video_BCFHW: Tensor) -> list[Tensor]:
         """The estimates after each update, the best last, each flow_BFCHW (F - 1 frames; x to the right, y down).
 
-        It is in pixels, from each picture in [-1, 1] to the next one. Pictures whose sides are below 128 pixels, or no
-        multiples of 8, are enlarged, and flow is scaled back. For training: torchvision's forward.
+        In pixels, from each picture in [-1, 1] to the next. Pictures with sides below 128 pixels, or no multiples of 8,
+        are enlarged, and the flow is scaled back. For training: torchvision's forward.
         """
         shown = self._enlarged(video_BCFHW)
         pairs = (shown[:, :-1].flatten(0, 1), shown[:, 1:].flatten(0, 1))
         return [self._scaled(flow, video_BCFHW) for flow in self.net(*pairs, num_flow_updates=self.updates)]
 
     def see(self, video_BCFHW: Tensor) -> Tensor:
-        """The last of them alone, with the whole gradient; every picture is encoded once for both of its pairs."""
+        """The last estimate with its whole gradient; each picture is encoded once for both of its pairs."""
         shown = self._enlarged(video_BCFHW)
-        features = self.net.feature_encoder(shown.flatten(0, 1)).unflatten(0, shown.shape[:2])
+        features = widened(self.net.feature_encoder(shown.flatten(0, 1))).unflatten(0, shown.shape[:2])
         first, second = features[:, :-1].flatten(0, 1), features[:, 1:].flatten(0, 1)
         context = self.net.context_encoder(shown[:, :-1].flatten(0, 1))
         hidden = self.net.update_block.hidden_state_size
         state, context = context[:, :hidden].tanh(), context[:, hidden:].relu()
-        self.net.corr_block.build_pyramid(first, second)
+        with torch.autocast(shown.device.type, enabled=False):  # sums of many products
+            self.net.corr_block.build_pyramid(first, second)
         rows, columns = (torch.arange(side).to(first) for side in first.shape[2:])
         start = torch.stack(torch.meshgrid(columns, rows, indexing="xy")).expand(len(first), -1, -1, -1)
         flow = torch.zeros_like(start)
         for _ in range(self.updates):
             seen = self.net.corr_block.index_pyramid(centroids_coords=start + flow)
             state, change = self.net.update_block(state, context, seen, flow)
-            flow = flow + change
-        mask = None if self.net.mask_predictor is None else self.net.mask_predictor(state)
+            flow = flow + change  # in float32 like the coordinates: above 256, bf16 has steps of a pixel or more
+        mask = None if self.net.mask_predictor is None else widened(self.net.mask_predictor(state))
         return self._scaled(upsample_flow(flow, mask), video_BCFHW)
 
     def _enlarged(self, video_BCFHW: Tensor) -> Tensor:
@@ -91,11 +95,12 @@ class Flow(nn.Module):
         batch, _, frames, height, width = video_BCFHW.shape
         times = max(1.0, SMALLEST / min(height, width))
         size = [8 * math.ceil(side * times / 8) for side in (height, width)]
-        pictures = video_BCFHW.transpose(1, 2).flatten(0, 1)
+        pictures = widened(video_BCFHW).transpose(1, 2).flatten(0, 1)
         return F.interpolate(pictures, size, mode="bilinear").unflatten(0, (batch, frames))
 
     def _scaled(self, flow_NCHW: Tensor, video_BCFHW: Tensor) -> Tensor:
         """The flow of enlarged pictures in pixels of the video."""
+        flow_NCHW = widened(flow_NCHW)
         batch, _, frames, height, width = video_BCFHW.shape
         tall, wide = flow_NCHW.shape[-2:]
         seen = F.interpolate(flow_NCHW, (height, width), mode="bilinear", antialias=True)
@@ -105,7 +110,7 @@ class Flow(nn.Module):
 
 
 def build(sizes: dict[str, Any]) -> raft.RAFT:
-    """A RAFT of other sizes than the published ones; pocket/raft/config.json shows which there are."""
+    """A RAFT of any size; pocket/raft/config.json shows the keys of `sizes`."""
     hidden = sizes["hidden"]
 
     def encoder(outputs: int, norm: Any) -> raft.FeatureEncoder:
@@ -153,21 +158,21 @@ class Model:
 
 
 def load(config: ModelConfig, device: str = "cpu") -> Model:
-    """The RAFT that `config.path` names (see the module's docstring); `init: random` keeps a folder's sizes alone.
+    """The RAFT that `config.path` names (see the module's docstring); `init: random` uses only a folder's sizes.
 
     Raises:
         UserError: there is no such file, or it holds no RAFT.
     """
     if config.path in PUBLISHED:
         return Model(Flow(_published(config.path)).to(device))
-    path = folder("raft") if config.path == "pocket" else Path(config.path).expanduser()
+    path = whole("raft") if config.path == "pocket" else Path(config.path).expanduser()
     if path.is_file():
         return Model(Flow(_from_file(path)).to(device))
     if not (path / "config.json").is_file():
-        raise UserError(
-            f"{path}: is no RAFT; name pocket, {', '.join(PUBLISHED)}, a folder with config.json, or a file of weights"
-        )
-    sizes = read_json(path / "config.json")
+        known = ", ".join(PUBLISHED)
+        message = f"{path}: is no RAFT; name pocket, {known}, a folder with config.json, or a file of weights"
+        raise UserError(message, "missing", "path")
+    sizes = read_object(path / "config.json")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         net = build(sizes)
@@ -194,7 +199,7 @@ def from_original(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _encoder(parts: list[str]) -> str:
-    """An encoder's name: its stem, two residual blocks in each of three layers, and a last convolution."""
+    """A parameter name of an encoder: a stem, three layers of two residual blocks, and a last convolution."""
     inner = {
         "conv1": "convnormrelu1.0",
         "norm1": "convnormrelu1.1",
@@ -215,9 +220,8 @@ def _published(name: str) -> raft.RAFT:
     try:
         return getattr(optical_flow, name)(weights="DEFAULT", progress=False)
     except OSError as error:
-        raise UserError(
-            f"{name}: torchvision's weights cannot be fetched ({error}); fetch them elsewhere and name the file"
-        ) from error
+        message = f"{name}: torchvision's weights cannot be fetched ({error}); fetch them elsewhere and name the file"
+        raise UserError(message, "network", "path") from error
 
 
 def _from_file(path: Path) -> raft.RAFT:
@@ -237,11 +241,12 @@ def _read(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: does not exist; train it, or choose another path") from None
-    except Exception as error:  # safetensors, pickle, zip and the system each have their own
-        raise UserError(f"{path}: cannot be read as weights ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: does not exist; train it, or choose another path", "missing", "path") from None
+    except Exception as error:  # safetensors, pickle, zip and the system each raise their own types
+        message = f"{path}: cannot be read as weights ({printable(str(error), 200)}); get the file again"
+        raise UserError(message, "damaged", "path") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{path}: holds no state dict; name a file of RAFT's weights")
+        raise UserError(f"{path}: holds no state dict; name a file of RAFT's weights", "format", "path")
     return weights
 
 
@@ -250,4 +255,4 @@ def _fill(net: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
         net.load_state_dict(weights)
     except (RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{path}: does not fit RAFT ({reason}); name other weights") from error
+        raise UserError(f"{path}: does not fit RAFT ({reason}); name other weights", "mismatch", "path") from error

@@ -216,7 +216,7 @@ class Run:
         self._optimizer.step()
         self.steps += 1
         row["seconds"] = time.monotonic() - self._started
-        last = self.steps == self.train.steps
+        last = self.steps >= self.train.steps
         if self._validate and self._validate_every and (last or self.steps % self._validate_every == 0):
             row |= self._look()
         self._log({"step": self.steps, **row})
@@ -232,7 +232,7 @@ class Run:
 
     @property
     def done(self) -> bool:
-        return self._ended or self.steps == self.train.steps
+        return self._ended or self.steps >= self.train.steps
 
     def finish(self) -> nn.Module:
         """Put the averaged weights into the module for good, take off what accelerate wrapped around it, return it."""
@@ -378,7 +378,7 @@ class Run:
             log = self.folder / "log.jsonl"
             with files.explain(log), open(log, "rb+") as stream:
                 os.fsync(stream.fileno())
-            meta = {"step": self.steps, "log_bytes": log.stat().st_size, **self.meaning}
+                meta = {"step": self.steps, "log_bytes": stream.seek(0, os.SEEK_END), **self.meaning}
             checkpoints.save(self._checkpoints, meta, self._optimizer.weights(), state)
         self.accelerator.wait_for_everyone()
 
@@ -398,8 +398,9 @@ class Run:
             return
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         path = self.folder / "log.jsonl"
-        with files.explain(path), open(path, "a") as stream:
-            stream.write(json.dumps(row) + "\n")
+        with files.explain(path), open(path, "r+b") as stream:  # not "a": where the folder is removed, training ends
+            stream.seek(0, os.SEEK_END)
+            stream.write(json.dumps(row).encode() + b"\n")
             self.accelerator.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=row["step"])
 
     def _cut_log(self) -> None:

@@ -1,0 +1,216 @@
+"""Compare measured runs, measure videos that any model made, and let a judge score videos."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from posttrain.commands.experiment import ADAPTER, RUNS, TRAINED, need_training, open_run
+from posttrain.commands.loading import (
+    CACHE,
+    TRACKED,
+    base_model,
+    device,
+    load_tracker,
+    main_process,
+    memory,
+    tuned_model,
+    wait,
+)
+from posttrain.commands.losers import simulator_judge
+from posttrain.core import files
+from posttrain.core.errors import UserError
+from posttrain.data.config import DataConfig
+from posttrain.data.dataset import Clips, open_splits
+from posttrain.evaluation.evaluate import EvalConfig
+from posttrain.models.base import family, sampler
+
+FRAMES = 16  # pictures of a video that a judge sees
+
+
+def compare(targets: Sequence[str]) -> None:
+    """Print the rows of several runs in one table, and the differences of the others from the first, clip by clip.
+
+    Splits on which not all of them were measured are left out.
+
+    Raises:
+        UserError: a run is named twice, was not measured, or was measured on other clips or in another way.
+    """
+    from posttrain.evaluation.records import comparable, gather, print_differences, print_table, wide
+
+    folders: dict[str, list[Path]] = {}
+    for plan, folder in map(open_run, targets):
+        if plan.run in folders:
+            raise UserError(f"{folder}: is named twice; name each run once", "duplicate", "RUN")
+        folders[plan.run] = [folder]
+    records = gather(folders)
+    splits = comparable(records, list(folders))
+    names = [rows[0].split for rows in splits]
+    print_table([record for record in records if record.split in names], wide())
+    print_differences(splits, wide())
+
+
+def evaluate_videos(
+    benchmark: str,
+    clips: Sequence[str] = (),
+    runs: Sequence[str] = (),
+    tracker: str = "pocket",
+    fps: float | None = None,
+    out: str | None = None,
+    asked: Mapping[str, Any] | None = None,
+) -> None:
+    """Measure videos against a benchmark, one row of the table per folder; print the tables and write the report.
+
+    Args:
+        benchmark: PisaBench's folder, or a dataset folder.
+        clips: folders of videos, each FOLDER or NAME=FOLDER.
+        runs: runs, as in `open_run`, whose base and tuned model make videos first.
+        tracker: the network that follows the object, see `load_tracker`.
+        fps: of the videos in `clips`; None: as their files say.
+        out: the folder for scores and report; None: runs/eval-<benchmark>.
+        asked: steps, guidance and seeds for the videos of `runs`; the others are as in the run's recipe or, if that has
+            no `eval`, the model's defaults and one seed.
+
+    Raises:
+        UserError: the benchmark, a folder or a run is not what it should be.
+    """
+    from posttrain.evaluation.benchmarks.pisabench import open_benchmark
+    from posttrain.evaluation.evaluate import weights_fingerprint
+    from posttrain.evaluation.records import print_table
+    from posttrain.evaluation.score import score
+    from posttrain.reporting.report import report
+
+    named = [text.partition("=") for text in clips]
+    rows = [(name if equals else Path(name).resolve().name, Path(path or name)) for name, equals, path in named]
+    for _, path in rows:
+        if not path.is_dir():
+            raise UserError(f"{path}: does not exist; --clips names folders of videos", "missing", "--clips")
+    folder = Path(out) if out else RUNS / f"eval-{Path(benchmark).resolve().name}"
+    written = (folder / "samples").resolve()
+    if inner := [path for _, path in rows if path.resolve().is_relative_to(written)]:
+        raise UserError(f"--out: what is scored would replace {inner[0]}; name another folder", "conflict", "--out")
+    follower = load_tracker(tracker)
+    masks = CACHE / "masks"
+    truths = open_benchmark(benchmark, getattr(follower, "clicks", None), weights_fingerprint(follower.module), masks)
+    if tracker == "pocket" and any(max(truth.row.size) > TRACKED for split in truths.values() for truth in split):
+        print(
+            f"the embedded tracker was trained on {TRACKED} x {TRACKED} pixels; name a SAM 2 with --tracker",
+            file=sys.stderr,
+        )
+    for target in runs:
+        rows += _sample_run(target, truths, folder / "videos", asked or {})
+    if len(dict(rows)) < len(rows) or any(not name or "/" in name for name, _ in rows):
+        raise UserError(
+            "--clips: each row of the table needs a name of its own; give one, as in kling=videos/k",
+            "duplicate",
+            "--clips",
+        )
+    if main_process():
+        records = score(folder, truths, dict(rows), follower, fps, device())
+        print_table(records)
+        print("\nas the published code counts (PISA, table 1):")
+        print_table(records, released=True)
+        print("report:", report(folder)[1])
+    wait()
+
+
+JUDGES = {  # the options that each may have, and those that it must have
+    "simulator": (("tracker",), ()),
+    "vlm": (("model", "frames"), ("model",)),
+    "endpoint": (("model", "frames", "url", "rate", "side"), ("model", "url")),
+}
+
+
+@memory("scoring", "take a smaller --model, or fewer --frames")
+def score(folder: Path, by: str, clips: Path | None, split: str, asked: Mapping[str, Any]) -> None:
+    """Score the videos of a folder that have no scores yet, into scores.jsonl beside them, which groups read.
+
+    Args:
+        by: the judge, one of JUDGES, see posttrain/judges.
+        clips: the dataset whose clips the videos continue; None: `folder` has captions itself.
+        asked: options of the judge; by default the embedded tracker, 16 frames at full size, any rate.
+
+    Raises:
+        UserError: the folder, the dataset, the judge or its options are not what they should be.
+    """
+    from posttrain.judges.folder import find, score_videos
+
+    may, must = JUDGES[by]
+    if wrong := [name for name in asked if name not in may]:
+        raise UserError(f"--{wrong[0]}: has no meaning for --judge {by}; leave it out", "conflict", f"--{wrong[0]}")
+    if missing := [name for name in must if name not in asked]:
+        raise UserError(f"--{missing[0]}: is missing; --judge {by} needs it", "required", f"--{missing[0]}")
+    videos, path = find(folder, clips, split)
+    if main_process():
+        rows = score_videos(videos, path, *_ready(folder, by, clips, split, asked))
+        sa, pc = (float(np.mean([row[key] for row in rows])) for key in ("sa", "pc"))
+        print(f"scores: {len(rows)} videos, on average sa {sa:.3f}, pc {pc:.3f}; they are in {path}")
+    wait()
+
+
+def _ready(folder: Path, by: str, clips: Path | None, split: str, asked: Mapping[str, Any]) -> tuple[Any, str]:
+    """A function that loads a judge, and the judge's name, which changes with everything that its scores depend on."""
+    from posttrain.judges import endpoint, simulator
+    from posttrain.judges.questions import asking
+
+    if by == "simulator" and clips is None:
+        truths = Clips(DataConfig(clips=str(folder), split=split), preload=False, violated=True)
+        return lambda: simulator.counterfactuals(truths), "simulator"
+    if by == "simulator":
+        return simulator_judge(str(clips), split, asked.get("tracker", "pocket"))
+    model, frames = asked["model"], asked.get("frames", FRAMES)
+
+    def ready() -> Any:
+        if by == "endpoint":
+            ask = endpoint.connect(asked["url"], model, CACHE / "judges", asked.get("rate"), asked.get("side"))
+            return asking(ask, frames)
+        from posttrain.judges import vlm  # takes seconds, for transformers
+
+        return asking(vlm.load(model, device()), frames)
+
+    scaled = f" of at most {asked['side']} pixels" if "side" in asked else ""
+    return ready, f"{by} {model}, {frames} frames{scaled}"
+
+
+@memory("sampling", "lower eval.batch in the run's recipe; its videos have the size and frames of its clips")
+def _sample_run(target: str, truths: Any, out: Path, asked: Mapping[str, Any]) -> list[tuple[str, Path]]:
+    """A run's rows: the folders with the videos of its base and its tuned model. Makes those that are missing."""
+    from posttrain.evaluation.benchmarks.pisabench import NEGATIVE
+    from posttrain.evaluation.score import sample_missing
+
+    plan, folder = open_run(target)
+    need_training(folder)
+    clip_format = open_splits(plan.data)[0].clip_format._asdict()
+    measured = plan.eval or EvalConfig(clips="", seeds=1, batch=1)
+    defaults = family(plan.model.family).defaults(plan.model.path)
+    sampler_settings = sampler(defaults, measured.sampler.model_dump() if plan.eval else {}, asked)
+    seeds = asked.get("seeds", measured.seeds)
+    initial_weights = files.read_json(folder / TRAINED)["model"]  # model.start and model.merge included
+    model = plan.model.model_dump(mode="json")
+    prompts = [truth.caption + truth.context for split in truths.values() for truth in split]
+    # another name of a key would give other digests, and all videos would be made again
+    settings = {
+        "kind": clip_format,
+        "sampler": sampler_settings,
+        "seeds": seeds,
+        "told": [*prompts, NEGATIVE],
+        "model": model,
+        "start": initial_weights,
+    }
+    weights = {path.name: files.sha256(path) for path in sorted((folder / ADAPTER).rglob("*.safetensors"))}
+    models: dict[str, tuple[Any, Any]] = {
+        "base": (lambda: base_model(plan), {}),
+        plan.method.name: (lambda: tuned_model(plan, folder), weights),
+    }
+    rows = []
+    for name, (ready, trained) in models.items():
+        digest = files.sha256_json([settings, trained])
+        rows.append((name, out / f"{name}-{digest[:8]}"))
+        if main_process():
+            out_folder = rows[-1][1]
+            settings_of_all = {**sampler_settings, "negative": NEGATIVE}
+            sample_missing(ready, truths, out_folder, clip_format, seeds, measured.batch, **settings_of_all)
+    wait()
+    return rows
