@@ -1,6 +1,6 @@
 # Every target is one command. `make psft` goes from an empty machine to a tuned model; `make test` checks everything.
 python := .venv/bin/python
-.PHONY: setup psft oro gdpo sim report bench test lint
+.PHONY: setup psft oro gdpo sim report bench chaos test lint docs
 
 setup: # .venv with everything in it; does only what is missing
 	@./setup.sh
@@ -26,6 +26,10 @@ report: setup # write report.json, report.html and report.gif again from what th
 bench: setup # time every stage of the pocket model on this machine
 	@$(python) -m posttrain bench
 
+CHAOS ?= 10 # minutes; 30 for the long form
+chaos: setup # kill, damage and mislead tiny runs; nothing may come of it but one line or the same result
+	@OMP_NUM_THREADS=1 $(python) tests/chaos.py $(CHAOS)
+
 test: setup # all tests
 	@./setup.sh chromium
 	@./setup.sh extras
@@ -34,3 +38,8 @@ test: setup # all tests
 lint: setup # style and types
 	@$(python) -m ruff check .
 	@$(python) -m mypy
+
+docs: setup # docs/ as a site, in site/; broken links are errors
+	@$(python) -c 'import material' 2>/dev/null || $(python) -m pip install -q -e '.[docs]' -c constraints.txt
+	@NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --quiet
+	@echo site/index.html

@@ -1,7 +1,8 @@
 """The command line.
 
-Exit codes: 0 done; 1 refused, with one line on stderr that ends in the error's code (core/errors.py) in brackets; 2
-no such command or option; 130 stopped by Ctrl-C. What was done so far is kept and reused.
+Exit codes: 0 done; 1 failed, with one line on stderr that ends in the error's code (core/errors.py) in brackets; 2
+unknown command or option; 130 stopped by Ctrl-C, 143 by SIGTERM. What is done so far is kept, and the same command
+continues.
 """
 
 import argparse
@@ -13,18 +14,19 @@ from typing import Any, TypeVar
 
 from posttrain.core import recipe
 from posttrain.core.errors import UserError, one_line, printable
+from posttrain.core.signals import STOPPED, exit_code
 
 COMMANDS = {
-    "run": "every stage of a recipe: clips, training, evaluation, report, export; continues what was cut off",
-    "train": "the clips and the training alone",
+    "run": "every stage of a recipe: clips, training, evaluation, report, export; continues where it was stopped",
+    "train": "only the clips and the training",
     "eval": "measure a trained run, or videos that any model made (--clips)",
-    "report": "write report.html, report.json and report.gif from what was measured",
-    "groups": "show what a recipe's true clips are compared with, after making what of it is missing",
-    "export": "write the weights as others load them (export=[diffusers, comfyui, merged]), with a model card",
+    "report": "write report.html, report.json and report.gif from the measurements",
+    "groups": "show what a recipe's true clips are compared with; makes what is missing",
+    "export": "write the weights in other programs' formats (export=[diffusers, comfyui, merged]), with a model card",
 }
 
 TOOLS = {
-    "doctor": "what this machine has, what it lacks, and what to do about it",
+    "doctor": "what this machine has and lacks, and what to do about it",
     "bench": "seconds that each stage of the pocket model takes on this machine",
 }
 
@@ -37,16 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("target", metavar="RECIPE|RUN", help="a recipe file, a run's folder, or its name in runs/")
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in train.steps=20")
         if name == "export":
-            command.add_argument("--check", action="store_true", help="load every file as others do and compare")
+            command.add_argument(
+                "--check", action="store_true", help="load every file as its program does, and compare"
+            )
         if name == "eval":
             _scoring(command)
     for name, text in TOOLS.items():
         tool = parsers.add_parser(name, help=text, description=text)
         if name == "doctor":
-            tool.add_argument("recipe", nargs="?", metavar="RECIPE", help="also what its training takes")
+            tool.add_argument("recipe", nargs="?", metavar="RECIPE", help="also say what its training takes")
             tool.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in train.batch=4")
-            among = "among how many processes train.batch is divided (default: 1)"
-            tool.add_argument("--processes", type=positive, default=1, metavar="N", help=among)
+            processes = "how many processes share train.batch (default: 1)"
+            tool.add_argument("--processes", type=positive, default=1, metavar="N", help=processes)
     _add_compare(parsers)
     _add_sample(parsers)
     _add_score(parsers)
@@ -61,16 +65,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"{printable(str(error.filename), 300)}: {str(error.strerror).lower()} [missing]", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(STOPPED, file=sys.stderr)
+        return exit_code(error)
 
 
-UNREACHABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)  # of a file or folder that is named
+UNREACHABLE = (
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EACCES,
+    errno.EPERM,
+)  # errors of a file or folder that the user names
 
 
 def _do(options: argparse.Namespace) -> int:
-    """The command; its exit code."""
+    """Do the command; returns the exit code."""
     if options.command == "doctor":
         return _doctor(options.recipe, options.overrides, options.processes)
     if options.command == "bench":
@@ -91,11 +100,13 @@ def _do(options: argparse.Namespace) -> int:
     elif options.command == "eval" and (options.clips or options.run):
         if options.overrides:
             word = printable(options.overrides[0])
-            raise UserError(f"{word}: with --clips there is no recipe whose values could change", "conflict", "--clips")
+            raise UserError(
+                f"{word}: --clips uses no recipe, so there is nothing to override; leave it out", "conflict", "--clips"
+            )
         asked = _given(options, ASKED)
         if asked and not options.run:
             name = f"--{next(iter(asked))}"
-            raise UserError(f"{name}: is for the videos that --run makes; leave it out", "conflict", name)
+            raise UserError(f"{name}: is only for the videos that --run makes; leave it out", "conflict", name)
         tracker = options.tracker or "pocket"
         scoring.evaluate_videos(options.target, options.clips, options.run, tracker, options.fps, options.out, asked)
     else:
@@ -104,74 +115,78 @@ def _do(options: argparse.Namespace) -> int:
 
 
 def _given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """Of these options those that were given."""
+    """Those of the options `names` that were given."""
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def _stages(options: argparse.Namespace) -> None:
-    """One stage of a recipe, or all of them; of a sweep or a table, run by run."""
+    """Do one stage of a recipe, or all; for a sweep or a table, for one run after the other."""
     from posttrain.commands import sampling, stages
-    from posttrain.commands.experiment import members, open_run, resolved
+    from posttrain.commands.experiment import alone, members, open_run, resolved
 
     if options.command == "eval" and (ignored := list(_given(options, SCORING))):
         name = f"--{ignored[0]}"
         raise UserError(
-            f"{name}: is for --clips and --run; a run's own measurement is its recipe's, eval.*", "conflict", name
+            f"{name}: is only for --clips and --run; for a run's own measurement set eval.* in its recipe",
+            "conflict",
+            name,
         )
     whole = open_run(options.target, options.overrides)
     runs = members(*whole)
     if options.command in ("run", "train"):
         for plan, _ in runs:
-            resolved(plan.model)  # says at once what the last of several would lack
+            resolved(plan.model)  # so a mistake in the last run is found before the first is trained
     for plan, folder in runs:
-        if options.command == "run":
-            stages.run(plan, folder)
-        elif options.command == "train":
-            stages.prepare(plan)
-            stages.train(plan, folder)
-        elif options.command == "groups":
-            if plan.data.groups or not whole[0].divided:  # a row of a table may have none
+        with alone(plan, folder):
+            if options.command == "run":
+                stages.run(plan, folder)
+            elif options.command == "train":
                 stages.prepare(plan)
-                sampling.groups(plan, folder)
-        elif options.command == "eval":
-            stages.evaluate(plan, folder)
-        elif options.command == "report":
-            if folder == whole[1] or stages.is_measured(folder):
-                stages.report(plan, folder)
-        else:
-            stages.export(plan, folder, options.check)
+                stages.train(plan, folder)
+            elif options.command == "groups":
+                if plan.data.groups or not whole[0].divided:  # a run of a table may have none
+                    stages.prepare(plan)
+                    sampling.groups(plan, folder)
+            elif options.command == "eval":
+                stages.evaluate(plan, folder)
+            elif options.command == "report":
+                if folder == whole[1] or stages.is_measured(folder):
+                    stages.report(plan, folder)
+            else:
+                stages.export(plan, folder, options.check)
     if whole[0].divided and (options.command == "report" or (options.command == "run" and whole[0].eval)):
-        stages.report(*whole)
+        with alone(*whole):
+            stages.report(*whole)
 
 
 def _scoring(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group(
         "videos that any model made",
-        "posttrain eval BENCHMARK --clips FOLDER ... scores folders of videos against PisaBench (its folder real or "
-        "sim) or a dataset folder. A video is named by its clip, <clip>.mp4 or <clip>-s<seed>.mp4, in a folder per "
-        "split where the benchmark has several.",
+        "posttrain eval BENCHMARK --clips FOLDER ... measures folders of videos against PisaBench (its folder real or "
+        "sim) or a dataset folder. A video is named after its clip, <clip>.mp4 or <clip>-s<seed>.mp4; if the benchmark "
+        "has several splits, its videos are in a folder per split.",
     )
-    clips = "a row of the table each; NAME=FOLDER names it"
+    clips = "each is a row of the table; NAME=FOLDER names the row"
     group.add_argument("--clips", nargs="+", default=[], metavar="FOLDER", help=clips)
-    runs = "let a run's base and tuned model make the videos first, from the benchmark's pictures and prompts"
+    runs = "first let a run's base and tuned model make the videos, from the benchmark's pictures and prompts"
     group.add_argument("--run", nargs="+", default=[], metavar="RUN", help=runs)
-    group.add_argument("--steps", type=positive, help="of the sampler, for --run (as in the run's recipe)")
-    group.add_argument("--guidance", type=number, help="for --run; 1 leaves guidance and negative prompts out")
+    group.add_argument("--steps", type=positive, help="of the sampler, for --run (default: the run's recipe)")
+    group.add_argument("--guidance", type=number, help="for --run; 1: no guidance and no negative prompt")
     group.add_argument("--seeds", type=positive, metavar="N", help="how many videos of each clip --run makes")
     group.add_argument(
         "--tracker",
         metavar="FOLDER|HUB",
-        help="what follows the object: a SAM 2 in transformers' layout, as facebook/sam2.1-hiera-large, which the real "
-        "set needs; by default the embedded tracker, made for 64 x 64 pixels",
+        help="the network that follows the object: a SAM 2 in transformers' layout, such as "
+        "facebook/sam2.1-hiera-large, which PisaBench's real set needs (default: the embedded one, for 64 x 64 pixels)",
     )
-    group.add_argument("--fps", type=rate, help="of the videos, where their files say it wrongly")
-    group.add_argument("--out", metavar="FOLDER", help="where scores and report go (runs/eval-<benchmark>)")
+    group.add_argument("--fps", type=rate, help="of the videos (default: as their files say)")
+    group.add_argument("--out", metavar="FOLDER", help="for scores and report (default: runs/eval-<benchmark>)")
 
 
 def _add_compare(parsers: Any) -> None:
-    text = "one table of several measured runs, and by how much the others differ from the first, clip by clip"
+    text = "one table of several measured runs, and the differences of the others from the first, clip by clip"
     command = parsers.add_parser("compare", help=text, description=text)
-    command.add_argument("first", metavar="RUN", help="what the others are compared with")
+    command.add_argument("first", metavar="RUN", help="the run that the others are compared with")
     command.add_argument("others", nargs="+", metavar="RUN", help="runs that were measured on the same clips")
 
 
@@ -182,48 +197,48 @@ WISHES = ("prompt", "negative", "seeds", "frames", "fps", "steps", "guidance", "
 
 
 def _add_sample(parsers: Any) -> None:
-    text = "continue a picture, or words alone, into clips; with a run, base and tuned side by side"
-    usual = "What is left out is as in the run; for a model alone as its authors use it."
+    text = "sample clips from a picture and a prompt, or a prompt alone; with a run, base and tuned model side by side"
+    usual = "Defaults are the run's own settings, or those that a model's authors recommend."
     command = parsers.add_parser("sample", help=text, description=f"{text}. {usual}")
     command.add_argument("target", metavar="RUN|MODEL", help='a run, "pocket", a diffusers folder or a hub id')
-    image = "the first frame, of which the middle is cut to the size; leave it out where the text alone counts"
+    image = "the first frame, cropped in the middle to the size; leave it out for models of text alone"
     command.add_argument("--image", type=Path, help=image)
-    command.add_argument("--family", help="of a model alone, as in model.family (default: the embedded model's)")
-    command.add_argument("--prompt", required=True)
-    command.add_argument("--negative", help="what should not be seen; counts where the guidance is above 1")
     command.add_argument(
-        "--seed", type=seed, nargs="+", dest="seeds", metavar="SEED", help="a clip for each (default 0)"
+        "--family", help="of a model that is no run, as in model.family (default: the embedded model's)"
     )
+    command.add_argument("--prompt", required=True)
+    command.add_argument("--negative", help="the negative prompt; used only if guidance is above 1")
+    command.add_argument("--seed", type=seed, nargs="+", dest="seeds", metavar="SEED", help="one clip each (default 0)")
     for side in ("height", "width"):
         command.add_argument(f"--{side}", type=positive, help="pixels")
     command.add_argument(
-        "--frames", type=positive, help="pictures, the first among them; many models take 4k + 1 alone"
+        "--frames", type=positive, help="number of pictures, the first included; many models need 4k + 1"
     )
-    command.add_argument("--fps", type=rate, help="of the files: how fast they play")
+    command.add_argument("--fps", type=rate, help="frames per second of the files")
     command.add_argument("--steps", type=positive, help="of the sampler")
-    command.add_argument("--guidance", type=number, help="1 leaves guidance out")
-    command.add_argument("--guidance-low", type=number, help="of the second of two experts, where it differs")
-    command.add_argument("--scale", type=number, default=1.0, help="how much the run's adapter counts (default 1)")
+    command.add_argument("--guidance", type=number, help="1: no guidance")
+    command.add_argument("--guidance-low", type=number, help="of the second of two experts (default: the same)")
+    command.add_argument("--scale", type=number, default=1.0, help="factor of the run's adapter (default 1)")
     command.add_argument("--output", type=Path, help="folder (default: samples/asked in the run's)")
 
 
 def _add_score(parsers: Any) -> None:
-    text = "let a judge score videos: do they follow their text (sa), and physics (pc)"
-    more = "Scores of 0 to 1 lie in scores.jsonl beside the videos, where data.groups.samples looks for them."
+    text = "let a judge score videos: whether they follow their text (sa) and obey physics (pc)"
+    more = "Scores from 0 to 1 are written into scores.jsonl beside the videos, where data.groups.samples reads them."
     command = parsers.add_parser("score", help=text, description=f"{text}. {more}")
-    folder = "samples, as `posttrain groups` makes them; or, without --clips, a dataset folder"
+    folder = "samples as `posttrain groups` makes them, or a dataset folder (without --clips)"
     command.add_argument("folder", type=Path, metavar="FOLDER", help=folder)
-    judges = "what the simulator knows, a model of transformers, or one behind an OpenAI-compatible server"
+    judges = "the simulator's truth, a transformers model, or a model behind an OpenAI-compatible server"
     command.add_argument("--judge", choices=("simulator", "vlm", "endpoint"), required=True, help=judges)
-    command.add_argument("--clips", type=Path, metavar="DATASET", help="whose clips the samples continue")
+    command.add_argument("--clips", type=Path, metavar="DATASET", help="the dataset whose clips the samples continue")
     command.add_argument("--split", default="train", help="of the dataset (default train)")
-    model = "for vlm, one that takes pictures, as Qwen/Qwen2.5-VL-7B-Instruct; endpoint"
+    model = "for vlm, a model that sees pictures, such as Qwen/Qwen2.5-VL-7B-Instruct; for endpoint, its name there"
     command.add_argument("--model", metavar="FOLDER|HUB|NAME", help=model)
     command.add_argument("--frames", type=positive, help="pictures of each video, for vlm and endpoint (default 16)")
-    url = "for endpoint, as http://localhost:8000/v1; a key is taken from OPENAI_API_KEY"
+    url = "for endpoint, such as http://localhost:8000/v1; the key is read from OPENAI_API_KEY"
     command.add_argument("--url", help=url)
-    command.add_argument("--rate", type=rate, metavar="N", help="for endpoint, requests per minute at most")
-    side = "for endpoint, of the pictures' longer side: larger ones are made smaller (default: as they are, in PNG)"
+    command.add_argument("--rate", type=rate, metavar="N", help="for endpoint, at most so many requests per minute")
+    side = "for endpoint, the longer side of larger pictures after scaling down (default: full size, in PNG)"
     command.add_argument("--side", type=positive, metavar="PIXELS", help=side)
     command.add_argument("--tracker", metavar="FOLDER|HUB", help="for simulator with --clips, as in `posttrain eval`")
 
@@ -270,7 +285,7 @@ def _doctor(path: str | None, overrides: Sequence[str], processes: int) -> int:
     plan = recipe.load(path, overrides, Recipe)
     groups = check_groups(plan)
     folder, makers = plan.data.folders[0], [plan.data.make] if isinstance(plan.data.make, str) else plan.data.make
-    if plan.data.wanted is not None:  # clips are retimed and cropped to it
+    if plan.data.wanted is not None:
         clip = (plan.data.wanted.frames, *plan.data.wanted.size)
     elif makers and not (Path(folder) / plan.data.split / "metadata.jsonl").is_file():  # not filmed yet
         world = recipe.load(makers[0], (), Clips).world.config

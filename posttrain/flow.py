@@ -17,7 +17,7 @@ from posttrain.core.errors import UserError
 from posttrain.core.recipe import Strict
 from posttrain.types import Random
 
-TimeKind = Literal["uniform", "logit_normal"]
+TimeDistribution = Literal["uniform", "logit_normal"]
 
 
 class SamplerConfig(Strict):
@@ -25,29 +25,29 @@ class SamplerConfig(Strict):
 
     steps: int = Field(12, ge=1)
     guidance: float = Field(1.0, ge=1)
-    guidance_low: float | None = Field(None, ge=1)  # of the expert for little noise, None: the same
+    guidance_low: float | None = Field(None, ge=1)  # of the expert for low noise; None: the same
 
     def weight(self, boundary: float) -> Callable[[float], float]:
-        """The guidance at time t, for a model whose second expert answers below `boundary` (0: it has none)."""
+        """The guidance as a function of t, for a model whose second expert is used below `boundary` (0: no second)."""
         if self.guidance_low is not None and not boundary:
-            raise UserError("sampler.guidance_low: is for a model of two experts, and this one has one; leave it out")
+            raise UserError("sampler.guidance_low: is only for a model with two experts; leave it out")
         low = self.guidance if self.guidance_low is None else self.guidance_low
         return lambda t: self.guidance if t >= boundary else low
 
     @property
     def guided(self) -> bool:
-        """Whether the text of an unwanted prompt is asked for."""
+        """Whether sampling needs the negative prompt."""
         return max(self.guidance, self.guidance_low or 1.0) > 1
 
 
 class Last(Strict):
-    """The last so many steps."""
+    """The last `last` steps."""
 
     last: PositiveInt
 
 
 class Active(Strict):
-    """The steps of these numbers; 0 is the first, at noise."""
+    """The steps with these numbers; 0 is the first, at noise."""
 
     active: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
 
@@ -64,16 +64,16 @@ class Velocity(Protocol):
 
 
 class Scheduler(Protocol):
-    """At which times a clip is sampled, and the step from one to the next. Those of diffusers for flows keep this."""
+    """The times at which a clip is sampled, and the step from one to the next; as diffusers' flow schedulers."""
 
     config: Any  # its num_train_timesteps is t = 1 in the scheduler's own unit: 1000 in diffusers, or 1
     timesteps: Any  # scalar tensors from noise to data, in that unit; there after set_timesteps
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
-        """Choose so many times."""
+        """Set `timesteps` to so many times."""
 
     def step(self, v_BCFHW: Tensor, timestep: Tensor, z_BCFHW: Tensor, return_dict: bool) -> tuple[Tensor, ...]:
-        """(z_BCFHW at the next time,), of the velocity at this one; called once for each of `timesteps`, in order."""
+        """(z_BCFHW at the next time,) from the velocity at this one; called once per timestep, in order."""
 
 
 def interpolate(z0_BCFHW: Tensor, eps_BCFHW: Tensor, t_BF: Tensor) -> Tensor:
@@ -95,24 +95,27 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def sample_time(random: Random, kind: TimeKind, shift: float = 1.0, low: float = 0.0, high: float = 1.0) -> Tensor:
+def sample_time(
+    random: Random, distribution: TimeDistribution, shift: float = 1.0, low: float = 0.0, high: float = 1.0
+) -> Tensor:
     """Draw one training time per clip, t_B in [0, 1], float32.
 
     "uniform": u ~ U(0, 1). "logit_normal": u = sigmoid(n), n ~ N(0, 1). Then t = shift_time(u, shift).
-    With `low` or `high`, the same law given low <= t < high, which rejection would give too. Each clip still takes
-    one draw: with F the distribution function of u, it becomes the quantile of F(low) + F(u) (F(high) - F(low)).
+    With `low` or `high`, the same distribution truncated to low <= t < high, as rejection sampling would give. Each
+    clip takes one draw: with F the distribution function of u, its u becomes the quantile F(low) + F(u) (F(high) -
+    F(low)).
     """
-    u_B = random.uniform() if kind == "uniform" else torch.sigmoid(random.normal())
+    u_B = random.uniform() if distribution == "uniform" else torch.sigmoid(random.normal())
     if (low, high) == (0.0, 1.0):
         return shift_time(u_B, shift)
 
     def share(u: Tensor) -> Tensor:
-        return u if kind == "uniform" else torch.special.ndtr(torch.logit(u))
+        return u if distribution == "uniform" else torch.special.ndtr(torch.logit(u))
 
     below, above = share(shift_time(torch.tensor([low, high], dtype=torch.float64), 1 / shift).clamp(0, 1))
     q_B = below + share(u_B.double()) * (above - below)
-    u_B = q_B if kind == "uniform" else torch.sigmoid(torch.special.ndtri(q_B))
-    first, end = torch.tensor([low, high])  # as float32 has them: a rounded t must not leave the range
+    u_B = q_B if distribution == "uniform" else torch.sigmoid(torch.special.ndtri(q_B))
+    first, end = torch.tensor([low, high])  # in float32: a rounded t must not leave the range
     return shift_time(u_B, shift).float().clamp(first, torch.nextafter(end, first))
 
 
@@ -123,7 +126,7 @@ def frame_times(t_B: Tensor, frames: int, n_cond_frames: int) -> Tensor:
 
 
 def active_steps(grad: Grad, steps: int) -> frozenset[int]:
-    """The numbers of the steps that carry gradient, of a sampler of so many.
+    """The numbers of the steps that carry gradient, for a sampler of `steps` steps.
 
     Raises:
         UserError: the sampler has no such step.
@@ -136,7 +139,9 @@ def active_steps(grad: Grad, steps: int) -> frozenset[int]:
         case _:
             active = frozenset(range(steps))
     if wrong := [number for number in sorted(active) if not 0 <= number < steps]:
-        raise UserError(f"method.grad: asks for step {wrong[0]} of 0 to {steps - 1}; ask for fewer, or raise the steps")
+        raise UserError(
+            f"method.grad: names step {wrong[0]}, but the steps are 0 to {steps - 1}; name fewer, or sample more steps"
+        )
     return active
 
 
@@ -155,28 +160,28 @@ def sample(
 ) -> Tensor:
     """Solve dz = v dt from noise (t = 1) to data (t = 0); differentiable.
 
-    The grid and the update are those of `scheduler`, a fresh one of the model folder, so the result is what the stock
-    pipeline makes of the same noise.
+    Times and updates are those of `scheduler`, a fresh one of the model folder, so the result is what the stock
+    pipeline makes from the same noise.
 
-    Where gradients are wanted, a step keeps its z_t alone and is computed again in the backward pass: the gradient of
-    keeping everything, bit for bit, in the memory of one step.
+    With gradients, a step keeps only its z_t and is computed again in the backward pass. The gradient is the same bit
+    for bit as if everything were kept, and needs the memory of one step.
 
     Args:
         noise_BCFHW: standard normal latents; float32, and they stay so.
         first_BC1HW: the clean latent of the first picture, or None for text alone.
-        guidance: w in v = v_negative + w (v_text - v_negative), or a function t -> w. Both come of one call of the
-            model, on the clips twice; where w is 1, it is asked for v_text alone.
+        guidance: w in v = v_negative + w (v_text - v_negative), or a function t -> w. One call of the model on the
+            doubled batch gives both velocities; for w = 1 only v_text is computed.
         negative_text: text_BLD of the unwanted prompt; needed when guidance > 1.
-        condition: what the model made of the first picture besides (`VideoModel.condition`).
-        grad: which steps are differentiated. At the others v counts as a constant, in the weights and in z_t, so that
-            gradients pass by them along the scheduler's own update (for `last`: not at all). "all" is exact.
-        recompute: False keeps everything: quicker by a forward pass, in memory that grows with the steps.
+        condition: further inputs from the first picture (`VideoModel.condition`).
+        grad: which steps are differentiated. At the others v is a constant, so gradients pass them only through the
+            scheduler's own update (for `last`: not at all). "all" is exact.
+        recompute: False keeps everything: saves a forward pass, but memory grows with the number of steps.
 
     Returns:
         z0_BCFHW, with the given frame unchanged.
 
     Raises:
-        UserError: `grad` asks for a step that there is not.
+        UserError: `grad` names a step that does not exist.
     """
     batch, _, frames = noise_BCFHW.shape[:3]
     n_cond_frames = 0 if first_BC1HW is None else first_BC1HW.shape[2]
@@ -199,10 +204,10 @@ def sample(
 
     scheduler.set_timesteps(steps, device=device)
     z_BCFHW = noise_BCFHW
-    # autocast would keep a weight that was cast in a step without gradients, and with it later steps had none
+    # autocast would keep a weight that was cast in a step without gradients, and later steps would get none
     with torch.autocast(device.type, enabled=torch.is_autocast_enabled(device.type), cache_enabled=False):
         for number, timestep in enumerate(scheduler.timesteps):
-            # float64, so that a whole timestep of 1000 is the same whole number again inside the model
+            # float64, so that a whole timestep of 1000 is the same whole number inside the model
             t_B = timestep.double().expand(batch) / scheduler.config.num_train_timesteps
             t_BF = frame_times(t_B, frames, n_cond_frames)
             w = guidance(float(timestep) / scheduler.config.num_train_timesteps) if callable(guidance) else guidance

@@ -1,6 +1,13 @@
+"""`sim` and `python -m sim`. It imports almost nothing, so that it can be stopped from the first moment."""
+
 import sys
 
-from sim.cli import main
+from posttrain.core.signals import launch
+
+
+def main() -> int:
+    return launch("sim.cli")
+
 
 if __name__ == "__main__":
     sys.exit(main())

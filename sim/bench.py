@@ -1,4 +1,4 @@
-"""What a group of clips costs against its parts: one set-up, and a simulation, a render and a write for each member."""
+"""Time a group of clips and its parts: one set-up, and a simulation, a render and a write per member."""
 
 import tempfile
 from functools import partial
@@ -14,10 +14,10 @@ from sim.worlds.base import Take
 
 
 def bench(job: dataset.Job, groups: int = 10) -> str:
-    """Median CPU seconds of `groups` groups and of their parts, and of the ratio of the two.
+    """A table of median CPU seconds of `groups` groups, of their parts, and of the ratio of the two.
 
-    Simulation, render and write are those of the true clip. The first group, which loads programs and meshes, does not
-    count.
+    Simulation, render and write are those of the true clip. The first group, which loads programs and meshes, is left
+    out.
 
     Raises:
         UserError: the world has no groups.

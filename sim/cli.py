@@ -1,4 +1,4 @@
-"""`python -m sim make RECIPE [a.b=c ...]` films a dataset; `python -m sim show DATASET` shows some of it."""
+"""`python -m sim make RECIPE [a.b=c ...]` films a dataset; `python -m sim show DATASET` shows its first clips."""
 
 import sys
 from collections.abc import Sequence
@@ -9,11 +9,12 @@ from pydantic import Field
 
 from posttrain.core import recipe
 from posttrain.core.errors import UserError, one_line
+from posttrain.core.signals import end_with, exit_code
 from sim import dataset
 from sim.bench import bench
 from sim.show import show
 
-Split = Annotated[str, Field(pattern=r"^\w[\w-]*$")]  # it names a folder
+Split = Annotated[str, Field(pattern=r"^\w[\w-]*$")]  # also a folder's name
 
 
 class Recipe(dataset.Job):
@@ -34,24 +35,33 @@ def make(path: Path | str, overrides: Sequence[str] = (), workers: int | None = 
     return Path(plan.out)
 
 
+def positive(text: str) -> int:
+    if not 1 <= (number := int(text)) <= 10**6:
+        raise ValueError
+    return number
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = recipe.Parser(prog="python -m sim", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("make", help="film the dataset of a recipe; continues where it was stopped")
     making.add_argument("recipe")
     making.add_argument("overrides", nargs="*", metavar="a.b=c")
-    making.add_argument("--workers", type=int, help="processes (default: one per core)")
-    timing = commands.add_parser("bench", help="CPU seconds that a recipe's groups and their parts take")
+    making.add_argument("--workers", type=positive, help="processes (default: one per core)")
+    making.add_argument("--parent", type=positive, metavar="PID", help="end when this process, its parent, ends")
+    timing = commands.add_parser("bench", help="measure CPU seconds of a recipe's groups and their parts")
     timing.add_argument("recipe")
     timing.add_argument("overrides", nargs="*", metavar="a.b=c")
-    showing = commands.add_parser("show", help="put clips of a dataset on one sheet, or on a page where they move")
+    showing = commands.add_parser("show", help="write a sheet of a dataset's clips, or a page on which they play")
     showing.add_argument("dataset")
     showing.add_argument("--split")
-    showing.add_argument("--count", type=int, default=8, help="clips of each split (of groups: groups)")
+    showing.add_argument("--count", type=positive, default=8, help="clips, or groups, of each split")
     showing.add_argument("-o", "--output", default="sheet.png", help="a .png, or an .html (default: %(default)s)")
     options = recipe.arguments(parser, arguments)
     try:
         if options.command == "make":
+            if options.parent:
+                end_with(options.parent)
             make(options.recipe, options.overrides, options.workers)
         elif options.command == "bench":
             print(bench(recipe.load(options.recipe, options.overrides, Recipe)))
@@ -60,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(one_line(error), file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("stopped; finished clips are kept and the same command continues", file=sys.stderr)
-        return 130
+        return exit_code(error)
     return 0

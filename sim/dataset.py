@@ -3,14 +3,13 @@
     <out>/recipe.json                what the clips are made of; another recipe in the same folder is refused
     <out>/<split>/metadata.jsonl     a row per clip, written when the split is complete
     <out>/<split>/<id>.mp4, .npz     lossless RGB, and the annotations
-    <out>/.rows/<split>/<id>.json    the rows of a scene's clips; written last, so it says that they are complete
+    <out>/.rows/<split>/<id>.json    the rows of a scene's clips; written last, so the clips are complete if it exists
 
-Scene i of a split is a function of (seed, split, i) alone, so it does not matter who makes it, or when. Where a world's
-labels name a `group`, the clips of scene 3 are 00003-0, 00003-1 and so on (worlds/counterfactual.py, the true one
-first; worlds/ambiguous.py).
+Scene i of a split is a function of (seed, split, i) alone, so any process can make it at any time. If a world's labels
+name a `group`, the clips of scene 3 are 00003-0, 00003-1 and so on (worlds/counterfactual.py, the true one first;
+worlds/ambiguous.py).
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -37,7 +36,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from posttrain.core.codec import lossless
 from posttrain.core.errors import UserError
-from posttrain.core.files import explain, read_json, sha256, sweep, write_bytes, write_json, write_jsonl, write_text
+from posttrain.core.files import (
+    alone,
+    read_json,
+    read_object,
+    sha256,
+    sweep,
+    write_bytes,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from posttrain.core.recipe import Plugin, PluginFrom, Strict, flat
 from sim.assets import library, surfaces
 from sim.worlds.base import Draw, Take
@@ -51,12 +60,12 @@ i), `depth` (metres along the optical axis), `flow` (pixels, x right and y down,
 (metres, z up) and `quaternions` (w first) of all bodies at all frames. Units are SI; contacts name bodies by index, -1
 is the floor. `distance` is that of the target from the camera along its axis in frame 0.
 
-Clips of one `group` share their scene and first picture. `violation` tells which law a clip breaks (`kind`), by how
-much (`value`, `meaning`), how wrong that is (`severity`: mean distance of the bodies from the truth, as a share of that
-of the clip in which nothing moves) and in which share of the frames the target is `seen`; null: the true clip.
-`drop_height` and `gravity` are the true ones, `contact_time` and `contacts` are the clip's own.
+Clips of one `group` share their scene and first picture. `violation` is null for the true clip; else it says which law
+the clip breaks (`kind`), by how much (`value`, `meaning`), how wrong that is (`severity`: mean distance of the bodies
+from the truth, as a share of that of the clip in which nothing moves) and in which share of the frames the target is
+`seen`. `drop_height` and `gravity` are the true ones, `contact_time` and `contacts` are the clip's own.
 """
-VERSION = "2"  # of the generator: another one means other bytes for the same recipe
+VERSION = "2"  # of the generator; raised when the same recipe gives other bytes
 
 
 class Job(Strict):
@@ -68,7 +77,7 @@ class Job(Strict):
     seed: int = Field(0, ge=0)
 
     def describe(self) -> dict[str, Any]:
-        """What recipe.json holds, beside the splits."""
+        """The content of recipe.json without the splits."""
         return {"generator": VERSION, **self.model_dump(mode="json", include=set(Job.model_fields))}
 
 
@@ -78,20 +87,24 @@ def write(
     """Make the clips that are missing below `out`, on `workers` processes (default: one per core).
 
     Raises:
-        UserError: another recipe's clips lie there, another process writes there, or the disk refuses.
+        UserError: the folder has clips of another recipe, another process writes there, or the disk is full.
         KeyboardInterrupt: finished clips stay, and the next call continues.
     """
     out, console = Path(out), console or Console(stderr=True, highlight=False, soft_wrap=True)
-    with explain(out):
-        out.mkdir(parents=True, exist_ok=True)
-    with _alone(out):
+    wanted = [(split, i) for split, count in splits.items() for i in range(count)]
+    if out.is_dir() and not os.access(out, os.W_OK):  # as on a read-only disk; whole clips need no writing
+        _kept(out, job, splits)
+        listed = all((out / split / "metadata.jsonl").is_file() for split in splits)
+        if listed and all(finished(out, *scene) for scene in wanted):
+            console.print(f"{out}: complete, {len(wanted)} scenes; it cannot be written, and need not be")
+            return
+    with alone(out, "makes clips", "out"):
         _claim(out, job, splits)
-        _sweep(out, splits)
-        wanted = [(split, i) for split, count in splits.items() for i in range(count)]
+        sweep(out, deep=True)
         done = {scene for scene in wanted if finished(out, *scene)}
         missing = [scene for scene in wanted if scene not in done]
         if done:
-            console.print(f"{out}: {len(done)} of {len(wanted)} scenes are there already")
+            console.print(f"{out}: {len(done)} of {len(wanted)} scenes exist already")
         if missing:
             _run(out, job, missing, min(workers or os.cpu_count() or 1, len(missing)), console)
         made = {}
@@ -103,7 +116,7 @@ def write(
 
 
 def draw(job: Job, split: str, index: int) -> Draw:
-    """What scene `index` of `split` is drawn from.
+    """The random numbers and assets of scene `index` of `split`.
 
     Splits whose name ends in "unseen" use the test assets, all others the train assets.
     """
@@ -114,14 +127,14 @@ def draw(job: Job, split: str, index: int) -> Draw:
 
 
 def takes(job: Job, split: str, index: int) -> Iterator[Take]:
-    """The clips of scene `index` of `split`: one, or of a world with groups all of its group."""
+    """The clips of scene `index` of `split`: one, or all of its group."""
     simulate = partial(job.physics.module.simulate, config=job.physics.config)
     render = partial(job.renderer.module.render, config=job.renderer.config)
     yield from job.world.module.takes(draw(job, split, index), job.world.config, simulate, render)
 
 
 def finished(out: Path, split: str, index: int) -> bool:
-    """Whether the scene's clips lie there with the bytes their rows promise."""
+    """Whether the scene's clips exist and match the digests in their rows."""
     try:
         files = ("file_name", "sha256"), ("annotations", "annotations_sha256")
         rows = json.loads(_row(out, split, index).read_text())
@@ -133,7 +146,7 @@ def finished(out: Path, split: str, index: int) -> bool:
 
 
 def pack(arrays: dict[str, np.ndarray]) -> bytes:
-    """An .npz that np.load reads, with the fastest zlib level and no clock in it."""
+    """An .npz that np.load reads, with the fastest zlib level and without times, so equal arrays give equal bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, array in arrays.items():
@@ -144,7 +157,7 @@ def pack(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def describe(job: Job, split: str, name: str, take: Take) -> dict[str, Any]:
-    """A row of metadata.jsonl, but for the files' digests; `name` is that of the clip."""
+    """A row of metadata.jsonl without the files' digests; `name` is the clip's."""
     scene, trajectory = take.scene, take.trajectory
     camera, target = scene.camera, scene.target
     touched = next((c.time for c in trajectory.contacts if target in (c.a, c.b)), None)
@@ -186,7 +199,7 @@ def _row(out: Path, split: str, index: int) -> Path:
 
 
 def make_and_write(out: Path, job: Job, split: str, index: int) -> None:
-    """All clips of a scene, and then their rows."""
+    """Write all clips of a scene, then their rows."""
     rows = []
     for member, take in enumerate(takes(job, split, index)):
         name = f"{index:05d}-{member}" if "group" in take.labels else f"{index:05d}"
@@ -202,7 +215,7 @@ def write_take(out: Path, job: Job, split: str, name: str, take: Take) -> dict[s
         {
             "instances": take.clip.instances,
             "depth": take.clip.depth.astype(np.float32),
-            "flow": take.clip.flow.clip(-HALF, HALF).astype(np.float16),  # what passes the camera moves without bound
+            "flow": take.clip.flow.clip(-HALF, HALF).astype(np.float16),  # flow past the camera has no bound
             "positions": take.trajectory.positions_TN3,
             "quaternions": take.trajectory.quaternions_TN4,
         }
@@ -217,7 +230,7 @@ def _digest(content: bytes) -> str:
 
 
 def _begin() -> None:
-    """A worker leaves when its parent is gone, however that ended."""
+    """Make a worker end when its parent ends for any reason."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
@@ -226,6 +239,7 @@ def _begin() -> None:
 def _run(out: Path, job: Job, scenes: list[tuple[str, int]], workers: int, console: Console) -> None:
     times = TimeElapsedColumn(), TimeRemainingColumn()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin)
     try:
         with _for_workers():
@@ -237,17 +251,21 @@ def _run(out: Path, job: Job, scenes: list[tuple[str, int]], workers: int, conso
                 progress.advance(task)
     except BrokenProcessPool as error:
         raise UserError(
-            f"{out}: a worker was killed, perhaps for memory; start again, with fewer --workers",
+            f"{out}: a worker was killed, perhaps for lack of memory; start again with fewer --workers",
             "internal",
             "--workers",
         ) from error
+    except BaseException:  # a signal, or a worker's error: what is being filmed is whole or absent, and not waited for
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
 def _for_workers() -> Iterator[None]:
-    """What workers inherit when they start: one thread each for BLAS and Mesa, and Ctrl-C left to their parent."""
+    """Inside, new workers get one thread each for BLAS and Mesa, and ignore Ctrl-C, which the parent handles."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))
@@ -260,25 +278,24 @@ def _for_workers() -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    with explain(out), open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{out}: another process makes clips here; wait for it or choose another folder", "busy", "out"
-            ) from error
-        yield
-
-
 def _claim(out: Path, job: Job, splits: dict[str, int]) -> None:
-    """Refuse a folder whose clips were made by another recipe, or are more than this one wants."""
+    """Refuse a folder with clips of another recipe, or with more clips than asked for; else write recipe.json."""
+    kept = _kept(out, job, splits)
+    write_json(out / "recipe.json", job.describe() | {"splits": kept | splits})
+    write_text(out / "README.md", card(kept | splits))
+
+
+def _kept(out: Path, job: Job, splits: dict[str, int]) -> dict[str, int]:
+    """The number of scenes of each split in the folder; refuses what `_claim` refuses."""
     path, mine = out / "recipe.json", job.describe()
     kept: dict[str, int] = {}
     if path.exists():
-        theirs = read_json(path)
-        kept = theirs.pop("splits")
+        theirs = read_object(path)
+        kept = theirs.pop("splits", None)
+        if not isinstance(kept, dict) or not all(type(count) is int for count in kept.values()):
+            raise UserError(
+                f"{path}: splits: is no mapping of names to numbers; remove {out} and film again", "damaged"
+            )
         here, there = flat(mine), flat(theirs)
         differ = [key for key in sorted(here | there) if here.get(key) != there.get(key)]
         if differ:
@@ -295,17 +312,10 @@ def _claim(out: Path, job: Job, splits: dict[str, int]) -> None:
                 "other_run",
                 f"splits.{split}",
             )
-    write_json(path, mine | {"splits": kept | splits})
-    write_text(out / "README.md", card(kept | splits))
+    return kept
 
 
 def card(splits: dict[str, int]) -> str:
-    """A dataset card, from which `datasets.load_dataset(folder)` learns the splits' names."""
+    """A dataset card, from which `datasets.load_dataset(folder)` reads the splits' names."""
     files = "\n".join(f"  - split: {split}\n    path: {split}/*" for split in splits)
     return f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}\n---\n{CARD}"
-
-
-def _sweep(out: Path, splits: dict[str, int]) -> None:
-    """Remove what a killed process left half-written."""
-    for folder in [out, *(out / split for split in splits), *(out / ".rows" / split for split in splits)]:
-        sweep(folder)

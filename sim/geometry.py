@@ -1,7 +1,7 @@
-"""The camera, rigid motion and the outlines of bodies in numbers, float64: shared by worlds, engines and renderers.
+"""The camera, rigid motion and outlines of bodies in float64, for worlds, engines and renderers.
 
 Pixels are (x right, y down) with centres at half-integers. Camera coordinates are (right, down, forward) in metres.
-Quaternions have w first; `xyzw` turns one for libraries that have it last.
+Quaternions have w first; `xyzw` reorders one for libraries that have it last.
 
 Shape letters: T frames, V hull vertices, H W pixels.
 """
@@ -48,7 +48,7 @@ def to_camera(camera: Camera, points: np.ndarray) -> np.ndarray:
 
 
 def project(camera: Camera, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (..., 2) and depths (...) of world points (..., 3). What lies behind the camera has a depth <= 0."""
+    """Pixels (..., 2) and depths (...) of world points (..., 3). Points behind the camera have a depth <= 0."""
     seen = to_camera(camera, points)
     depth = seen[..., 2]
     centre = np.array([camera.width, camera.height]) / 2
@@ -67,7 +67,7 @@ def rays(camera: Camera) -> np.ndarray:
 def flow(camera: Camera, instances: np.ndarray, depth: np.ndarray, trajectory: Trajectory) -> np.ndarray:
     """Forward flow float32 (T, H, W, 2) in pixels, from the pictures' instances and depth (T, H, W) and the poses.
 
-    A visible point rides on its body to the next frame's pose. Background and last frame: zeros.
+    A visible point moves with its body to the next frame's pose. Background and last frame: zeros.
     """
     turn = rotation(trajectory.quaternions_TN4)
     result = np.zeros((*instances.shape, 2), dtype=np.float32)
@@ -85,7 +85,7 @@ def flow(camera: Camera, instances: np.ndarray, depth: np.ndarray, trajectory: T
 def outline(body: Body) -> np.ndarray:
     """Hull vertices (V, 3) in metres around the body's centre of mass, in the axes of the world."""
     hull_V3 = library.hull(body.asset) * body.size
-    # A ball is as low as its radius however it turns; its hull's points are that only unturned.
+    # a ball reaches its radius in every orientation; its hull's points do so only unrotated
     return hull_V3 if library.is_round(body.asset) else Rotation.from_quat(xyzw(body.orientation)).apply(hull_V3)
 
 

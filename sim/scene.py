@@ -1,4 +1,4 @@
-"""What a world is: frozen data, SI units, no behaviour.
+"""Scenes, trajectories and clips: immutable data, SI units, no behaviour.
 
 World: z up, the floor at z = 0. The camera is level and looks along +y of the world with x to the right; its
 own frame is x right, y down, z forward. Poses are metres and unit quaternions, w first, of a body's centre of
@@ -59,7 +59,7 @@ class Camera:
 class Light:
     """A sun (`direction` points from the scene to it), its linear RGB, and the hemisphere light around it.
 
-    Without `shadows` no body takes light from anything, itself included.
+    Without `shadows`, bodies cast none, not even on themselves.
     """
 
     direction: Vector
@@ -100,7 +100,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Contact:
-    """One touch: seconds, the two bodies (FLOOR = -1), normal impulse in newton seconds."""
+    """One touch: time in seconds, the indices of the two bodies (FLOOR = -1), normal impulse in newton seconds."""
 
     time: float
     a: int
@@ -112,7 +112,7 @@ class Contact:
 class Trajectory:
     """Poses at the frames. `energy` is the mechanical energy of all bodies in joules at every physics step.
 
-    `scales_TN`: how large bodies are drawn, 1 as they are, 0 not at all; None: all are as they are.
+    `scales_TN`: factors of the bodies' drawn sizes, 0 draws nothing; None: all are 1.
     """
 
     positions_TN3: np.ndarray
@@ -124,7 +124,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Hold:
-    """A body stops, for good, where its centre comes to `height` metres or is below already."""
+    """A body stops for good once its centre is at `height` metres or below."""
 
     body: int
     height: float
@@ -132,7 +132,7 @@ class Hold:
 
 @dataclass(frozen=True)
 class Tunnel:
-    """A body passes through others (FLOOR among them) and meets still copies of them `depth` metres lower."""
+    """A body passes through others (also FLOOR) and touches fixed copies of them `depth` metres lower."""
 
     body: int
     through: tuple[int, ...]
@@ -141,7 +141,7 @@ class Tunnel:
 
 @dataclass(frozen=True)
 class AddEnergy:
-    """At its first contact a body gets the energy of `height` metres, as upward speed."""
+    """At its first contact a body gains the energy of `height` metres, as upward speed."""
 
     body: int
     height: float
@@ -149,14 +149,14 @@ class AddEnergy:
 
 @dataclass(frozen=True)
 class Teleport:
-    """A body goes on from elsewhere after `time` seconds: `offset` metres away, as fast as before."""
+    """After `time` seconds a body continues `offset` metres away, with the same velocity."""
 
     body: int
     time: float
     offset: Vector
 
 
-Intervention = Hold | Tunnel | AddEnergy | Teleport  # what breaks a law while a scene runs
+Intervention = Hold | Tunnel | AddEnergy | Teleport  # they break a law during a simulation
 
 
 @dataclass(frozen=True)

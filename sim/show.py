@@ -1,7 +1,6 @@
-"""Look at a dataset: a contact sheet, or a page on which its clips move. Under each clip stands what it is.
+"""Show a dataset as a contact sheet, or as a page on which its clips play. Each clip has a line of text below.
 
-Of a world with groups (worlds/counterfactual.py, worlds/ambiguous.py) a group's clips come together, and each tells its
-violation, or its depth.
+Clips of one group (worlds/counterfactual.py, worlds/ambiguous.py) are together, each with its violation or its depth.
 """
 
 import base64
@@ -15,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from posttrain.core.codec import read_video
-from posttrain.core.errors import UserError
+from posttrain.core.errors import UserError, printable
 from posttrain.core.files import inside, read_jsonl, replacing, write_text
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -34,7 +33,7 @@ figcaption {{ font-size: 12px }}
 
 
 def show(folder: Path | str, split: str | None, count: int, output: Path | str) -> Path:
-    """Write the first `count` clips (of groups: groups) of one split or of each to `output`, a .png or an .html.
+    """Write the first `count` clips (or groups) of one split, or of each split, to `output`, a .png or an .html.
 
     Raises:
         UserError: the folder holds no clips, or `output` is neither.
@@ -47,17 +46,29 @@ def show(folder: Path | str, split: str | None, count: int, output: Path | str) 
         )
     if output.suffix not in (".png", ".html"):
         raise UserError(f"--output: {output} is neither a .png nor an .html", "value", "--output")
-    groups = [group for name in names for group in grouped(folder / name)[:count]]
-    if output.suffix == ".html":
-        write_text(output, page(folder.name, groups))
-    else:
-        with replacing(output) as temporary:
-            sheet([clip for group in groups for clip in group]).save(temporary, format="PNG")
+    if count < 1:
+        raise UserError(f"--count: is {count}; ask for 1 or more", "value", "--count")
+    try:
+        groups = [group for name in names for group in grouped(folder / name)[:count]]
+        _draw(folder.name, groups, output)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        why = f"lacks {error}" if isinstance(error, KeyError) else printable(str(error))
+        raise UserError(
+            f"{folder}: a row of its metadata.jsonl cannot be shown ({why}); film it again", "damaged"
+        ) from error
     return output
 
 
+def _draw(title: str, groups: Sequence[Sequence[tuple[Path, dict[str, Any]]]], output: Path) -> None:
+    if output.suffix == ".html":
+        write_text(output, page(title, groups))
+    else:
+        with replacing(output) as temporary:
+            sheet([clip for group in groups for clip in group]).save(temporary, format="PNG")
+
+
 def grouped(folder: Path) -> list[list[tuple[Path, dict[str, Any]]]]:
-    """The clips of a split's folder with their rows, those of a group together; any other is alone."""
+    """The clips of a split's folder with their rows, a list per group; a clip without a group has its own list."""
     groups: dict[Any, list[tuple[Path, dict[str, Any]]]] = {}
     for row in read_jsonl(folder / "metadata.jsonl"):
         key = row.get("group", row["file_name"])
@@ -66,7 +77,7 @@ def grouped(folder: Path) -> list[list[tuple[Path, dict[str, Any]]]]:
 
 
 def words(row: dict[str, Any]) -> str:
-    """What a clip is."""
+    """The text below a clip."""
     if "depth" in row:
         return f"{row['motion']} from {row['height']:.2f} m at a depth of {row['depth']:.2f} m"
     if "violation" not in row:
@@ -79,7 +90,7 @@ def words(row: dict[str, Any]) -> str:
 
 
 def sheet(clips: Sequence[tuple[Path, dict[str, Any]]], columns: int = 8) -> Image.Image:
-    """A row per clip: `columns` frames from first to last, and the words below."""
+    """A strip per clip, `columns` frames from first to last, with its text below."""
     strips = []
     for path, row in clips:
         frames = read_video(path)
@@ -100,7 +111,7 @@ def sheet(clips: Sequence[tuple[Path, dict[str, Any]]], columns: int = 8) -> Ima
 
 
 def page(title: str, groups: Sequence[Sequence[tuple[Path, dict[str, Any]]]]) -> str:
-    """A page of its own: a group per section, its clips moving side by side."""
+    """A complete HTML page: a section per group, its clips playing side by side."""
     body = ""
     for group in groups:
         path, first = group[0]

@@ -48,7 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def added(tmp_path: Path) -> Iterator[str]:
     """The benchmark of CONTRIBUTING.md, in a folder of its own that the resolver knows."""
-    section = CONTRIBUTING.read_text().split("### A new benchmark")[1]
+    section = CONTRIBUTING.read_text().split("## A new benchmark")[1]
     (code,) = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
     (tmp_path / "plugins").mkdir()
     (tmp_path / "plugins" / "grey.py").write_text(code)

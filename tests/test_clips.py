@@ -14,7 +14,7 @@ from posttrain.core import files
 from posttrain.core.codec import read_video
 from posttrain.core.errors import UserError
 from posttrain.data.config import DataConfig
-from posttrain.data.dataset import Clips, check_same_kind, open_split, read_annotations
+from posttrain.data.dataset import Clips, check_same_format, open_split, read_annotations
 
 SPLIT = "train"
 
@@ -117,12 +117,13 @@ def test_a_clip_of_another_length_than_promised_is_named(folder):
 def test_clips_of_another_kind_are_refused(folder, tmp_path, field, value):
     write_dataset(tmp_path / "others", [SPLIT], clips=1, frames=9)
     edit(tmp_path / "others", 0, **{field: value})
-    with pytest.raises(UserError, match=rf"others/train/metadata\.jsonl: {field} is .* in .*drops/train; clips"):
+    with pytest.raises(UserError, match=rf"others/train/metadata\.jsonl: {field} is .* in .*drops/train; ") as error:
         Clips(DataConfig(clips=[str(folder), str(tmp_path / "others")]))
+    assert (error.value.code, error.value.field) == ("mismatch", field)
     with pytest.raises(UserError, match=rf"others/train/metadata\.jsonl: {field} is"):
-        check_same_kind([open_split(folder, SPLIT), open_split(tmp_path / "others", SPLIT)])
+        check_same_format([open_split(folder, SPLIT), open_split(tmp_path / "others", SPLIT)])
     edit(folder, 2, **{field: value})
-    with pytest.raises(UserError, match=rf"metadata\.jsonl:3: 00002\.mp4: {field} is .* in 00000\.mp4; clips are"):
+    with pytest.raises(UserError, match=rf"metadata\.jsonl:3: 00002\.mp4: {field} is .* in 00000\.mp4; use clips"):
         open_split(folder, SPLIT)
 
 

@@ -133,7 +133,7 @@ def test_two_processes_share_the_sampling(home):
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "posttrain")
     code, said = finish(start(home, *torchrun, *command))
     assert code == 0, said
-    assert said.count("made: 2 samples made, 0 were there") == said.count("made: 1 samples made, 0 were there") == 1
+    assert said.count("made: 2 samples made, 0 existed") == said.count("made: 1 samples made, 0 existed") == 1
     assert said.count("groups: 3 of 1 losers each") == 1
     assert len(list((home / "made").glob("*.mp4"))) == 3
 

@@ -187,6 +187,21 @@ def test_a_file_without_the_adapter_is_refused_in_coarse_numbers(run: Path, stre
             checked([run / "wrong.safetensors"], run, config)
 
 
+def test_what_the_stock_pipeline_cannot_load_is_one_line(tmp_path: Path) -> None:
+    """diffusers reads ComfyUI's k_img beside v_img alone; its own layout is fine."""
+    model = {"path": str(wan_folder(tmp_path / "wan", "wan2.1-i2v"))}
+    model |= {"adapter": {"rank": 2, "targets": ["attn2.add_k_proj"]}}
+    trained(model).save(tmp_path / "run" / "adapter")
+    recipe = {"run": "r", "model": model, "data": {"clips": "none"}, "method": {"name": "psft"}}
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    files, config = exported(tmp_path / "run", "diffusers", "comfyui")
+    assert len(checked(files[:1], tmp_path / "run", config)) == 1
+    with pytest.raises(UserError, match="comfyui") as error:
+        checked(files[1:], tmp_path / "run", config)
+    assert (error.value.code, error.value.field) == ("unsupported", "export")
+    assert "\n" not in str(error.value)
+
+
 def test_merged_weights_keep_the_dtype_of_the_base(run: Path) -> None:
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     base = Path(recipe["model"]["path"]) / "transformer"
@@ -313,6 +328,15 @@ def trained(model: dict[str, Any]) -> Wan:
             if ".lora_B." in name or (parameter.requires_grad and name == "proj_out.bias"):
                 parameter.normal_(std=0.3)
     return wan
+
+
+def test_guidance_of_the_second_expert_alone_has_no_stock_pipeline(run: Path) -> None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["model"] |= {"path": "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "conditioning": "text", "expert": "low"}
+    for guidance, none in ((1.0, True), (3.0, False)):
+        recipe["eval"] = {"sampler": {"steps": 2, "guidance": guidance, "guidance_low": 3.0}}
+        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        assert ("No stock pipeline" in export(run)[-1].read_text()) == none
 
 
 def test_an_image_to_video_model_without_pictures_has_no_stock_pipeline(run: Path) -> None:

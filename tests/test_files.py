@@ -117,7 +117,9 @@ def test_what_a_killed_writer_left_is_swept(tmp_path):
         (tmp_path / name).mkdir(parents=True)
     with files.replacing(tmp_path / "step-1") as temporary:
         temporary.write_text("kept")
-        shutil.copytree(temporary.parent, tmp_path / ".step-1.abcdefgh")
+        shutil.copytree(temporary.parent, tmp_path / ".step-1.abcdefgh.part")
+        files.sweep(tmp_path)
+        assert temporary.exists()  # its writer is alive
     files.sweep(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", ".somebody.settings", "a", "step-1"]
 

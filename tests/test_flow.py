@@ -109,6 +109,15 @@ def test_times_depend_on_the_sample_alone() -> None:
     assert torch.equal(whole[1:], sample_time(Random(7, 3, [5, 6]), "logit_normal", 3.0))
 
 
+@pytest.mark.parametrize("step", [0, 1])
+def test_what_a_step_shares_is_no_samples_own(step: int) -> None:
+    """Neither the first one's, whose index 0 numpy would take for nothing, nor another step's."""
+    random = Random(7, step, range(20))
+    assert not (random.uniform(4) == random.shared(4)).all(1).any()
+    assert not torch.equal(Random(7, step, []).shared(4), Random(7, step + 1, []).shared(4))
+    assert torch.equal(Random(7, step, [3]).shared(4), Random(7, step, []).shared(4))
+
+
 class Constant:
     """The same velocity everywhere: the ODE's solution is a straight line."""
 
@@ -262,9 +271,9 @@ def test_active_steps_by_hand() -> None:
     assert active_steps("all", 4) == {0, 1, 2, 3}
     assert active_steps(Last(last=2), 4) == {2, 3}
     assert active_steps(Active(active=(3, 0)), 4) == {0, 3}
-    with pytest.raises(UserError, match=r"method\.grad: asks for step -1 of 0 to 3"):
+    with pytest.raises(UserError, match=r"method\.grad: names step -1, but the steps are 0 to 3"):
         active_steps(Last(last=5), 4)
-    with pytest.raises(UserError, match=r"method\.grad: asks for step 4 of 0 to 3"):
+    with pytest.raises(UserError, match=r"method\.grad: names step 4, but the steps are 0 to 3"):
         active_steps(Active(active=(1, 4)), 4)
 
 
@@ -389,5 +398,5 @@ def test_the_guidance_of_two_experts() -> None:
     assert [one.weight(0.9)(t) for t in (0.95, 0.89)] == [4.0, 4.0]
     assert [SamplerConfig(guidance=w).guided for w in (1.0, 1.5)] == [False, True]
     assert SamplerConfig(guidance_low=2.0).guided
-    with pytest.raises(UserError, match=r"sampler\.guidance_low: is for a model of two experts"):
+    with pytest.raises(UserError, match=r"sampler\.guidance_low: is only for a model with two experts"):
         both.weight(0.0)

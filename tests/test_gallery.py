@@ -33,7 +33,16 @@ from posttrain.evaluation.score import sample_missing
 from posttrain.models.base import AdapterConfig, Defaults, ModelConfig, sampler
 from posttrain.models.wan.loading import load
 from posttrain.models.wan.published import defaults
-from posttrain.reporting.gallery import LINE, Wish, animation, contact_sheet, film, fit, natural_size, open_picture
+from posttrain.reporting.gallery import (
+    LINE,
+    Wish,
+    animation,
+    contact_sheet,
+    fit,
+    natural_size,
+    open_picture,
+    sample_side_by_side,
+)
 from posttrain.training.checkpoints import start_fingerprint
 
 
@@ -119,7 +128,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "eval": {"clips": "drops", "sampler": {"steps": 2, "guidance": 1.0}},
     }
     files.write_text(run / "recipe.yaml", yaml.safe_dump(recipe))
-    files.write_json(run / "trained.json", {"model": start})
+    files.write_json(run / "trained.json", {"model": start, "sha256": files.sums(run / "adapter")})
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path / "first.png")
     return path
@@ -222,7 +231,7 @@ def test_all_texts_are_encoded_before_anything_is_sampled(home: Path, tmp_path: 
         return found
 
     wish = Wish("a duck falls.", (32, 32), 5, 16, 2, 2.0, seeds=(0, 1))
-    film({"a": ready}, np.zeros((32, 32, 3), np.uint8), wish, tmp_path / "clip")
+    sample_side_by_side({"a": ready}, np.zeros((32, 32, 3), np.uint8), wish, tmp_path / "clip")
     assert order() == ["text", "velocity"]
     kind = {"frames": 5, "fps": 16, "size": [32, 32]}
     sample_missing(ready, open_benchmark(tmp_path / "drops"), tmp_path / "out", kind, 2, 2, 2, 2.0)
@@ -255,7 +264,7 @@ def test_a_model_is_gone_before_the_next_is_loaded(home: Path, tmp_path: Path, a
         yield model
 
     wish = Wish("a duck falls.", (32, 32), 5, 16, 1, 1.0)
-    film({name: ready for name in "abc"}, np.zeros((32, 32, 3), np.uint8), wish, tmp_path / "clip")
+    sample_side_by_side({name: ready for name in "abc"}, np.zeros((32, 32, 3), np.uint8), wish, tmp_path / "clip")
     assert len(loaded) == 12
 
 
@@ -316,7 +325,7 @@ def test_what_continues_a_picture_needs_one(home: Path, target: str) -> None:
     code, _, said = sampled(home, target, *SMALL, image=None)
     assert code == 1
     assert said.startswith(f"--image: is missing; {target} ")
-    assert " to continue a first picture, name one" in said
+    assert " a first picture; name one" in said
     assert said.count("\n") == 1
 
 
@@ -348,7 +357,8 @@ def test_a_run_of_whole_weights_has_no_scale(home: Path) -> None:
     files.write_text(
         run / "recipe.yaml", yaml.safe_dump(yaml.safe_load(text) | {"run": "whole", "model": {"path": "wan"}})
     )
-    files.write_json(run / "trained.json", {"model": start_fingerprint(wan.module)})
+    digests = files.sums(run / "adapter")
+    files.write_json(run / "trained.json", {"model": start_fingerprint(wan.module), "sha256": digests})
     code, _, said = sampled(home, "whole", *SMALL, "--scale", "0.5")
     assert code == 1
     assert "whole has no adapter, all weights were trained; leave it out" in said.splitlines()[-1]

@@ -1,6 +1,7 @@
 """PSFT: the loss by hand and by brute force, and a model that learns with it."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,8 @@ def test_the_exact_velocity_has_no_loss() -> None:
     batch = clips(torch.float64)
     loss, metrics = loss_of(lambda z, t: exact(batch.z0_BCFHW, z, t), batch)
     assert loss < 1e-10
-    assert metrics["explained"] > 1 - 1e-10
+    explained, power = metrics["explained"]
+    assert explained / power > 1 - 1e-10
 
 
 def test_hand_value() -> None:
@@ -155,6 +157,26 @@ class Still:
         return Batch(
             tuple(self.ids[i] for i in indices), z0.repeat(count, 1, 1, 1, 1), self.text_LD.repeat(count, 1, 1)
         )
+
+
+def test_the_share_explained_does_not_depend_on_how_a_batch_is_split(folder: Path, tmp_path: Path) -> None:
+    """1 - sum of errors / sum of squares, of clips of which some are four times as bright as others."""
+
+    class Different(Still):
+        def load(self, indices: Sequence[int]) -> Batch:
+            batch = super().load(indices)
+            scale = torch.tensor([1.0, 4.0, 1.0, 4.0])[list(indices)]
+            return replace(batch, z0_BCFHW=batch.z0_BCFHW * scale[:, None, None, None, None])
+
+    found = []
+    for parts in (1, 2, 4):
+        wan = load(ModelConfig(path=str(folder), adapter=AdapterConfig(rank=2)))
+        settings = TrainConfig(steps=1, batch=4, accumulate=parts, lr=1e-3)
+        run = Run(tmp_path / str(parts), wan.module, Different(wan.encode_text(["a ball."])[0]), settings)
+        wan.module = run.module
+        psft.train(run, wan, psft.Config())
+        found += read_jsonl(tmp_path / str(parts) / "log.jsonl")
+    assert [row["explained"] for row in found] == pytest.approx([found[0]["explained"]] * 3, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from falling import AMBIGUOUS, FPS, SIZE, Oracle, RedTracker, film, rows_of, tel
 from PIL import Image, ImageSequence
 from playwright.sync_api import Page, sync_playwright
 
+from posttrain.core import files
 from posttrain.core.codec import playable
 from posttrain.core.errors import UserError
 from posttrain.evaluation.evaluate import EvalConfig, evaluate
@@ -290,7 +291,7 @@ def test_a_sweeps_rows_are_named_by_its_values(run: Path, tmp_path: Path) -> Non
         record = json.loads(path.read_text()) | changes
         for clip in record["clips"]:
             clip["l2"] += 1
-        path.write_text(json.dumps(record))
+        files.write_sealed(path, record)
     each = {value: [folder] for value, folder in runs.items()}
     records = [record for record in gather(each) if record.split == "unseen"]
     shared = ["truth", "truth_vae", "frozen", "base"]
@@ -318,7 +319,7 @@ def test_runs_of_a_row_are_pooled(run: Path, tmp_path: Path) -> None:
             clip["l2"], clip["released"]["iou"] = float(seed), seed / 10
             clip["time_error"] = None if seed else 0.5
             clip["physics"]["g"] = [9.0 + seed, 0.3] if seed else None
-        path.write_text(json.dumps(record))
+        files.write_sealed(path, record)
     found = {record.row: record for record in gather({"best": folders}) if record.split == "unseen"}
     assert list(found) == ["truth", "truth_vae", "frozen", "base", "psft best"]
     assert {record.origin for record in found.values()} == {"best"}
@@ -336,7 +337,7 @@ def test_runs_of_a_row_are_pooled(run: Path, tmp_path: Path) -> None:
     ] * 2
     for path in (folders[2] / "evaluation").glob("*.json"):
         record = json.loads(path.read_text())
-        path.write_text(json.dumps(record | {"settings": record["settings"] | {"seeds": 9}}))
+        files.write_sealed(path, record | {"settings": record["settings"] | {"seeds": 9}})
     with pytest.raises(UserError, match=r"2: was measured otherwise than .*0; `posttrain eval` both again"):
         gather({"best": folders})
     with pytest.raises(UserError, match=r"b: was measured with other eval\.seeds or eval\.sampler than a"):

@@ -117,8 +117,9 @@ def test_flow_and_depth_are_read_when_they_are_asked_for(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"00000\.npz: is missing or torn"):
         Clips(plain, truths=("flow",))
     wanted = plain.model_copy(update={"frames": 3, "fps": 8.0, "size": (16, 16)})
-    with pytest.raises(UserError, match=r"train: flow are known of clips that `sim make` filmed, as they are; drop"):
+    with pytest.raises(UserError, match=r"train: flow are only known for clips of `sim make`") as error:
         Clips(wanted, preload=False, truths=("flow",))
+    assert (error.value.code, error.value.field) == ("mismatch", "data.frames")
 
 
 @pytest.mark.parametrize("family", ["raft", "depth"])

@@ -497,13 +497,11 @@ print([(part.name, part.config.weight) for part in parts], total.tolist(), list(
 
 
 def test_adding_a_reward_is_one_file_and_one_line(tmp_path: Path) -> None:
-    """The file and the line that CONTRIBUTING.md gives, in a copy of the package; README.md's are no others."""
+    """The file and the line that CONTRIBUTING.md gives, in a copy of the package."""
     package = Path(posttrain.__file__).parent
-    pages = (("README.md", "## Adding a reward\n"), ("CONTRIBUTING.md", "## A new reward\n"))
-    for name, title in pages:
-        section = (package.parent / name).read_text().split(title)[1].split("\n##")[0]
-        place, file = re.search(r"`([\w/]+/<name>\.py)`:\n```python\n(.*?)```", section, re.DOTALL).groups()
-        line = re.search(r"`(rewards: .*?)`", section).group(1)
+    section = (package.parent / "CONTRIBUTING.md").read_text().split("## A new reward\n")[1].split("\n##")[0]
+    place, file = re.search(r"`([\w/]+/<name>\.py)`:\n```python\n(.*?)```", section, re.DOTALL).groups()
+    line = re.search(r"`(rewards: .*?)`", section).group(1)
     shutil.copytree(package, tmp_path / "posttrain", ignore=shutil.ignore_patterns("*.safetensors", "__pycache__"))
     (tmp_path / place.replace("<name>", "brightness")).write_text(file)
     (tmp_path / "recipe.yaml").write_text(line.replace("<name>", "brightness"))

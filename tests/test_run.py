@@ -87,7 +87,7 @@ def test_the_log_has_a_row_per_step_and_the_schedule(tmp_path):
     train(Run(tmp_path, network(), Points(), config(clip=0.1)))
     rows = log(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, 9))
-    assert [round(row["lr"], 6) for row in rows[:3]] == [0.0, 0.005, 0.01]  # warm-up, then the top of the cosine
+    assert [round(row["lr"], 6) for row in rows[:3]] == [0.005, 0.01, 0.01]  # warm-up, then the top of the cosine
     assert rows[-1]["lr"] < rows[3]["lr"]
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert {"loss", "noise", "grad_norm"} <= rows[0].keys()

@@ -262,7 +262,7 @@ def test_groups_are_drawn(tmp_path: Path) -> None:
 
 
 def test_severity_does_not_fall_as_the_knob_grows() -> None:
-    """Of one scene it may, as bounces are chaotic; the mean over scenes may not (LOG.md has all kinds)."""
+    """Of one scene it may, as bounces are chaotic; the mean over scenes may not (docs/log has all kinds)."""
     config = counterfactual.Config(**POCKET, dropped=(1, 1), pile=(0, 1), drop=(0.5, 0.8), restitution=(0.6, 0.9))
     severities: dict[str, dict[float, list[float]]] = {}
     for index in range(8):

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from posttrain.core.errors import UserError
+from posttrain.core.files import alone
 from sim import cli, dataset
 from sim.assets import library, surfaces
 from sim.physics import bullet
@@ -164,7 +165,9 @@ def test_killed_and_continued_is_the_same(made: Path, tmp_path: Path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "clips/test_unseen/metadata.jsonl").exists()
-    (tmp_path / "clips/train/.00003.mp4.half").mkdir(exist_ok=True)  # what a kill in the middle of a write leaves
+    (tmp_path / "clips/train/.00003.mp4.abcdefgh.part").mkdir(
+        exist_ok=True
+    )  # what a kill in the middle of a write leaves
     deadline = time.monotonic() + 60
     while True:  # until the orphaned worker has left, the folder may still change
         before = files(tmp_path / "clips")
@@ -177,17 +180,76 @@ def test_killed_and_continued_is_the_same(made: Path, tmp_path: Path):
     assert not list(tmp_path.glob("clips/*/.0*"))
 
 
-def test_interrupted_it_leaves_with_one_line(tmp_path: Path):
+@pytest.mark.parametrize("times", [1, 2])
+def test_interrupted_it_leaves_with_one_line(tmp_path: Path, times: int):
     process = start(recipe(tmp_path, train=2000))
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("clips/.rows/train/0*.json")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in said
     assert "continues" in said.splitlines()[-1]
+    with alone(tmp_path / "clips", "makes clips"):  # and its lock is free
+        pass
+
+
+FILMING = """
+import sys
+from pathlib import Path
+from posttrain.commands import stages
+from posttrain.core.signals import launch
+sys.modules["filming"] = sys.modules["__main__"]
+def main():
+    stages.make_clips(sys.argv[1])
+sys.exit(launch("filming"))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_who_asked_for_the_clips_is_killed_and_nobody_films_on(tmp_path: Path, number: signal.Signals):
+    path = recipe(tmp_path, train=2000)
+    process = subprocess.Popen([sys.executable, "-c", FILMING, path], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("clips/.rows/train/0*.json")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.wait(timeout=60)
+    assert process.returncode == (143 if number == signal.SIGTERM else -number)
+    with alone(tmp_path / "clips", "makes clips"):  # within seconds its maker has left
+        made = files(tmp_path / "clips")
+        time.sleep(1.0)
+        assert files(tmp_path / "clips") == made
+
+
+def test_whole_clips_on_a_disk_that_cannot_be_written_are_taken_as_they_are(made: Path, tmp_path: Path):
+    mounted = subprocess.run(["mount", "--bind", str(made), str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting needs root")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(tmp_path)], check=True)
+        dataset.write(tmp_path, JOB, {"train": 10, "test_unseen": 2})
+        with pytest.raises(UserError) as error:
+            dataset.write(tmp_path, JOB, {"train": 11, "test_unseen": 2})
+        assert error.value.code == "not_writable"
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_torn_rows_and_no_clips_are_not_shown(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    table = copy / "train" / "metadata.jsonl"
+    for text in ('{"file_name": "00000.mp4"}\n', '{"file_name": 3}\n', '{"fps": 8}\n'):
+        table.write_text(text)
+        assert cli.main(["show", str(copy), "-o", str(tmp_path / "sheet.html")]) == 1
+        assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit):
+        cli.main(["show", str(copy), "--count", "0"])
 
 
 def test_torn_files_are_made_again(made: Path, copy: Path):
@@ -225,7 +287,7 @@ def test_another_recipe_in_the_same_folder_is_refused(copy: Path):
 
 
 def test_two_makers_do_not_meet(copy: Path):
-    with dataset._alone(copy), pytest.raises(UserError) as error:
+    with alone(copy, "makes clips", patience=0.1), pytest.raises(UserError) as error:
         remake(copy)
     assert error.value.code == "busy"
 

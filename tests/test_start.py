@@ -53,7 +53,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         wan.save(path / "runs" / name / "adapter")
         model = {"path": "wan", "adapter": adapter and ADAPTER}
         files.write_text(path / "runs" / name / "recipe.yaml", yaml.safe_dump(RECIPE | {"run": name, "model": model}))
-        files.write_json(path / "runs" / name / "trained.json", {"model": start})
+        files.write_json(
+            path / "runs" / name / "trained.json",
+            {"model": start, "sha256": files.sums(path / "runs" / name / "adapter")},
+        )
     return path
 
 
@@ -105,6 +108,21 @@ def test_a_run_continues_the_adapter_of_another(home: Path) -> None:
     assert kept != without  # so is its row's key
 
 
+def test_the_base_of_coarse_weights_has_the_whole_adapter_that_training_continued(home: Path) -> None:
+    """Folded into bf16 weights it would be rounded; here it is on them, and the row is measured anew with another."""
+    trained(home, "coarse", "model.start=first", "model.dtype=bf16")
+    base, _ = rows(home, "coarse")
+    first = load_file(home / FIRST)
+    layers = {name: layer for name, layer in base.transformer.named_modules() if hasattr(layer, "lora_B")}
+    for name, layer in layers.items():
+        scaled = layer.lora_B[lora.NAME].weight * layer.scaling[lora.NAME]
+        assert torch.equal(scaled, first[f"transformer.{name}.lora_B.weight"])
+    plain = known(home, dtype="bf16")
+    assert len(layers) == 20
+    kept, without = (weights_fingerprint(model.transformer, base=True) for model in (base, plain))
+    assert kept != without
+
+
 def test_a_run_on_merged_adapters_trains_its_own(home: Path) -> None:
     trained(home, "third", "model.merge=[{path: first, scale: 0.5}]")
     base, tuned = rows(home, "third")
@@ -133,7 +151,7 @@ def test_whole_weights_are_a_start_with_and_without_an_adapter(home: Path) -> No
         assert (velocity(tuned) - velocity(whole)).abs().max() < 1e-6
     code, said = command(home, "train", "recipe.yaml", "run=upon", "model.start=over")
     assert code == 1
-    assert said == (
+    assert said.startswith(
         "model.start: over was trained on runs/whole/adapter/transformer; "
         "`posttrain export runs/over export=[merged]`, and start from the folder that it writes"
     )
@@ -156,10 +174,17 @@ def test_another_start_in_the_same_folder_is_refused(home: Path) -> None:
     assert code == 1
     assert "differs from recipe.yaml in model.start (first, now None)" in said
     weights = home / FIRST
-    content = weights.read_bytes()
+    content, trained_json = weights.read_bytes(), home / "runs" / "first" / "trained.json"
+    noted = files.read_object(trained_json)
     known(home, adapter=AdapterConfig(**ADAPTER), seed=5).save(weights.parent)
     code, said = command(home, "train", "same")
+    assert code == 1
+    assert said.startswith("runs/first/adapter/")
+    assert said.endswith("[damaged]")
+    files.write_json(trained_json, noted | {"sha256": files.sums(weights.parent)})
+    code, said = command(home, "train", "same")
     weights.write_bytes(content)
+    files.write_json(trained_json, noted)
     assert code == 1
     assert "was made with another model" in said
 

@@ -5,12 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+from diffusers.models.embeddings import TimestepEmbedding
+from safetensors.torch import load_file, save_file
 from tiny import wan_folder
 from torch import Tensor
 
@@ -121,6 +124,48 @@ def test_latents_stay_float32_under_bfloat16(wan: Wan) -> None:
     assert 0 < (v - exact).norm() / exact.norm() < 0.05
 
 
+@torch.no_grad()
+def test_training_and_sampling_have_one_velocity(folder: Path) -> None:
+    """bf16 weights under the autocast of training, and without it as sampling has them: the same bits.
+
+    An adapter is float32, and its sums are rounded at other moments; both are as far from float32's velocity.
+    """
+    t_BF = torch.tensor([[0.0, 0.5, 0.5], [0.0, 0.9, 0.9]])
+    z_BCFHW = torch.randn(2, 8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def velocity(wan: Wan, autocast: bool) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return wan.velocity(z_BCFHW, t_BF, text_BLD)
+
+    base = load(ModelConfig(path=str(folder), dtype="bf16"))
+    text_BLD = base.encode_text(["a ball falls.", "a duck hovers."])
+    assert torch.equal(velocity(base, autocast=True), velocity(base, autocast=False))
+    adapted = load(ModelConfig(path=str(folder), dtype="bf16", adapter=AdapterConfig(rank=2)))
+    torch.manual_seed(1)
+    for name, weight in adapted.module.named_parameters():
+        if ".lora_B." in name:
+            weight.normal_(std=0.05)
+    sampled = velocity(adapted, autocast=False)
+    assert (velocity(adapted, autocast=True) - sampled).norm() < 0.01 * sampled.norm()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@torch.no_grad()
+def test_autocast_leaves_the_time_embedding_and_the_norms_alone(folder: Path, dtype: str) -> None:
+    """The embedding has float32's bits, and no norm has to mix dtypes, of which torch would warn."""
+    wan, seen = load(ModelConfig(path=str(folder), dtype=dtype)), []
+    wan.module.condition_embedder.time_embedder.register_forward_hook(lambda _, inputs, out: seen.append((inputs, out)))
+    text_BLD = wan.encode_text(["a ball falls."])
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings(action="error"):
+        wan.velocity(torch.zeros(1, 8, 3, 4, 4), torch.full((1, 3), 0.7), text_BLD)
+    [((sample,), out)] = seen
+    weights = {name: w.float() for name, w in wan.module.condition_embedder.time_embedder.state_dict().items()}
+    plain = TimestepEmbedding(sample.shape[-1], out.shape[-1])
+    plain.load_state_dict(weights)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, plain(sample))
+
+
 def test_random_weights_are_the_seeds_and_start_at_zero(folder: Path) -> None:
     first, again, other = (load(ModelConfig(path=str(folder), init="random", seed=s)).transformer for s in (3, 3, 4))
     state, other_state = first.state_dict(), other.state_dict()
@@ -194,6 +239,29 @@ def test_broken_folders_are_named(copy: Path) -> None:
         assert f"{copy / part}: " in str(error.value)
         assert complaint in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_paths_that_name_something_else_are_told_apart(copy: Path) -> None:
+    def refused(path: Path) -> tuple[str, str, str]:
+        with pytest.raises(UserError) as error:
+            load(ModelConfig(path=str(path)))
+        assert "does not exist" not in str(error.value)
+        return error.value.code, error.value.field, str(error.value)
+
+    weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert refused(weights)[:2] == ("format", "model.path")
+    assert "model.start" in refused(copy / "transformer")[2]
+    authors = copy.parent / "Wan2.1-T2V-1.3B"
+    authors.mkdir()
+    assert refused(authors)[:2] == ("format", "model.path")
+    (authors / "config.json").write_text(json.dumps({"_class_name": "WanModel"}))
+    assert "-Diffusers" in refused(authors)[2]
+    tensors = load_file(weights)
+    save_file({name: w.to(torch.float8_e4m3fn) for name, w in tensors.items()}, weights)
+    assert refused(copy)[:2] == ("unsupported", "model.path")
+    save_file(tensors, weights)
+    edit(copy / "text_encoder" / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    assert "bitsandbytes" in refused(copy)[2]
 
 
 @pytest.fixture

@@ -1,41 +1,35 @@
-"""`posttrain bench`: seconds that each stage takes on this machine, and how far they are from what they could be."""
+"""`posttrain bench`: seconds that each stage takes on this machine, compared with what they should take at best."""
 
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from posttrain import flow
 from posttrain.core.progress import track
 from posttrain.methods import psft
+from posttrain.metrics.masks import Track
 from posttrain.models.base import VideoModel
 from posttrain.types import Batch, Random
 
 
 class Timing(NamedTuple):
-    """Median seconds of one call that handles `clips` clips. `ratio` compares it with the time that `what` takes."""
+    """Median seconds of one call on `clips` clips; `ratio` is that over the time of another stage, `compared_with`."""
 
     stage: str
     seconds: float
     clips: int
     ratio: float | None = None
-    what: str = ""
-
-
-class Segment(Protocol):
-    """(video_BCFHW in [-1, 1], mask0_BHW bool) -> logits_BFHW."""
-
-    def __call__(self, video_BCFHW: Tensor, mask0_BHW: Tensor) -> Tensor: ...
+    compared_with: str = ""
 
 
 def bench(
     model: VideoModel,
-    tracker: Segment,
+    tracker: Track,
     render: Callable[[], Any] | None = None,
     size: tuple[int, int, int] = (33, 64, 64),
     batch: int = 8,
@@ -46,7 +40,7 @@ def bench(
 
     Args:
         model: with the adapter (or the weights) that PSFT would train.
-        render: films one clip; None leaves the renderer out.
+        render: films one clip; None: the renderer is not timed.
         size: frames, height, width.
         batch: clips per call.
         steps: of the sampler.
@@ -121,7 +115,7 @@ def print_timings(timings: list[Timing], console: Console | None = None) -> None
     for heading in ("Stage", "Clips", "Seconds", "ms per clip", "Ratio"):
         table.add_column(heading, justify="left" if heading in ("Stage", "Ratio") else "right")
     for row in timings:
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f} {row.what}"
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f} {row.compared_with}"
         per_clip = f"{1000 * row.seconds / row.clips:.1f}"
         table.add_row(row.stage, str(row.clips), f"{row.seconds:.3f}", per_clip, ratio)
     (console or Console()).print(table)

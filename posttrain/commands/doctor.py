@@ -1,4 +1,4 @@
-"""`posttrain doctor`: what this machine has, what it lacks, and what to do about it. One line each."""
+"""`posttrain doctor`: what this machine has and lacks, and what to do about it, a line each."""
 
 import os
 import platform
@@ -16,12 +16,12 @@ CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"  # beside the packag
 POCKET = Path(__file__).parents[1] / "pocket"
 CHECKSUMS = "SHA256SUMS"  # in the format of `sha256sum`
 DISK = 5.0  # GiB that a pocket run with its data may need
-CPU_STEP = 30.0  # TFLOP of a training step that CPUs still do, in some minutes
+CPU_STEP = 30.0  # TFLOP of the largest training step that a CPU does within minutes
 DRIVER = 2.0  # GiB of a GPU that CUDA, its libraries and the allocator's gaps take
 
 
 class Finding(NamedTuple):
-    """One line: "ok"; "note" (works, but slower or with less); "bad" (something will fail). The remedy may be empty."""
+    """One line: "ok", "note" (works, but slower or partly) or "bad" (something will fail). The remedy may be empty."""
 
     name: str
     state: Literal["ok", "note", "bad"]
@@ -30,9 +30,9 @@ class Finding(NamedTuple):
 
 
 def check_python() -> Iterator[Finding]:
-    found = platform.python_version()
+    running = platform.python_version()
     good = platform.python_version_tuple()[:2] in (("3", "11"), ("3", "12"))
-    yield Finding("python", "ok" if good else "note", found, "" if good else "tested with Python 3.11 and 3.12")
+    yield Finding("python", "ok" if good else "note", running, "" if good else "tested with Python 3.11 and 3.12")
 
 
 def check_packages(constraints: Path = CONSTRAINTS) -> Iterator[Finding]:
@@ -46,12 +46,12 @@ def check_packages(constraints: Path = CONSTRAINTS) -> Iterator[Finding]:
     others, absent = [], []
     for package, wanted in tested:
         try:
-            found = version(package).partition("+")[0]
+            installed = version(package).partition("+")[0]
         except PackageNotFoundError:
             absent.append(package)
             continue
-        if found != wanted.partition("+")[0]:
-            others.append(f"{package} {found}, tested {wanted}")
+        if installed != wanted.partition("+")[0]:
+            others.append(f"{package} {installed}, tested {wanted}")
     text = f"{len(tested) - len(others) - len(absent)} of {len(tested)} as tested"
     if absent:
         text += f", {len(absent)} not installed ({', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''})"
@@ -84,12 +84,12 @@ def check_renderer() -> Iterator[Finding]:
     import moderngl
 
     try:
-        # without libGL, which a machine without a display need not have
+        # without libGL, which a machine without a display may lack
         settings: Any = {"backend": "egl", "libgl": "libEGL.so.1", "libegl": "libEGL.so.1"}
         context = moderngl.create_context(standalone=True, require=330, **settings)
         yield Finding("renderer", "ok", f"EGL, {context.info['GL_RENDERER']}")
         context.release()
-    except Exception as error:  # the loader, EGL and the driver each raise their own kinds
+    except Exception as error:  # the loader, EGL and the driver each raise their own types
         reason = str(error).strip().splitlines()[0]
         remedy = "run `apt-get install libegl1 libgl1-mesa-dri`, or set `renderer: {name: tiny}`"
         yield Finding("renderer", "bad", f"no OpenGL ({reason})", remedy)
@@ -138,7 +138,7 @@ def check_cores() -> Iterator[Finding]:
 
 
 def check_recipe(line: str, memory: float, teraflop: float, gpu: float | None) -> Iterator[Finding]:
-    """What a recipe's training takes in one process (`line`, GiB, TFLOP a step), against a GPU of so many GiB."""
+    """Whether what a recipe's training takes in one process (`line`, GiB, TFLOP a step) fits the GPU (GiB or None)."""
     state: Literal["ok", "bad"] = "ok"
     remedy = ""
     if gpu is None:
@@ -162,7 +162,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
 
 
 def doctor(*more: Callable[[], Iterator[Finding]]) -> int:
-    """Print the findings, those of the checks `more` last; the exit status is 1 if something will fail, else 0."""
+    """Print the findings of CHECKS and then of `more`; returns the exit status, 1 if something will fail, else 0."""
     from rich.console import Console
 
     console, bad = Console(highlight=False, soft_wrap=True), 0

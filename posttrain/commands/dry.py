@@ -1,10 +1,9 @@
-"""A whole training step at full size without its memory or its time: tensors that have a shape and nothing else.
+"""A whole training step at full size without its memory or time: tensors have a shape, a type, and no values.
 
-What is run is the real thing, the method's own loop on the real transformer with its adapter, and where it decodes the
-sampler and the decoder, forward and backward. Counted are the bytes that are alive at once and the floating point
-operations, recomputation among them. Attention counts as its flash form does, captions with all tokens they may have.
-Rewards are not asked: the mean of the pixels stands in for them. Losers are not scored, and cached references are
-asked for.
+The method's own loop runs on the real transformer with its adapter; if the method decodes, also the sampler and the
+decoder, forward and backward. The bytes that are alive at once and the floating point operations are counted,
+recomputation included. Attention is counted as flash attention, captions at their full length. The mean of the pixels
+replaces the rewards. Losers have no scores, and references are computed even if a run would have cached them.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,29 +25,29 @@ from posttrain.training.optim import TrainConfig
 from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
-SHORT = 2, 3  # steps of the samplers that are run in place of longer ones
+SHORT = 2, 3  # steps of the two short samplers that are run instead of a long one
 
 
 class Step(NamedTuple):
-    """What one optimiser step of one micro-batch on one device takes. Bytes are GiB."""
+    """What one optimiser step of one micro-batch on one device takes. Memory is in GiB."""
 
     parameters: int  # of the transformer, without the adapter
     trained: int
     tokens: int  # of one clip
     teraflop: float  # of one micro-batch
-    weights: float  # transformer and adapter as they are kept, and what is frozen beside them: a copy, ORO's decoder
-    optimizer: float  # AdamW's two moments, and the average where there is one
-    activations: float  # the batch, gradients and what lives meanwhile, at the worst moment
-    offloaded: float  # in main memory at its worst moment, not counted in the others
+    weights: float  # transformer, adapter, and what is not trained: a reference copy, ORO's decoder
+    optimizer: float  # AdamW's two moments, and the moving average if there is one
+    activations: float  # the batch, gradients and activations, at their peak
+    offloaded: float  # the peak in main memory; not part of the others
 
     @property
     def memory(self) -> float:
-        """GiB in all. The allocator, cuBLAS and the driver come on top: 1 to 3 GiB."""
+        """GiB in total, without the 1 to 3 GiB of the allocator, cuBLAS and the driver."""
         return self.weights + self.optimizer + self.activations
 
 
 def metered(shapes: Outline, meter: Meter) -> None:
-    """Let the model count in the meter's main memory what its decoder offloads, and read captions without words."""
+    """Change the model: what its decoder offloads is counted as main memory, and captions become empty tensors."""
     model = cast(Any, shapes.model)
     decode = model.decode
 
@@ -74,7 +73,7 @@ def brightness(video_BCFHW: Tensor, batch: Batch) -> Tensor:
 
 
 class DryRun:
-    """What a method's loop asks of a `Run`: one micro-batch, and its gradient."""
+    """The part of a `Run` that a method's loop uses: one micro-batch, and its gradient."""
 
     def __init__(self, module: nn.Module, batch: Batch, train: TrainConfig) -> None:
         self.module, self.batch, self.train, self.steps = module, batch, train, 0
@@ -84,12 +83,12 @@ class DryRun:
         return self.rollouts(lambda batch: batch, updates=1)
 
     def rollouts(self, make: Callable[[Batch], Any], updates: int) -> Iterator[Any]:
-        """The first of the updates alone, with what makes the rollout."""
+        """The rollout and the first of its updates."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.train.precision == "bf16"):
             yield make(self.batch)
 
     def step(self, loss: Tensor, **metrics: float | Tensor) -> None:
-        with torch.autocast("cpu", enabled=False):  # as in Run, which keeps what was cast until the step's end
+        with torch.autocast("cpu", enabled=False):  # as in Run, which keeps cast weights until the step ends
             loss.backward()
 
     def add(self, part: Callable[[], Tensor]) -> None:
@@ -116,7 +115,7 @@ def dry_step(
         frames, height, width: of the clips, in pixels.
         method: one that trains video models.
         batch: clips, or groups of them, in one micro-batch on one device.
-        accumulates: whether the gradients of a micro-batch before this one are there.
+        accumulates: whether the gradients of an earlier micro-batch exist already.
         losers: in a group.
 
     Raises:
@@ -126,10 +125,10 @@ def dry_step(
     model, body = shapes.model, cast(Any, shapes.model.transformer)
     asked = method_of(method)
     config = asked.DRY.config(method.config)
-    given = asked.inputs(model, config)
-    copies = [part for part in given.values() if isinstance(part, nn.Module)]
+    inputs = asked.inputs(model, config)
+    copies = [part for part in inputs.values() if isinstance(part, nn.Module)]
     if asked.rewards(config):
-        given["rewards"] = {"brightness": (1.0, brightness)}
+        inputs["rewards"] = {"brightness": (1.0, brightness)}
     settings = TrainConfig(steps=1, batch=batch, lr=1.0, precision=precision)
     if block_checkpointing:
         body.enable_gradient_checkpointing()
@@ -146,7 +145,7 @@ def dry_step(
         clips = clips_of(shapes, batch, frames, height, width)
         run = DryRun(body, asked.DRY.batch(clips, config, losers, (frames, height, width)), settings)
         del clips
-        asked.train(cast(Run, run), model, config, **given)
+        asked.train(cast(Run, run), model, config, **inputs)
         if lacking := [p for p in trained if p.grad is None]:
             raise RuntimeError(f"{len(lacking)} trained tensors get no gradient")
     kept = sum(p.numel() * 4 for p in trained)
@@ -163,10 +162,10 @@ def dry_step(
 
 
 def whole_step(take: Callable[..., Step], method: Plugin) -> Step:
-    """`take(method=method)`; a long sampler's from two short ones, where all its steps take the same.
+    """`take(method=method)`; with a long sampler, extrapolated from two short ones, as all its steps cost the same.
 
-    Exact for the arithmetic. The memory grows by what each step keeps; where all weights are trained and the worst
-    moment is in the sampler's backward pass, it is too large by two latents a step.
+    Exact for operations. Memory grows by what each step keeps; if all weights are trained and the peak is in the
+    sampler's backward pass, the result is too large by two latents a step.
     """
     less, more = (method_of(method).DRY.shorter(method.config, steps) for steps in SHORT)
     long = sampler(method.config)
@@ -188,27 +187,28 @@ def needs(
     processes: int = 1,
     losers: int = 1,
 ) -> tuple[str, float, float]:
-    """What training by `method` on clips of (frames, height, width) takes in each of so many processes.
+    """What training by `method` on clips of (frames, height, width) takes in each process.
 
     Args:
-        losers: in each group, where the method compares clips.
+        losers: in each group, if the method compares clips.
 
     Returns:
-        It in a line, its GiB on the device, and its TFLOP a step.
+        One line of text, GiB on the device, and TFLOP a step.
 
     Raises:
-        UserError: the model is not there, the clips do not fit it, the batch does not divide, or it is not known.
+        UserError: the model does not exist, the clips do not fit it, the batch does not divide, or the dry run does not
+            support the family or the method.
     """
     if not is_video(config.family):
         raise UserError(
-            f"model.family: what training takes is only known for video models, not for {config.family}",
+            f"model.family: the dry run supports video models only, not {config.family}; leave the recipe out",
             "unsupported",
             "model.family",
         )
     asked = method_of(method)
     if sampler(method.config) and config.expert is not None:
         raise UserError(
-            f"model.expert: what {method.name} takes is only known for models of one expert",
+            f"model.expert: the dry run supports {method.name} only for models with one expert; leave the recipe out",
             "unsupported",
             "model.expert",
         )
@@ -233,7 +233,7 @@ def needs(
         losers=losers,
     )
     step = whole_step(take, method)
-    what, each = " x ".join(map(str, clip)), "" if processes == 1 else f"in each of {processes} processes "
+    clip_text, each = " x ".join(map(str, clip)), "" if processes == 1 else f"in each of {processes} processes "
     clips = f"{batch} clips"
     if asked.GROUPS:
         clips = f"{batch} groups of {asked.DRY.members(method.config, losers)} clips"
@@ -245,7 +245,7 @@ def needs(
     apart = "".join(f", {note}" for note in notes if note)
     teraflop = step.teraflop * train.accumulate
     line = (
-        f"{step.parameters:,} parameters, {step.trained:,} trained; {each}{clips} at once of {what} "
+        f"{step.parameters:,} parameters, {step.trained:,} trained; {each}{clips} at once of {clip_text} "
         f"({step.tokens:,} tokens each): {step.memory:.1f} GiB (weights {step.weights:.1f}, "
         f"optimizer {step.optimizer:.1f}, activations {step.activations:.1f}) and {teraflop:.3g} TFLOP a step{apart}"
     )

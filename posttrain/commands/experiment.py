@@ -2,20 +2,22 @@
 
     runs/<run>/recipe.yaml   the resolved recipe, overrides in it
     runs/<run>/adapter/      the trained weights (also where they are a whole model)
-    runs/<run>/trained.json  says that they are complete, and what they depend on
+    runs/<run>/trained.json  says that they are complete, what they depend on, and their digests
+    runs/<run>/.lock         is held by the process that works there
 
 A folder belongs to one recipe; a run may start from what others left in theirs.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from posttrain.core import files, recipe
+from posttrain.core import distributed, files, recipe
 from posttrain.core.errors import UserError, printable
 from posttrain.core.recipe import Plugin, PluginFrom, Strict
 from posttrain.data.config import DataConfig
@@ -28,6 +30,7 @@ from posttrain.training.optim import TrainConfig
 from posttrain.training.tripwires import TripwiresConfig, chooses_by_the_test
 
 RUNS = Path("runs")
+TAKEN = ("cache", "samples")  # folders in it that are no runs
 METHODS = ("methods", "pretraining")  # packages
 ADAPTER, TRAINED = "adapter", "trained.json"
 # may change without changing the trained weights
@@ -36,6 +39,22 @@ FREE = (
     *("train.checkpoint_every", "train.trackers", "eval", "export"),
 )
 Values = Annotated[tuple[int | float | str, ...], Field(min_length=1)]
+
+
+BUSY = "works"  # what another process may be doing in a run's folder
+
+
+def _names_a_folder(run: str) -> str:
+    """Refuse what is no folder of its own below RUNS."""
+    parts = run.split("/")
+    odd = [p for p in parts if not p or p[0] == "." or p != p.strip() or not p.isprintable() or "\\" in p]
+    if odd or len(run.encode()) > 200 or parts[0] in TAKEN:
+        raise PydanticCustomError(
+            "value",
+            "should name a folder below runs/ in at most 200 letters, without . at its start and not {taken}",
+            {"taken": " or ".join(TAKEN)},
+        )
+    return run
 
 
 class Table(Strict):
@@ -71,7 +90,7 @@ class Recipe(Strict):
     `table` a run for each row and seed, runs/<run>/<row>/<seed>, and one report.
     """
 
-    run: str
+    run: Annotated[str, AfterValidator(_names_a_folder)]
     model: ModelConfig
     data: DataConfig
     method: Annotated[Plugin, PluginFrom(*METHODS)]
@@ -239,9 +258,29 @@ def claim(plan: Recipe, folder: Path, name: str) -> None:
         if differing:
             what = ", ".join(differing)
             raise UserError(f"{path}: differs from {name} in {what}; choose another run=... or delete {folder}")
-    text = recipe.dump(plan)
-    if not path.exists() or path.read_text() != text:
-        files.write_text(path, text)
+    text, process = recipe.dump(plan), distributed.process()
+    if process.is_main_process and (not path.exists() or path.read_text(errors="replace") != text):
+        with files.alone(folder, BUSY, "run"):
+            files.write_text(path, text)
+    process.wait_for_everyone()
+
+
+@contextmanager
+def alone(plan: Recipe, folder: Path) -> Iterator[None]:
+    """Hold the run's folder, so that nobody else works there; of several processes of one run the first does.
+
+    Raises:
+        UserError: busy: another process does, or has begun another recipe there.
+    """
+    if not distributed.process().is_main_process:
+        yield
+        return
+    with files.alone(folder, BUSY, "run"):
+        path = folder / "recipe.yaml"
+        if not path.exists() or path.read_text(errors="replace") != recipe.dump(plan):
+            raise UserError(f"{path}: was changed by another process just now; start again", "busy", "run")
+        files.sweep(folder, deep=True)
+        yield
 
 
 def members(plan: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
@@ -286,11 +325,23 @@ def is_trained(folder: Path, meaning: dict[str, Any] | None = None) -> bool:
     """
     if not (folder / TRAINED).exists() or not (folder / ADAPTER).exists():
         return False
-    kept = files.read_json(folder / TRAINED)
+    kept = files.read_object(folder / TRAINED)
+    digests = kept.get("sha256")
+    if wrong := files.changed(folder / ADAPTER, digests) if isinstance(digests, dict) and digests else [""]:
+        raise UserError(
+            f"{folder / ADAPTER / wrong[0]}: is missing or not what training wrote; delete {folder} and train again",
+            "damaged",
+        )
     if meaning is not None and (other := [key for key, value in meaning.items() if kept.get(key) != value]):
         what = ", ".join(other)
         raise UserError(f"{folder / ADAPTER}: came of another {what}; choose another run=... or delete {folder}")
     return True
+
+
+def trained_files(folder: Path) -> dict[str, str]:
+    """Digests of what training left in the run's adapter/; what `export` writes beside it is made again anyway."""
+    digests = files.sums(folder / ADAPTER)
+    return {name: digests[name] for name in digests if not name.endswith(("README.md", "_comfyui.safetensors"))}
 
 
 def need_training(folder: Path) -> None:
@@ -333,6 +384,7 @@ def _check_base(field: str, source: str, run: Path, merge: tuple[Merged, ...]) -
     """Refuse the adapter of a run that was trained on more than its model.path and `merge`."""
     if not (run / TRAINED).is_file():
         return
+    need_training(run)
     try:
         base = resolved(recipe.load(run / "recipe.yaml", (), Recipe).model)
     except UserError as error:

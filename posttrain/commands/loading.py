@@ -10,7 +10,7 @@ import torch
 from posttrain.commands.experiment import ADAPTER, RUNS, TRAINED, Recipe, resolved
 from posttrain.core import distributed, files, recipe
 from posttrain.core.errors import UserError
-from posttrain.models.base import Merged, ModelConfig
+from posttrain.models.base import ModelConfig
 from posttrain.training.checkpoints import start_fingerprint
 
 CACHE = RUNS / "cache"
@@ -31,11 +31,11 @@ def memory(what: str, remedy: str) -> Iterator[None]:
 def base_model(plan: Recipe) -> Iterator[Any]:
     """The model that training started from; for random weights, the pretrained one they compete with.
 
-    An adapter that training continued is folded into it, so that it has none, as any base.
+    An adapter that training continued is on it, as training had it: coarse weights would round it.
     """
-    config = resolved(plan.model).model_copy(update={"adapter": None, "init": "pretrained", "other_adapter": None})
-    if config.start and Path(config.start).is_file():
-        config = config.model_copy(update={"start": None, "merge": (*config.merge, Merged(path=config.start))})
+    config = resolved(plan.model).model_copy(update={"init": "pretrained", "other_adapter": None})
+    if not (config.start and Path(config.start).is_file()):
+        config = config.model_copy(update={"adapter": None})
     yield load_model(config)
 
 

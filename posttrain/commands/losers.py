@@ -1,4 +1,4 @@
-"""Samples of a base for true clips to win against, as `data.groups` asks for them: made, claimed, judged."""
+"""Make and judge the base model's samples that `data.groups` asks for, which lose against the true clips."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -18,12 +18,12 @@ from posttrain.data.groups import names
 from posttrain.judges.questions import Judge
 from posttrain.models.base import ModelConfig
 
-SAMPLES = "samples.json"  # in a folder of samples, who made them
-WHOSE = {"family", "path", "revision", "conditioning", "merge", "start"}  # of a model's config
+SAMPLES = "samples.json"  # in a folder of samples: the model that made them
+MODEL_KEYS = {"family", "path", "revision", "conditioning", "merge", "start"}  # of a model's config
 
 
-class Beginning(NamedTuple):
-    """A clip's first picture and caption, as `score.sample_missing` wants them."""
+class FirstPicture(NamedTuple):
+    """A clip's first picture and caption, as `score.sample_missing` takes them."""
 
     id: str
     caption: str
@@ -33,21 +33,23 @@ class Beginning(NamedTuple):
 
 @memory("sampling", "lower data.groups.batch, or take smaller or shorter clips (data.size, data.frames)")
 def make_samples(plan: Recipe, groups: GroupsConfig) -> None:
-    """`groups.samples_each` samples of each true clip, and `groups.judge`'s scores, as far as they are missing.
+    """Make the missing ones of `groups.samples_each` samples of each true clip, and of `groups.judge`'s scores.
 
-    Of several processes each makes its share.
+    Each of several processes makes its share.
 
     Raises:
-        UserError: samples there are of another model or kind, two clips have one name, or the judge cannot compare
-            samples with clips as filmed.
+        UserError: the samples in the folder are of another model or format, two clips have the same name, or the judge
+            cannot compare samples with retimed or cropped clips.
     """
     from posttrain.judges.folder import find, score_videos
 
     data = plan.data
     if groups.judge and not (isinstance(data.clips, str) and data.frames is data.fps is data.size is None):
         raise UserError(
-            "data.groups.judge: compares with the clips of one folder as they were filmed; name one in data.clips, "
-            "without frames, fps and size, or score with `posttrain score`"
+            "data.groups.judge: compares with the clips of one folder, neither retimed nor cropped; name one folder in "
+            "data.clips, without frames, fps and size, or score with `posttrain score`",
+            "conflict",
+            "data.groups.judge",
         )
     folders = [Path(folder) for folder in groups.samples]
     if main_process():
@@ -57,53 +59,60 @@ def make_samples(plan: Recipe, groups: GroupsConfig) -> None:
         _sample(plan, groups, folders[0])
     if groups.judge and main_process():
         for folder in folders:
-            found, path = find(folder, Path(str(data.clips)), data.split)
-            score_videos(found, path, *simulator_judge(str(data.clips), data.split, "pocket"))
+            videos, path = find(folder, Path(str(data.clips)), data.split)
+            score_videos(videos, path, *simulator_judge(str(data.clips), data.split, "pocket"))
     wait()
 
 
 def _sample(plan: Recipe, groups: GroupsConfig, folder: Path) -> None:
-    """This process's share of the samples; all are there when it returns."""
+    """Make this process's share of the samples, then wait until all are made."""
     from posttrain.evaluation.score import sample_missing
 
     clips = Clips(plan.data, preload=False)
-    starts = [Beginning(name, clips.row(i).caption, partial(clips.first, i)) for name, i in names(clips).items()]
-    kind, how = clips.splits[0].kind, groups.sampler.model_dump()
+    first_pictures = [
+        FirstPicture(name, clips.row(i).caption, partial(clips.first, i)) for name, i in names(clips).items()
+    ]
+    clip_format, sampler_settings = clips.splits[0].clip_format._asdict(), groups.sampler.model_dump()
     if main_process():
         negative = groups.negative if groups.sampler.guided else None
-        claim_samples(folder, resolved(plan.model), {"kind": kind, "sampler": how, "negative": negative})
+        claim_samples(
+            folder, resolved(plan.model), {"kind": clip_format, "sampler": sampler_settings, "negative": negative}
+        )
     wait()
     process, each = distributed.process(), groups.samples_each
-    share = starts[process.process_index :: process.num_processes]
-    how |= {"negative": groups.negative}
-    made = sample_missing(lambda: base_model(plan), {"": share}, folder, kind, each, groups.batch, **how)
-    print(f"{folder}: {made} samples made, {each * len(share) - made} were there", file=sys.stderr)
+    share = first_pictures[process.process_index :: process.num_processes]
+    sampler_settings |= {"negative": groups.negative}
+    ready = partial(base_model, plan)
+    made = sample_missing(ready, {"": share}, folder, clip_format, each, groups.batch, **sampler_settings)
+    print(f"{folder}: {made} samples made, {each * len(share) - made} existed", file=sys.stderr)
     wait()
 
 
 def claim_samples(folder: Path, model: ModelConfig, made: Mapping[str, Any] | None = None) -> None:
-    """Refuse a folder of samples that another model made, or otherwise than those to come; note these in it.
+    """Refuse a folder with samples of another model or other settings; else note model and settings in it.
 
     Args:
         model: resolved.
-        made: kind, sampler and negative of samples that are to be made there; None: those that are there are used,
-            however they were made, and where nothing is noted, whoever made them.
+        made: format ("kind"), sampler and negative prompt of samples that are to be made there. None: the samples in
+            the folder are used with any settings and, if the folder has no note, of any model.
     """
     path = folder / SAMPLES
     if made is None and not path.exists():
         return
-    started = [*(adapter.path for adapter in model.merge), *([model.start] if model.start else [])]
+    adapters = [*(adapter.path for adapter in model.merge), *([model.start] if model.start else [])]
     wanted = {
         **(made or {}),
-        "model": model.model_dump(mode="json", include=WHOSE),
-        "weights": {path: weights(Path(path)) for path in started},
+        "model": model.model_dump(mode="json", include=MODEL_KEYS),
+        "weights": {path: weights(Path(path)) for path in adapters},
     }
     kept = files.read_json(path) if path.exists() else wanted
     if other := [name for name in wanted if kept.get(name) != wanted[name]]:
-        remedy = str(folder) if made is not None else f"{path} to use them all the same"
+        remedy = str(folder) if made is not None else f"{path} to use them anyway"
         raise UserError(
-            f"{path}: the samples there are of another {', '.join(other)}; name another folder in "
-            f"data.groups.samples, or delete {remedy}"
+            f"{path}: the samples there have another {', '.join(other)}; name another folder in "
+            f"data.groups.samples, or delete {remedy}",
+            "mismatch",
+            "data.groups.samples",
         )
     if made is not None:
         files.write_json(path, wanted)
@@ -117,7 +126,7 @@ def weights(path: Path) -> str:
 
 
 def simulator_judge(clips: str, split: str, tracker: str) -> tuple[Callable[[], Judge], str]:
-    """What makes the judge of samples of these clips ready, and its name, which changes with what it depends on."""
+    """A function that loads the judge of these clips' samples, and its name, which changes with all it depends on."""
     from posttrain.evaluation.evaluate import weights_fingerprint
     from posttrain.judges import simulator
 

@@ -1,10 +1,11 @@
-"""Let a run or a model sample what is asked, and show what a recipe's true clips are compared with."""
+"""Sample with a run or a model, and show what a recipe's true clips are compared with."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from posttrain.commands.experiment import RUNS, Recipe, need_training, open_run
@@ -25,35 +26,37 @@ def sample(
     output: Path | None = None,
     family: str | None = None,
 ) -> None:
-    """Let a run (the base and what it became, side by side) or a model continue a picture, or follow a text alone.
+    """Sample with a run (base and tuned model side by side) or with one model: continue a picture, or follow a text.
 
     Args:
-        target: a run, as in `open_run`, or what `model.path` may be.
-        image: the picture. A run takes one exactly if it was trained so (`model.conditioning`); a model alone that is
-            made for pictures needs one, and any other may have one.
-        wishes: fields of `gallery.Wish`; those that are missing are as the run was trained and measured.
-        scale: how much a run's adapter counts.
+        target: a run, as in `open_run`, or a value of `model.path`.
+        image: the picture. A run needs one if it was trained with pictures (`model.conditioning`) and refuses one if
+            not; a model without a run may need one.
+        wishes: fields of `gallery.Wish`; the others are as the run was trained and measured.
+        scale: factor of a run's adapter.
         output: the folder; None: samples/asked in the run's folder, or runs/samples/<model>.
         family: of a model that is no run; None: that of the embedded model.
 
     Raises:
-        UserError: there is no such thing, the picture cannot be read, is missing or is not wanted, or the wishes do not
-            fit the model.
+        UserError: the run or model does not exist, the picture cannot be read, is missing or is not used, or the wishes
+            do not fit the model.
     """
     from posttrain.models import lora
-    from posttrain.reporting.gallery import Wish, blank, film, fit, natural_size, open_picture, slug
+    from posttrain.reporting.gallery import Wish, blank, fit, natural_size, open_picture, sample_side_by_side, slug
 
     picture, run = image and open_picture(image), Path(target).suffix == ".yaml"
     models: dict[str, Callable[[], AbstractContextManager[Any]]]
-    if run or any((place / "recipe.yaml").is_file() for place in (Path(target), RUNS / target)):
+    if run or any((parent / "recipe.yaml").is_file() for parent in (Path(target), RUNS / target)):
         plan, folder = open_run(target)
         need_training(folder)
         if plan.model.conditioning == "text" and image is not None:
             raise UserError(f"--image: {target} was trained on text alone (model.conditioning); leave it out")
         if plan.model.conditioning == "image" and image is None:
-            raise UserError(f"--image: is missing; {target} was trained to continue a first picture, name one")
+            raise UserError(f"--image: is missing; {target} was trained to continue a first picture; name one")
         if family is not None:
-            raise UserError("--family: is for a model alone; a run's recipe names its own", "conflict", "--family")
+            raise UserError(
+                "--family: is only for a model without a run; a run's recipe names its own", "conflict", "--family"
+            )
         config, name = plan.model, plan.method.name if scale == 1 else f"{plan.method.name} x{scale:g}"
 
         @contextmanager
@@ -72,12 +75,12 @@ def sample(
         if scale != 1:
             raise UserError(f"--scale: {target} is no run and has no adapter; leave it out or name a run")
         if image is None and family_of(family or FAMILY).needs_picture(target):
-            raise UserError(
-                f"--image: is missing; {target} is made to continue a first picture, name one", "required", "--image"
-            )
+            raise UserError(f"--image: is missing; {target} continues a first picture; name one", "required", "--image")
         config, name, usual = alone(target, image is not None, device(), family or FAMILY), Path(target).name, {}
         models = {name: lambda: nullcontext(load_model(config))}
         output = output or RUNS / "samples" / name
+    if image and any((output / f"{image.stem}{s}").resolve() == image.resolve() for s in (".png", ".gif")):
+        raise UserError(f"--output: in {output} the sheet would replace {image}; name another", "conflict", "--output")
     of_model = family_of(config.family)
     defaults = of_model.defaults(config.path)
     asked = {**defaults._asdict(), **usual, **wishes, **sampler(defaults, usual, wishes)}
@@ -87,17 +90,20 @@ def sample(
     if main_process():
         pixels, done = fit(picture, wish.size) if picture else blank(wish.size)
         print(f"{image or 'text'}: {done}; {wish.frames} frames, {wish.steps} steps, guidance {wish.guidance:g}")
-        print("samples:", *film(models, pixels, wish, output / (image.stem if image else slug(wish.prompt))))
+        print(
+            "samples:",
+            *sample_side_by_side(models, pixels, wish, output / (image.stem if image else slug(wish.prompt))),
+        )
 
 
 def alone(path: str, pictured: bool, device: torch.device, family: str = FAMILY) -> ModelConfig:
-    """How a model that is no run is loaded: on a GPU in half the memory, as the recipes have it."""
+    """The config of a model that is no run: bf16 on a GPU, as in the recipes."""
     dtype: Literal["bf16", "fp32"] = "bf16" if path != "pocket" and device.type == "cuda" else "fp32"
     return ModelConfig(family=family, path=path, conditioning="image" if pictured else "text", dtype=dtype)
 
 
 def _usual(plan: Recipe) -> dict[str, Any]:
-    """What a run's clips and evaluation have, as fields of `gallery.Wish`."""
+    """The format of a run's clips and the sampler of its evaluation, as fields of `gallery.Wish`."""
     usual: dict[str, Any] = {}
     if plan.eval:
         usual |= plan.eval.sampler.model_dump()
@@ -109,7 +115,7 @@ def _usual(plan: Recipe) -> dict[str, Any]:
 
 
 def groups(plan: Recipe, folder: Path, shown: int = 8) -> Path:
-    """A sheet of the first groups of a recipe, `shown` of them, which one process makes; its path.
+    """Write a sheet of the first `shown` groups of a recipe, on one process; return its path.
 
     Raises:
         UserError: the recipe has no groups, or they are not comparable.
@@ -119,21 +125,21 @@ def groups(plan: Recipe, folder: Path, shown: int = 8) -> Path:
 
     wanted = plan.data.groups
     if wanted is None:
-        raise UserError("data.groups: is missing; say what the true clips are compared with", "required", "data.groups")
+        raise UserError("data.groups: is missing; name what true clips are compared with", "required", "data.groups")
     path = folder / "groups.png"
     if not main_process():
         return path
     clips = Clips(plan.data, preload=False, violated=wanted.counterfactuals)
-    members, found = gather(clips, wanted, plan.model.conditioning == "image")
-    rows: dict[str, Any] = {}
-    for number, group in enumerate(found[:shown], 1):
-        what = "true" if group.winner == group.true else f"the best, {members.video(group.winner).name}"
-        rows[f"group {number}, {what}: {members.row(group.winner).caption}"] = members.read(group.winner)[0]
+    members, all_groups = gather(clips, wanted, plan.model.conditioning == "image")
+    rows: dict[str, np.ndarray] = {}
+    for number, group in enumerate(all_groups[:shown], 1):
+        winner = "true" if group.winner == group.true else f"the best, {members.video(group.winner).name}"
+        rows[f"group {number}, {winner}: {members.row(group.winner).caption}"] = members.read(group.winner)[0]
         for index in group.losers:
-            told = (scores := members.scores(index)) and f"sa {scores.sa:.2f}, pc {scores.pc:.2f}"
-            name = f"group {number}, {members.video(index).name}: {told or 'no scores'}"
+            scored = (scores := members.scores(index)) and f"sa {scores.sa:.2f}, pc {scores.pc:.2f}"
+            name = f"group {number}, {members.video(index).name}: {scored or 'no scores'}"
             violation = members.row(index).violation
             rows[f"{name} {violation.kind if violation else ''}"] = members.read(index)[0]
     contact_sheet(path, rows)
-    print(f"groups: {len(found)} of {wanted.losers} losers each; the first are shown in {path}")
+    print(f"groups: {len(all_groups)} of {wanted.losers} losers each; {path} shows the first")
     return path

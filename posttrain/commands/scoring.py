@@ -1,4 +1,4 @@
-"""Scores: of measured runs side by side, of videos that any model made, and of a judge."""
+"""Compare measured runs, measure videos that any model made, and let a judge score videos."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,16 +27,16 @@ from posttrain.data.dataset import Clips, open_splits
 from posttrain.evaluation.evaluate import EvalConfig
 from posttrain.models.base import family, sampler
 
-FRAMES = 16  # of a video that a model is shown
+FRAMES = 16  # pictures of a video that a judge sees
 
 
 def compare(targets: Sequence[str]) -> None:
-    """Print the rows of several runs in one table, and what the later ones differ by from the first, clip by clip.
+    """Print the rows of several runs in one table, and the differences of the others from the first, clip by clip.
 
-    Only the splits count on which each of them was measured.
+    Splits on which not all of them were measured are left out.
 
     Raises:
-        UserError: duplicate: a run is named twice. It was not measured, or on other clips, or in another way.
+        UserError: a run is named twice, was not measured, or was measured on other clips or in another way.
     """
     from posttrain.evaluation.records import comparable, gather, print_differences, print_table, wide
 
@@ -61,20 +61,20 @@ def evaluate_videos(
     out: str | None = None,
     asked: Mapping[str, Any] | None = None,
 ) -> None:
-    """Score videos against a benchmark, a row of the table each; print the tables and write the report.
+    """Measure videos against a benchmark, one row of the table per folder; print the tables and write the report.
 
     Args:
         benchmark: PisaBench's folder, or a dataset folder.
         clips: folders of videos, each FOLDER or NAME=FOLDER.
         runs: runs, as in `open_run`, whose base and tuned model make videos first.
-        tracker: what follows the object, see `load_tracker`.
-        fps: of the videos in `clips`, where their files say it wrongly.
+        tracker: the network that follows the object, see `load_tracker`.
+        fps: of the videos in `clips`; None: as their files say.
         out: the folder for scores and report; None: runs/eval-<benchmark>.
-        asked: steps, guidance and seeds for the videos of `runs`; what is left out is as in the run's recipe, and where
-            that has no `eval`, as usual for the model, with one seed.
+        asked: steps, guidance and seeds for the videos of `runs`; the others are as in the run's recipe or, if that has
+            no `eval`, the model's defaults and one seed.
 
     Raises:
-        UserError: the benchmark, a folder or a run is not what it should be; the line says how.
+        UserError: the benchmark, a folder or a run is not what it should be.
     """
     from posttrain.evaluation.benchmarks.pisabench import open_benchmark
     from posttrain.evaluation.evaluate import weights_fingerprint
@@ -87,15 +87,18 @@ def evaluate_videos(
     for _, path in rows:
         if not path.is_dir():
             raise UserError(f"{path}: does not exist; --clips names folders of videos", "missing", "--clips")
+    folder = Path(out) if out else RUNS / f"eval-{Path(benchmark).resolve().name}"
+    written = (folder / "samples").resolve()
+    if inner := [path for _, path in rows if path.resolve().is_relative_to(written)]:
+        raise UserError(f"--out: what is scored would replace {inner[0]}; name another folder", "conflict", "--out")
     follower = load_tracker(tracker)
     masks = CACHE / "masks"
     truths = open_benchmark(benchmark, getattr(follower, "clicks", None), weights_fingerprint(follower.module), masks)
     if tracker == "pocket" and any(max(truth.row.size) > TRACKED for split in truths.values() for truth in split):
         print(
-            f"the embedded tracker was made for {TRACKED} x {TRACKED} pixels; name a SAM 2 with --tracker",
+            f"the embedded tracker was trained on {TRACKED} x {TRACKED} pixels; name a SAM 2 with --tracker",
             file=sys.stderr,
         )
-    folder = Path(out) if out else RUNS / f"eval-{Path(benchmark).resolve().name}"
     for target in runs:
         rows += _sample_run(target, truths, folder / "videos", asked or {})
     if len(dict(rows)) < len(rows) or any(not name or "/" in name for name, _ in rows):
@@ -113,7 +116,7 @@ def evaluate_videos(
     wait()
 
 
-JUDGES = {  # what each may be asked, and what it must be
+JUDGES = {  # the options that each may have, and those that it must have
     "simulator": (("tracker",), ()),
     "vlm": (("model", "frames"), ("model",)),
     "endpoint": (("model", "frames", "url", "rate", "side"), ("model", "url")),
@@ -122,33 +125,33 @@ JUDGES = {  # what each may be asked, and what it must be
 
 @memory("scoring", "take a smaller --model, or fewer --frames")
 def score(folder: Path, by: str, clips: Path | None, split: str, asked: Mapping[str, Any]) -> None:
-    """Score the videos of a folder, as far as they are not; the scores lie beside them, where groups look for them.
+    """Score the videos of a folder that have no scores yet, into scores.jsonl beside them, which groups read.
 
     Args:
         by: the judge, one of JUDGES, see posttrain/judges.
         clips: the dataset whose clips the videos continue; None: `folder` has captions itself.
-        asked: what is left out is as usual: the embedded tracker, 16 frames as large as they are, any rate.
+        asked: options of the judge; by default the embedded tracker, 16 frames at full size, any rate.
 
     Raises:
-        UserError: the folder, the dataset, the judge or what it is asked are not what they should be.
+        UserError: the folder, the dataset, the judge or its options are not what they should be.
     """
     from posttrain.judges.folder import find, score_videos
 
     may, must = JUDGES[by]
     if wrong := [name for name in asked if name not in may]:
-        raise UserError(f"--{wrong[0]}: is not for --judge {by}; leave it out", "conflict", f"--{wrong[0]}")
+        raise UserError(f"--{wrong[0]}: has no meaning for --judge {by}; leave it out", "conflict", f"--{wrong[0]}")
     if missing := [name for name in must if name not in asked]:
         raise UserError(f"--{missing[0]}: is missing; --judge {by} needs it", "required", f"--{missing[0]}")
-    found, path = find(folder, clips, split)
+    videos, path = find(folder, clips, split)
     if main_process():
-        rows = score_videos(found, path, *_ready(folder, by, clips, split, asked))
+        rows = score_videos(videos, path, *_ready(folder, by, clips, split, asked))
         sa, pc = (float(np.mean([row[key] for row in rows])) for key in ("sa", "pc"))
         print(f"scores: {len(rows)} videos, on average sa {sa:.3f}, pc {pc:.3f}; they are in {path}")
     wait()
 
 
 def _ready(folder: Path, by: str, clips: Path | None, split: str, asked: Mapping[str, Any]) -> tuple[Any, str]:
-    """What makes a judge ready, and its name, which changes with what its scores depend on."""
+    """A function that loads a judge, and the judge's name, which changes with everything that its scores depend on."""
     from posttrain.judges import endpoint, simulator
     from posttrain.judges.questions import asking
 
@@ -173,21 +176,29 @@ def _ready(folder: Path, by: str, clips: Path | None, split: str, asked: Mapping
 
 @memory("sampling", "lower eval.batch in the run's recipe; its videos have the size and frames of its clips")
 def _sample_run(target: str, truths: Any, out: Path, asked: Mapping[str, Any]) -> list[tuple[str, Path]]:
-    """Rows for a run: the folders with the videos of its base and of its tuned model, made where they are missing."""
+    """A run's rows: the folders with the videos of its base and its tuned model. Makes those that are missing."""
     from posttrain.evaluation.benchmarks.pisabench import NEGATIVE
     from posttrain.evaluation.score import sample_missing
 
     plan, folder = open_run(target)
     need_training(folder)
-    kind = open_splits(plan.data)[0].kind
+    clip_format = open_splits(plan.data)[0].clip_format._asdict()
     measured = plan.eval or EvalConfig(clips="", seeds=1, batch=1)
     defaults = family(plan.model.family).defaults(plan.model.path)
-    how = sampler(defaults, measured.sampler.model_dump() if plan.eval else {}, asked)
+    sampler_settings = sampler(defaults, measured.sampler.model_dump() if plan.eval else {}, asked)
     seeds = asked.get("seeds", measured.seeds)
-    start = files.read_json(folder / TRAINED)["model"]  # also what model.start and model.merge put into it
+    initial_weights = files.read_json(folder / TRAINED)["model"]  # model.start and model.merge included
     model = plan.model.model_dump(mode="json")
-    told = [truth.caption + truth.context for split in truths.values() for truth in split]
-    settings = {"kind": kind, "sampler": how, "seeds": seeds, "told": [*told, NEGATIVE], "model": model, "start": start}
+    prompts = [truth.caption + truth.context for split in truths.values() for truth in split]
+    # another name of a key would give other digests, and all videos would be made again
+    settings = {
+        "kind": clip_format,
+        "sampler": sampler_settings,
+        "seeds": seeds,
+        "told": [*prompts, NEGATIVE],
+        "model": model,
+        "start": initial_weights,
+    }
     weights = {path.name: files.sha256(path) for path in sorted((folder / ADAPTER).rglob("*.safetensors"))}
     models: dict[str, tuple[Any, Any]] = {
         "base": (lambda: base_model(plan), {}),
@@ -198,6 +209,8 @@ def _sample_run(target: str, truths: Any, out: Path, asked: Mapping[str, Any]) -
         digest = files.sha256_json([settings, trained])
         rows.append((name, out / f"{name}-{digest[:8]}"))
         if main_process():
-            sample_missing(ready, truths, rows[-1][1], kind, seeds, measured.batch, **how, negative=NEGATIVE)
+            out_folder = rows[-1][1]
+            settings_of_all = {**sampler_settings, "negative": NEGATIVE}
+            sample_missing(ready, truths, out_folder, clip_format, seeds, measured.batch, **settings_of_all)
     wait()
     return rows

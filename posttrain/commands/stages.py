@@ -11,6 +11,7 @@ Stages meet in files. Each looks at what is there, says what it reuses, does the
     runs/<run>/merged/       the adapter folded into its base, where `export:` lists it
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,16 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.commands.experiment import ADAPTER, TRAINED, Recipe, is_trained, members, need_training, resolved
+from posttrain.commands.experiment import (
+    ADAPTER,
+    TRAINED,
+    Recipe,
+    is_trained,
+    members,
+    need_training,
+    resolved,
+    trained_files,
+)
 from posttrain.commands.loading import (
     CACHE,
     TRACKED,
@@ -38,10 +48,11 @@ from posttrain.commands.loading import (
 from posttrain.commands.losers import make_samples
 from posttrain.core import files
 from posttrain.core.errors import UserError
+from posttrain.core.signals import Interrupted
 from posttrain.core.trackers import check_trackers
 from posttrain.data import listing
 from posttrain.data.config import GroupsConfig
-from posttrain.data.dataset import Clips, Split, check_same_kind, open_split, open_splits
+from posttrain.data.dataset import Clips, Split, check_same_format, open_split, open_splits
 from posttrain.evaluation.evaluate import EvalConfig
 from posttrain.methods.base import Source, fingerprints, method_of, sampler
 from posttrain.reporting.gallery import contact_sheet
@@ -81,12 +92,23 @@ def film(plan: Recipe) -> None:
     if not main_process():
         makers = []
     for maker in makers:
-        code = subprocess.run([sys.executable, "-m", "sim", "make", maker], check=False).returncode
-        if code in (-2, 130):
-            raise KeyboardInterrupt
-        if code:
-            raise UserError(f"{maker}: its clips could not be made (the line above says why)", "internal", "data.make")
+        make_clips(maker)
     wait()
+
+
+def make_clips(maker: str) -> None:
+    """Film the clips of one recipe of `sim make`, which ends when this process does.
+
+    Raises:
+        UserError: internal: they could not be made; why, it has said itself.
+        Interrupted: it was asked to stop.
+    """
+    command = [sys.executable, "-m", "sim", "make", maker, "--parent", str(os.getpid())]
+    code = subprocess.run(command, check=False).returncode
+    if code in (130, 143):
+        raise Interrupted(code - 128)
+    if code:
+        raise UserError(f"{maker}: its clips could not be made (the line above says why)", "internal", "data.make")
 
 
 def check_data(plan: Recipe) -> None:
@@ -94,7 +116,7 @@ def check_data(plan: Recipe) -> None:
     splits = open_splits(plan.data)
     if plan.eval:
         splits += check_tracker(plan.eval)
-    check_same_kind(splits)
+    check_same_format(splits)
 
 
 def check_tracker(measured: EvalConfig) -> list[Split]:
@@ -170,8 +192,6 @@ def train(plan: Recipe, folder: Path) -> None:
     method.train(run, model, config, **inputs)
     model.module = run.finish()
     if main_process():
-        files.sweep(folder)
-        files.sweep(folder / ADAPTER)
         if ends and ends(run.steps):
             step = best_look(read_looks(folder)).step
             print(f"training: rolled back from step {run.steps} to step {step}", file=sys.stderr)
@@ -179,7 +199,7 @@ def train(plan: Recipe, folder: Path) -> None:
                 shutil.copytree(folder / BEST, temporary)
         else:
             model.save(folder / ADAPTER)
-        files.write_json(folder / TRAINED, run.meaning)
+        files.write_json(folder / TRAINED, {**run.meaning, "sha256": trained_files(folder)})
     wait()
 
 
@@ -214,11 +234,11 @@ def check_groups(plan: Recipe) -> GroupsConfig | None:
 
 def tell(clips: Clips, folder: Path) -> None:
     """Say which files are retimed, cropped or left out: in short on the terminal, each of them in clips.jsonl."""
-    told = [{"clips": str(split.folder), **row} for split in clips.splits for row in split.told]
+    told = [{"clips": str(split.folder), **note._asdict()} for split in clips.splits for note in split.video_notes]
     if told and main_process():
         files.write_jsonl(folder / CLIPS, told)
         for split in clips.splits:
-            for line in listing.summary(split.told) if split.told else ():
+            for line in listing.summary(split.video_notes) if split.video_notes else ():
                 print(f"{split.folder}: {line}", file=sys.stderr)
         chosen = dict.fromkeys(np.linspace(0, len(clips) - 1, min(SHOWN, len(clips))).round().astype(int).tolist())
         captions = {index: " ".join(clips.row(index).caption.split())[:150] for index in chosen}

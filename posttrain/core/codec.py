@@ -1,4 +1,4 @@
-"""Video files: what is in them, their pictures, and pictures written as one. Every file of video is opened here.
+"""Read and write video files. No other module opens one.
 
 Shape letters: F frames, H W pixels, C channels. Pictures are uint8 RGB, upright, with square pixels.
 """
@@ -21,13 +21,13 @@ import numpy as np
 from posttrain.core import files
 from posttrain.core.errors import UserError
 
-ENCODERS = ("libx264", "libx264rgb")  # what files are written with: to be looked at, and without loss
+ENCODERS = ("libx264", "libx264rgb")  # for files to look at, and for files without loss
 
 
 class Turn(NamedTuple):
-    """What makes a picture upright, in this order: rows and columns change places, left and right do, top and bottom.
+    """How to make a picture upright: transpose, then flip left and right, then flip top and bottom.
 
-    It is the file's display matrix, of which phones and mirrored front cameras write eight kinds.
+    It comes from the file's display matrix; phones and mirrored front cameras write eight different ones.
     """
 
     transposed: bool = False
@@ -54,16 +54,16 @@ class Facts:
 
     sha256: str
     times: np.ndarray  # seconds (F,), ascending, from 0
-    marks: tuple[int, ...] | None  # timestamps in the file's own unit, by which frames are found; None: it has none
+    marks: tuple[int, ...] | None  # timestamps in the file's own unit, which identify frames; None: it has none
     size: tuple[int, int]
     turn: Turn
 
 
 def inspect(path: Path) -> Facts:
-    """What is in the video file `path`; of most files nothing but the first picture is decoded.
+    """What is in the video file `path`. For most files only the first picture is decoded.
 
     Raises:
-        UserError: it is no video, a torn one, or its picture lies askew.
+        UserError: it is no video, it is torn, or its picture is rotated by another angle than a multiple of 90 degrees.
     """
     return _inspect(path, *_state(path))
 
@@ -73,46 +73,47 @@ def _inspect(path: Path, size: int, changed: int) -> Facts:
     try:
         with _open(path) as container:
             stream = _stream(container, path)
-            found = [(packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.size]
-            promised = stream.frames if "mp4" in container.format.name else 0  # others count what is not there
-            base, rate = stream.time_base, stream.average_rate
-        stamps = [pts for pts, discard in found if not discard]
+            packets = [(packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.size]
+            promised = stream.frames if "mp4" in container.format.name else 0  # other containers count wrongly
+            time_base, rate = stream.time_base, stream.average_rate
+        stamps = [pts for pts, discard in packets if not discard]
         with _open(path) as container:
             stream = _stream(container, path)
             frames = container.decode(stream)
             picture = next(frames)
             (height, width), turn = (picture.height, _width(picture, stream)), _turn(picture, path)
             if stream.codec_context.has_b_frames and None not in stamps and stamps == sorted(stamps):
-                # frames lie in another order than they are shown in, and their times are not: AVI numbers packets
+                # frames are stored in another order than shown, but with ascending times: AVI numbers its packets
                 shown = [picture.pts, *(frame.pts for frame in frames)]
                 if None in shown or shown != sorted(shown):
                     stamps = [None]
     except (av.FFmpegError, StopIteration) as error:
         raise UserError(f"{path}: cannot be read: torn or no video", "damaged") from error
-    if len(found) < promised:
-        raise UserError(f"{path}: cannot be read: torn, {len(found)} of {promised} frames are there", "damaged")
-    # a file counts in thousandths of a second, or in other units: of two frames at one time the first is seen
-    marks = tuple(sorted(set(stamps))) if stamps and None not in stamps and base else None
-    if marks is not None and base is not None:
-        times = (np.array(marks) - marks[0]) * float(base)
+    if len(packets) < promised:
+        raise UserError(f"{path}: cannot be read: torn, it has {len(packets)} of {promised} frames", "damaged")
+    # times are rounded to the file's unit: of two frames with one time the first is used
+    marks = tuple(sorted(set(stamps))) if stamps and None not in stamps and time_base else None
+    if marks is not None and time_base is not None:
+        times = (np.array(marks) - marks[0]) * float(time_base)
     elif rate:
-        times = np.arange(len(found)) / float(rate)
+        times = np.arange(len(packets)) / float(rate)
     else:
-        raise UserError(f"{path}: cannot be read: says nothing of its frames' times", "format")
+        raise UserError(f"{path}: cannot be read: has no times of its frames", "format")
     upright = (width, height) if turn.transposed else (height, width)
     return Facts(files.sha256(path), times, marks, upright, turn)
 
 
 def _state(path: Path) -> tuple[int, int]:
-    """What changes with a file: its size, and when it was written."""
+    """A file's size and time of writing, which change when it is written again."""
     state = path.stat()
     return state.st_size, state.st_mtime_ns
 
 
 def check(path: Path, frames: tuple[int, ...], marked: bool) -> None:
-    """Decode a video as far as `pictures` would, and refuse what the decoder complains of.
+    """Decode a video as far as `pictures` would, and refuse it if the decoder complains.
 
-    A flipped bit need not be seen: H.264, MPEG-2 and MPEG-4 are found out mostly, FFV1 always, VP9 and HEVC hardly.
+    A flipped bit may stay unnoticed: it is mostly found in H.264, MPEG-2 and MPEG-4, always in FFV1, hardly ever in VP9
+    and HEVC.
 
     Raises:
         UserError: as `pictures`.
@@ -128,24 +129,24 @@ def _check(path: Path, size: int, changed: int, frames: tuple[int, ...], marked:
 
 @contextmanager
 def complaints() -> Iterator[None]:
-    """Within it `check` hears what FFmpeg says of a file, too. Not in pictures read by threads of FFmpeg's own."""
+    """Inside, `check` also catches FFmpeg's own messages about a file, except from FFmpeg's decoding threads."""
     av.logging.set_level(av.logging.ERROR)
     av.logging.set_skip_repeated(False)
     try:
-        with av.logging.Capture(local=False):  # what is said while a file is opened or closed is shown to nobody
+        with av.logging.Capture(local=False):  # messages while a file is opened or closed are dropped
             yield
     finally:
         av.logging.set_level(None)
 
 
 def pictures(path: Path, frames: Collection[int], marked: bool) -> Iterator[tuple[int, np.ndarray]]:
-    """Some of a video's frames, one by one in the order of the file: (frame, picture (H, W, 3)).
+    """Yield the chosen frames of a video in the order of the file: (frame, picture (H, W, 3)).
 
     Args:
-        frames: their timestamps in the file's own unit, or, unless `marked`, their places in it.
+        frames: their timestamps in the file's own unit if `marked`, else their positions in the file.
 
     Raises:
-        UserError: the file is torn or damaged as far as that, or is not the one that was looked at.
+        UserError: the file is torn or damaged before the last of them, or is not the one that was inspected.
     """
     for mark, frame, stream in _decode(path, frames, marked):
         picture = frame.to_ndarray(format="rgb24", width=_width(frame, stream), height=frame.height)
@@ -153,7 +154,7 @@ def pictures(path: Path, frames: Collection[int], marked: bool) -> Iterator[tupl
 
 
 def _decode(path: Path, frames: Collection[int], marked: bool, threads: str = "AUTO") -> Iterator[tuple[int, Any, Any]]:
-    """(frame, what PyAV decodes, its stream), as `pictures` has them."""
+    """As `pictures`, but yields (frame, PyAV's frame, its stream)."""
     missing, number, last = set(frames), 0, None
     try:
         with _open(path) as container:
@@ -162,12 +163,12 @@ def _decode(path: Path, frames: Collection[int], marked: bool, threads: str = "A
             stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
             decoded = container.decode(stream)
             while missing:
-                with av.logging.Capture() as said:
+                with av.logging.Capture() as messages:
                     frame = next(decoded, None)
                 if frame is None:
                     break
-                if said or frame.is_corrupt:
-                    reason = said[0][2].strip() if said else f"frame {number} is corrupt"
+                if messages or frame.is_corrupt:
+                    reason = messages[0][2].strip() if messages else f"frame {number} is corrupt"
                     raise UserError(f"{path}: damaged: the decoder says: {reason}; mend or remove it", "damaged")
                 if marked and None not in (last, frame.pts) and frame.pts < last:
                     raise UserError(f"{path}: damaged: its time stamps go back; mend or remove it", "damaged")
@@ -179,20 +180,20 @@ def _decode(path: Path, frames: Collection[int], marked: bool, threads: str = "A
     except av.FFmpegError as error:
         raise UserError(f"{path}: damaged: {error.strerror}; mend or remove it", "damaged") from error
     if missing:
-        many = f"{len(missing)} of its frames cannot be decoded"
-        raise UserError(f"{path}: damaged: {many}; mend or remove it", "damaged")
+        complaint = f"{len(missing)} of its frames cannot be decoded"
+        raise UserError(f"{path}: damaged: {complaint}; mend or remove it", "damaged")
 
 
 def first_picture(path: Path) -> np.ndarray:
-    """A video's first picture, (H, W, 3). Raises UserError if it is none."""
+    """A video's first picture, (H, W, 3). Raises UserError if the file is no video."""
     return next(pictures(path, (0,), False))[1]
 
 
 def read_video(path: Path | str, content: bytes | None = None) -> np.ndarray:
-    """All frames of a file of our own, (F, H, W, 3).
+    """All frames of a file that this module wrote, (F, H, W, 3).
 
     Args:
-        content: the file's bytes, where they were read before.
+        content: the file's bytes, if they were read already.
 
     Raises:
         UserError: the file is missing, torn, or not a video.
@@ -204,13 +205,13 @@ def read_video(path: Path | str, content: bytes | None = None) -> np.ndarray:
     except (av.FFmpegError, IndexError) as error:
         raise UserError(f"{path}: is torn or no video; delete it and make it again", "damaged") from error
     if not frames or len(frames) < promised:
-        many = f"{len(frames)} of {promised} frames"
-        raise UserError(f"{path}: is torn ({many}); delete it and make it again", "damaged")
+        complaint = f"{len(frames)} of {promised} frames"
+        raise UserError(f"{path}: is torn ({complaint}); delete it and make it again", "damaged")
     return np.stack(frames)
 
 
 def lossless(frames_FHWC: np.ndarray, fps: float) -> bytes:
-    """An H.264 RGB mp4 without loss (High 4:4:4 Predictive, qp 0); same frames, same bytes."""
+    """A lossless H.264 RGB mp4 (High 4:4:4 Predictive, qp 0); the same frames give the same bytes."""
     buffer, options = io.BytesIO(), {"crf": "0", "preset": "veryfast"}
     _encode(buffer, frames_FHWC, fps, "libx264rgb", "rgb24", options, {"fflags": "+bitexact"}, threads=1)
     return buffer.getvalue()
@@ -223,8 +224,7 @@ def write_near_lossless(path: Path, frames_FHWC: np.ndarray, fps: float) -> None
 
 
 def playable(frames_FHWC: np.ndarray, fps: float, crf: int) -> bytes:
-    """An H.264 mp4 that every browser plays, small enough for a page: the larger `crf`, the smaller. Sides are cut to
-    even ones."""
+    """An H.264 mp4 that every browser plays, smaller with a larger `crf`. Odd sides are cut by one pixel."""
     _, height, width, _ = frames_FHWC.shape
     even_FHWC, buffer = frames_FHWC[:, : height // 2 * 2, : width // 2 * 2], io.BytesIO()
     _encode(buffer, even_FHWC, fps, "libx264", "yuv420p", {"crf": str(crf), "preset": "slow", "g": "16"})
@@ -241,10 +241,10 @@ def _encode(
     muxer: dict[str, str] | None = None,
     threads: int = 0,
 ) -> None:
-    """Write frames to a path or buffer. `fps` may be broken, as 12.5 or 23.976; `threads` 0: as x264 likes."""
-    # a path tells its format itself
+    """Write frames to a path or buffer. `fps` need not be whole, as 12.5 or 23.976; `threads` 0: x264 chooses."""
+    # a path's suffix gives the format
     with av.open(file, "w", format=None if isinstance(file, str) else "mp4", options=muxer or {}) as container:
-        # the macroblock tree of x264 reads memory that nobody wrote: with it the same frames give other bytes each time
+        # the macroblock tree of x264 reads uninitialised memory: with it the same frames give different bytes
         options = {**options, "x264-params": "mbtree=0"}
         stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width = frames_FHWC.shape[1:3]
@@ -269,7 +269,7 @@ def gif(path: Path | str) -> tuple[bytes, tuple[int, int]]:
 
 
 def _open(path: Path) -> Any:
-    """A video file to be read. Titles in other alphabets than Unicode do no harm."""
+    """Open a video file for reading. Metadata in other encodings than Unicode do no harm."""
     return av.open(str(path), metadata_errors="replace")
 
 
@@ -286,7 +286,7 @@ def _turn(frame: Any, path: Path) -> Turn:
     if min(abs(b), abs(c)) > 0.999 and max(abs(a), abs(d)) < 0.02:
         return Turn(True, c < 0, b < 0)
     angle = math.degrees(math.atan2(-b, a))
-    raise UserError(f"{path}: lies askew: its picture is to be turned by {angle:.0f} degrees or stretched", "format")
+    raise UserError(f"{path}: is not upright: its picture is rotated by {angle:.0f} degrees or stretched", "format")
 
 
 def _stream(container: Any, path: Path) -> Any:
@@ -297,5 +297,5 @@ def _stream(container: Any, path: Path) -> Any:
 
 
 def _width(frame: Any, stream: Any) -> int:
-    """The picture's width on the screen, where pixels may be wider than high."""
+    """The picture's width on the screen: pixels need not be square."""
     return max(1, round(frame.width * float(stream.sample_aspect_ratio or 1)))

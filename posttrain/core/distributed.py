@@ -1,9 +1,8 @@
-"""Several processes that train one model: which of them this is, and what ZeRO-2 keeps in pieces.
+"""Several processes that train one model: this process among them, and the optimiser state that ZeRO-2 divides.
 
-torchrun, or `accelerate launch` with a file of recipes/launch/, starts them. Without a GPU they talk through gloo.
-DeepSpeed's ZeRO-2 (Rajbhandari et al. 2020) gives each process a share of the gradients and of AdamW's moments. Here
-they are put together again for a checkpoint, so that a run may be continued by any number of processes, with it or
-without.
+torchrun, or `accelerate launch` with a file of recipes/launch/, starts them. Without a GPU they communicate by gloo.
+DeepSpeed's ZeRO-2 (Rajbhandari et al. 2020) gives each process a share of the gradients and of AdamW's moments. For a
+checkpoint the shares are joined here, so a run may be continued by any number of processes, with ZeRO-2 or without.
 """
 
 import os
@@ -16,34 +15,33 @@ from torch import Tensor, nn
 
 from posttrain.core.errors import UserError
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names for what AdamW keeps of a parameter
+MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names for AdamW's state of a parameter
 REMEDY = "use --config_file recipes/launch/ddp.yaml or zero2.yaml, or torchrun --nproc-per-node N"
 
 
 def process() -> Any:
-    """This process among those of the run, an `accelerate.PartialState`; the first call joins them.
+    """This process among those of the run, an `accelerate.PartialState`; the first call connects them.
 
     Raises:
-        UserError: several were asked for and this one would be alone, or they were to share the model in a way that
-            nothing here does.
+        UserError: several processes were launched but this one is alone, or the launcher asks for FSDP or Megatron.
     """
     from accelerate import PartialState
 
-    for way in ("FSDP", "MEGATRON_LM"):  # accelerate's FSDP trains copies that know nothing of each other on CPUs
-        if _flag(f"ACCELERATE_USE_{way}"):
-            raise UserError(f"accelerate launch: {way} is not supported; {REMEDY}", "unsupported")
+    for strategy in ("FSDP", "MEGATRON_LM"):  # on CPUs, accelerate's FSDP trains independent copies
+        if _flag(f"ACCELERATE_USE_{strategy}"):
+            raise UserError(f"accelerate launch: {strategy} is not supported; {REMEDY}", "unsupported")
     options: dict[str, Any] = {}
     if cpu := not torch.cuda.is_available() or _flag("ACCELERATE_USE_CPU"):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed complains that there is no GPU
     if cpu and zero():
         from deepspeed import ops
 
-        ops.__compatible_ops__ = {}  # or it compiles an exchange of its own; gloo's serves
+        ops.__compatible_ops__ = {}  # else it compiles its own communication; gloo is enough
         options["backend"] = "gloo"
-    # cpu=True: else each process of several on CPUs thinks that it is alone; but then accelerate forgets DeepSpeed.
-    # The others wait while the first films or measures, for longer than the usual ten minutes.
+    # Without cpu=True each of several CPU processes would run alone; with it, accelerate ignores DeepSpeed.
+    # The others wait while the first process films or measures, for longer than the default ten minutes.
     state = PartialState(cpu=cpu and not zero(), timeout=timedelta(days=7), **options)
-    # `accelerate launch` with several CPU processes names a place to meet, and then starts one that is told no rank
+    # `accelerate launch` for several CPU processes sets MASTER_PORT, but then starts one process without a rank
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
     asked = os.environ.get("WORLD_SIZE", "several" if launched else "1")
     if asked != str(state.num_processes):
@@ -61,13 +59,13 @@ def _flag(name: str) -> bool:
 
 
 def zero_plugin(share: int, accumulate: int, clip: float, bf16: bool) -> Any:
-    """What an `Accelerator` tells DeepSpeed.
+    """The DeepSpeed plugin of an `Accelerator`.
 
     Args:
         share: clips in a micro-batch of one process.
         accumulate: micro-batches per step.
         clip: the largest norm of the gradient.
-        bf16: whether to compute in it. Weights keep their own type: DeepSpeed's section bf16 would convert them.
+        bf16: whether to compute in bf16. Weights keep their type, which DeepSpeed's own section `bf16` would change.
 
     Raises:
         UserError: the launch file asks for more than ZeRO-2.
@@ -75,8 +73,8 @@ def zero_plugin(share: int, accumulate: int, clip: float, bf16: bool) -> Any:
     from accelerate import DeepSpeedPlugin
 
     for field in ("config_file", "offload_optimizer_device", "offload_param_device"):
-        if (found := os.environ.get(f"ACCELERATE_DEEPSPEED_{field.upper()}", "none")) != "none":
-            message = f"accelerate launch: deepspeed's {field} is {found}, which is not supported; leave it out"
+        if (value := os.environ.get(f"ACCELERATE_DEEPSPEED_{field.upper()}", "none")) != "none":
+            message = f"accelerate launch: deepspeed's {field} is {value}, which is not supported; leave it out"
             raise UserError(message, "unsupported", field)
     plugin = DeepSpeedPlugin(gradient_accumulation_steps=accumulate, gradient_clipping=clip)
     if plugin.zero_stage != 2:
@@ -86,13 +84,13 @@ def zero_plugin(share: int, accumulate: int, clip: float, bf16: bool) -> Any:
     plugin.deepspeed_config["torch_autocast"] = {
         "enabled": bf16,
         "dtype": "bfloat16",
-        "lower_precision_safe_modules": [],  # gradients are exchanged as they are
+        "lower_precision_safe_modules": [],  # gradients are exchanged in their own type
     }
     return plugin
 
 
 def optimizer_state(optimizer: Any, parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
-    """The `state_dict` that AdamW over `parameters` has in a single process. Under ZeRO-2 every process has to call."""
+    """The `state_dict` of AdamW over `parameters`, as in a single process. Under ZeRO-2 every process must call it."""
     if not zero():
         return optimizer.state_dict()
     from deepspeed.utils import safe_get_full_optimizer_state
@@ -108,21 +106,21 @@ def optimizer_state(optimizer: Any, parameters: Sequence[nn.Parameter]) -> dict[
 
 
 def load_optimizer_state(optimizer: Any, parameters: Sequence[nn.Parameter], state: dict[str, Any]) -> None:
-    """Put `state`, which came of `optimizer_state`, back; the weights are in place already."""
+    """Restore a `state` of `optimizer_state`; the weights must be restored already."""
     if not zero():
         optimizer.load_state_dict(state)
         return
     from deepspeed.utils import safe_set_full_optimizer_state
 
     partitioned = optimizer.optimizer
-    partitioned.refresh_fp32_params()  # it steps a copy of its share of the weights
+    partitioned.refresh_fp32_params()  # ZeRO updates its own copy of its share of the weights
     [group], [saved] = partitioned.optimizer.param_groups, state["param_groups"]
     group.update({name: value for name, value in saved.items() if name != "params"})
     [flat] = group["params"]
     partitioned.optimizer.state[flat] = {"step": state["state"][0]["step"].clone()} | {
         name: torch.zeros_like(flat) for name in MOMENTS
     }
-    partitioned._lazy_init_hp_params_optimizer_state()  # which parameter each stretch of them belongs to
+    partitioned._lazy_init_hp_params_optimizer_state()  # maps each part of the flat tensor to its parameter
     for i, parameter in enumerate(parameters):
         for name in MOMENTS:
             safe_set_full_optimizer_state(parameter, state["state"][i][name].to(parameter.device), name)

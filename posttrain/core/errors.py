@@ -1,19 +1,19 @@
-"""What a user can mend: one line, a stable code, and the recipe key or option that it is about."""
+"""Errors that a user can mend: one line, a stable code, and the recipe key or option that it is about."""
 
 from typing import Any, Literal
 
-# Tests, scripts and docs go by these; the wording of a message may change at any time.
+# Tests, scripts and docs rely on these; the wording of a message may change at any time.
 Code = Literal[
     "missing",  # a file, folder, split or clip that is named does not exist
     "damaged",  # a file is torn, or its content is not what was written
-    "format",  # a file is whole, but not of a kind or layout that is read
+    "format",  # a file is whole, but its format or layout cannot be read
     "outside",  # a path leaves the folder that it has to stay in
     "unknown_key",  # a recipe has a key that nothing reads
     "unknown_name",  # a plug-in, command or column of this name does not exist
     "required",  # a key or option has no value and needs one
     "value",  # a value is of the wrong type or out of range
     "conflict",  # two keys or options exclude each other
-    "mismatch",  # two things do not fit: clips and model, adapter and base, video and true clip
+    "mismatch",  # two things do not fit: clips and model, adapter and base model, video and true clip
     "no_clips",  # nothing is left to work with
     "duplicate",  # two things share a name that has to be unique
     "other_run",  # the folder holds results of other settings
@@ -24,9 +24,9 @@ Code = Literal[
     "memory",  # the device or the machine has too little memory
     "not_finite",  # a loss, gradient or weight is NaN or infinite
     "not_installed",  # an optional package or a driver is absent
-    "unsupported",  # it could be asked for, but nothing here does it
+    "unsupported",  # a valid request that is not implemented
     "network",  # the hub or a server does not answer
-    "answer",  # a server answers what cannot be used
+    "answer",  # a server's answer cannot be used
     "internal",  # a worker process ended without a reason
 ]
 
@@ -36,7 +36,7 @@ class UserError(Exception):
 
     Args:
         message: one line: what is wrong, where (file and line, key or option), and what to do.
-        code: what kind of error it is.
+        code: one of Code.
         field: the recipe key ("train.lr"), option ("--clips") or column that it is about; "" where there is none.
     """
 
@@ -47,9 +47,9 @@ class UserError(Exception):
 
 
 def printable(text: Any, most: int = 80) -> str:
-    """What text or value looks like on one line: at most `most` characters, none of them a control character.
+    """A text or value on one line: at most `most` characters, none of them a control character.
 
-    So what a user, a file or a server wrote can be put into a message: it neither fills a terminal nor steers it.
+    So text of a user, a file or a server can be put into a message, and can neither flood nor control a terminal.
     """
     text = text if isinstance(text, str) else repr(text)
     text = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * most]).split())
@@ -57,5 +57,5 @@ def printable(text: Any, most: int = 80) -> str:
 
 
 def one_line(error: UserError) -> str:
-    """What a terminal is shown: the message, on one line, and its code, by which the docs list what to do."""
+    """The message on one line and its code, for a terminal; the docs list what to do for each code."""
     return f"{printable(str(error), 2000)} [{error.code}]"

@@ -1,6 +1,10 @@
-"""Files that are whole or absent: written to a temporary name, flushed, renamed. Errors a user can act on."""
+"""Files that are whole or absent: written to a temporary name, flushed, renamed. Errors a user can act on.
+
+What is read back later has its SHA-256 noted: within it (`write_sealed`), or beside it (`note_digest`).
+"""
 
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -8,8 +12,10 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +98,8 @@ def replacing(path: Path | str, flush: bool = True) -> Iterator[Path]:
     path = Path(path)
     with explain(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        _sweep_once(path.parent)
+        holder, lock = _holder(path)
         try:
             temporary = holder / path.name
             yield temporary
@@ -105,13 +112,75 @@ def replacing(path: Path | str, flush: bool = True) -> Iterator[Path]:
                 _flush(path.parent)
         finally:
             shutil.rmtree(holder, ignore_errors=True)
+            os.close(lock)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed processes left half-written in `folder`; nobody else may be writing there."""
-    for remnant in folder.glob(".*.????????"):  # as `replacing` names its own
-        if remnant.is_dir() and {path.name for path in remnant.iterdir()} <= {remnant.name[1:-9], "old"}:
-            shutil.rmtree(remnant, ignore_errors=True)
+def _holder(path: Path) -> tuple[Path, int]:
+    """A new folder beside `path` to write in, and its lock, which tells `sweep` that somebody is at work there."""
+    while True:
+        holder = Path(tempfile.mkdtemp(prefix=f".{path.name[:200]}.", suffix=PART, dir=path.parent))
+        lock = os.open(holder, os.O_RDONLY)
+        with suppress(OSError):  # some network disks have no locks; `sweep` leaves all as it is there
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink:  # 0: `sweep` came between
+            return holder, lock
+        os.close(lock)
+
+
+PART = ".part"  # what names end in of folders that `replacing` writes in
+
+
+def sweep(folder: Path, deep: bool = False) -> None:
+    """Remove what killed processes left half-written in `folder`; `deep`: in the folders below it too."""
+    remnants: list[Path] = []
+    with suppress(OSError):  # others may come and go there
+        remnants += (folder.rglob if deep else folder.glob)(f".*.????????{PART}")
+    for remnant in remnants:
+        with suppress(OSError):
+            lock = os.open(remnant, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused where somebody is at work
+                shutil.rmtree(remnant)
+            finally:
+                os.close(lock)
+
+
+@lru_cache(maxsize=4096)
+def _sweep_once(folder: Path) -> None:
+    """Before a process writes in a folder for the first time: whatever is written is cleared up after."""
+    sweep(folder)
+
+
+@contextmanager
+def alone(folder: Path, what: str, field: str = "", patience: float = 3.0) -> Iterator[None]:
+    """Hold `folder` for this process; its end, however it comes, gives it free.
+
+    Args:
+        what: what another process may be doing there, as in "makes clips".
+        field: the key or option that names the folder.
+        patience: seconds to wait for another process, which may just be ending.
+
+    Raises:
+        UserError: busy; or the folder cannot be written.
+    """
+    with explain(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        until = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > until:
+                    raise UserError(
+                        f"{folder}: another process {what} here; wait for it, or choose another folder", "busy", field
+                    ) from error
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(lock)
 
 
 def write_bytes(path: Path | str, content: bytes, flush: bool = True) -> None:
@@ -203,9 +272,16 @@ def read_bytes(path: Path | str) -> bytes:
         return Path(path).read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{printable(str(path), 300)}: does not exist", "missing") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        why = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{printable(str(path), 300)}: cannot be read ({why.lower()})", "missing") from error
+    except ValueError as error:  # a NUL in the name
+        raise UserError(f"{printable(str(path), 300)}: is no file's name", "missing") from error
+    except OSError as error:
+        if error.errno not in UNREADABLE:  # the disk does not answer: of what is there this says nothing
+            raise
+        why = os.strerror(error.errno).lower()
+        raise UserError(f"{printable(str(path), 300)}: cannot be read ({why})", "missing") from error
+
+
+UNREADABLE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)
 
 
 def _parsed(text: str) -> Any:
@@ -257,3 +333,58 @@ def inside(root: Path | str, name: str) -> Path:
     if not path.is_relative_to(root):
         raise UserError(f"{root}: the entry {printable(repr(name))} points outside the folder; mend it", "outside")
     return path
+
+
+def write_sealed(path: Path | str, value: dict[str, Any], flush: bool = True) -> None:
+    """Write an object with its own digest in it, as `sha256`; what it had of that name is replaced."""
+    write_json(path, seal(value), flush)
+
+
+def seal(value: dict[str, Any]) -> dict[str, Any]:
+    """The object with its own digest in it."""
+    rest = {key: part for key, part in value.items() if key != "sha256"}
+    return rest | {"sha256": sha256_json(rest)}
+
+
+def read_sealed(path: Path | str) -> dict[str, Any]:
+    """The object that `write_sealed` wrote, digest included.
+
+    Raises:
+        UserError: missing; damaged: it is not what was written.
+    """
+    try:
+        value = read_object(path)
+    except UserError as error:
+        if error.code == "format":
+            raise UserError(f"{path}: is damaged ({error})", "damaged") from error
+        raise
+    if value.get("sha256") != seal(value)["sha256"]:
+        raise UserError(f"{path}: is damaged (its content is not what was written)", "damaged")
+    return value
+
+
+def sums(folder: Path | str) -> dict[str, str]:
+    """The SHA-256 of every file in a folder and below, by its path from there."""
+    folder = Path(folder)
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def changed(folder: Path | str, noted: dict[str, str]) -> list[str]:
+    """Which files of `noted`, as `sums` gives them, are missing in the folder or not what they were."""
+    paths = {name: Path(folder) / name for name in noted}
+    return [name for name, path in paths.items() if not path.is_file() or sha256(path) != noted[name]]
+
+
+def note_digest(path: Path) -> None:
+    """Note what the file at `path` is, in the hidden folder .sha256 beside it."""
+    write_text(_note(path), sha256(path) + "\n", flush=False)
+
+
+def _note(path: Path) -> Path:
+    return path.parent / ".sha256" / f"{path.name}.txt"  # no name that anybody takes for a video's
+
+
+def intact(path: Path) -> bool:
+    """Whether a file is what was noted of it; one of which nothing was noted is anybody's, and taken as it is."""
+    note = _note(path)
+    return not note.is_file() or note.read_text(errors="replace").strip() == sha256(path)

@@ -1,4 +1,4 @@
-"""What PyTorch does, counted: bytes that are alive at once and floating point operations, of tensors real or fake."""
+"""Count the bytes that are alive at once and the floating point operations of PyTorch, for real or fake tensors."""
 
 import weakref
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 ATEN: Any = torch.ops.aten
-# PyTorch's own table has all but the CPU's attention
+# PyTorch's own table lacks the CPU's attention
 FLOPS: dict[Any, Any] = dict(flop_registry) | {
     ATEN._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
@@ -20,7 +20,7 @@ FLOPS: dict[Any, Any] = dict(flop_registry) | {
 
 
 class Memory:
-    """Bytes of the storages that are alive, now and at the worst moment."""
+    """Bytes of the storages that are alive: now, and at the peak."""
 
     def __init__(self) -> None:
         self.live = self.peak = 0
@@ -42,20 +42,20 @@ class Memory:
 
 
 class Meter(Memory, TorchDispatchMode):
-    """Counts the storages that are alive, and the operations."""
+    """Counts live storages and operations of everything inside its context."""
 
     def __init__(self) -> None:
         Memory.__init__(self)
         TorchDispatchMode.__init__(self)
         self.flop = 0
         self.main = Memory()
-        self.place: Memory = self  # where what is made now lies
+        self.current: Memory = self  # which memory new tensors are in
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):
-                self.place.see(tensor)
+                self.current.see(tensor)
         count = FLOPS.get(func._overloadpacket)
         if count is not None:
             self.flop += count(*args, **(kwargs or {}), out_val=out)
@@ -63,13 +63,13 @@ class Meter(Memory, TorchDispatchMode):
 
     @contextmanager
     def offloading(self) -> Iterator[None]:
-        """Inside, what is kept for the backward pass waits in main memory, as `save_on_cpu` lets it on a GPU."""
+        """Inside, tensors kept for the backward pass count as main memory, as `save_on_cpu` moves them on a GPU."""
 
         def pack(tensor: Tensor) -> Tensor:
             tensor = tensor.detach()
-            self.place = self.main
+            self.current = self.main
             copy = tensor.clone()
-            self.place = self
+            self.current = self
             return copy
 
         with saved_tensors_hooks(pack, Tensor.clone):

@@ -1,4 +1,4 @@
-"""What a terminal is shown: how far a long job is (a live bar, or a line now and then elsewhere), and tables."""
+"""Progress of a long job, as a live bar in a terminal or as lines elsewhere; and Markdown tables."""
 
 import sys
 import time
@@ -10,15 +10,15 @@ from typing import TypeVar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Item = TypeVar("Item")
-EVERY = 30.0  # seconds between the lines where there is no terminal
+EVERY = 30.0  # seconds between lines
 
 
 @contextmanager
 def progress(title: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
-    """Yield a function to be called after each of the remaining `total - done` pieces of work with a note to show."""
+    """Yield a function to call with a note after each of the remaining `total - done` pieces of work."""
     if sys.stderr.isatty():
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        # redrawn by `advance` alone, for a drawing thread would take turns with the training
+        # redrawn only by `advance`: a drawing thread would slow the training down
         with Progress(TextColumn(title), *columns, TextColumn("{task.fields[note]}"), auto_refresh=False) as live:
             task = live.add_task(title, total=total, completed=done, note="")
 
@@ -27,15 +27,15 @@ def progress(title: str, total: int, done: int = 0) -> Iterator[Callable[[str], 
 
             yield redraw
         return
-    start = told = time.monotonic()
+    start = printed = time.monotonic()
     first = done
 
     def advance(note: str = "") -> None:
-        nonlocal done, told
+        nonlocal done, printed
         done += 1
         now = time.monotonic()
-        if now - told >= EVERY or done == total:
-            told = now
+        if now - printed >= EVERY or done == total:
+            printed = now
             left = timedelta(seconds=round((now - start) / (done - first) * (total - done)))
             print(f"{title} {done}/{total}, left {left} {note}".rstrip(), file=sys.stderr, flush=True)
 

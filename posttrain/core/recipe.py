@@ -1,4 +1,4 @@
-"""From a YAML recipe to a typed, frozen config. A key that nobody reads is an error, and an error names its line.
+"""From a YAML recipe to a typed, immutable config. An unknown key is an error, and an error names its line.
 
 A name is a file: `method: {name: psft, ...}` is `methods/psft.py`, and the other keys are the fields of its `Config`.
 """
@@ -29,7 +29,7 @@ class Strict(BaseModel):
 
 
 Schema = TypeVar("Schema", bound=BaseModel)
-Keys = tuple[str | int, ...]  # that lead to a value: ("data", "clips", 0)
+Keys = tuple[str | int, ...]  # the path to a value: ("data", "clips", 0)
 LARGEST = 2**20  # characters of a recipe
 MOST = 20_000  # keys and values of a recipe, after its anchors are written out
 # what PyYAML raises for a control character, for 2026-13-01, for {[a]: 1}, for !!timestamp x, for !!bool x, for &a [*a]
@@ -58,12 +58,12 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _whole)
 
 
 def resolve(packages: str | Sequence[str], name: str) -> ModuleType:
-    """The plug-in `name` of one of these packages: "methods" means posttrain.methods, "sim.physics" itself.
+    """The plug-in `name` of one of these packages ("methods" stands for posttrain.methods).
 
-    A plug-in is a module that has every name of `PROTOCOL` in its package's base.py; other modules are not offered.
+    A plug-in is a module that has every name in `PROTOCOL` of its package's base.py. Other modules are not offered.
 
     Raises:
-        UserError: there is no such plug-in; the message lists those there are.
+        UserError: there is no such plug-in; the message lists those that exist.
     """
     packages = [packages] if isinstance(packages, str) else packages
     full = [_package(package) for package in packages]
@@ -71,8 +71,8 @@ def resolve(packages: str | Sequence[str], name: str) -> ModuleType:
         if name in _modules(package) and _is_plugin(module := importlib.import_module(f"{package}.{name}"), package):
             return module
     offered = plugins(*packages)
-    places = " and ".join(package.replace(".", "/") for package in full)
-    raise UserError(f"{places}: has no {printable(repr(name))}, {_suggest(name, offered)}", "unknown_name")
+    searched = " and ".join(package.replace(".", "/") for package in full)
+    raise UserError(f"{searched}: has no {printable(repr(name))}, {_suggest(name, offered)}", "unknown_name")
 
 
 def plugins(*packages: str) -> list[str]:
@@ -102,7 +102,7 @@ class Plugin:
     module: ModuleType
     config: Any
 
-    def __reduce__(self) -> Any:  # a module goes to another process by its name
+    def __reduce__(self) -> Any:  # a module is sent to another process by its name
         return _plugin, (self.name, self.module.__name__, self.config)
 
 
@@ -169,10 +169,10 @@ def _text(path: Path) -> str:
 
 
 def _parse(text: str, keys: Keys, where: Callable[[int], str], origins: dict[Keys, str], field: str) -> Any:
-    """The value of a YAML text that stands at `keys` of a recipe; notes in `origins` where each of its keys stands.
+    """The value of a YAML text that is at `keys` of a recipe; writes the line of each of its keys into `origins`.
 
     Raises:
-        UserError: it is not YAML, or has too many values; about `field`.
+        UserError: the text is not YAML, or has too many values. The error's field is `field`.
     """
     try:
         loader = _Loader(text)
@@ -203,7 +203,7 @@ def dump(model: BaseModel) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line that says what is wrong with it in one short line."""
+    """A command line parser whose error messages are short."""
 
     def error(self, message: str) -> Never:
         super().error(printable(message, 300))
@@ -212,7 +212,7 @@ class Parser(argparse.ArgumentParser):
 def arguments(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse a command line on which overrides may also follow options, as in "make x.yaml --workers 2 seed=1".
 
-    argparse alone takes `overrides` only up to the first option. Anything else that is too much ends the program.
+    argparse itself takes `overrides` only before the first option. Any other unknown word ends the program.
     """
     options, more = parser.parse_known_args(words)
     if wrong := [word for word in more if word.startswith("-") or not hasattr(options, "overrides")]:
@@ -228,7 +228,7 @@ def _suggest(name: str, names: Sequence[str]) -> str:
 
 
 def _locate(node: yaml.Node, keys: Keys, where: Callable[[int], str], origins: dict[Keys, str]) -> None:
-    """Note for every key and item of the document where it stands."""
+    """Write the line of every key and item of the document into `origins`."""
     line = where(node.start_mark.line + 1)
     if len(origins) >= MOST:
         raise UserError(f"{line}: has more than {MOST} keys and values; shorten it", "format")
@@ -239,7 +239,7 @@ def _locate(node: yaml.Node, keys: Keys, where: Callable[[int], str], origins: d
                 raise yaml.MarkedYAMLError(problem="a key is no text", problem_mark=key.start_mark)
             inner, line = (*keys, key.value), where(key.start_mark.line + 1)
             if inner in origins:
-                raise UserError(f"{line}: {_dotted(inner)}: stands here twice; keep one", "duplicate", _dotted(inner))
+                raise UserError(f"{line}: {_dotted(inner)}: is given twice; keep one", "duplicate", _dotted(inner))
             origins[inner] = line
             _locate(value, inner, where, origins)
     elif isinstance(node, yaml.SequenceNode):
@@ -249,9 +249,9 @@ def _locate(node: yaml.Node, keys: Keys, where: Callable[[int], str], origins: d
 
 def _override(values: dict[str, Any], override: str, origins: dict[Keys, str]) -> None:
     name, equals, text = override.partition("=")
-    said = printable(override)
+    shown = printable(override)
     if not equals or not all(name.split(".")):
-        raise UserError(f"{said}: an override is written key=value, as in train.steps=20", "value")
+        raise UserError(f"{shown}: an override is written key=value, as in train.steps=20", "value")
     *parents, last = keys = tuple(name.split("."))
     for depth, key in enumerate(parents, 1):
         inner = values.get(key)
@@ -259,13 +259,13 @@ def _override(values: dict[str, Any], override: str, origins: dict[Keys, str]) -
             inner = values[key] = {}
         if not isinstance(inner, dict):
             outer = _dotted(keys[:depth])
-            raise UserError(f"{said}: {outer} is not a mapping", "value", outer)
+            raise UserError(f"{shown}: {outer} is not a mapping", "value", outer)
         values = inner
     for known in [p for p in origins if p[: len(keys)] == keys]:
         del origins[known]
-    values[last] = _parse(text, keys, lambda line: said, origins, name)
+    values[last] = _parse(text, keys, lambda line: shown, origins, name)
     for depth in range(1, len(keys) + 1):
-        origins.setdefault(keys[:depth], said)
+        origins.setdefault(keys[:depth], shown)
 
 
 def _dotted(keys: Keys) -> str:
@@ -273,7 +273,7 @@ def _dotted(keys: Keys) -> str:
 
 
 def _explain(error: ValidationError, values: Any, schema: type[BaseModel], origins: dict[Keys, str]) -> NoReturn:
-    """Raise the first complaint as one line; an unknown key comes first, for it is often why another is missing."""
+    """Raise the first error as one line. An unknown key comes first: it is often why another key is missing."""
     errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     first, keys = errors[0], errors[0]["loc"]
     message = first["msg"][:1].lower() + first["msg"][1:]
@@ -285,7 +285,7 @@ def _explain(error: ValidationError, values: Any, schema: type[BaseModel], origi
         message, code, keys = "is missing", "required", (*_written(keys[:-1], values), keys[-1])
     else:
         keys = _written(keys, values)
-        if first["type"] in get_args(Code):  # of a check of ours, which says all
+        if first["type"] in get_args(Code):  # raised by our own validators, with a full message
             code = first["type"]
         elif first["type"] != "part":
             message = SHORTER.get(first["type"], message) + f", not {printable(repr(first['input']))}"
@@ -293,7 +293,7 @@ def _explain(error: ValidationError, values: Any, schema: type[BaseModel], origi
     raise UserError(": ".join(filter(None, (origin, _dotted(keys), message))), code, _dotted(keys)) from error
 
 
-SHORTER = {  # than pydantic has them
+SHORTER = {  # pydantic's messages in fewer words
     "model_type": "should be a mapping",
     "dict_type": "should be a mapping",
     "list_type": "should be a list, as in [a, b]",
@@ -313,31 +313,31 @@ SHORTER = {  # than pydantic has them
 
 
 def _written(keys: Keys, values: Any) -> Keys:
-    """The keys of `keys` that stand in the recipe: for a union, pydantic adds the name of a branch."""
-    there: Keys = ()
+    """Those of `keys` that are in the recipe: for a union, pydantic adds the name of a branch."""
+    existing: Keys = ()
     for key in keys:
         try:
             values = values[key]
         except (KeyError, IndexError, TypeError):
             continue
-        there += (key,)
-    return there
+        existing += (key,)
+    return existing
 
 
 def _fields(schema: type[BaseModel], keys: Keys, values: Any) -> list[str]:
-    """What may stand at `keys` of a recipe."""
+    """The keys that are allowed at `keys` of a recipe."""
     if not keys:
         return list(schema.model_fields)
     if isinstance(keys[0], int):  # an item of a list
         return _fields(schema, keys[1:], values[keys[0]])
     field = schema.model_fields[keys[0]]
     types = [field.annotation, *get_args(field.annotation)]
-    marks = [*field.metadata, *(mark for kind in types for mark in getattr(kind, "__metadata__", ()))]
+    marks = [*field.metadata, *(mark for type_ in types for mark in getattr(type_, "__metadata__", ()))]
     plugin = next((mark for mark in marks if isinstance(mark, PluginFrom)), None)
     inner, rest = values[keys[0]], keys[1:]
     if plugin is not None:
         if rest and isinstance(rest[0], int):  # one of several
             inner, rest = inner[rest[0]], rest[1:]
         return ["name", *_fields(resolve(plugin.packages, inner["name"]).Config, rest, inner)]
-    models = [kind for kind in types if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    models = [type_ for type_ in types if isinstance(type_, type) and issubclass(type_, BaseModel)]
     return _fields(models[0], rest, inner) if models else []

@@ -1,4 +1,4 @@
-"""Where a run's curves and validation videos are shown besides its folder: TensorBoard, W&B, trackio, by accelerate.
+"""Show a run's curves and validation videos in TensorBoard, W&B or trackio, through accelerate.
 
 tensorboard   runs/<run>/tensorboard/; `tensorboard --logdir runs`. Videos are GIFs under Images.
 wandb         project "posttrain", a run of the same name; as its own settings say (WANDB_MODE=offline, ...)
@@ -29,12 +29,12 @@ def check_trackers(names: Sequence[str]) -> None:
 
 @contextmanager
 def tracking(accelerator: Any, folder: Path, steps: int, config: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, `accelerator.log` reaches the trackers that it was made with. Other processes than the first do nothing.
+    """Inside, `accelerator.log` writes to the trackers of `accelerator`. Does nothing except on the first process.
 
     Args:
-        folder: the run's, whose name is also the trackers' for it.
-        steps: how many are done; what a killed run logged after them is logged again.
-        config: what to show as the run's settings.
+        folder: the run's; its name is the run's name in the trackers.
+        steps: steps done so far; what a killed run logged after them is replaced.
+        config: the run's settings, to be shown.
 
     Raises:
         UserError: a tracker did not start.
@@ -45,12 +45,12 @@ def tracking(accelerator: Any, folder: Path, steps: int, config: Mapping[str, An
     named = {"name": folder.name, "config": dict(config)}
     options = {
         "tensorboard": {"purge_step": steps + 1},
-        "wandb": named | {"dir": str(folder), "resume": "auto"},  # auto: by what it noted in `dir`
+        "wandb": named | {"dir": str(folder), "resume": "auto"},  # auto: from its notes in `dir`
         "trackio": named | {"resume": "allow"},
     }
     try:
         accelerator.init_trackers(PROJECT, init_kwargs=options)
-    except Exception as error:  # each has its own kinds
+    except Exception as error:  # each tracker raises its own types
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         names = ", ".join(map(str, accelerator.log_with))
         message = f"train.trackers: {names} did not start ({why}); mend it or leave it out"
@@ -58,7 +58,7 @@ def tracking(accelerator: Any, folder: Path, steps: int, config: Mapping[str, An
     try:
         yield
     finally:
-        for tracker in accelerator.trackers:  # accelerate's end_training would part the processes too
+        for tracker in accelerator.trackers:  # accelerate's end_training would also disconnect the processes
             tracker.finish()
 
 
@@ -70,12 +70,12 @@ def log_videos(accelerator: Any, videos: Mapping[str, Path], step: int) -> None:
                 tracker.writer._get_file_writer().add_summary(_summary(name, path), step)
             tracker.writer.flush()
         else:
-            library = import_module(tracker.name)  # both call it Video
+            library = import_module(tracker.name)  # both have a class Video
             tracker.log({name: library.Video(str(path), format="mp4") for name, path in videos.items()}, step=step)
 
 
 def _summary(name: str, path: Path) -> Any:
-    """A video as TensorBoard plays it: an image that is a GIF. Its own add_video needs MoviePy for the same."""
+    """A video for TensorBoard: an image in GIF format. TensorBoard's own add_video does the same with MoviePy."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     content, (height, width) = gif(path)

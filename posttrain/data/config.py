@@ -1,4 +1,4 @@
-"""`data:` in a recipe: which clips, how they are seen, and what they are compared with."""
+"""`data:` in a recipe: which clips, how they are retimed and cropped, and what they are compared with."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,9 +14,9 @@ Crop = Literal["center", "top", "bottom", "left", "right", "none"]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What every clip shall be: so many frames, at frames per second, of (height, width) pixels.
+    """The format that all clips are brought to: number of frames, frames per second, size (height, width) in pixels.
 
-    `crop` says which part of a picture of another shape is seen; none: such videos are left out.
+    `crop`: which part of a picture of another shape is kept; "none" leaves such videos out.
     """
 
     frames: int
@@ -26,20 +26,20 @@ class Wanted:
 
 
 class GroupsConfig(Strict):
-    """What each true clip is compared with, for methods of preference: counterfactuals, samples of a model, or both.
+    """What preference methods compare each true clip with: counterfactuals, samples of a model, or both.
 
-    A clip with more losers than `losers` makes several groups of that many, and one with fewer makes none.
+    A clip with more losers than `losers` gives several groups of that many; a clip with fewer gives none.
     """
 
-    losers: PositiveInt = 3  # m, of each group
+    losers: PositiveInt = 3  # m, in each group
     counterfactuals: bool = False  # clips of the same folder that break a law in the true clip's scene
-    samples: tuple[str, ...] = ()  # folders of <clip>-s<seed>.mp4, with scores.jsonl
-    winner: Literal["true", "sample"] = "true"  # sample: the one with the best scores wins against the others
-    samples_each: NonNegativeInt = 0  # seeds that count in a folder of samples, made by the base first; 0: all there
-    sampler: SamplerConfig = SamplerConfig()  # how the base makes them
-    negative: str = ""  # what it is told not to show; counts where there is guidance
-    batch: PositiveInt = 1  # samples made at once, by each process
-    judge: Literal["simulator"] | None = None  # scores the samples; others do by `posttrain score`
+    samples: tuple[str, ...] = ()  # folders with files <clip>-s<seed>.mp4 and scores.jsonl
+    winner: Literal["true", "sample"] = "true"  # sample: the one with the best scores wins
+    samples_each: NonNegativeInt = 0  # the base model first samples seeds 0 to this; 0: use what is there
+    sampler: SamplerConfig = SamplerConfig()  # of the base model
+    negative: str = ""  # the negative prompt; used only if guidance is above 1
+    batch: PositiveInt = 1  # samples that each process makes at once
+    judge: Literal["simulator"] | None = None  # scores the samples; for other judges run `posttrain score`
 
     @model_validator(mode="after")
     def _any(self) -> "GroupsConfig":
@@ -53,10 +53,10 @@ class GroupsConfig(Strict):
 
 
 class DataConfig(Strict):
-    """Which clips. `make` names the recipes of `sim make` that film them where they are missing.
+    """Which clips. `make` names the recipes with which `sim make` films them if they are missing.
 
-    With frames, fps and size (height, width), clips are retimed and cropped to them, and those of any videos are read.
-    `crop` says what is seen of a picture of another shape: its middle, a side of it, or nothing (none: left out).
+    With frames, fps and size (height, width), clips are retimed and cropped to that format, and any videos can be read.
+    `crop`: which part of a picture of another shape is kept, its middle or a side; "none" leaves such videos out.
     """
 
     clips: str | list[str]
@@ -67,7 +67,7 @@ class DataConfig(Strict):
     fps: PositiveFloat | None = None
     size: tuple[PositiveInt, PositiveInt] | None = None
     crop: Crop = "center"
-    uncaptioned: Literal["leave_out", "empty"] = "leave_out"  # what becomes of a video without a caption
+    uncaptioned: Literal["leave_out", "empty"] = "leave_out"  # what to do with a video without a caption
     groups: GroupsConfig | None = None
 
     @model_validator(mode="after")

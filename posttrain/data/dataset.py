@@ -1,7 +1,8 @@
 """Read a dataset folder: `<folder>/<split>/metadata.jsonl`, and beside it a video and an .npz per clip.
 
-Its clips are taken as they are, and all agree. Only where a recipe says what `frames`, `fps` and `size` it wants are
-clips retimed and cropped, and then a folder of any videos (listing.py) serves too, without annotations.
+All clips of a folder have one format (fps, frames, size), and they are used as they are. If a recipe sets `frames`,
+`fps` and `size`, clips are retimed and cropped to that; then a folder of any videos (listing.py) can be read too,
+without annotations.
 
 Shape letters: B batch, C channels, F frames, H W pixels.
 """
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,18 +22,28 @@ from posttrain.core.errors import UserError
 from posttrain.core.progress import track
 from posttrain.data import listing, schema, views
 from posttrain.data.config import DataConfig, Wanted
+from posttrain.data.listing import VideoNote
 from posttrain.data.schema import ClipRow
 from posttrain.data.views import View
 from posttrain.types import Batch
 
-SHAPE = ("fps", "frames", "size")  # what all clips of a training or a test have in common
+
+class ClipFormat(NamedTuple):
+    """What all clips of a training or a test have in common; size is [height, width] in pixels, as in JSON."""
+
+    fps: float
+    frames: int
+    size: list[int]
 
 
 @dataclass(frozen=True)
 class Split:
-    """The clips of one split, `folder` being the split's own. Clips agree in fps, frames and size.
+    """The clips of one split; they agree in fps, frames and size.
 
-    `views` say how each clip is retimed and cropped, None where it is taken as it is; `told` what is done to each file.
+    Attributes:
+        folder: the split's own.
+        views: how each clip is retimed and cropped; None for a clip that is used as it is.
+        video_notes: what is done to each file, for `listing.summary`.
     """
 
     folder: Path
@@ -40,27 +51,25 @@ class Split:
     views: Sequence[View | None]
     annotated: bool = True
     wanted: Wanted | None = None
-    told: Sequence[dict[str, Any]] = ()
+    video_notes: Sequence[VideoNote] = ()
 
     @property
-    def kind(self) -> dict[str, Any]:
+    def clip_format(self) -> ClipFormat:
         """fps, frames and size of its clips."""
-        if self.wanted is None:
-            return _kind(self.rows[0])
-        return {"fps": self.wanted.fps, "frames": self.wanted.frames, "size": list(self.wanted.size)}
+        return _clip_format(self.rows[0] if self.wanted is None else self.wanted)
 
     @property
     def fps(self) -> float:
-        return float(self.kind["fps"])
+        return float(self.clip_format.fps)
 
     @property
     def frames(self) -> int:
-        return int(self.kind["frames"])
+        return int(self.clip_format.frames)
 
     @property
     def size(self) -> tuple[int, int]:
         """Height, width."""
-        height, width = self.kind["size"]
+        height, width = self.clip_format.size
         return int(height), int(width)
 
     def video(self, index: int) -> Path:
@@ -71,10 +80,10 @@ class Split:
 
 
 def open_splits(config: DataConfig) -> list[Split]:
-    """The clips of each folder that a recipe names, as it wants them.
+    """The clips of each folder that a recipe names, in the format that it asks for.
 
     Raises:
-        UserError: as open_split and listing.choose do.
+        UserError: as open_split and listing.choose.
     """
     wanted = config.wanted
     if wanted is None:
@@ -84,8 +93,8 @@ def open_splits(config: DataConfig) -> list[Split]:
         if not _annotated(Path(folder) / config.split / "metadata.jsonl"):
             listed = listing.entries(folder, config.split)
             if listed:
-                rows, chosen, told = listing.choose(listed, wanted, config.uncaptioned, config.limit)
-                splits.append(Split(listed[0].folder, rows, chosen, False, wanted, told))
+                rows, chosen, video_notes = listing.choose(listed, wanted, config.uncaptioned, config.limit)
+                splits.append(Split(listed[0].folder, rows, chosen, False, wanted, video_notes))
                 continue
         splits.append(_retimed(open_split(folder, config.split), wanted))
     return splits
@@ -96,15 +105,15 @@ def _annotated(metadata: Path) -> bool:
 
 
 def _retimed(split: Split, wanted: Wanted) -> Split:
-    """A dataset folder's clips, seen as `wanted`; they are all of one kind, so all are or none is long enough."""
-    places, box, notes = views.plan(np.arange(split.frames) / split.fps, split.size, wanted)
-    if places is None:
+    """A dataset folder's clips in the format `wanted`. They share one format, so either all are long enough or none."""
+    frames, box, notes = views.plan(np.arange(split.frames) / split.fps, split.size, wanted)
+    if frames is None:
         raise UserError(
             f"{split.folder / 'metadata.jsonl'}: its clips cannot be used ({notes[0]})", "mismatch", "data.frames"
         )
-    view = View(tuple(places.tolist()), False, box, wanted.size) if notes else None
-    told = [{"file": row.file_name, "used": True, "notes": notes} for row in split.rows] if notes else []
-    return Split(split.folder, split.rows, [view] * len(split.rows), True, wanted, told)
+    view = View(tuple(frames.tolist()), False, box, wanted.size) if notes else None
+    video_notes = [VideoNote(row.file_name, True, notes) for row in split.rows] if notes else []
+    return Split(split.folder, split.rows, [view] * len(split.rows), True, wanted, video_notes)
 
 
 def open_split(folder: Path | str, split: str) -> Split:
@@ -117,49 +126,51 @@ def open_split(folder: Path | str, split: str) -> Split:
     metadata = path / "metadata.jsonl"
     if not metadata.is_file():
         if listing.entries(folder, split):
-            said = f"{folder} holds videos: train on them with data.frames, data.fps and data.size"
-            raise UserError(f"{metadata}: does not exist; {said}", "missing", "data.frames")
-        what, remedy = listing.remedy(folder, split)
-        raise UserError(f"{folder}: {what}; {remedy}", "missing")
+            remedy = f"{folder} holds videos: set data.frames, data.fps and data.size to train on them"
+            raise UserError(f"{metadata}: does not exist; {remedy}", "missing", "data.frames")
+        problem, remedy = listing.remedy(folder, split)
+        raise UserError(f"{folder}: {problem}; {remedy}", "missing")
     listed, rows = files.read_jsonl(metadata), list[ClipRow]()
     if not listed:
         raise UserError(f"{metadata}: has no clips; film them with `python -m sim make RECIPE`", "no_clips")
     for line, written in enumerate(listed, 1):
         if missing := [
-            k for k in (*SHAPE, "file_name", "annotations", "sha256", "caption", "target") if k not in written
+            k
+            for k in (*ClipFormat._fields, "file_name", "annotations", "sha256", "caption", "target")
+            if k not in written
         ]:
             remedy = "make the dataset again"
             if "annotations" not in written:
-                remedy = "such clips are trained on with data.frames, data.fps and data.size, and cannot be tested with"
+                remedy = "to train on such clips set data.frames, data.fps and data.size; they cannot be used for tests"
             raise UserError(f"{metadata}:{line}: {missing[0]}: is missing; {remedy}", "format", missing[0])
         row = schema.from_json(written, f"{metadata}:{line}")
         for name in (row.file_name, row.annotations or ""):
             if not files.inside(path, name).is_file():
                 raise UserError(f"{metadata}:{line}: {name}: does not exist; make the dataset again", "missing")
         rows.append(row)
-        _agree(f"{metadata}:{line}: {row.file_name}", _kind(row), _kind(rows[0]), rows[0].file_name)
+        _agree(f"{metadata}:{line}: {row.file_name}", _clip_format(row), _clip_format(rows[0]), rows[0].file_name)
     return Split(path, rows, [None] * len(rows))
 
 
-def _kind(row: ClipRow) -> dict[str, Any]:
-    return {"fps": row.fps, "frames": row.frames, "size": list(row.size)}
+def _clip_format(of: ClipRow | Wanted) -> ClipFormat:
+    return ClipFormat(of.fps, of.frames, list(of.size))
 
 
-def _agree(where: str, kind: dict[str, Any], other: dict[str, Any], name: str) -> None:
-    for key in SHAPE:
-        if kind[key] != other[key]:
+def _agree(where: str, own: ClipFormat, expected: ClipFormat, name: str) -> None:
+    for key, value, wanted in zip(ClipFormat._fields, own, expected, strict=True):
+        if value != wanted:
             raise UserError(
-                f"{where}: {key} is {kind[key]}, but {other[key]} in {name}; clips are not retimed or scaled unless "
-                "data.frames, data.fps and data.size ask for it: use clips of one kind",
+                f"{where}: {key} is {value}, but {wanted} in {name}; use clips of one format, or set data.frames, "
+                "data.fps and data.size, to which clips are then retimed and scaled",
                 "mismatch",
                 key,
             )
 
 
-def check_same_kind(splits: Sequence[Split]) -> None:
+def check_same_format(splits: Sequence[Split]) -> None:
     """Refuse splits that differ in fps, frames or size, for instance those of training and of testing."""
     for split in splits[1:]:
-        _agree(f"{split.folder / 'metadata.jsonl'}", split.kind, splits[0].kind, str(splits[0].folder))
+        _agree(f"{split.folder / 'metadata.jsonl'}", split.clip_format, splits[0].clip_format, str(splits[0].folder))
 
 
 def read_annotations(path: Path | str, keys: Sequence[str] | None = None) -> dict[str, np.ndarray]:
@@ -171,20 +182,20 @@ def read_annotations(path: Path | str, keys: Sequence[str] | None = None) -> dic
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in (arrays.files if keys is None else keys)}
-    except Exception as error:  # zipfile, zlib, numpy and the system each have their own
+    except Exception as error:  # zipfile, zlib, numpy and the system each raise their own types
         raise UserError(f"{path}: is missing or torn; delete it and make it again", "damaged") from error
 
 
 class Clips:
     """Clips in pixels, decoded once and kept in memory as uint8.
 
-    Of groups these are the true clips alone, unless `violated` asks for those too that break a law.
+    In a dataset with groups these are the true clips; `violated` adds the clips that break a law.
 
     Args:
-        truths: what batches shall hold besides: "flow", "depth" or both, of clips that are taken as they are.
+        truths: what batches hold in addition: "flow", "depth" or both. Only for clips that are used as they are.
 
     Raises:
-        UserError: a clip is missing, torn, changed since it was made, or of another kind than the others.
+        UserError: a clip is missing, torn, changed since it was made, or in another format than the others.
     """
 
     def __init__(
@@ -194,20 +205,20 @@ class Clips:
         for split in self.splits if truths else ():
             if not split.annotated or any(view is not None for view in split.views):
                 raise UserError(
-                    f"{split.folder}: {' and '.join(truths)} are known of clips that `sim make` filmed, as they are; "
-                    "drop data.frames, data.fps and data.size, or use such clips",
+                    f"{split.folder}: {' and '.join(truths)} are only known for clips of `sim make` that are not "
+                    "retimed or cropped; leave out data.frames, data.fps and data.size, or use such clips",
                     "mismatch",
                     "data.frames",
                 )
         self._truths = truths
-        check_same_kind(self.splits)
+        check_same_format(self.splits)
         self._entries = [(split, index) for split in self.splits for index in _chosen(split, config.limit, violated)]
         several = len(self.splits) > 1
         self.ids = [
             (f"{split.folder.parent.name}/" if several else "") + _id(split, split.rows[index].file_name)
             for split, index in self._entries
         ]
-        if self.annotated and len(set(self.ids)) < len(self.ids):  # a list of any videos may name one twice
+        if self.annotated and len(set(self.ids)) < len(self.ids):  # a list of videos may name one twice
             raise UserError(
                 f"data.clips: {', '.join(config.folders)}: clips share a name; rename one of the folders",
                 "duplicate",
@@ -227,7 +238,7 @@ class Clips:
 
     @property
     def annotated(self) -> bool:
-        """Whether it is known what is where in the clips."""
+        """Whether the clips have annotations."""
         return all(split.annotated for split in self.splits)
 
     @property
@@ -251,13 +262,13 @@ class Clips:
         return split.video(number)
 
     def seen(self, index: int) -> list[str]:
-        """What, beside the file, its clip depends on: how it is retimed and cropped; nothing where it is not."""
+        """How the file is retimed and cropped, on which its clip depends too; [] if it is used as it is."""
         split, number = self._entries[index]
         view = split.views[number]
         return [] if view is None else [view.key]
 
     def group(self, index: int) -> tuple[Path, Any] | None:
-        """What the clip has in common with those that continue the same first picture; None where there are none."""
+        """Equal for clips that continue the same first picture; None for a clip without a group."""
         split, number = self._entries[index]
         return None if split.rows[number].group is None else (split.folder, split.rows[number].group)
 
@@ -268,7 +279,7 @@ class Clips:
         return views.read(split.video(number), replace(view, frames=view.frames[:1]))[0]
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Pixels uint8 (F, H, W, 3) and instances uint8 (F, H, W) of one clip; None for these if it has none."""
+        """Pixels uint8 (F, H, W, 3) and instances uint8 (F, H, W), or None, of one clip."""
         if index in self._decoded:
             return self._decoded[index]
         split, number = self._entries[index]
@@ -303,7 +314,7 @@ class Clips:
         return video, instances
 
     def read_truths(self, index: int) -> dict[str, np.ndarray]:
-        """Of one clip what was asked for: flow (F, H, W, 2) in pixels, depth (F, H, W) in metres, as stored."""
+        """The `truths` of one clip as stored: flow (F, H, W, 2) in pixels, depth (F, H, W) in metres."""
         if index in self._annotations or not self._truths:
             return self._annotations.get(index, {})
         split, number = self._entries[index]
@@ -318,7 +329,7 @@ class Clips:
         return arrays
 
     def load(self, indices: Sequence[int]) -> Batch:
-        """The clips at `indices`, in pixels; where all have them, instances and the scored object's id beside them."""
+        """The clips at `indices` in pixels; with instances and the scored object's id if all clips have them."""
         pixels, instances = zip(*(self.read(index) for index in indices), strict=True)
         truths = [self.read_truths(index) for index in indices]
         stored = {name: torch.from_numpy(np.stack([t[name] for t in truths])).float() for name in self._truths}
@@ -333,7 +344,7 @@ class Clips:
 
 
 def _chosen(split: Split, limit: int | None, violated: bool) -> list[int]:
-    """The first `limit` true clips; `violated`: and in their groups those that break a law on purpose."""
+    """Indices of the first `limit` true clips; with `violated` also of the clips of their groups that break a law."""
     true = [i for i, row in enumerate(split.rows) if not row.violation][:limit]
     if not violated:
         return true
@@ -348,7 +359,7 @@ def targets(rows: Sequence[ClipRow]) -> torch.Tensor | None:
 
 
 def _id(split: Split, name: str) -> str:
-    """A clip's name in messages and files; that of any videos keeps what tells a.mp4 from a.mov."""
+    """A clip's name in messages and files; a user's own video keeps its suffix, which tells a.mp4 from a.mov."""
     return Path(name).stem if split.annotated else name
 
 

@@ -1,13 +1,13 @@
-"""Groups for methods of preference: a true clip, and m losers that continue the same first picture less truly.
+"""Groups for preference methods: a true clip, and m losers that continue the same first picture less truly.
 
 Losers are clips of a dataset folder that break a law in the true clip's scene (sim/worlds/counterfactual.py), samples
-that a model made under several seeds, or both; or the best of the samples wins against the others. Samples lie in any
-folder, named <clip>-s<seed>.mp4 as a recipe's base makes them (losers.py), or <clip>-s<seed>-<model>.mp4 as `posttrain
-sample` does of <clip>.png; and what a judge says of them lies beside them in scores.jsonl:
+that a model made with several seeds, or both. Or the best of the samples wins against the others. Samples are files of
+any folder: <clip>-s<seed>.mp4 as a recipe's base model makes them (losers.py), or <clip>-s<seed>-<model>.mp4 as
+`posttrain sample` makes them from <clip>.png. A judge's scores are beside them in scores.jsonl, both from 0 to 1:
 
-    {"file_name": "00012-s0.mp4", "sa": 0.9, "pc": 0.2}     both 0 to 1: follows its text, obeys physics
+    {"file_name": "00012-s0.mp4", "sa": 0.9, "pc": 0.2}     semantic adherence, physical commonsense
 
-A counterfactual has pc = 1 - severity, and sa = 1: its caption names what falls, and that is there until it is not.
+A counterfactual has pc = 1 - severity and sa = 1, since its caption names what falls.
 """
 
 import re
@@ -34,8 +34,9 @@ from posttrain.models.base import VideoModel
 from posttrain.types import Batch
 
 SCORES = "scores.jsonl"
-# How much first pictures may differ: of 255, in the mean of any of 8 x 8 fields and colours. The pocket's autoencoder
-# and H.264 change up to 19 (120 clips of three datasets, mean 9.5); the most alike of 30 scenes differ by 33 to 64.
+# How much the mean colour of any of 8 x 8 fields of two equal first pictures may differ, of 255. The pocket's
+# autoencoder and H.264 change it by up to 19 (120 clips of three datasets, mean 9.5); the most similar of 30 scenes
+# differ by 33 to 64.
 SAME_PICTURE = 25.0
 
 
@@ -45,17 +46,17 @@ class Scores(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Places in `Members`."""
+    """Indices into `Members`."""
 
     winner: int
     losers: tuple[int, ...]
-    true: int  # the clip whose first picture they continue; the winner itself unless samples win
+    true: int  # the clip whose first picture they continue; it is the winner unless samples win
 
 
 def sample_of(stem: str, clips: Container[str]) -> tuple[str, int] | None:
-    """The clip that a sample continues, and its seed, by its file's name without suffix; None if it is none of `clips`.
+    """The clip that a sample continues, and its seed; None if the clip is not in `clips`.
 
-    A clip's own name may end as a sample's does: of several that fit, the longest is meant.
+    `stem` is the file's name without suffix. A clip's own name may end in -s<number> too: the longest that fits counts.
     """
     for seed in reversed([*re.finditer(r"-s(\d+)(?=-.|\Z)", stem)]):
         if stem[: seed.start()] in clips:
@@ -64,26 +65,26 @@ def sample_of(stem: str, clips: Container[str]) -> tuple[str, int] | None:
 
 
 def names(clips: Clips) -> dict[str, int]:
-    """Where each true clip is, by its file's name without suffix, which its samples are called by.
+    """The index of each true clip by its file's name without suffix, which its samples' names begin with.
 
     Raises:
-        UserError: two have one name.
+        UserError: two clips have the same name.
     """
-    found: dict[str, int] = {}
+    by_name: dict[str, int] = {}
     for index in range(len(clips)):
         if clips.row(index).violation:
             continue
         path = clips.video(index)
-        if (other := found.setdefault(path.stem, index)) != index:
+        if (other := by_name.setdefault(path.stem, index)) != index:
             raise UserError(
-                f"{path}: is called as {clips.video(other)} is, and samples go by these names; rename one of them",
+                f"{path}: has the same name as {clips.video(other)}, so samples cannot name their clip; rename one",
                 "duplicate",
             )
-    return found
+    return by_name
 
 
 class Members:
-    """The clips of groups, as `Latents` reads them: those of `clips`, and after them samples."""
+    """The clips of groups, as `Latents` reads them: those of `clips`, followed by the samples."""
 
     def __init__(self, clips: Clips, samples: Sequence[tuple[int, Path, Scores | None]]) -> None:
         self.clips, self.samples = clips, samples
@@ -93,7 +94,7 @@ class Members:
         return len(self.ids)
 
     def _sample(self, index: int) -> tuple[int, Path, Scores | None] | None:
-        """Of a sample the clip that it continues, its file and its scores; None for a clip of the dataset."""
+        """For a sample, the clip that it continues, its file and its scores; None for a clip of the dataset."""
         return self.samples[index - len(self.clips)] if index >= len(self.clips) else None
 
     def row(self, index: int) -> ClipRow:
@@ -128,7 +129,7 @@ class Members:
         if sample:
             return sample[2]
         violation = self.clips.row(index).violation
-        assert violation is not None  # of a true clip nobody asks
+        assert violation is not None  # nobody asks for a true clip's scores
         return Scores(sa=1.0, pc=1.0 - violation.severity)
 
 
@@ -138,91 +139,95 @@ def gather(
     """The groups of a dataset.
 
     Args:
-        clips: the true ones, and with config.counterfactuals also those that are not (`violated`).
-        pictured: whether the samples' model was given first pictures; if not, theirs need not be the true ones.
-        scored: whether losers are weighed by their scores, so that samples need some.
+        clips: true clips; with config.counterfactuals also clips that break a law (`violated`).
+        pictured: whether the samples' model was given first pictures; if not, they are not compared with the true ones.
+        scored: whether losers are weighted by their scores, so that every sample needs some.
 
     Raises:
         UserError: no clip has enough losers; members of a group differ in their first picture, size, length or rate, or
-            are the same file; there are samples and two true clips have one name; or a score is missing or out of
+            are the same file; two true clips have the same name and there are samples; a score is missing or out of
             range.
     """
     true = [index for index in range(len(clips)) if not clips.row(index).violation]
-    places = names(clips) if config.samples else {}
-    samples = [sample for folder in config.samples for sample in _samples(Path(folder), places, config, scored)]
+    by_name = names(clips) if config.samples else {}
+    samples = [sample for folder in config.samples for sample in _samples(Path(folder), by_name, config, scored)]
     members = Members(clips, samples)
     losers: dict[int, list[int]] = {index: [] for index in true}
     winners = {clips.group(index): index for index in true if clips.group(index) is not None}
     for index in sorted(set(range(len(clips))) - set(true)):
         others = losers[winners[clips.group(index)]]
-        # two tunnels that end alike are one clip
+        # two tunnels with the same end give the same file
         if clips.row(index).sha256 not in [clips.row(other).sha256 for other in others]:
             others.append(index)
     for number, (winner, _, _) in enumerate(samples, len(clips)):
         losers[winner].append(number)
     groups, few = [], 0
-    for place, true_one in enumerate(track(true, "looking at groups", len(true))):
-        winner, found = true_one, sorted(losers[true_one])
-        if len(found) >= config.losers:
-            _check(members, Group(winner, tuple(found), true_one), pictured)
-        if config.winner == "sample" and found:
-            winner = max(found, key=partial(_merit, members))
-            found = [index for index in found if _merit(members, index) < _merit(members, winner)]
-        if len(found) < config.losers:
+    for number, true_one in enumerate(track(true, "looking at groups", len(true))):
+        winner, candidates = true_one, sorted(losers[true_one])
+        if len(candidates) >= config.losers:
+            _check(members, Group(winner, tuple(candidates), true_one), pictured)
+        if config.winner == "sample" and candidates:
+            winner = max(candidates, key=partial(_merit, members))
+            candidates = [index for index in candidates if _merit(members, index) < _merit(members, winner)]
+        if len(candidates) < config.losers:
             few += 1
             continue
-        order = np.random.default_rng([0, place]).permutation(found).tolist()  # another for each clip
-        # the last of several is filled up with the first ones, so that all are used
-        for first in range(0, len(found), config.losers):
-            some = tuple(order[(first + i) % len(found)] for i in range(config.losers))
-            groups.append(Group(winner, some, true_one))
-    which = f"{config.losers} losers" + (" and a better one" if config.winner == "sample" else "")
+        order = np.random.default_rng([0, number]).permutation(candidates).tolist()  # a different order for each clip
+        # the last group is filled up with the first losers, so all are used
+        for first in range(0, len(candidates), config.losers):
+            group_losers = tuple(order[(first + i) % len(candidates)] for i in range(config.losers))
+            groups.append(Group(winner, group_losers, true_one))
+    wanted = f"{config.losers} losers" + (" and a better one" if config.winner == "sample" else "")
     if not groups:
         raise UserError(
-            f"data.groups: no clip has {which}; film or sample more, or lower data.groups.losers",
+            f"data.groups: no clip has {wanted}; film or sample more, or lower data.groups.losers",
             "no_clips",
             "data.groups.losers",
         )
     if few:
-        print(f"groups: {few} of {len(true)} clips are left out, with fewer than {which}", file=sys.stderr)
+        print(f"groups: {few} of {len(true)} clips are left out, with fewer than {wanted}", file=sys.stderr)
     return members, groups
 
 
 def _merit(members: Members, index: int) -> float:
-    """By which the winner is chosen where samples win; of equal ones the first."""
+    """The score by which the winning sample is chosen; the first of equal ones wins."""
     scores = members.scores(index)
-    assert scores is not None  # _samples has looked
+    assert scores is not None  # _samples checked it
     return scores.sa + scores.pc
 
 
 def _samples(
-    folder: Path, places: dict[str, int], config: GroupsConfig, scored: bool
+    folder: Path, clip_of: dict[str, int], config: GroupsConfig, scored: bool
 ) -> list[tuple[int, Path, Scores | None]]:
-    """The samples of clips of these names in a folder, of seeds below config.samples_each unless that is 0."""
+    """The samples of the clips `clip_of` names in a folder, with seeds below config.samples_each (0: any seed)."""
     if not folder.is_dir():
         raise UserError(
-            f"data.groups.samples: {folder} does not exist; let the base make it by data.groups.samples_each",
+            f"data.groups.samples: {folder} does not exist; set data.groups.samples_each to let the base model make it",
             "missing",
             "data.groups.samples",
         )
     path = folder / SCORES
     rows = {row.get("file_name"): row for row in files.read_jsonl(path)} if path.exists() else None
-    found = []
+    samples = []
     for video in listing.videos_in(folder):
-        match sample_of(video.stem, places):
+        match sample_of(video.stem, clip_of):
             case clip, seed if not config.samples_each or seed < config.samples_each:
-                found.append((places[clip], video, None if rows is None else _scores(path, video.name, rows)))
-    if found and rows is None and (scored or config.winner == "sample"):
-        why, remedy = "losers are weighed by their scores", ", or set method.physics=null"
+                if not files.intact(video):
+                    raise UserError(f"{video}: is damaged (its content is not what was written); delete it", "damaged")
+                samples.append((clip_of[clip], video, None if rows is None else _scores(path, video.name, rows)))
+    if samples and rows is None and (scored or config.winner == "sample"):
+        why, remedy = "losers are weighted by their scores", ", or set method.physics=null"
         if config.winner == "sample":
-            why, remedy = "the best sample shall win", ""
-        raise UserError(f"{path}: does not exist, and {why}; `posttrain score {folder}`{remedy}", "missing")
-    return found
+            why, remedy = "the best sample wins", ""
+        raise UserError(f"{path}: does not exist, but {why}; run `posttrain score {folder}`{remedy}", "missing")
+    return samples
 
 
 def _scores(path: Path, name: str, rows: dict[Any, dict[str, Any]]) -> Scores:
     if name not in rows:
-        raise UserError(f"{path}: has no row for {name}; `posttrain score` it, or remove the file", "unfinished")
+        raise UserError(f"{path}: has no row for {name}; run `posttrain score`, or remove the file", "unfinished")
+    if "sha256" in rows[name] and files.seal(rows[name]) != rows[name]:  # scores of other programs have no digest
+        raise UserError(f"{path}: the row of {name} is not what was written; score it again", "damaged")
     for field in Scores._fields:
         value = rows[name].get(field)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
@@ -243,11 +248,14 @@ def _check(members: Members, group: Group, pictured: bool) -> None:
         if sampled:
             rate = float(1 / np.diff(facts.times).mean())
             rate = split.fps if abs(rate / split.fps - 1) < 0.01 else rate
-            kind = {"frames": len(facts.times), "size": list(facts.size), "fps": rate}
-            if other := [key for key, value in kind.items() if value != split.kind[key]]:
-                found, wanted = kind[other[0]], split.kind[other[0]]
+            expected = split.clip_format._asdict()
+            own = {"frames": len(facts.times), "size": list(facts.size), "fps": rate}
+            if differ := [key for key, value in own.items() if value != expected[key]]:
+                key = differ[0]
                 raise UserError(
-                    f"{path}: {other[0]} is {found}, but {wanted} in {true}; sample it as that is", "mismatch", other[0]
+                    f"{path}: {key} is {own[key]}, but {expected[key]} in {true}; sample it again with that {key}",
+                    "mismatch",
+                    key,
                 )
         if facts.sha256 in sums:
             raise UserError(
@@ -257,8 +265,8 @@ def _check(members: Members, group: Group, pictured: bool) -> None:
         if pictured or not sampled:
             apart = float((_fields(members.first(index)) - picture).abs().max())
             if apart > SAME_PICTURE:
-                said = f"its first picture is not that of {true} (off by {apart:.0f} of 255); it continues another"
-                raise UserError(f"{path}: {said}", "mismatch")
+                problem = f"its first picture is not that of {true} (they differ by {apart:.0f} of 255)"
+                raise UserError(f"{path}: {problem}; remove the file", "mismatch")
 
 
 def _fields(picture_HWC: np.ndarray) -> torch.Tensor:
@@ -267,7 +275,7 @@ def _fields(picture_HWC: np.ndarray) -> torch.Tensor:
 
 
 class Groups:
-    """The latents of groups under `model`, cached in `folder`; a `Data` for runs (run.py).
+    """The latents of groups under `model`, cached in `folder`: a `Data` for runs (run.py).
 
     Raises:
         UserError: as `gather` and `Latents`.
@@ -302,7 +310,7 @@ class Groups:
         return len(self.groups)
 
     def load(self, indices: Sequence[int]) -> Batch:
-        """Winners with their text and condition, the losers' latents, and scores where all losers have some."""
+        """Winners with their text and condition, the losers' latents, and their scores if all losers have scores."""
         chosen = [self.groups[index] for index in indices]
         true = self._latents.load([group.true for group in chosen])
         losers = self._latents.load([index for group in chosen for index in group.losers]).z0_BCFHW
@@ -312,7 +320,7 @@ class Groups:
         if any(group.winner != group.true for group in chosen):
             best = self._latents.load([group.winner for group in chosen]).z0_BCFHW
             assert best is not None
-            # the first picture as it is given later
+            # the first picture as it is given in training
             winners = torch.cat([winners[:, :, : self._clean], best[:, :, self._clean :]], dim=2)
         scores = None if self._scores is None else self._scores[list(indices)]
         return replace(

@@ -1,9 +1,11 @@
 """Encode clips and captions once. A cache entry is a file whose name is the hash of all it depends on.
 
 So an entry of another VAE, text encoder, clip or caption is never found, entries are shared between runs, and an
-encoding that was cut off continues.
+encoding that was cut off continues. An entry's header has the digest of its name and content: what is damaged, or lies
+under another's name, is made again, or refused where training reads it.
 """
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from posttrain.core import files
@@ -63,7 +65,12 @@ class Latents:
             print(f"latents: {sum(file.exists() for file in self._files)} of {len(self)} are in {folder}")
         # each process its own share of all, for others may already be at work
         share = range(state.process_index, len(self), state.num_processes)
-        mine = [index for index in share if not self._files[index].exists()]
+        for parent in {self._files[index].parent for index in share}:
+            files.sweep(parent)
+        with ThreadPoolExecutor() as pool:
+            mine = [index for index, whole in zip(share, pool.map(self._whole, share), strict=True) if not whole]
+        if damaged := [self._files[index] for index in mine if self._files[index].exists()]:
+            print(f"latents: {len(damaged)} are damaged and made again ({damaged[0]})", file=sys.stderr)
         texts: dict[str, Tensor] = {}
         for index in track(mine, "encoding clips", len(mine)) if mine else ():
             video, _ = clips.read(index)
@@ -76,7 +83,8 @@ class Latents:
                     texts[caption] = _trim(model.encode_text([caption])[0])
             entry = {"z0": z0_CFHW.float(), "text": texts[caption].float()}
             entry |= {f"{CONDITION}{name}": value[0] for name, value in condition.items()}
-            content = save({k: v.contiguous().cpu() for k, v in entry.items()})
+            entry = {k: v.contiguous().cpu() for k, v in entry.items()}
+            content = save(entry, {"sha256": _digest(self.keys[index], entry)})
             files.write_bytes(self._files[index], content, flush=False)
         model.unload()  # UMT5 alone is 11 GiB, and training needs it not
         state.wait_for_everyone()
@@ -114,10 +122,32 @@ class Latents:
         )
 
     def _entry(self, index: int) -> dict[str, Tensor]:
+        """The entry of a clip. Raises UserError where it is missing, damaged or another's."""
+        path = self._files[index]
         try:
-            return load_file(self._files[index])
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{self._files[index]}: is damaged; delete it and start again", "damaged") from error
+            with safe_open(path, "pt") as stored:
+                entry, noted = {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path}: is damaged; start again, and it is made again", "damaged") from error
+        if noted.get("sha256") != _digest(self.keys[index], entry):
+            raise UserError(f"{path}: is not what was written; start again, and it is made again", "damaged")
+        return entry
+
+    def _whole(self, index: int) -> bool:
+        try:
+            self._entry(index)
+        except UserError:
+            return False
+        return True
+
+
+def _digest(key: str, entry: dict[str, Tensor]) -> str:
+    """Of an entry's name and tensors."""
+    digest = hashlib.sha256(key.encode())
+    for name, tensor in sorted(entry.items()):
+        digest.update(f" {name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class Annotated:

@@ -1,19 +1,19 @@
 """Find the videos that a user brings, and their captions.
 
-What is read, in `<folder>/<split>` or, where that has none, in `<folder>`, a list before the videos themselves:
+These are looked for in `<folder>/<split>`, then in `<folder>`; a list is preferred to the videos themselves:
 
     metadata.jsonl, .json, .csv, .tsv   rows with a VIDEO and a CAPTION column (finetrainers, videofolder,
-                                        DiffSynth-Studio); such a file may also be named itself
+                                        DiffSynth-Studio); the recipe may also name such a file
     videos.txt and prompts.txt          one file name and one caption per line (finetrainers)
     a.mp4 and a.txt                     the caption beside the video (finetrainers), in folders of any depth
 
 File names are relative to the list, or to `<split>` beside it (DiffSynth-Studio). Of a list that names files in
-`<split>/`, only these are read: the others are another split's. A list may also say which part of a video is seen,
-`start` and `end` in seconds, so that one file gives several clips, and at how many frames per second slow motion was
-really filmed, `true_fps`. A CSV's cells are parted by commas, semicolons or tabs.
+`<split>/`, only those are read: the others belong to another split. A list may have the columns `start` and `end`, the
+part of a video that is used, in seconds (so one file can give several clips), and `true_fps`, the frames per second at
+which slow motion was recorded. The cells of a CSV are separated by commas, semicolons or tabs.
 
-No name leads out of the folder, not through a link either; only the links of a snapshot that the hub's cache holds lead
-to its own blobs.
+No name may lead out of the folder, not even through a link. The one exception is a snapshot in the hub's cache, whose
+files are links to its own blobs.
 """
 
 import csv
@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from posttrain.core import codec, files
 from posttrain.core.errors import UserError
@@ -39,7 +39,7 @@ from posttrain.data.views import WHOLE, Part, View, see
 TABLES = ("metadata.jsonl", "metadata.json", "metadata.csv", "metadata.tsv")
 LISTS = ("videos.txt", "video.txt")
 PROMPTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
-# Names of columns, without case, spaces, "_" and "-"; the first that is there counts.
+# Names of columns, ignoring case, spaces, "_" and "-"; the first one that exists is used.
 VIDEO = ("filename", "video", "videopath", "videofile", "path", "filepath", "mediapath")
 CAPTION = ("caption", "prompt", "text")
 PART = ("start", "end", "true_fps")
@@ -52,7 +52,7 @@ SPLITS = {"train", "test", "test_seen", "test_unseen", "val", "validation"}  # f
 
 @dataclass(frozen=True)
 class Entry:
-    """A video of a list. `name` is relative to `folder`; no caption is None; `captions` is how many the list has."""
+    """A video of a list. `name` is relative to `folder`; `caption` is the first of `captions`, or None."""
 
     folder: Path
     name: str
@@ -61,11 +61,19 @@ class Entry:
     captions: int = 1
 
 
+class VideoNote(NamedTuple):
+    """What became of a video: whether it is used, and notes, each "what" or "what: detail"."""
+
+    file: str
+    used: bool
+    notes: list[str]
+
+
 # ---------------------------------------------------------------- finding
 
 
 def entries(folder: Path | str, split: str) -> list[Entry]:
-    """The videos below `folder` in the order of their list (of their names where there is none); [] if none is found.
+    """The videos below `folder` in the order of their list, or of their names without one; [] if there are none.
 
     Raises:
         UserError: a list cannot be understood, or names a file outside its folder.
@@ -89,14 +97,14 @@ def entries(folder: Path | str, split: str) -> list[Entry]:
 
 
 def videos_in(folder: Path) -> list[Path]:
-    """The videos that lie in a folder itself, by name."""
+    """The videos directly in a folder, sorted by name."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, in the order of their names, but for hidden ones."""
+    """Every file below a folder that is not hidden, in the order of their names."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.name[0] != ".":
             yield from _walk(path) if path.is_dir() and not path.is_symlink() else [path]
@@ -108,7 +116,7 @@ def _lists_below(folder: Path) -> list[Path]:
 
 
 def remedy(folder: Path | str, split: str) -> tuple[str, str]:
-    """Of `folder`, which has no clips of `split`: what is wrong with it, and what to do."""
+    """What is wrong with `folder`, which has no clips of `split`, and what to do about it."""
     folder, film = Path(folder), "film the clips with `python -m sim make RECIPE`"
     if folder.is_dir():
         if lists := _lists_below(folder):
@@ -117,7 +125,7 @@ def remedy(folder: Path | str, split: str) -> tuple[str, str]:
         if not any(_walk(folder)):
             return "is empty", f"put videos there, or {film}"
         ends = ", ".join(sorted({path.suffix or path.name for path in _walk(folder)})[:5])
-        return f"holds no videos (but {ends})", "name the folder where they lie"
+        return f"holds no videos (but {ends})", "name the folder that holds them"
     if url := re.match(r"(?:hf|https?):/.*?([\w.-]+)/([\w.-]+)$", str(folder)):
         return "is not on this disk", f"`hf download --repo-type dataset {url[1]}/{url[2]} --local-dir data/{url[2]}`"
     home = folder.parent
@@ -131,14 +139,14 @@ def remedy(folder: Path | str, split: str) -> tuple[str, str]:
 
 
 def _of_split(listed: Sequence[Entry], split: str) -> list[Entry]:
-    """A list's files, those found in `split` alone named so; where it names files in there, only these."""
-    found = []
+    """The files of a list that belong to `split`. A file that exists only in the folder `split` gets its path there."""
+    placed = []
     for entry in listed:
         within = f"{split}/{entry.name}"
         lies_within = not (entry.folder / entry.name).exists() and (entry.folder / within).exists()
-        found.append(replace(entry, name=within) if lies_within else entry)
-    chosen = [entry for entry in found if Path(entry.name).parts[0] == split]
-    return chosen or [entry for entry in found if Path(entry.name).parts[0] not in SPLITS]
+        placed.append(replace(entry, name=within) if lies_within else entry)
+    chosen = [entry for entry in placed if Path(entry.name).parts[0] == split]
+    return chosen or [entry for entry in placed if Path(entry.name).parts[0] not in SPLITS]
 
 
 def _table(path: Path) -> list[Entry]:
@@ -174,7 +182,7 @@ def _column(name: str) -> str:
 
 
 def _csv(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """(line, row) of a CSV; nothing in it is guessed: a row of more cells than the header has is refused."""
+    """(line, row) of a CSV. A row with more cells than the header is refused."""
     text = files.read_text(path)
     header = text.partition("\n")[0]
     reader = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=header.count), strict=True)
@@ -229,7 +237,7 @@ def _entry(path: Path, line: int, name: Any, caption: Any, *part: Any) -> Entry:
 
 
 def _number(path: Path, line: int, column: str, value: Any) -> float | None:
-    """A cell that may be empty."""
+    """The number in a cell; None if it is empty."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     try:
@@ -262,8 +270,8 @@ def within(folder: Path, name: str) -> Path:
         blobs = [above.parent / "blobs" for above in (home, *home.parents) if above.name == "snapshots"]
         if path.resolve().parent in blobs[:1]:
             return path
-        said = "is a link out of its folder; copy the file, or name the folder where it lies"
-        raise UserError(f"{path}: {said}", "outside") from error
+        remedy = "copy the file, or name the folder that holds it"
+        raise UserError(f"{path}: is a link out of its folder; {remedy}", "outside") from error
 
 
 # ---------------------------------------------------------------- choosing
@@ -271,23 +279,22 @@ def within(folder: Path, name: str) -> Path:
 
 def choose(
     listed: Sequence[Entry], wanted: Wanted, uncaptioned: str, limit: int | None = None
-) -> tuple[list[ClipRow], list[View], list[dict[str, Any]]]:
-    """The clips that a list of videos gives. All are decoded once, so that damage is known before anything is encoded.
+) -> tuple[list[ClipRow], list[View], list[VideoNote]]:
+    """The clips that a list of videos gives. Each video is decoded once, so damage is found before anything is encoded.
 
     Args:
-        uncaptioned: what becomes of a video without a caption: "leave_out", or "empty" for an empty one.
+        uncaptioned: what to do with a video without a caption: "leave_out", or "empty" for an empty caption.
         limit: how many clips at most.
 
     Returns:
-        A row per clip (file_name, caption, fps, frames, size, sha256), its view, and for every video of the list a note
-        {"file", "used", "notes"} with texts "kind: detail".
+        A row per clip (file_name, caption, fps, frames, size, sha256), its view, and a note on every video of the list.
 
     Raises:
         UserError: no video can be used.
     """
     rows: list[ClipRow] = []
     views: list[View] = []
-    told: list[dict[str, Any]] = []
+    video_notes: list[VideoNote] = []
     first: dict[tuple[str, str, Part], str] = {}  # the video with this content, caption and part
     folder = listed[0].folder
     pool = ThreadPoolExecutor()
@@ -296,7 +303,7 @@ def choose(
             looked = pool.map(partial(_look, wanted=wanted, uncaptioned=uncaptioned), listed)
             for entry in track(listed, f"looking at the videos of {folder}", len(listed)):
                 if limit is not None and len(rows) == limit:
-                    told.append({"file": entry.name, "used": False, "notes": [f"over data.limit: {limit} clips"]})
+                    video_notes.append(VideoNote(entry.name, False, [f"over data.limit: {limit} clips"]))
                     continue
                 sha256, view, notes = next(looked)
                 caption = entry.caption or ""
@@ -306,20 +313,21 @@ def choose(
                     first[clip] = entry.name
                     rows.append(ClipRow(entry.name, caption, wanted.fps, wanted.frames, wanted.size, sha256))
                     views.append(view)
-                told.append({"file": entry.name, "used": view is not None, "notes": notes})
+                video_notes.append(VideoNote(entry.name, view is not None, notes))
         finally:
             pool.shutdown(cancel_futures=True)  # those over the limit, or all after Ctrl-C
     if not rows:
-        one = f"{told[0]['file']}: {'; '.join(told[0]['notes'])}"
+        first_note = f"{video_notes[0].file}: {'; '.join(video_notes[0].notes)}"
         raise UserError(
-            f"{folder}: none of its {len(told)} videos can be used ({count(told)}), as {one}; mend them or data.*",
+            f"{folder}: none of its {len(video_notes)} videos can be used ({count(video_notes)}), for example "
+            f"{first_note}; mend them or data.*",
             "no_clips",
         )
-    return rows, views, told
+    return rows, views, video_notes
 
 
 def _look(entry: Entry, wanted: Wanted, uncaptioned: str) -> tuple[str, View | None, list[str]]:
-    """A video's digest, how it becomes a clip (None: it does not), and the notes."""
+    """A video's digest, how it becomes a clip (None if it cannot), and the notes."""
     path = within(entry.folder, entry.name)
     if entry.caption is None and uncaptioned != "empty":
         return "", None, ["no caption"]
@@ -337,20 +345,20 @@ def _look(entry: Entry, wanted: Wanted, uncaptioned: str) -> tuple[str, View | N
     return facts.sha256, view, notes
 
 
-# ---------------------------------------------------------------- telling
+# ---------------------------------------------------------------- reporting
 
 
-def count(told: Sequence[dict[str, Any]]) -> str:
-    """The kinds of notes, most frequent first: "7 too short, 2 no caption"."""
-    kinds = Counter(note.split(":")[0] for row in told for note in row["notes"])
-    return ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+def count(video_notes: Sequence[VideoNote]) -> str:
+    """How often each note occurs, most frequent first: "7 too short, 2 no caption"."""
+    counts = Counter(note.split(":")[0] for video in video_notes for note in video.notes)
+    return ", ".join(f"{n} {what}" for what, n in counts.most_common())
 
 
-def summary(told: Sequence[dict[str, Any]], lines: int = 5) -> list[str]:
-    """What is done to the videos, in a line, and the first of those that are left out, with the reason."""
-    used = [row for row in told if row["used"]]
-    out = [row for row in told if not row["used"]]
+def summary(video_notes: Sequence[VideoNote], lines: int = 5) -> list[str]:
+    """One line on what is done to the videos, then one for each of the first `lines` that are left out, and why."""
+    used = [video for video in video_notes if video.used]
+    out = [video for video in video_notes if not video.used]
     changes = f" ({count(used)})" if count(used) else ""
-    text = [f"{len(used)} of {len(told)} videos are used{changes}, {len(out)} left out"]
-    text += [f"left out: {row['file']} ({'; '.join(row['notes'])})" for row in out[:lines]]
+    text = [f"{len(used)} of {len(video_notes)} videos are used{changes}, {len(out)} left out"]
+    text += [f"left out: {video.file} ({'; '.join(video.notes)})" for video in out[:lines]]
     return text + ([f"and {len(out) - lines} more"] if len(out) > lines else [])

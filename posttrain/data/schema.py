@@ -1,6 +1,6 @@
-"""A row of metadata.jsonl: what is known of one clip. sim/dataset.py writes it; it is read here alone.
+"""A row of metadata.jsonl: what is known of one clip. sim/dataset.py writes it; only this module reads it.
 
-What each world tells besides stands with the field. Numbers are SI units; the world's axes are in posttrain/types.py.
+A field that only some worlds write names them in brackets. Units are SI; posttrain/types.py states the world's axes.
 """
 
 import json
@@ -55,7 +55,7 @@ class Body:
 
 @dataclass(frozen=True)
 class Contact:
-    """One touch of two bodies, of which -1 is the floor: seconds, bodies, normal impulse in newton seconds."""
+    """One touch of two bodies: time in seconds, their indices (-1 is the floor), normal impulse in newton seconds."""
 
     time: float
     pair: tuple[int, int]
@@ -69,7 +69,8 @@ class Violation:
     Attributes:
         kind: which law, and how.
         severity: 0 as the truth, 1 as far from it as a clip in which nothing moves.
-        value: how much, in the kind's own unit, which `meaning` says.
+        value: how much, in the kind's own unit.
+        meaning: that unit in words.
         seen: share of the frames in which the scored object is seen.
     """
 
@@ -82,24 +83,24 @@ class Violation:
 
 @dataclass(frozen=True)
 class ClipRow:
-    """What is known of one clip. Of a user's own video, and of a sample, only what has no default.
+    """What is known of one clip. For a user's own video and for a sample, only the fields without a default are known.
 
     Attributes:
         file_name, annotations: the video and its .npz, relative to the split's folder.
         size: height, width in pixels.
-        sha256, annotations_sha256: of the two files; "" and None where they were not taken.
+        sha256, annotations_sha256: digests of the two files; "" and None if they were not computed.
         target: index of the scored body; its id among the instances is one more.
         distance: metres along the optical axis from the camera to the target's centre in frame 0.
-        motion: the kind of motion.
-        drop_height, contact_time: metres and seconds until the target first touches anything, None if it never does; of
+        motion: what the target does.
+        drop_height, contact_time: metres and seconds until the target first touches anything, None if it never does. In
             a clip that breaks a law, drop_height is the true clip's.
-        group: equal of clips that continue the same first picture.
-        violation: None of a true clip.
+        group: clips that continue the same first picture have the same number.
+        violation: None for a true clip.
         depth, height: of the target in frame 0, metres (grid, ambiguous).
         depths: metres, between which `depth` was drawn (ambiguous).
         beta: how fast the ray from the camera through the target's lowest point rises (ambiguous).
         id: whether depth and height are as in training (grid).
-        written: the row as it stands in its file; None of a row that was made here. See `to_json`.
+        written: the row as it is in its file; None for a row that was made in memory. See `to_json`.
     """
 
     file_name: str
@@ -147,7 +148,7 @@ def read(metadata: Path) -> list[ClipRow]:
 
 
 def from_json(row: Mapping[str, Any], where: str) -> ClipRow:
-    """A row as it stands in a file, checked. Fields that are not known here are kept in `written` alone.
+    """A row of a file, checked. Fields that ClipRow does not have are kept in `written`.
 
     Raises:
         UserError: a field is missing or of the wrong type; `where` (file and line) begins the message.
@@ -155,17 +156,17 @@ def from_json(row: Mapping[str, Any], where: str) -> ClipRow:
     if not isinstance(row, dict):
         raise UserError(f"{where}: should be a mapping of fields; make the dataset again", "format")
     try:
-        found = _ROW.validate_json(json.dumps({name: row[name] for name in FIELDS if name in row}), strict=True)
+        checked = _ROW.validate_json(json.dumps({name: row[name] for name in FIELDS if name in row}), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         wrong = "is missing" if first["type"] == "missing" else f"{first['msg'][:1].lower()}{first['msg'][1:]}"
         raise UserError(f"{where}: {name}: {wrong}; make the dataset again", "format", name) from error
-    return replace(found, written=dict(row))
+    return replace(checked, written=dict(row))
 
 
 def to_json(row: ClipRow) -> dict[str, Any]:
-    """The row as it was read; of one that was made here, the fields that have a value."""
+    """The row as it was read; for a row that was made in memory, its fields that have a value."""
     if row.written is not None:
         return row.written
     made: dict[str, Any] = json.loads(json.dumps(asdict(row)))
@@ -173,6 +174,6 @@ def to_json(row: ClipRow) -> dict[str, Any]:
 
 
 def facts(row: ClipRow, names: Sequence[str]) -> dict[str, Any]:
-    """These fields as JSON has them, None where nothing is known."""
+    """These fields as JSON values, None where nothing is known."""
     known = to_json(row)
     return {name: known.get(name) for name in names}

@@ -1,11 +1,11 @@
-"""See a video as so many frames, at one rate and size.
+"""Turn a video into a clip with a given number of frames, rate and size.
 
-What is seen of a video: its first frame is at time 0, and frame k of the clip is the one shown nearest to k / fps, of
-two equally near the earlier, by the file's own timestamps, so that a varying rate does no harm. The clip is the video's
-beginning, or that of the part that a list names (`start`, `end`). The last picture is shown for a whole frame; a video
-that does not reach that far is left out, for a picture that is held for longer is not what happened. The
-upright picture's largest box of the wanted shape, in its middle or at the side that `crop` names, is scaled to the
-wanted size; with `crop: none` a video of another shape is left out. Sound is not read.
+The video's first frame is at time 0. Frame k of the clip is the video's frame nearest to k / fps by the file's own
+timestamps (the earlier of two equally near ones), so a varying rate does no harm. The clip begins where the video
+begins, or where the part begins that a list names (`start`, `end`). The last picture is shown for one frame. A video
+that is too short for the clip is left out: to hold its last picture longer would invent motion. From the upright
+picture, the largest box of the wanted shape is taken, in the middle or at the side that `crop` names, and scaled to
+the wanted size. With `crop: none` a video of another shape is left out. Sound is not read.
 
 Shape letters: F frames, H W pixels, C channels.
 """
@@ -22,40 +22,40 @@ from posttrain.core import codec
 from posttrain.core.codec import Facts, Turn
 from posttrain.data.config import Crop, Wanted
 
-TIE = 1e-6  # seconds: times this near to each other are the same
-GRAIN = 1e-3  # seconds: Matroska's times are rounded to these
+TIE = 1e-6  # seconds: times that differ by less are equal
+GRAIN = 1e-3  # seconds: Matroska rounds its times to multiples of this
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 
 @dataclass(frozen=True)
 class View:
-    """Which frames of a video are seen, which box of its upright picture, and the size (H, W) that box is scaled to."""
+    """Which frames of a video are used, which box of its upright picture, and the size (H, W) that it is scaled to."""
 
-    frames: tuple[int, ...]  # the file's marks of them; their places in it where it has none
+    frames: tuple[int, ...]  # their marks in the file, or their positions in it if it has no marks
     marked: bool
     box: Box
     size: tuple[int, int]
 
     @property
     def key(self) -> str:
-        """Changes with what is seen."""
+        """Changes with what is used of the file."""
         return json.dumps([self.frames, self.box, self.size])
 
 
 @dataclass(frozen=True)
 class Part:
-    """The part of a video that is seen, in its own seconds, and the frames per second that it was really filmed at."""
+    """The part of a video that is used, in its own seconds, and the frames per second at which it was recorded."""
 
     start: float = 0.0
     end: float | None = None  # None: the video's
-    true_fps: float | None = None  # of slow motion; None: as the file says
+    true_fps: float | None = None  # differs from the file's rate for slow motion; None: the file's
 
 
 WHOLE = Part()
 
 
 def see(facts: Facts, wanted: Wanted, part: Part = WHOLE) -> tuple[View | None, list[str]]:
-    """How a video becomes a clip, and what is done to it; None with the reason if it cannot."""
+    """How a video becomes a clip, or None if it cannot; and notes on what is done to it, or why it cannot."""
     step, _ = pace(facts.times)
     length = facts.times[-1] + step
     end = length if part.end is None else min(part.end, length)
@@ -68,20 +68,20 @@ def see(facts: Facts, wanted: Wanted, part: Part = WHOLE) -> tuple[View | None, 
         slow = part.true_fps * step
         notes.append(f"true rate: {part.true_fps:g} fps, shown at {1 / step:.4g} fps")
     clock = (facts.times[inside] - part.start) / slow
-    places, box, done = plan(clock, facts.size, wanted, (end - part.start) / slow)
-    if places is None:
+    positions, box, done = plan(clock, facts.size, wanted, (end - part.start) / slow)
+    if positions is None:
         return None, done
     if facts.turn != Turn():
         notes = [f"{facts.turn}, as the file says", *notes]
-    places = inside[places]
-    frames = tuple(int(place) if facts.marks is None else facts.marks[place] for place in places)
+    positions = inside[positions]
+    frames = tuple(int(position) if facts.marks is None else facts.marks[position] for position in positions)
     return View(frames, facts.marks is not None, box, wanted.size), notes + done
 
 
 def plan(
     times: np.ndarray, size: tuple[int, int], wanted: Wanted, length: float | None = None
 ) -> tuple[np.ndarray | None, Box, list[str]]:
-    """Which frames (their places, (wanted.frames,) int64) and which box of a video are seen, and what that changes.
+    """Which frames (their positions, (wanted.frames,) int64) and which box of a video are used, and notes on changes.
 
     Args:
         times: when its frames are shown, seconds, ascending from 0.
@@ -89,7 +89,7 @@ def plan(
         length: seconds until its end; None: the last picture is shown as long as the others.
 
     Returns:
-        None for the frames where the video is too short, or of another shape and not to be cropped.
+        None for the frames if the video is too short, or has another shape and may not be cropped.
     """
     at = np.arange(wanted.frames) / wanted.fps
     box = moved(centred(size, wanted.size), size, wanted.crop)
@@ -103,10 +103,10 @@ def plan(
         return None, box, [f"too short: it lasts {length:.2f} s, {reach}: {missing}"]
     if wanted.crop == "none" and box[2:] != size:
         return None, box, [f"another shape: {size[0]} x {size[1]} pixels (height x width), and data.crop is none"]
-    places = nearest(times, at)
+    frames = nearest(times, at)
     notes = []
-    held = int((np.diff(places) == 0).sum())
-    if (places != np.arange(wanted.frames)).any() or (step and abs(step * wanted.fps - 1) > 0.005):
+    held = int((np.diff(frames) == 0).sum())
+    if (frames != np.arange(wanted.frames)).any() or (step and abs(step * wanted.fps - 1) > 0.005):
         rate = f"{1 / step:.4g} fps" if steady and step else "a varying rate"
         notes.append(f"retimed: {rate} to {wanted.fps:g} fps" + (f", {held} pictures are held" if held else ""))
     if times[-1] > at[-1] + 1.5 * step:
@@ -117,11 +117,11 @@ def plan(
     if (tall, wide) != wanted.size:
         larger = "enlarged" if wanted.size[0] > tall or wanted.size[1] > wide else "scaled"
         notes.append(f"{larger}: {tall} x {wide} to {wanted.size[0]} x {wanted.size[1]} pixels")
-    return places, box, notes
+    return frames, box, notes
 
 
 def pace(times: np.ndarray) -> tuple[float, bool]:
-    """Seconds between two frames, 0 of a single one, and whether they are steady: then the mean, else the median."""
+    """Seconds between two frames (0 for a single frame) and whether they are steady: if so the mean, else median."""
     steps = np.diff(times)
     middle = float(np.median(steps)) if len(steps) else 0.0
     steady = not middle or bool((np.abs(steps / middle - 1) < 0.5).all())
@@ -129,7 +129,7 @@ def pace(times: np.ndarray) -> tuple[float, bool]:
 
 
 def nearest(times: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """For each moment of `at`, the place in `times` (ascending) of the nearest; of two equally near, the earlier."""
+    """For each time of `at`, the position of the nearest in `times` (ascending); the earlier of two equally near."""
     return np.searchsorted((times[1:] + times[:-1]) / 2, at - TIE, side="left")
 
 
@@ -152,10 +152,10 @@ def read(path: Path, view: View) -> np.ndarray:
     """The clip that `view` makes of a video file, uint8 (F, H, W, 3). Pictures are decoded and scaled one by one.
 
     Raises:
-        UserError: the file is torn, or is not the one that was looked at.
+        UserError: the file is torn, or is not the one that was inspected.
     """
-    found = {mark: scale(picture, view) for mark, picture in codec.pictures(path, view.frames, view.marked)}
-    return np.stack([found[mark] for mark in view.frames])
+    by_mark = {mark: scale(picture, view) for mark, picture in codec.pictures(path, view.frames, view.marked)}
+    return np.stack([by_mark[mark] for mark in view.frames])
 
 
 def scale(picture_HWC: np.ndarray, view: View) -> np.ndarray:

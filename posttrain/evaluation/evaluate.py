@@ -200,11 +200,16 @@ def complete(
     """The record with all its clips: what the run or the shared folder has, and the rest measured now."""
     path, settings = run / "evaluation" / file_name(record.model, record.folder), record.settings
     samples = run / "samples" / record.model / record.folder
-    kept = records.read(path)
-    if kept is not None and kept.key == record.key:
+    kept = records.read_whole(path)
+    if kept is not None and kept.key == record.key and whole(samples):
         record = replace(kept, settings=settings)
         records.write(path, record)
-    elif shared is not None and (kept := records.read(shared / "record.json")) is not None:
+    elif (
+        shared is not None
+        and (kept := records.read_whole(shared / "record.json")) is not None
+        and kept.key == record.key
+        and whole(shared / "samples")
+    ):
         with files.replacing(samples) as temporary:
             shutil.copytree(shared / "samples", temporary)
         record = replace(kept, settings=settings)
@@ -227,7 +232,8 @@ def complete(
             for seed in range(record.seeds):
                 videos = sample_row(shown, model, batch, rows, seed, config.sampler, texts)
                 for name, video in zip(batch.ids, videos, strict=True):
-                    sample.write_video(samples / f"{name}-s{seed}.mp4", video, fps)
+                    sample.write_video(video_path := samples / f"{name}-s{seed}.mp4", video, fps)
+                    files.note_digest(video_path)
                 scores.append(benchmark.score(videos, batch, rows, fps, tracker))
                 for _ in indices:
                     advance("")
@@ -243,6 +249,14 @@ def complete(
             shutil.copytree(samples, temporary / "samples")
             records.write(temporary / "record.json", record)
     return record
+
+
+def whole(samples: Path) -> bool:
+    """Whether the samples in a folder are what was written; where not, a line is said, and they are made again."""
+    damaged = [path for path in sorted(samples.glob("*.mp4")) if not files.intact(path)]
+    if damaged:
+        print(f"{damaged[0]}: is damaged; measured again", file=sys.stderr)
+    return not damaged
 
 
 def file_name(row: str, split: str) -> str:
@@ -333,9 +347,10 @@ def validation(
 
 
 def weights_fingerprint(module: nn.Module, base: bool = False) -> str:
-    """Hash of a module's weights; with `base` an adapter on it does not count, as if it had never been attached."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
+    """Hash of a module's weights; with `base` an adapter that adds nothing does not count, as if it were not there."""
+    digest, weights = hashlib.sha256(), module.state_dict()
+    base = base and not any(tensor.any() for name, tensor in weights.items() if ".lora_B." in name)
+    for name, tensor in weights.items():
         name = name.removeprefix("module.").replace(".base_layer", "")
         if base and ".lora_" in name:
             continue

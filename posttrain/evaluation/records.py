@@ -1,5 +1,6 @@
 """Records that evaluate.py and score.py write: read, set in order, told as means, intervals, differences and tables."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -93,12 +94,25 @@ def from_json(value: Any, path: Path) -> Record:
 
 
 def read(path: Path) -> Record | None:
-    """The record that lies at `path`, if there is one."""
-    return from_json(files.read_json(path), path) if path.exists() else None
+    """The record that lies at `path`, if there is one.
+
+    Raises:
+        UserError: damaged: it is not what was written; format: it is no record.
+    """
+    return from_json(files.read_sealed(path), path) if path.exists() else None
+
+
+def read_whole(path: Path) -> Record | None:
+    """The same, to go on from: of one that is damaged or no record, a line is said, and it is made again."""
+    try:
+        return read(path)
+    except UserError as error:
+        print(f"{error}; measured again", file=sys.stderr)
+        return None
 
 
 def write(path: Path, record: Record) -> None:
-    files.write_json(path, to_json(record))
+    files.write_sealed(path, to_json(record))
 
 
 def named(name: str) -> Benchmark:
@@ -137,7 +151,7 @@ def read_apart(run: Path | str) -> list[Record]:
 
 def _finished(run: Path) -> list[Record]:
     folder = run / "evaluation"
-    records = [from_json(files.read_json(path), path) for path in sorted(folder.glob("*.json"))]
+    records = [from_json(files.read_sealed(path), path) for path in sorted(folder.glob("*.json"))]
     records = [record for record in records if len(record.clips) == record.total]
     if not records:
         raise UserError(f"{folder}: has no finished evaluation; run `posttrain eval` first", "unfinished")

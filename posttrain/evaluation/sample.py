@@ -1,4 +1,4 @@
-"""From first pictures and captions to video clips, and clips to files that browsers play."""
+"""Sample video clips from first pictures and captions, and write clips to files that browsers play."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,17 +19,17 @@ Pixels = NDArray[np.uint8]
 
 
 def encode_texts(model: VideoModel, captions: Iterable[str], batch: int = 8) -> dict[str, Tensor]:
-    """Each different caption's text_LD, in main memory.
+    """text_LD of each different caption, in main memory.
 
-    Done before anything is sampled, for all that will be: then a text encoder, which may be as large as the
-    transformer, is never on the device together with it.
+    Encode all captions before sampling: a text encoder may be as large as the transformer, and then the two are never
+    on the device together.
     """
-    different, found = list(dict.fromkeys(captions)), dict[str, Tensor]()
+    different, encoded = list(dict.fromkeys(captions)), dict[str, Tensor]()
     for first in range(0, len(different), batch):
-        some = different[first : first + batch]
-        found |= dict(zip(some, model.encode_text(some).cpu(), strict=True))
+        batch_captions = different[first : first + batch]
+        encoded |= dict(zip(batch_captions, model.encode_text(batch_captions).cpu(), strict=True))
     model.release()
-    return found
+    return encoded
 
 
 @torch.no_grad()
@@ -45,15 +45,15 @@ def sample_clips(
     guidance_low: float | None = None,
     texts: Mapping[str, Tensor] | None = None,
 ) -> Pixels:
-    """Continue each picture into a clip. One batch; a clip depends on its own picture, caption and seed alone.
+    """Continue each picture into a clip, in one batch. A clip depends only on its own picture, caption and seed.
 
-    The noise of a clip is what `torch.Generator().manual_seed(seed)` gives, as in a stock diffusers pipeline.
+    A clip's noise comes from `torch.Generator().manual_seed(seed)`, as in a stock diffusers pipeline.
 
     Args:
         pictures: uint8 (N, H, W, 3), the first frames; a model conditioned on text alone takes their size from them.
         frames: length of the clips in pictures, the first included.
-        guidance_low: the guidance where a second expert answers, the one for little noise; None: the same.
-        texts: what `encode_texts` made of the captions, and, with guidance, of `negative`; None: it is done now.
+        guidance_low: the guidance of a second expert, the one for low noise; None: the same.
+        texts: from `encode_texts`, of the captions and, with guidance, of `negative`; None: they are encoded now.
 
     Returns:
         uint8 (N, F, H, W, 3).
@@ -62,7 +62,7 @@ def sample_clips(
     shape = model.latent_shape(frames, height, width)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     if guidance_low is not None and not model.boundary:
-        raise UserError("sampler.guidance_low: is for a model of two experts, and this one has one; leave it out")
+        raise UserError("sampler.guidance_low: is only for a model with two experts; leave it out")
     first_BC1HW = torch.from_numpy(pictures).permute(0, 3, 1, 2)[:, :, None].float().to(model.device) / 127.5 - 1
     low = guidance if guidance_low is None else guidance_low
     unwanted = [negative] * count if max(guidance, low) > 1 else []
@@ -89,7 +89,7 @@ def sample_clips(
 
 
 def clip_seed(seed: int, clip: str) -> int:
-    """The seed of a clip's noise: a function of (seed, clip id) alone, whatever batch the clip is in."""
+    """The seed of a clip's noise: a function of (seed, clip id) alone, not of the batch."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{clip}".encode()).digest()[:8], "big") >> 1
 
 
@@ -100,11 +100,9 @@ def to_uint8(video_BCFHW: Tensor) -> Pixels:
 
 
 def write_video(path: Path | str, frames: Pixels, fps: float) -> None:
-    """Write uint8 (F, H, W, 3) as H.264 in yuv420p, which every browser plays; near-lossless, for looking at.
+    """Write uint8 (F, H, W, 3) as nearly lossless H.264 in yuv420p, which every browser plays.
 
-    `fps` may be broken, as 12.5 or 23.976.
-
-    H and W must be even.
+    H and W must be even; `fps` need not be whole, as 12.5 or 23.976.
     """
     with replacing(path) as temporary:
         codec.write_near_lossless(temporary, frames, fps)

@@ -149,7 +149,7 @@ def sample_missing(
         for split, truths in benchmark.items()
         for seed in range(seeds)
         for truth in truths
-        if not (path := folder / split / f"{truth.id}-s{seed}.mp4").exists()
+        if not _is_there(path := folder / split / f"{truth.id}-s{seed}.mp4")
     ]
     if not wanted:
         return 0
@@ -170,8 +170,17 @@ def sample_missing(
             )
             for (_, _, path), video in zip(part, made, strict=True):
                 sample.write_video(path, video, fps)
+                files.note_digest(path)
                 advance("")
     return len(wanted)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a sample is there and whole; of one that is damaged a line is said, and it is made again."""
+    if path.exists() and not files.intact(path):
+        print(f"{path}: is damaged; made again", file=sys.stderr)
+        return False
+    return path.exists()
 
 
 def padded(picture_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -243,7 +252,7 @@ def _complete(
     """Score the clips that the record's file does not have yet, one by one."""
     path = out / "evaluation" / file_name(record.model, record.folder)
     samples = out / "samples" / record.model / record.folder
-    kept = records.read(path)
+    kept = records.read_whole(path)
     if kept is not None and kept.key == record.key:
         record = kept
     done = len(record.clips)

@@ -84,7 +84,7 @@ def connect(
             content = _content(pictures_FHWC, question, side)
             answer = _ask(address, headers, ways, model, content, pace, tries, wait, timeout)
             top = likeliest(answer, f"{address}: {model}")
-            files.write_json(path, {"model": model, "question": question, "top": top}, flush=False)
+            files.write_sealed(path, {"model": model, "question": question, "top": top}, flush=False)
         yes, no = (sum(math.exp(logprob) for token, logprob in top if word(token) == w) for w in ("yes", "no"))
         return weigh(yes, no, model, question)
 
@@ -114,7 +114,7 @@ def likeliest(answer: Any, who: str) -> list[tuple[str, float]]:
 def _kept(path: Path) -> list[tuple[str, float]] | None:
     """The tokens of an answer that was kept; None where there is none, or a damaged one, which is asked for again."""
     try:
-        return [(str(token), min(0.0, float(logprob))) for token, logprob in files.read_object(path)["top"]]
+        return [(str(token), min(0.0, float(logprob))) for token, logprob in files.read_sealed(path)["top"]]
     except (UserError, LookupError, TypeError, ValueError):
         return None
 

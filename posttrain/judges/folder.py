@@ -4,13 +4,14 @@ FOLDER holds samples, named <clip>-s<seed>.mp4 by the clips of a dataset, which 
 dataset folder, or one of any videos with captions (data/listing.py). Scores go beside the videos, a row of scores.jsonl
 each, where groups look for them (data/groups.py):
 
-    {"file_name": "00012-s0.mp4", "sa": 0.9, "pc": 0.2, "mass": 0.99, "judge": "...", "key": "..."}
+    {"file_name": "00012-s0.mp4", "sa": 0.9, "pc": 0.2, "mass": 0.99, "judge": "...", "key": "...", "sha256": "..."}
 
 `mass` is the probability that a model's answers begin with yes or no (questions.py); of the simulator there is none.
 Each is written as soon as it is known. Started again, only those are asked for that are missing, or whose video or
 caption changed since. Scores of different judges are not mixed.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,14 +84,19 @@ def score_videos(found: Sequence[Video], path: Path, ready: Callable[[], Judge],
         had = printable(other.get("judge", "an unknown judge"))
         raise UserError(f"{path}: has scores by {had}, not by {name}; move it away to score anew", "other_run")
     keys = {video.name: files.sha256_json([name, files.sha256(video.path), video.caption]) for video in found}
-    missing = [video for video in found if rows.get(video.name, {}).get("key") != keys[video.name]]
+    damaged = [name for name, row in rows.items() if files.seal(row) != row]
+    if damaged:
+        print(f"{path}: the row of {damaged[0]} is not what was written; scored again", file=sys.stderr)
+    fresh = {name for name, row in rows.items() if row.get("key") == keys.get(name) and name not in damaged}
+    missing = [video for video in found if video.name not in fresh]
     if not missing:
         return [rows[video.name] for video in found]
     judge = ready()
     with progress("scores", len(found), len(found) - len(missing)) as advance:
         for video in missing:
             scores = judge(video.path, video.caption)
-            rows[video.name] = {"file_name": video.name, **scores._asdict(), "judge": name, "key": keys[video.name]}
+            told = {"file_name": video.name, **scores._asdict(), "judge": name, "key": keys[video.name]}
+            rows[video.name] = files.seal(told)
             files.write_jsonl(path, list(rows.values()), flush=False)
             advance(f"sa {scores.sa:.2f}, pc {scores.pc:.2f}")
     return [rows[video.name] for video in found]

@@ -20,7 +20,7 @@ eq. 9, weighs err by time (`weighting: bell`) and draws noise for each member by
 first latent frame is given and bears no loss, as in psft.py; losers get the winner's, for that is what all continue.
 With `loser_weight` lambda_l < 1 losers count less, x_j = beta T [(err_w - err_ref_w) - lambda_l (err_l - err_ref_l)_j],
 as in DPO-Shift (arXiv 2502.07599): the difference alone is also made larger by both errors growing, and where a large
-one is asked for they do (LOG.md). The inequalities above hold for any x.
+one is asked for they do (docs/log). The inequalities above hold for any x.
 Flow-DPO (beta T 50, for its 100 has a factor 1/2) and VideoDPO (2500, independent noise) are `pair` with one loser and
 without physics rewarding.
 """
@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from posttrain.core.errors import UserError
 from posttrain.core.recipe import Strict
 from posttrain.data.groups import Groups
-from posttrain.flow import TimeKind, frame_times, interpolate, sample_time, target
+from posttrain.flow import TimeDistribution, frame_times, interpolate, sample_time, shift_time, target
 from posttrain.methods.base import Dry, Source
 from posttrain.models import lora
 from posttrain.models.base import VideoModel
@@ -69,7 +69,7 @@ class Config(Strict):
     loser_weight: Annotated[float, Field(gt=0, le=1)] = 1.0  # lambda_l: of the losers' errors beside the winner's
     physics: Physics | None = Physics()  # None: alpha = gamma = 1
     noise: Literal["shared", "independent"] = "shared"  # between the members of a group
-    timesteps: TimeKind = "logit_normal"
+    timesteps: TimeDistribution = "logit_normal"
     shift: PositiveFloat = 3.0
     weighting: Literal["none", "bell"] = "none"  # of errors by their time
     reference: Literal["lora", "full_copy"] = "lora"
@@ -212,9 +212,17 @@ def place(
 
 
 def bell(t: Tensor) -> Tensor:
-    """exp(-2 (t - 1/2)^2) less its value at 0 and 1, over its mean: the weight by time of the released code."""
-    edge = math.exp(-0.5)
-    return ((-2 * (t - 0.5) ** 2).exp() - edge) / (math.sqrt(math.pi / 2) * math.erf(math.sqrt(0.5)) - edge)
+    """The weight by time of the released code, which is DiffSynth-Studio's: with y(t) = exp(-2 (t - 1/2)^2),
+
+        w(t) = (y(t) - y(1)) / mean_k (y(t_k) - y(1)),   t_k = 5 u / (1 + 4 u),   u = k / 1000,   k = 1 ... 1000.
+
+    The mean is over the times that are trained there (shift 5), so that w(1/2) = 2.076 and w(0) = w(1) = 0.
+    """
+
+    def raised(t: Tensor) -> Tensor:
+        return (-2 * (t - 0.5) ** 2).exp() - math.exp(-0.5)
+
+    return raised(t) / raised(shift_time(torch.arange(1, 1001, dtype=torch.float64) / 1000, 5.0)).mean().item()
 
 
 ALL = slice(None)
@@ -321,7 +329,7 @@ def in_turn(
     for loser in losers:
         run.add(partial(part, loser))
     rest = part(winner)
-    return loss.detach() + rest - rest.detach(), metrics
+    return loss.detach() + (rest - rest.detach()), metrics  # the bracket is 0 and has the gradient
 
 
 def train(run: Run, model: VideoModel, config: Config, base: nn.Module | None) -> None:

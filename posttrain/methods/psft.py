@@ -17,22 +17,24 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from posttrain.core.recipe import Strict
-from posttrain.flow import TimeKind, frame_times, interpolate, sample_time, target
+from posttrain.flow import TimeDistribution, frame_times, interpolate, sample_time, target
 from posttrain.models.base import VideoModel
-from posttrain.training.run import Run
+from posttrain.training.run import Metric, Run
 from posttrain.types import Batch, Random
 
 
 class Config(Strict):
-    timesteps: TimeKind = "logit_normal"
+    timesteps: TimeDistribution = "logit_normal"
     shift: PositiveFloat = 3.0  # > 1: more training near noise, where the motion is decided
 
 
-def psft_loss(model: VideoModel, batch: Batch, config: Config, random: Random) -> tuple[Tensor, dict[str, Tensor]]:
+def psft_loss(model: VideoModel, batch: Batch, config: Config, random: Random) -> tuple[Tensor, dict[str, Metric]]:
     """The loss of one batch (scalar, float32), and what to log.
 
     Metrics:
-        explained: 1 - loss / mean square of the target; 0 for a model that answers 0, 1 for a perfect one.
+        explained: 1 - loss / mean square of the target; 0 for a model that answers 0, 1 for a perfect one. A pair
+            (mean square of the target - loss, mean square of the target), whose means the log divides: the mean of
+            ratios would depend on how a batch is split.
     """
     assert batch.z0_BCFHW is not None
     assert batch.text_BLD is not None
@@ -45,7 +47,8 @@ def psft_loss(model: VideoModel, batch: Batch, config: Config, random: Random) -
     target_BCFHW = target(z0_BCFHW, eps_BCFHW)
     error_BCFHW = (v_BCFHW - target_BCFHW)[:, :, model.n_cond_frames :].square()
     loss = error_BCFHW.flatten(1).mean(1).mean()
-    return loss, {"explained": 1 - loss.detach() / target_BCFHW[:, :, model.n_cond_frames :].square().mean()}
+    power = target_BCFHW[:, :, model.n_cond_frames :].square().mean()
+    return loss, {"explained": (power - loss.detach(), power)}
 
 
 def train(run: Run, model: VideoModel, config: Config) -> None:

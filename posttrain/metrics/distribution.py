@@ -1,20 +1,20 @@
 """Does a model cover all falls that its first picture allows? PISA, arXiv 2503.09595, sections 5.1-5.2, appendices D-G.
 
-One picture tells along which ray an object's bottom lies, not how far out. With a level camera `h` metres up,
+One picture shows on which ray an object's bottom is, but not at which distance. With a level camera `h` metres up,
 
     Y(Z) = h + beta Z,   beta = (H / 2 - r) sensor / (H f) = (H / 2 - r) / f_pixels,   Y = g t^2 / 2
 
 where Z is the depth, Y the height above the floor, r the row just below the object, counted from the top. The depths of
-the ambiguous set are Z ~ U(2, 18) m, so heights are uniform, too, and fall times have the density (paper eq. 4 and 19)
+the ambiguous set are Z ~ U(2, 18) m, so heights are uniform too, and fall times have the density (paper eq. 4 and 19)
 
     p(t|y) = g t / ((Z_max - Z_min) |beta|),   t(Z_min) <= t <= t(Z_max)
 
 For beta < 0 the limits swap and Z ends at -h / beta, where the ray meets the floor. For beta = 0 all fall from h.
 
-Departures from the paper. Its eq. 3 leaves out the camera's height. It compares with 1,000 quantised draws in a
-two-sample test for continuous numbers, whose p-values ties make too large; here the law of the impact frame is exact,
-its errors of measurement may be told, and the p-value is that of tied numbers. A fall that does not end within the clip
-is an outcome of its own, later than all frames.
+Departures from the paper. Its eq. 3 omits the camera's height. It compares with 1,000 quantised draws in a two-sample
+test for continuous values, whose p-values are too large with ties. Here the distribution of the impact frame is exact,
+can include errors of measurement, and the p-value allows for ties. A fall that does not end within the clip is an
+outcome of its own, later than all frames.
 
 Shape letters: F frames of a clip, K = F + 1 outcomes: impact frame k < F, and last no contact.
 """
@@ -29,8 +29,8 @@ from scipy.stats import monte_carlo_test, uniform
 DEPTH = (2.0, 18.0)  # metres, of the ambiguous set
 GRAVITY = 9.81
 
-Heights = tuple[float, float]  # metres, lowest and highest Y that a first picture allows; each in between is as likely
-Errors = Mapping[int | None, float]  # share of each (estimated - true impact frame); None: the contact was not seen
+Heights = tuple[float, float]  # metres, lowest and highest Y that a first picture allows; uniform in between
+Errors = Mapping[int | None, float]  # share of each (estimated - true impact frame); None: the contact was missed
 
 
 def slope(rows_F: np.ndarray, height: int, focal_pixels: float) -> np.ndarray:
@@ -57,7 +57,7 @@ def drop_heights(beta: float, camera_height: float, depth: tuple[float, float] =
 
 
 def density(t: np.ndarray, heights: Heights, gravity: float = GRAVITY) -> np.ndarray:
-    """p(t|y), per second; infinite at the only possible t if there is but one."""
+    """p(t|y), per second; infinite at the only possible t if there is just one."""
     low, high = heights
     y = gravity * np.square(t) / 2
     if low == high:
@@ -73,7 +73,7 @@ def cdf(t: np.ndarray, heights: Heights, gravity: float = GRAVITY) -> np.ndarray
 
 
 def quantile(q: np.ndarray, heights: Heights, gravity: float = GRAVITY) -> np.ndarray:
-    """The t before which a share q of the falls end; of q ~ U(0, 1) it is a sample of p(t|y)."""
+    """The t before which a share q of the falls end; for q ~ U(0, 1) a sample of p(t|y)."""
     low, high = heights
     return np.sqrt(2 * (low + np.asarray(q) * (high - low)) / gravity)
 
@@ -81,10 +81,10 @@ def quantile(q: np.ndarray, heights: Heights, gravity: float = GRAVITY) -> np.nd
 def frame_pmf(
     heights: Heights, fps: float, frames: int, gravity: float = GRAVITY, errors: Errors | None = None
 ) -> np.ndarray:
-    """P(impact frame = k) for k < `frames`, and last P(no contact within the clip): (K,).
+    """P(impact frame = k) for k < `frames`, then P(no contact within the clip): (K,).
 
-    Frame k ends the falls with k - 1 < t fps <= k, see `pisa.first_frame_after`. `errors` of the estimator, measured on
-    true clips by `estimator_errors`, are taken to be the same for all fall times: the law is convolved with them.
+    k is the impact frame of falls with k - 1 < t fps <= k, see `pisa.first_frame_after`. `errors` are those of the
+    estimator on true clips (`estimator_errors`), assumed equal for all fall times: the pmf is convolved with them.
     """
     ends_F = cdf((np.arange(frames) + 1e-9) / fps, heights, gravity)  # the same rounding as in first_frame_after
     ends_F[0] = 0  # an impact frame is at least 1
@@ -100,8 +100,10 @@ def frame_pmf(
 
 
 def estimator_errors(estimated: Sequence[int | None], true: Sequence[int]) -> dict[int | None, float]:
-    """How far the impact frames that an estimator finds in true clips are from those that the simulator knows."""
-    errors = Counter(None if found is None else found - known for found, known in zip(estimated, true, strict=True))
+    """Share of each difference between an estimator's impact frames in true clips and the simulator's."""
+    errors = Counter(
+        None if estimate is None else estimate - known for estimate, known in zip(estimated, true, strict=True)
+    )
     return {error: count / len(true) for error, count in errors.items()}
 
 
@@ -110,8 +112,8 @@ def ks_test(
 ) -> dict[str, float]:
     """Kolmogorov-Smirnov test of impact frames (None: no contact) against `frame_pmf`.
 
-    D = max_k |share of the frames <= k - P(F <= k)|. Its p-value is the share of `draws` samples of that size from the
-    law itself with as large a D, so ties count as they must.
+    D = max_k |share of the frames <= k - P(F <= k)|. Its p-value is the share of `draws` samples of the same size from
+    the pmf itself with at least that D, so ties are allowed for.
 
     Returns:
         statistic: D.
@@ -123,7 +125,7 @@ def ks_test(
     last = len(pmf_K) - 1
     outcomes = np.array([last if frame is None else frame for frame in impact_frames])
     if not len(outcomes) or not all(frame is None or 0 <= frame < last for frame in impact_frames):
-        raise ValueError(f"impact frames must be some of 0 to {last - 1}, or None, got {list(impact_frames)}")
+        raise ValueError(f"impact frames must be in 0 to {last - 1}, or None, got {list(impact_frames)}")
     law_K = pmf_K.cumsum()
 
     def distance(counts: np.ndarray, axis: int) -> np.ndarray:
@@ -148,8 +150,8 @@ def lift(
 
     Z = (g t_drop^2 / 2 - h) / beta_0,   Y_i = h + beta_i Z
 
-    All are NaN for beta_0 = 0, where every depth gives that fall time, and where none in front of the camera does; a
-    frame without an object (beta_i NaN) has none.
+    All are NaN for beta_0 = 0 (every depth gives that fall time) and if no depth in front of the camera gives it. A
+    frame without an object (beta_i NaN) has NaN.
     """
     z = (gravity * t_drop**2 / 2 - camera_height) / betas_F[0] if betas_F[0] else math.nan
     z = z if z > 0 else math.nan
@@ -157,9 +159,9 @@ def lift(
 
 
 def fall_error(heights_F: np.ndarray, fps: float, t_drop: float, gravity: float = GRAVITY) -> float:
-    """Metres between lifted heights and the fall g (t_drop^2 - t^2) / 2 from rest, root mean square until t_drop.
+    """Root mean square, until t_drop, of lifted heights less those of a fall from rest, g (t_drop^2 - t^2) / 2, metres.
 
-    Frames without a height count for nothing; NaN if there is none.
+    Frames without a height are left out; NaN if no frame has one.
     """
     t_F = np.arange(len(heights_F)) / fps
     off_F = (heights_F - gravity * (t_drop**2 - t_F**2) / 2)[t_F <= t_drop]

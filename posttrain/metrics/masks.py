@@ -1,4 +1,4 @@
-"""Follow one object through clips: from its mask in the first frame to its masks in all."""
+"""Follow one object through clips, from its mask in the first frame."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ Track = Callable[[Tensor, Tensor], Tensor]  # (video_BCFHW in [-1, 1], mask0_BHW
 
 @torch.no_grad()
 def segment(track: Track, video_BCFHW: Tensor, mask0_BHW: Tensor) -> Tensor:
-    """Masks (B, F, H, W), bool; frame 0's is the given one.
+    """Masks (B, F, H, W), bool; frame 0's is `mask0_BHW`.
 
     Args:
         track: a segmenter (nets/tracker.py, nets/sam2.py).

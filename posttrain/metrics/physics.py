@@ -1,4 +1,4 @@
-"""A scorecard of one clip in SI units: what its masks say about the laws of a falling body.
+"""A scorecard of one clip in SI units: how its masks agree with the laws of a falling body.
 
 A level pinhole sees a body that starts at `depth` Z and stays there while it falls, so a pixel is Z / focal metres.
 Least squares fit the height z(t) of its centre, at rest until the release t0, through the contact at t_c,
@@ -6,25 +6,24 @@ Least squares fit the height z(t) of its centre, at rest until the release t0, t
     z(t) = z0 - g max(t - t0, 0)^2 / 2                     t <= t_c
     z(t) = z(t_c) + w (t - t_c) + a (t - t_c)^2 / 2        t_c < t <= t_c + AFTER frames
 
-and with the speed v = g (t_c - t0) and the depth d = g (t_c - t0)^2 / 2 of the fall the scorecard tells
+and with the speed v = g (t_c - t0) and the depth d = g (t_c - t0)^2 / 2 of the fall the scorecard has
 
-    g               m/s^2  0 for what hovers, below 0 for what rises
+    g               m/s^2  0 if the body hovers, below 0 if it rises
     release         s      t0
     contact         s      t_c
-    restitution     1      w / v, of the vertical motion; below 0 where it goes on downwards, as off a pile
+    restitution     1      w / v, of the vertical motion; below 0 if the body goes on downwards, as off a pile
     penetration     m      d - drop_height, into what it lands on first (or beside it); below 0 if it stops in the air
-    energy_fall     J/kg   v^2 / 2 - G d, mechanical energy won in the fall, in a world of gravity G; 0 in truth
-    energy_contact  J/kg   (w^2 - v^2) / 2, won at the contact; below 0 in truth
+    energy_fall     J/kg   v^2 / 2 - G d, mechanical energy gained in the fall, in a world of gravity G; 0 in truth
+    energy_contact  J/kg   (w^2 - v^2) / 2, gained at the contact; below 0 in truth
     drift           m/s    sideways until the contact, x(t) = x0 + drift t + jump [t >= t_jump], to the right
     jump            m      the largest sideways jump between two frames until the contact, to the right
-    permanence      1      share of the frames in which the body is seen
-    size            1/s    slope of log sqrt(area), Theil-Sen; 0 in truth, but for turning and coming closer
+    permanence      1      share of the frames in which the body is visible
+    size            1/s    slope of log sqrt(area), Theil-Sen; 0 in truth, unless the body rotates or comes closer
 
-What sinks into a surface is hidden by it, and the centre that is seen is that of its upper part: see `_unhidden`.
+A surface hides the part of a body that sinks into it, and the visible centre is that of the rest: see `_unhidden`.
 
-A sigma is one standard deviation, to first order: the fit's, and the systematic ones below. What happens after the
-first contact is not looked at, but for permanence and size: a body that rolls off a pile and then into the floor
-penetrates nothing here.
+A sigma is one standard deviation, to first order: the fit's, and the systematic ones below. Only permanence and size
+look at frames after the first contact: a body that rolls off a pile and then into the floor has no penetration.
 
 Shape letters: F frames, H W pixels, K candidates (t0, t_c).
 """
@@ -39,13 +38,13 @@ from scipy.stats import theilslopes
 
 from posttrain.metrics.pisa import AFTER, FALL, MISFIT, SLOWER, centroids
 
-# Standard deviations, chosen on 60 true clips of two worlds for errors that are as large as the sigmas say; on 1000
-# others error / sigma spreads by 0.5 (size) to 1.45 (restitution): `python -m posttrain.studies.violations`
+# Standard deviations, chosen on 60 true clips of two worlds so that errors match the sigmas. On 1000 other clips the
+# spread of error / sigma is 0.5 (size) to 1.45 (restitution): `python -m posttrain.studies.violations`
 NOISE = 0.12  # pixels, of a mask's centre
 SCALE = 0.02  # share of a length: an outline is not at the depth of the body's centre
-CONTACT = 0.12  # frames: what lands on an edge lands twice
-REBOUND = 0.08  # share of the speed v, of w: what turns shows another side, whose centre is elsewhere
-TURNING = 0.3  # of log sqrt(area) over a clip: a body has several sides
+CONTACT = 0.12  # frames: a body that lands on an edge lands twice
+REBOUND = 0.08  # of w, as a share of the speed v: a rotating body shows other sides, with other centres
+TURNING = 0.3  # of log sqrt(area) over a clip: the sides of a body differ in area
 
 VERTICAL = ("g", "release", "contact", "restitution", "penetration", "energy_fall", "energy_contact")
 SIDEWAYS = ("drift", "jump")  # signed: average their magnitudes
@@ -60,7 +59,7 @@ class Measure(NamedTuple):
 
 
 class Fall(NamedTuple):
-    """The fit of z(t) in metres and seconds: z0, g, t0 and, of what lands, t_c, w, a. The fall is over at `end`."""
+    """The fit of z(t) in metres and seconds: z0, g, t0 and, if the body lands, t_c, w, a. The fall ends at `end`."""
 
     parameters: np.ndarray
     covariance: np.ndarray
@@ -83,7 +82,7 @@ def scorecard(
     """Measure a clip that continues the first picture of a true one.
 
     Args:
-        masks_FHW: bool or 0/1, the body that falls; empty where it is not seen.
+        masks_FHW: bool or 0/1, the body that falls; empty where it is not visible.
         fps: frames per second.
         focal: focal length in pixels of the masks' picture.
         depth: metres along the optical axis from the camera to the body in frame 0.
@@ -91,8 +90,8 @@ def scorecard(
         gravity: G, metres per second squared.
 
     Returns:
-        QUANTITIES, None where they cannot be measured: the body is whole in fewer than four frames (of the fall, for
-        what is sideways), does not fall, or does not land. What vanishes below drop_height sank at least that far.
+        QUANTITIES; None if one cannot be measured: the body is fully visible in fewer than four frames (of the fall,
+        for sideways quantities), does not fall, or does not land. A body that vanishes below drop_height sank that far.
 
     Raises:
         ValueError: masks_FHW is not (frames, H, W) or holds other values than a mask; a number is not positive.
@@ -129,21 +128,21 @@ def scorecard(
 
 
 def _fit(t: np.ndarray, z: np.ndarray, frame: float, pixel: float, height: int) -> Fall:
-    """Least squares from the best of a grid; what hardly falls is a parabola from time 0."""
+    """Least squares from the best point of a grid; a body that hardly falls gets a parabola from time 0."""
     after, least, misfit = (AFTER + 0.1) * frame, FALL * height * pixel, (MISFIT * height * pixel) ** 2
     step = max(frame / 2, (t[-1] - t[0]) / 80)  # long clips cost no more
     coarse, fine = np.arange(t[0] - frame, t[-1] + frame / 4, step), np.arange(-8, 9) * step / 4
     _, t0, contact = _search(t, z, coarse, coarse, frame, after, least, misfit)
     t, z = t[t <= contact + after], z[t <= contact + after]
     times = contact + fine if contact < t[-1] else t[-1:]
-    (z0, g, w, a), t0, contact = _search(t, z, t0 + fine, times, frame, math.inf, least, misfit)  # of the same frames
+    (z0, g, w, a), t0, contact = _search(t, z, t0 + fine, times, frame, math.inf, least, misfit)  # on the same frames
     lands, falls = contact < t[-1], abs(g) * (contact - t0) ** 2 / 2 > least
     if falls:
-        start = np.array([z0, g, t0, contact, w, a] if lands else [z0, g, t0])
-        room = np.array([np.inf, np.inf, 0.45 * frame, 0.45 * frame, np.inf, np.inf])[: len(start)]
-        bounds = start - room, start + room
-        found = least_squares(lambda p: _height(p, t) - z, start, x_scale="jac", bounds=bounds)
-        parameters, jacobian, residual = found.x, found.jac, found.fun
+        initial = np.array([z0, g, t0, contact, w, a] if lands else [z0, g, t0])
+        slack = np.array([np.inf, np.inf, 0.45 * frame, 0.45 * frame, np.inf, np.inf])[: len(initial)]
+        bounds = initial - slack, initial + slack
+        fit = least_squares(lambda p: _height(p, t) - z, initial, x_scale="jac", bounds=bounds)
+        parameters, jacobian, residual = fit.x, fit.jac, fit.fun
     else:
         design = np.stack([np.ones_like(t), -(t**2) / 2, np.zeros_like(t)], 1)
         parameters = np.linalg.lstsq(design, z, rcond=None)[0]
@@ -166,10 +165,10 @@ def _search(
     least: float,
     misfit: float,
 ) -> tuple[np.ndarray, float, float]:
-    """The best (z0, g, w, a), t0 and t_c, at least a frame apart; t_c is the last frame where nothing lands.
+    """The best (z0, g, w, a), t0 and t_c, at least a frame apart; t_c is the last frame if nothing lands.
 
-    Frames later than `after` seconds after the contact are left out at the cost of a misfit each, and a contact costs
-    another one, lest noise be one.
+    Frames later than `after` seconds after the contact are left out and cost a misfit each. A contact costs another
+    misfit, so that noise is not taken for one.
     """
     t0_K, contact_K = (
         v[contacts - releases[:, None] > 0.9 * frame] for v in np.meshgrid(releases, contacts, indexing="ij")
@@ -180,7 +179,7 @@ def _search(
     used_KF = since_KF <= after
     design_KF4 = np.stack([np.ones_like(fall_KF), -fall_KF, since_KF, since_KF**2 / 2], -1) * used_KF[..., None]
     transposed_K4F = design_KF4.swapaxes(1, 2)
-    normal_K44 = transposed_K4F @ design_KF4 + 1e-12 * np.eye(4)  # w and a may be free
+    normal_K44 = transposed_K4F @ design_KF4 + 1e-12 * np.eye(4)  # w and a may be undetermined
     solution_K4 = np.linalg.solve(normal_K44, (transposed_K4F @ z)[..., None])[..., 0]
     error_K = (used_KF * (z - (design_KF4 @ solution_K4[..., None])[..., 0]) ** 2).sum(1)
     speed_K = solution_K4[:, 1] * (contact_K - t0_K)
@@ -199,7 +198,7 @@ def _height(parameters: np.ndarray, t: np.ndarray) -> np.ndarray:
 
 
 def _covariance(jacobian: np.ndarray, residual: np.ndarray, noise: float) -> np.ndarray:
-    """Of least squares' parameters, with the residuals' variance but no less than the noise's."""
+    """The covariance of least squares' parameters, with the residuals' variance, at least that of the noise."""
     freedom = max(len(residual) - jacobian.shape[1], 1)
     return max(noise**2, float(residual @ residual) / freedom) * np.linalg.pinv(jacobian.T @ jacobian)
 
@@ -233,7 +232,7 @@ def _vertical(fall: Fall, drop_height: float | None, gravity: float) -> dict[str
 
 
 def _sideways(t: np.ndarray, x: np.ndarray, noise: float) -> dict[str, Measure | None]:
-    """Drift and jump, of one fit, so that a jump is no drift."""
+    """Drift and jump from one fit, so that a jump does not count as drift."""
 
     def solve(step: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         design = np.stack([np.ones_like(t), t, step], 1)
@@ -252,19 +251,19 @@ def _size(t: np.ndarray, masks_FHW: np.ndarray) -> Measure:
 
 
 def _unhidden(fallen_F: np.ndarray, masks_FHW: np.ndarray, surface: float) -> np.ndarray:
-    """How far (pixels) the whole body has fallen whose visible part's centre has fallen so far.
+    """How far (pixels) the whole body has fallen if the centre of its visible part has fallen `fallen_F`.
 
-    A body that sinks `cut` pixels into the surface shows the rows of the first mask that end `cut` above its lowest.
-    Both the centre and the area that are seen tell how much that is; the smaller counts, as what turns or lands beside
-    the surface changes but one of them.
+    A body that sinks `cut` pixels into the surface shows the first mask without its lowest `cut` rows. Both the visible
+    centre and the visible area give an estimate of that. The smaller counts, as rotation or landing beside the surface
+    changes only one of them.
     """
     rows, area_F = masks_FHW[0].sum(1).astype(float), masks_FHW.sum((1, 2))
     top, bottom = np.flatnonzero(rows)[[0, -1]] + [0, 1]
     sums = [np.append(0, np.cumsum(v[top:bottom])) for v in (rows, rows * (np.arange(len(rows)) + 0.5))]
     cut = np.linspace(0, bottom - top, 20 * (bottom - top), endpoint=False)
     area, moment = (np.interp(bottom - cut, np.arange(top, bottom + 1), v) for v in sums)
-    raised = moment[0] / area[0] - moment / area  # by how much the visible part's centre is above the body's
-    seen = np.maximum.accumulate(surface + cut - raised)  # a wide foot that goes first lifts the centre
+    raised = moment[0] / area[0] - moment / area  # how far the visible part's centre is above the body's
+    seen = np.maximum.accumulate(surface + cut - raised)  # a wide base that is hidden first raises the centre
     by_centre_F = np.where(fallen_F < seen[-1], np.interp(fallen_F, seen, raised), 0.0)
     above = max(int(np.argmax(fallen_F > surface)) - 1, 0)  # the last frame that is not hidden
     by_area_F = np.interp(-area_F / area_F[above], -area / area[0], raised)
@@ -272,5 +271,5 @@ def _unhidden(fallen_F: np.ndarray, masks_FHW: np.ndarray, surface: float) -> np
 
 
 def _cut(masks_FHW: np.ndarray) -> np.ndarray:
-    """Frames (F,) in which the picture's edge cuts the body, so that the mask's centre is not its."""
+    """Frames (F,) in which the picture's edge cuts the body, so the mask's centre is not the body's."""
     return masks_FHW.sum((1, 2)) > masks_FHW[:, 1:-1, 1:-1].sum((1, 2))

@@ -7,7 +7,7 @@ Distances are divided by sqrt(2) H, the diagonal of a square picture, so that th
     CD  = mean_i ( mean_{p in P_i} min_{q in Q_i} |p - q| + mean_{q in Q_i} min_{p in P_i} |q - p| )
     IoU = mean_i |M_i^gen and M_i^true| / |M_i^gen or M_i^true|                           (7)
 
-Two conventions, because the authors' released code departs from their paper:
+There are two conventions, because the authors' released code differs from their paper:
 
                       paper (the headline)                     released (to compare with the paper's Table 1)
     L2 of a frame     Euclidean                                mean of |dx| and |dy|
@@ -30,10 +30,10 @@ from posttrain.metrics.masks import iou
 Convention = Literal["paper", "released"]
 
 # `contact_time`, calibrated on falling discs and on true clips
-AFTER = 3  # frames after the contact that the fit explains
-MISFIT = 0.02  # share of the picture's height by which a frame may miss the fit before it is better left out
-FALL = 0.03  # share of the picture's height below which nothing fell
-SLOWER = 0.5  # share of the falling velocity above which a change of velocity is no contact
+AFTER = 3  # frames after the contact that are fitted
+MISFIT = 0.02  # share of the picture's height: the error of a frame at which leaving it out costs the same
+FALL = 0.03  # share of the picture's height that a body must fall
+SLOWER = 0.5  # share of the falling velocity that must not remain after a contact
 
 
 def true_frames(generated: int, true: int, fps_generated: float, fps_true: float, convention: Convention) -> np.ndarray:
@@ -79,7 +79,7 @@ def score(
         true_masks: (frames, H, W) of the same object in the true clip; its number of frames may differ.
         fps_generated: frames per second of the generated clip.
         fps_true: frames per second of the true clip.
-        convention: "paper" or "released"; the module's docstring tells them apart.
+        convention: "paper" or "released", see the module's docstring.
 
     Returns:
         l2, chamfer: in units of sqrt(2) H, smaller is better; NaN if no frame has a true mask (released: both masks).
@@ -135,10 +135,10 @@ def first_frame_after(contact_time: float, fps: float) -> int:
 
 
 def impact_frame(masks_FHW: np.ndarray, fps: float) -> int | None:
-    """The impact frame of a clip without contact events: the first frame after the fall ends; None if it never does.
+    """The impact frame of a clip without contact events: the first frame after the fall ends; None if it does not end.
 
-    See `contact_time`. The paper takes the first frame whose centroid moves upwards, which bodies that do not bounce
-    never have.
+    See `contact_time`. The paper takes the first frame whose centroid moves upwards, but bodies that do not bounce have
+    none.
     """
     contact = contact_time(masks_FHW, fps)
     return None if contact is None else first_frame_after(contact, fps)
@@ -147,11 +147,11 @@ def impact_frame(masks_FHW: np.ndarray, fps: float) -> int | None:
 def contact_time(masks_FHW: np.ndarray, fps: float) -> float | None:
     """Seconds at which the masks' fall ends; None if the object does not fall or its fall does not end.
 
-    A change point tau joins a free fall and whatever comes after it, of which the first frames count:
+    A change point tau joins a free fall and what follows, of which the first frames count:
         y(t) = y0 + v t + a t^2 / 2              for t <= tau   (a > 0, v >= 0)
         y(t) = y(tau) + w (t - tau)              for tau < t <= tau + AFTER frames,  w < SLOWER * (v + a tau)
-    The tau of the least squares wins; a frame that is left out costs a fixed misfit, so a tau that explains more
-    of the clip is preferred.
+    The tau with the least squared error wins. A frame that is left out costs a fixed misfit, so a tau that explains
+    more of the clip is preferred.
     """
     y = centroids(_binary(masks_FHW, "masks_FHW", "paper"))[:, 1]
     t = np.flatnonzero(np.isfinite(y)).astype(float)
@@ -161,7 +161,7 @@ def contact_time(masks_FHW: np.ndarray, fps: float) -> float | None:
         return None
     misfit = (MISFIT * height) ** 2
     smooth = np.polynomial.Polynomial.fit(t, y, 2)
-    best, contact = float(((smooth(t) - y) ** 2).sum()), None  # nothing ends: one parabola, whatever its sign
+    best, contact = float(((smooth(t) - y) ** 2).sum()), None  # no contact: one parabola of either sign
     for tau in np.arange(1.0, t[-1], 0.1):
         used = t <= tau + AFTER
         error, fallen, before, after = _fall(t[used], y[used], tau)
@@ -176,7 +176,7 @@ def _fall(t: np.ndarray, y: np.ndarray, tau: float) -> tuple[float, float, float
     s = np.minimum(t, tau)
     design = np.stack([np.ones_like(t), s, s**2 / 2, t - s], 1)
     solution = np.linalg.lstsq(design, y, rcond=None)[0]
-    if solution[1] < 0 or solution[2] <= 0:  # a fall starts at rest unless the frames say that it is already moving
+    if solution[1] < 0 or solution[2] <= 0:  # a fall starts at rest unless the fit says otherwise
         design = np.delete(design, 1, axis=1)
         rest = np.linalg.lstsq(design, y, rcond=None)[0]
         solution = np.insert(rest, 1, 0.0)
@@ -184,7 +184,7 @@ def _fall(t: np.ndarray, y: np.ndarray, tau: float) -> tuple[float, float, float
     else:
         error = y - design @ solution
     _, v, a, w = solution
-    by_acceleration = a * tau**2 / 2 - max(v * tau, 0)  # a steady drift is no fall
+    by_acceleration = a * tau**2 / 2 - max(v * tau, 0)  # steady motion is no fall
     return float((error**2).sum()), float(by_acceleration), float(v + a * tau), float(w)
 
 

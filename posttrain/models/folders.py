@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from posttrain.core.errors import UserError
 from posttrain.core.files import read_json
 from posttrain.models.base import ModelConfig
-from posttrain.pocket import folder
+from posttrain.pocket import whole
 
 # What is fetched of a hub repository: the parts a folder may have, and in them configs, vocabularies and safe weights.
 PARTS = ["transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler"]
@@ -37,7 +37,14 @@ def find(path: str, revision: str | None = None, embedded: str | None = None) ->
                 "conflict",
                 "model.revision",
             )
-        return folder(str(embedded)) if pocket else Path(path)
+        return whole(str(embedded)) if pocket else _diffusers(path, Path(path))
+    if Path(path).is_file():
+        raise UserError(
+            f"model.path: {path} is a file; name the diffusers folder of the whole model or its hub id, and an adapter "
+            "in model.start or model.merge",
+            "format",
+            "model.path",
+        )
     if len(Path(path).parts) != 2 or path.startswith((".", "/", "~")):
         offered = "'pocket', a" if embedded else "a"
         raise UserError(
@@ -46,7 +53,7 @@ def find(path: str, revision: str | None = None, embedded: str | None = None) ->
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=WANTED))
+        fetched = Path(snapshot_download(path, revision=revision, allow_patterns=WANTED))
     except Exception as error:  # the hub, the network and the disk each raise their own kinds
         at = f" at revision {revision}" if revision else ""
         raise UserError(
@@ -55,6 +62,22 @@ def find(path: str, revision: str | None = None, embedded: str | None = None) ->
             "network",
             "model.path",
         ) from error
+    return _diffusers(path, fetched)
+
+
+def _diffusers(path: str, root: Path) -> Path:
+    """`root`, which `path` named, if it is the folder of a whole model of diffusers. Raises UserError: it is not."""
+    if (root / "model_index.json").is_file():
+        return root
+    config = read_json(root / "config.json") if (root / "config.json").is_file() else {}
+    what, remedy = "is no diffusers folder", "name one, which has a model_index.json"
+    if str(config.get("_class_name", "")).endswith("Transformer3DModel"):
+        what, remedy = "is a transformer alone", "name the folder of the whole model, and this one in model.start"
+    elif "_class_name" in config or any(root.glob("*.pth")) or any(root.glob("*.safetensors")):
+        what, remedy = "has its authors' own layout", "name the model in that of diffusers (Wan's end in -Diffusers)"
+    elif not root.is_dir() or not any(root.iterdir()):
+        remedy += "; that of its authors is not read (Wan's in diffusers' layout end in -Diffusers)"
+    raise UserError(f"model.path: {path} {what}, for it has no model_index.json; {remedy}", "format", "model.path")
 
 
 def network(kind: type[PreTrainedModel], config: ModelConfig, part: str) -> Any:
@@ -66,7 +89,7 @@ def network(kind: type[PreTrainedModel], config: ModelConfig, part: str) -> Any:
         UserError: it is no such network, or not a whole one.
     """
     local = Path(config.path).exists() or config.path.startswith((".", "/", "~")) or config.path.count("/") != 1
-    path, name = str(folder(part)) if config.path == "pocket" else config.path, kind.__name__
+    path, name = str(whole(part)) if config.path == "pocket" else config.path, kind.__name__
     if local and not (Path(path) / "config.json").exists():
         raise UserError(
             f"{Path(path) / 'config.json'}: does not exist; name the folder of a {name} or a hub id",
@@ -89,7 +112,10 @@ def _reason(error: Exception) -> str:
 
 
 def check_files(part: Path) -> None:
-    """Refuse a part whose weights are missing, torn, or lack a shard; their headers alone are read."""
+    """Refuse a part whose weights are missing, torn, quantised, or lack a shard; their headers alone are read."""
+    config = read_json(part / "config.json") if (part / "config.json").is_file() else {}
+    if "quantization_config" in config:
+        raise _quantised(part, str(config["quantization_config"].get("quant_method", "see its config.json")))
     indexes = part.glob("*.safetensors.index.json")
     shards = {str(name) for index in indexes for name in read_json(index).get("weight_map", {}).values()}
     names = sorted(shards or {path.name for path in part.glob("*.safetensors")})
@@ -101,14 +127,25 @@ def check_files(part: Path) -> None:
                 f"{part}: its index names {name!r}, which is no file of this folder; get the model again", "outside"
             )
         try:
-            with safe_open(part / name, framework="pt"):
-                pass
+            with safe_open(part / name, framework="pt") as tensors:
+                dtypes = {tensors.get_slice(key).get_dtype() for key in tensors.keys()}
         except FileNotFoundError as error:
             raise UserError(f"{part / name}: does not exist; get this file of the model again", "missing") from error
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{part / name}: is torn ({_reason(error)}); get this file of the model again", "damaged"
             ) from error
+        if small := sorted(dtype for dtype in dtypes if dtype.startswith(("F8", "F4", "I8", "U8"))):
+            raise _quantised(part, small[0])
+
+
+def _quantised(part: Path, what: str) -> UserError:
+    return UserError(
+        f"{part}: is quantised ({what}), which is not read here; name the model with weights of 16 or 32 bits "
+        "(model.dtype=bf16 holds them in half the memory)",
+        "unsupported",
+        "model.path",
+    )
 
 
 def load_part(kind: Any, root: Path, name: str, **options: Any) -> Any:
@@ -138,3 +175,19 @@ def load_part(kind: Any, root: Path, name: str, **options: Any) -> Any:
             lacking = sorted(info["missing_keys"])[0]
             raise UserError(f"{part}: lacks {lacking}; get this part of the model again", "damaged")
     return loaded
+
+
+def load_tokenizer(root: Path, name: str) -> Any:
+    """The tokenizer in the folder `name` of `root`; no code that the folder brings along is run.
+
+    Raises:
+        UserError: its vocabulary is missing, for which transformers would make another; or as `load_part`.
+    """
+    if (root / name).is_dir() and not any((root / name / file).is_file() for file in VOCABULARIES):
+        raise UserError(
+            f"{root / name}: has none of {', '.join(VOCABULARIES)}; get this part of the model again", "missing"
+        )
+    return load_part(AutoTokenizer, root, name, trust_remote_code=False)
+
+
+VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model")  # one of these a tokenizer is read from

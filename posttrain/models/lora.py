@@ -1,8 +1,9 @@
 """Low-rank adapters: attach to a transformer, switch off (the reference model), save, load, fold into the weights.
 
-W' = W + (alpha / rank) B A with B = 0 at the start (Hu et al. 2021). The saved file is diffusers' own, with the
-adapter's metadata in its header, so that a stock pipeline's `load_lora_weights` also gets alpha != rank right. A
-transformer here is any ModelMixin of diffusers that is a PeftAdapterMixin; what a family has of its own is an argument.
+W' = W + (alpha / rank) B A with B = 0 at the start (Hu et al. 2021). The saved file is diffusers' own. The scale
+alpha / rank is multiplied into its B, so that every way of loading it gives the same adapter; older files say alpha in
+their header, and are read too. A transformer here is any ModelMixin of diffusers that is a PeftAdapterMixin; what a
+family has of its own is an argument.
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import nn
 
@@ -23,6 +24,32 @@ from posttrain.core.files import write_bytes
 
 FILE = "pytorch_lora_weights.safetensors"
 NAME = "default"
+OTHER = "other"  # one that is read beside it for a moment
+SURVIVES = 0.98  # the share of an adapter that has to be left when it is folded into coarse weights
+
+# What an adapter's header may say beside what changes nothing: see `_check_plain`.
+READ = {"r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias"}
+PASSING = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+PASSING |= {"inference_mode", "lora_dropout", "layers_to_transform", "layers_pattern", "exclude_modules"}
+# Of files that other programs wrote: part of a name in them, what they are, and what to do.
+FOREIGN = (
+    (".lokr_", "a LoKr (Kronecker factors)", "fold it into the base with the program that made it"),
+    (".hada_", "a LoHa (Hadamard factors)", "fold it into the base with the program that made it"),
+    (".oft_", "an OFT (rotations)", "fold it into the base with the program that made it"),
+    ("dora_scale", "a DoRA", "fold it into the base with the program that made it"),
+    ("lora_magnitude_vector", "a DoRA", "fold it into the base with the program that made it"),
+    (
+        "base_model.model.",
+        "peft's own file",
+        "write it anew with `transformer.` in place of `base_model.model.` in its names, "
+        "and its lora_B times lora_alpha / r of adapter_config.json",
+    ),
+    (
+        ".lora_A.default.",
+        "DiffSynth-Studio's file",
+        "write it anew in ComfyUI's names, with `diffusion_model.` before each name and without `.default`",
+    ),
+)
 
 
 def unwrap(transformer: nn.Module) -> Any:
@@ -107,17 +134,25 @@ def _added(layer: Any) -> torch.Tensor:
 
 
 def save(transformer: nn.Module, folder: Path | str) -> Path:
-    """Write the adapter to `folder`/pytorch_lora_weights.safetensors (atomic, the same bytes for the same weights)."""
-    from peft.utils import get_peft_model_state_dict
+    """Write the adapter to `folder`/pytorch_lora_weights.safetensors (atomic, the same bytes for the same weights).
 
+    Its B is multiplied by each layer's scale, and the header says alpha = rank.
+    """
     inner = unwrap(transformer)
-    config = inner.peft_config[NAME]
-    weights = get_peft_model_state_dict(inner, adapter_name=NAME)
-    metadata = {
+    config, weights = inner.peft_config[NAME], _weights(inner, NAME)
+    for name, tensor in weights.items():
+        layer, matrix = name.rsplit(".lora_", 1)  # "A.weight", "B.weight" or "B.bias"
+        if matrix.startswith("B"):
+            weights[name] = tensor * inner.get_submodule(layer).scaling[NAME]
+    metadata: dict[str, Any] = {
         "transformer.r": config.r,
-        "transformer.lora_alpha": config.lora_alpha,
+        "transformer.lora_alpha": config.r,
         "transformer.target_modules": sorted(config.target_modules),
     }
+    if config.rank_pattern:
+        metadata |= {f"transformer.{name}": config.rank_pattern for name in ("rank_pattern", "alpha_pattern")}
+    if config.lora_bias:
+        metadata["transformer.lora_bias"] = True
     content = save_tensors(
         {f"transformer.{name}": tensor.contiguous().cpu() for name, tensor in weights.items()},
         # one entry alone: safetensors writes several in a random order
@@ -171,24 +206,39 @@ def load(transformer: nn.Module, path: Path | str, read: Callable[[Path], Weight
         read: how the file is read; a family may know more layouts than that of `save`.
 
     Raises:
-        UserError: the file is absent, or it and this transformer do not have the same layers.
+        UserError: the file is absent, it and this transformer do not have the same layers, or it is more than a
+            low-rank adapter.
     """
-    from diffusers.utils import logging
-    from peft.functional import cast_adapter_dtype
-    from peft.utils import get_peft_model_state_dict
+    inner = unwrap(transformer)
+    path = _file(path)
+    if attached(inner):
+        inner.delete_adapters(NAME)
+    _add(inner, path, read, NAME)
 
-    inner, path = unwrap(transformer), Path(path)
+
+def _file(path: Path | str) -> Path:
+    path = Path(path)
     path = path / FILE if path.suffix != ".safetensors" else path
     if not path.is_file():
         raise UserError(f"{path}: does not exist; train the run first or name its adapter folder", "missing")
-    if attached(inner):
-        inner.delete_adapters(NAME)
+    return path
+
+
+def _add(inner: Any, path: Path, read: Callable[[Path], Weights], name: str) -> None:
+    """Put the adapter in the file `path` beside those that are there. Raises UserError: see `load`."""
+    from diffusers.utils import logging
+    from peft.functional import cast_adapter_dtype
+
+    _check_foreign(path)
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what it would only warn of is refused below
     try:
         weights, metadata = read(path)
+        _check_plain(path, metadata)
         with warnings.catch_warnings(action="ignore"):  # peft's, of the same
-            inner.load_lora_adapter(weights, prefix="transformer", adapter_name=NAME, metadata=metadata or None)
+            inner.load_lora_adapter(weights, prefix="transformer", adapter_name=name, metadata=metadata or None)
+    except UserError:
+        raise
     except Exception as error:  # peft, diffusers and safetensors each raise their own kinds
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = lines[min(1, len(lines) - 1)].strip()  # torch's first line only says that there are more
@@ -198,17 +248,69 @@ def load(transformer: nn.Module, path: Path | str, read: Callable[[Path], Weight
     finally:
         logging.set_verbosity(level)
     given = {key.removeprefix("transformer.") for key in weights}
-    taken = set(get_peft_model_state_dict(inner, adapter_name=NAME)) if attached(inner) else set()
+    there = name in getattr(inner, "peft_config", {})
+    taken = set(_weights(inner, name)) if there else set()
     targets = metadata.get("transformer.target_modules", [])  # peft makes layers for what the file has, no more
     adapted = {key.split(".lora_")[0] for key in given}
     lacking = set(_linear(inner, targets if isinstance(targets, list) else [])) - adapted
-    if wrong := sorted(given - taken) or sorted(taken - given) or sorted(lacking):
+    unsaid = {key for key in taken - given if not key.endswith(".bias")}  # peft gives all layers one, of zeros
+    if wrong := sorted(given - taken) or sorted(unsaid) or sorted(lacking):
         where = "model" if wrong[0] in given else "file"
         raise UserError(
             f"{path}: does not fit the model (the {where} has no {wrong[0]}); use the base that it was trained on",
             "mismatch",
         )
-    cast_adapter_dtype(inner, NAME)
+    cast_adapter_dtype(inner, name)
+    inner.train(inner.training)  # peft's new layers are in training mode, where a dropout of the file would act
+
+
+def _weights(inner: Any, name: str) -> dict[str, torch.Tensor]:
+    """The matrices and biases of an adapter, by layer."""
+    from peft.utils import get_peft_model_state_dict
+
+    with warnings.catch_warnings():  # peft takes a bias, which has one axis, for a matrix that was torn
+        warnings.filterwarnings("ignore", r"Adapter '.*': \d+ LoRA tensor")
+        weights: dict[str, torch.Tensor] = get_peft_model_state_dict(inner, adapter_name=name)
+    return weights
+
+
+def _check_foreign(path: Path) -> None:
+    """Refuse what is no file of low-rank matrices in names that are read here, and say what it is."""
+    try:
+        with safe_open(path, "pt") as tensors:
+            names = sorted(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: is damaged ({error}); get it again", "damaged") from error
+    for part, what, remedy in FOREIGN:
+        if wrong := [name for name in names if part in name]:
+            raise UserError(f"{path}: is {what} ({wrong[0]}), which is not read here; {remedy}", "unsupported")
+    if not any("lora" in name or ".diff" in name for name in names):
+        what = "a model's own weights" if any(name.endswith(".weight") for name in names) else "no adapter"
+        raise UserError(
+            f"{path}: is {what} ({names[:1]}); name a file with low-rank matrices (lora_A, lora_B)", "format"
+        )
+
+
+def _check_plain(path: Path, metadata: dict[str, Any]) -> None:
+    """Refuse a header that asks for more than W + scale B A, or for a base that its first step changed."""
+    from dataclasses import asdict
+
+    from peft import LoraConfig
+
+    usual = asdict(LoraConfig())
+    for key, value in metadata.items():
+        field = key.removeprefix("transformer.")
+        if not key.startswith("transformer.") or field in READ | PASSING or not value or value == usual.get(field):
+            continue
+        if field == "init_lora_weights" and value in ("gaussian", "orthogonal"):
+            continue
+        if field == "bias" and value == "none":
+            continue
+        raise UserError(
+            f"{path}: its header says {field}: {value!r}, which is not read here; "
+            "fold it into the base with the program that made it",
+            "unsupported",
+        )
 
 
 def _linear(transformer: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -221,55 +323,95 @@ def _linear(transformer: nn.Module, targets: Sequence[str]) -> list[str]:
 def proceed(transformer: nn.Module, path: Path | str, read: Callable[[Path], Weights] = read) -> None:
     """Give the adapter that is attached the weights at `path`, read as in `load`, so that training goes on from there.
 
+    What is attached keeps its alpha, whatever that of the file is: B is scaled so that both add the same to W.
+
     Raises:
-        UserError: as `load`, or it has another rank, alpha or other targets than the one attached.
+        UserError: as `load`, or it has another rank or other targets than the one attached, or biases.
     """
-    inner = unwrap(transformer)
-    before, wanted = inner.peft_config[NAME], _shapes(inner)
-    load(inner, path, read)
-    after, found = inner.peft_config[NAME], _shapes(inner)
-    if (before.r, before.lora_alpha) != (after.r, after.lora_alpha):
+    inner, path = unwrap(transformer), _file(path)
+    _add(inner, path, read, OTHER)
+    wanted, given = _shapes(inner, NAME), _shapes(inner, OTHER)
+    if biases := [name for name in given if name.endswith(".bias")]:
         raise UserError(
-            f"{path}: has rank {after.r} and alpha {after.lora_alpha}, but model.adapter has {before.r} and "
-            f"{before.lora_alpha}; set model.adapter to those of the file, or fold it in with model.merge",
+            f"{path}: has {biases[0]}, and model.adapter has no biases; fold it in with model.merge",
             "mismatch",
             "model.adapter",
         )
-    if differing := sorted(set(wanted.items()) ^ set(found.items())):
-        what = "adapts" if differing[0] in found.items() else "does not adapt"
-        layer = differing[0][0].split(".lora_")[0]
+    for name in sorted(wanted.keys() & given.keys()):
+        rank, found = (min(shapes[name][:2]) for shapes in (wanted, given))
+        if rank != found:
+            raise UserError(
+                f"{path}: has rank {found}, but model.adapter has {rank}; set model.adapter.rank to that of the file, "
+                "or fold it in with model.merge",
+                "mismatch",
+                "model.adapter.rank",
+            )
+    if differing := sorted(wanted.keys() ^ given.keys()):
+        what = "adapts" if differing[0] in given else "does not adapt"
+        layer = differing[0].split(".lora_")[0]
         raise UserError(
             f"{path}: {what} {layer}, unlike model.adapter; set model.adapter.targets to those of the file",
             "mismatch",
             "model.adapter.targets",
         )
+    with torch.no_grad():
+        for layer in _adapted(inner):
+            layer.lora_A[NAME].weight.copy_(layer.lora_A[OTHER].weight)
+            layer.lora_B[NAME].weight.copy_(layer.lora_B[OTHER].weight * (layer.scaling[OTHER] / layer.scaling[NAME]))
+    inner.set_adapter(NAME)
+    inner.delete_adapters(OTHER)
 
 
-def _shapes(transformer: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Of the matrices of its adapters."""
-    return {name: tuple(p.shape) for name, p in transformer.named_parameters() if ".lora_" in name}
+def _adapted(transformer: nn.Module) -> list[Any]:
+    """Its layers with an adapter."""
+    return [layer for layer in unwrap(transformer).modules() if hasattr(layer, "lora_A")]
+
+
+def _shapes(transformer: nn.Module, name: str) -> dict[str, tuple[int, ...]]:
+    """Of the matrices and biases of an adapter, by names without its own."""
+    named = transformer.named_parameters()
+    return {key.replace(f".{name}.", "."): tuple(p.shape) for key, p in named if ".lora_" in key and f".{name}." in key}
 
 
 def merge(transformer: nn.Module, path: Path | str, scale: float = 1.0, read: Callable[[Path], Weights] = read) -> None:
     """Fold the adapter at `path`, times `scale`, into a transformer that has none: W + scale alpha / rank B A.
 
     Raises:
-        UserError: as `load`.
+        UserError: as `load`, or the weights are so coarse that they round it away.
     """
     load(transformer, path, read)
-    fuse(transformer, scale)
+    survives, dtype = fuse(transformer, scale), unwrap(transformer).dtype
+    if dtype != torch.float32 and abs(survives - 1) > 1 - SURVIVES:
+        raise UserError(
+            f"{path}: times {scale:g}, folded into {str(dtype).removeprefix('torch.')} weights, {survives:.1%} of it "
+            "is left; set model.dtype=fp32, or use the adapter beside the weights (model.start; hand out the file)",
+            "mismatch",
+            "model.merge",
+        )
     unwrap(transformer).requires_grad_(True)  # peft had frozen it
 
 
-def fuse(transformer: nn.Module, scale: float = 1.0) -> None:
-    """Fold the adapter that is attached, times `scale`, into the weights, and take it off."""
+@torch.no_grad()
+def fuse(transformer: nn.Module, scale: float = 1.0) -> float:
+    """Fold the adapter that is attached, times `scale`, into the weights, and take it off.
+
+    Returns:
+        The share of it that the weights took: <D, D'> / <D, D> over all adapted layers, with D what it adds to a
+        weight, and D' by what the weight, which is rounded, has changed.
+    """
     inner = unwrap(transformer)
-    inner.fuse_lora(scale)
+    both = own = 0.0
+    for layer in _adapted(inner):
+        layer.scale_layer(scale)
+        added, before = _added(layer), layer.base_layer.weight.to(torch.float32, copy=True)
+        layer.merge()
+        both += float((added * (layer.base_layer.weight.float() - before)).sum())
+        own += float(added.square().sum())
     inner.unload_lora()
+    return both / own if own else 1.0
 
 
 def rescale(transformer: nn.Module, scale: float) -> None:
     """Let the adapter count `scale` times as much as it was trained to; 0 is the base."""
-    for layer in unwrap(transformer).modules():
-        if hasattr(layer, "lora_A"):
-            layer.set_scale(NAME, scale)
+    for layer in _adapted(transformer):
+        layer.set_scale(NAME, scale)

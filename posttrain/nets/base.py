@@ -1,3 +1,3 @@
-"""What a network of this package is: a module that a recipe may name in `model.family`, for pretraining."""
+"""The protocol of this package's modules, which a pretraining recipe names in `model.family`."""
 
 PROTOCOL = ("load",)

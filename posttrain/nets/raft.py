@@ -1,13 +1,13 @@
 """RAFT (arXiv 2003.12039) as torchvision has it: optical flow between neighbouring pictures, differentiable.
 
-Where weights come from: `pocket` (embedded), `raft_large` and `raft_small` (those that torchvision publishes), a folder
-as `Model.save` writes it, or a file: torchvision's state dict (.pth, .safetensors) or one of the original code
-(raft-things.pth and its kin), whose names are mapped.
+Weights may be `pocket` (embedded), `raft_large` or `raft_small` (torchvision's), a folder as `Model.save` writes it, or
+a file: torchvision's state dict (.pth, .safetensors) or one of the original code (such as raft-things.pth), whose names
+are mapped.
 
-torchvision's forward cuts the gradient before each update, as the paper does for training; what is left is not the
-derivative of the flow and may point elsewhere. `Flow.see` runs the same parts without the cut.
+torchvision's forward cuts the gradient before each update, as the paper does for training. The rest is not the
+derivative of the flow and may have another direction. `Flow.see` runs the same parts without the cut.
 
-Under autocast the encoders and the updates are computed in bf16; coordinates, flow and what is resized stay float32.
+Under autocast the encoders and the updates are computed in bf16; coordinates, flow and resized pictures stay float32.
 """
 
 import math
@@ -27,7 +27,7 @@ from posttrain.core.errors import UserError, printable
 from posttrain.core.files import read_object, replacing, write_json
 from posttrain.models.base import ModelConfig
 from posttrain.nets.precision import widened
-from posttrain.pocket import folder
+from posttrain.pocket import whole
 
 SMALLEST = 128  # pixels of a side: the coarsest of four correlation volumes is then 2 x 2
 PUBLISHED = ("raft_large", "raft_small")
@@ -49,7 +49,7 @@ ORIGINAL = {
 
 
 class Flow(nn.Module):
-    """A RAFT, and how a video is shown to it."""
+    """A RAFT that takes videos of any size."""
 
     def __init__(self, net: raft.RAFT, updates: int = UPDATES) -> None:
         super().__init__()
@@ -57,28 +57,28 @@ class Flow(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "Flow":
-        """Stays in evaluation mode: batch statistics are those of the weights."""
+        """Stays in evaluation mode: batch norm uses the stored statistics."""
         return super().train(False)
 
     def forward(self, video_BCFHW: Tensor) -> list[Tensor]:
         """The estimates after each update, the best last, each flow_BFCHW (F - 1 frames; x to the right, y down).
 
-        It is in pixels, from each picture in [-1, 1] to the next one. Pictures whose sides are below 128 pixels, or no
-        multiples of 8, are enlarged, and flow is scaled back. For training: torchvision's forward.
+        In pixels, from each picture in [-1, 1] to the next. Pictures with sides below 128 pixels, or no multiples of 8,
+        are enlarged, and the flow is scaled back. For training: torchvision's forward.
         """
         shown = self._enlarged(video_BCFHW)
         pairs = (shown[:, :-1].flatten(0, 1), shown[:, 1:].flatten(0, 1))
         return [self._scaled(flow, video_BCFHW) for flow in self.net(*pairs, num_flow_updates=self.updates)]
 
     def see(self, video_BCFHW: Tensor) -> Tensor:
-        """The last of them alone, with the whole gradient; every picture is encoded once for both of its pairs."""
+        """The last estimate with its whole gradient; each picture is encoded once for both of its pairs."""
         shown = self._enlarged(video_BCFHW)
         features = widened(self.net.feature_encoder(shown.flatten(0, 1))).unflatten(0, shown.shape[:2])
         first, second = features[:, :-1].flatten(0, 1), features[:, 1:].flatten(0, 1)
         context = self.net.context_encoder(shown[:, :-1].flatten(0, 1))
         hidden = self.net.update_block.hidden_state_size
         state, context = context[:, :hidden].tanh(), context[:, hidden:].relu()
-        with torch.autocast(shown.device.type, enabled=False):  # its products are the costs of matches, summed up
+        with torch.autocast(shown.device.type, enabled=False):  # sums of many products
             self.net.corr_block.build_pyramid(first, second)
         rows, columns = (torch.arange(side).to(first) for side in first.shape[2:])
         start = torch.stack(torch.meshgrid(columns, rows, indexing="xy")).expand(len(first), -1, -1, -1)
@@ -86,7 +86,7 @@ class Flow(nn.Module):
         for _ in range(self.updates):
             seen = self.net.corr_block.index_pyramid(centroids_coords=start + flow)
             state, change = self.net.update_block(state, context, seen, flow)
-            flow = flow + change  # float32, as the coordinates are: bf16 has steps of a pixel from 256 on
+            flow = flow + change  # in float32 like the coordinates: above 256, bf16 has steps of a pixel or more
         mask = None if self.net.mask_predictor is None else widened(self.net.mask_predictor(state))
         return self._scaled(upsample_flow(flow, mask), video_BCFHW)
 
@@ -110,7 +110,7 @@ class Flow(nn.Module):
 
 
 def build(sizes: dict[str, Any]) -> raft.RAFT:
-    """A RAFT of other sizes than the published ones; pocket/raft/config.json shows which there are."""
+    """A RAFT of any size; pocket/raft/config.json shows the keys of `sizes`."""
     hidden = sizes["hidden"]
 
     def encoder(outputs: int, norm: Any) -> raft.FeatureEncoder:
@@ -158,14 +158,14 @@ class Model:
 
 
 def load(config: ModelConfig, device: str = "cpu") -> Model:
-    """The RAFT that `config.path` names (see the module's docstring); `init: random` keeps a folder's sizes alone.
+    """The RAFT that `config.path` names (see the module's docstring); `init: random` uses only a folder's sizes.
 
     Raises:
         UserError: there is no such file, or it holds no RAFT.
     """
     if config.path in PUBLISHED:
         return Model(Flow(_published(config.path)).to(device))
-    path = folder("raft") if config.path == "pocket" else Path(config.path).expanduser()
+    path = whole("raft") if config.path == "pocket" else Path(config.path).expanduser()
     if path.is_file():
         return Model(Flow(_from_file(path)).to(device))
     if not (path / "config.json").is_file():
@@ -199,7 +199,7 @@ def from_original(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _encoder(parts: list[str]) -> str:
-    """An encoder's name: its stem, two residual blocks in each of three layers, and a last convolution."""
+    """A parameter name of an encoder: a stem, three layers of two residual blocks, and a last convolution."""
     inner = {
         "conv1": "convnormrelu1.0",
         "norm1": "convnormrelu1.1",
@@ -242,7 +242,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: does not exist; train it, or choose another path", "missing", "path") from None
-    except Exception as error:  # safetensors, pickle, zip and the system each have their own
+    except Exception as error:  # safetensors, pickle, zip and the system each raise their own types
         message = f"{path}: cannot be read as weights ({printable(str(error), 200)}); get the file again"
         raise UserError(message, "damaged", "path") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):

@@ -1,13 +1,13 @@
 """SAM 2 (arXiv 2408.00714) as transformers has it, following one object per clip: differentiable, many clips at once.
 
 `Sam2VideoModel.forward` runs under inference_mode and takes one clip at a time. Here its own steps (encode the picture,
-attend to the memory, decode a mask, encode the memory) are called in its order, on an inference session whose batch is
-the clips; for one clip the logits are bit-equal to it (tested). Two places in transformers 5 expect a batch of one:
-the memory attention's output keeps its axes in another order, and a mask prompt's object pointer is broadcast.
+attend to the memory, decode a mask, encode the memory) are called in the same order, on an inference session whose
+batch is the clips. For one clip the logits are equal bit for bit (tested). Two lines in transformers 5 assume a batch
+of one: the memory attention returns its axes in another order, and a mask prompt's object pointer is broadcast.
 
-What to know when its gradient is used: an object score <= 0 sets all logits to -1024, without gradient (the embedded
-model's score is frozen at +10); frame 0's output is the prompt itself; masks leave the network at a quarter of its
-picture size; memories are kept in bf16.
+Before using the gradient, know that: an object score <= 0 sets all logits to -1024, without gradient (the embedded
+model's score is fixed at +10); frame 0's output is the prompt itself; the network's masks have a quarter of its picture
+size; memories are kept in bf16.
 """
 
 from collections.abc import Iterable, Iterator
@@ -29,13 +29,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # SAM 2's normalisatio
 
 
 class Sam2Tracker(nn.Module):
-    """Follows the object that `mask0_BHW` marks in frame 0. Pictures are enlarged to the size the model takes."""
+    """Follows the object that `mask0_BHW` marks in frame 0. Pictures are scaled to the model's size."""
 
     def __init__(self, sam: Sam2VideoModel) -> None:
         super().__init__()
         self.sam = sam
         self.sam.memory_attention.register_forward_hook(lambda module, inputs, output: output.transpose(0, 1))
-        # not trained: the score (see above), and what a prompt by a mask never asks, for which processes would wait
+        # not trained: the score (see above), and what mask prompts never use (distributed training would wait for it)
         self.sam.mask_decoder.pred_obj_score_head.requires_grad_(False)
         self.sam.mask_decoder.iou_prediction_head.requires_grad_(False)
         for parameter in (self.sam.no_memory_embedding, self.sam.no_memory_positional_encoding):
@@ -68,11 +68,11 @@ class Sam2Tracker(nn.Module):
     ) -> Iterator[Tensor]:
         """The same picture by picture: logits (B, 1, H, W) for each of `frames` pictures (B, C, H, W) in [-1, 1].
 
-        What is no longer looked at is forgotten, so that a long video needs no more memory than a short one. In place
-        of the mask there may be clicks on frame 0 (one clip at a time); frame 0's mask then comes of them too.
+        Old memories are dropped, so a long video needs no more memory than a short one. Instead of a mask, clicks on
+        frame 0 may be given (for one clip at a time); then frame 0's mask is made from them.
 
         Args:
-            points_P2: x (right) and y (down) in pixels of the picture, 0 the middle of the first pixel.
+            points_P2: x (right) and y (down) in pixels of the picture; 0 is the centre of the first pixel.
             labels_P: 1 on the object, 0 beside it.
         """
         size = (self.sam.config.image_size, self.sam.config.image_size)
@@ -84,7 +84,9 @@ class Sam2Tracker(nn.Module):
                 session = Sam2VideoInferenceSession(
                     video_height=height, video_width=width, inference_device=picture.device, dtype=picture.dtype
                 )
-                session.processed_frames = dict.fromkeys(range(frames))  # it only counts them: the features are given
+                session.processed_frames = dict.fromkeys(
+                    range(frames)
+                )  # only their number is used: the features are given
                 session.obj_id_to_idx(0)
             mean, std = (picture.new_tensor(v).view(-1, 1, 1) for v in (MEAN, STD))
             enlarged = F.interpolate((picture + 1) / 2, size, mode="bilinear", antialias=True)
@@ -127,10 +129,10 @@ class Sam2Tracker(nn.Module):
 
 
 def new(config: Sam2VideoConfig, seed: int = 0) -> Sam2Tracker:
-    """Random weights; the object score is frozen at +10, so that logits never vanish (see the module's docstring).
+    """Random weights; the object score is fixed at +10, so logits keep a gradient (see the module's docstring).
 
-    A small architecture must keep memory_encoder_output_channels at 64, hidden sizes above it, let its widths grow from
-    stage to stage, and have no global attention first in a stage.
+    A small architecture needs memory_encoder_output_channels = 64, larger hidden sizes, widths that grow from stage to
+    stage, and no global attention in the first layer of a stage.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -139,7 +141,7 @@ def new(config: Sam2VideoConfig, seed: int = 0) -> Sam2Tracker:
 
 
 def always_there(tracker: Sam2Tracker) -> Sam2Tracker:
-    """The same with its object score fixed at +10: it never takes the object for gone, and logits keep a gradient."""
+    """Fix the object score at +10: the tracker never decides that the object is gone, so logits keep a gradient."""
     score = tracker.sam.mask_decoder.pred_obj_score_head.proj_out
     nn.init.zeros_(score.weight)
     nn.init.constant_(score.bias, 10.0)
@@ -160,7 +162,7 @@ class Model:
     def clicks(
         self, pictures: Iterable[np.ndarray], frames: int, points_P2: np.ndarray, labels_P: np.ndarray
     ) -> Iterator[np.ndarray]:
-        """Masks, bool (H, W), of what is clicked on in the first of `frames` pictures, uint8 (H, W, 3)."""
+        """Masks, bool (H, W), of the object clicked on in the first of `frames` pictures, uint8 (H, W, 3)."""
         device = next(self.module.parameters()).device
         shown = (torch.tensor(p, device=device).permute(2, 0, 1)[None].float() / 127.5 - 1 for p in pictures)
         points, labels = torch.from_numpy(points_P2), torch.from_numpy(labels_P)
@@ -174,13 +176,13 @@ class Model:
 
 
 def load(config: ModelConfig, device: str = "cpu") -> Model:
-    """The SAM 2 in `config.path`: a transformers folder, or a hub id as facebook/sam2.1-hiera-large.
+    """The SAM 2 in `config.path`: a transformers folder, or a hub id such as facebook/sam2.1-hiera-large.
 
-    "pocket" is the embedded one; `init: random` keeps its architecture alone.
+    "pocket" is the embedded one; `init: random` uses only its architecture.
 
     Raises:
         UserError: it is no Sam2VideoModel, or not a whole one.
     """
-    found = network(Sam2VideoModel, config, "sam2")
-    module = new(found, config.seed) if config.init == "random" else Sam2Tracker(found)
+    sam = network(Sam2VideoModel, config, "sam2")
+    module = new(sam, config.seed) if config.init == "random" else Sam2Tracker(sam)
     return Model(module.to(device))

@@ -1,8 +1,8 @@
-"""A small recurrent U-Net that follows one object: the pocket's scorer, in whose gradient no model is ever trained.
+"""A small recurrent U-Net that follows one object. It scores the pocket model; no model is trained on its gradient.
 
-It sees the picture, the picture before with the mask found there, and frame 0 with the given mask. At each scale, the
-features of frame 0 averaged over that mask multiply the features of the picture, so that pixels like the object stand
-out. Its own masks are fed back; nothing else is carried along, so any number of frames may follow.
+Inputs are the picture, the previous picture with its mask, and frame 0 with the given mask. At each scale, the features
+of frame 0 averaged over that mask multiply the features of the picture, so pixels like the object stand out. Only its
+own masks are fed back, so a clip may have any number of frames.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from posttrain.core.errors import UserError
 from posttrain.core.files import read_object, replacing, write_json
 from posttrain.models.base import ModelConfig
-from posttrain.pocket import folder
+from posttrain.pocket import whole
 
 GIVEN = 10.0  # the logit of frame 0's true mask
 
@@ -47,8 +47,8 @@ class Tracker(nn.Module):
         super().__init__()
         self.widths = tuple(widths)
         self.down = nn.ModuleList(Block(i, o) for i, o in zip((3, *widths), widths, strict=False))
-        # what is here now and what looks like the object; where the object was before and in frame 0, and what was here
-        # then (at the finest scale, the colours of frame 0 alone); and the coarser scale's answer
+        # features now, and times the object's; masks of the previous frame and of frame 0; features of both (at the
+        # finest scale only the colours of frame 0); the coarser scale's output
         inputs = [2 * widths[0] + 2 + 3, *(4 * w + 2 for w in widths[1:])]
         self.up = nn.ModuleList(Block(i + c, w) for i, c, w in zip(inputs, (*widths[1:], 0), widths, strict=True))
         self.head = nn.Conv2d(widths[0], 1, 1)
@@ -56,11 +56,11 @@ class Tracker(nn.Module):
 
     def features(self, frames_NCHW: Tensor) -> list[Tensor]:
         """Features of pictures (in [-1, 1]) at each scale, finest first."""
-        found, x = [], frames_NCHW
+        features, x = [], frames_NCHW
         for i, block in enumerate(self.down):
             x = block(x if i == 0 else F.avg_pool2d(x, 2))
-            found.append(x)
-        return found
+            features.append(x)
+        return features
 
     def forward(self, video_BCFHW: Tensor, mask0_BHW: Tensor, teacher_BFHW: Tensor | None = None) -> Tensor:
         """Mask logits (B, F, H, W), differentiable; frame 0's are +-10, from `mask0_BHW`.
@@ -68,7 +68,7 @@ class Tracker(nn.Module):
         Args:
             video_BCFHW: pixels in [-1, 1].
             mask0_BHW: bool, the object in frame 0.
-            teacher_BFHW: bool, true masks to feed back in place of the network's own (training only).
+            teacher_BFHW: bool, true masks to feed back instead of the network's own (training only).
         """
         batch, _, frames, _, _ = video_BCFHW.shape
         features = [f.unflatten(0, (batch, frames)) for f in self.features(video_BCFHW.transpose(1, 2).flatten(0, 1))]
@@ -118,12 +118,12 @@ class Model:
 
 
 def load(config: ModelConfig, device: str = "cpu") -> Model:
-    """The tracker in folder `config.path` ("pocket": the embedded one); `init: random` keeps its architecture alone.
+    """The tracker in folder `config.path` ("pocket": the embedded one); `init: random` uses only its architecture.
 
     Raises:
         UserError: the folder has no config.json or no weights.
     """
-    path = folder("tracker") if config.path == "pocket" else Path(config.path)
+    path = whole("tracker") if config.path == "pocket" else Path(config.path)
     settings: dict[str, Any] = read_object(path / "config.json")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

@@ -1,4 +1,4 @@
-"""The video autoencoder as something to train: diffusers' AutoencoderKLWan and how it is saved."""
+"""The video autoencoder for training: diffusers' AutoencoderKLWan and how it is saved."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from posttrain.core.errors import UserError
 from posttrain.core.files import replacing
 from posttrain.models.base import ModelConfig
-from posttrain.pocket import folder
+from posttrain.pocket import whole
 
 
 class Reconstruction(nn.Module):
@@ -28,7 +28,7 @@ class Reconstruction(nn.Module):
 
 
 class Autoencoder:
-    """An AutoencoderKLWan on its way to becoming the eyes of a video model."""
+    """An AutoencoderKLWan that is trained, and how it is saved."""
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         self.vae = vae
@@ -41,8 +41,8 @@ class Autoencoder:
 
 
 def load(config: ModelConfig, device: str = "cpu") -> Autoencoder:
-    """The autoencoder in the `vae` folder of a model folder; `init: random` keeps its architecture alone."""
-    path = folder("wan") if config.path == "pocket" else Path(config.path)
+    """The autoencoder in the `vae` folder of a model folder; `init: random` uses only its architecture."""
+    path = whole("wan") if config.path == "pocket" else Path(config.path)
     if not (path / "vae" / "config.json").exists():
         message = f"{path / 'vae' / 'config.json'}: does not exist; model.path must be a diffusers folder with a vae"
         raise UserError(message, "missing", "model.path")
@@ -51,7 +51,7 @@ def load(config: ModelConfig, device: str = "cpu") -> Autoencoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(path / "vae"))
-    # Start nearly without noise: at the default log-variance of 0 it would drown the small means of a fresh encoder.
+    # start nearly without noise: at a log-variance of 0 the noise would hide the small means of a new encoder
     with torch.no_grad():
         mean, logvar = vae.quant_conv.weight.chunk(2)
         mean.mul_(3)
@@ -61,7 +61,7 @@ def load(config: ModelConfig, device: str = "cpu") -> Autoencoder:
 
 
 def set_latent_statistics(vae: AutoencoderKLWan, z_NC: Tensor) -> None:
-    """Store each channel's mean and standard deviation, by which every user of the latents normalises them.
+    """Store each channel's mean and standard deviation, with which models normalise the latents.
 
     Args:
         z_NC: raw posterior means, any number of latent cells by channels.

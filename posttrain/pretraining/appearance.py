@@ -1,7 +1,7 @@
-"""How clips look to the networks that learn from them (segmenter.py, flow_net.py, depth_net.py).
+"""How clips are changed before networks learn from them (segmenter.py, flow_net.py, depth_net.py).
 
-They will see generated clips. So their pictures get other colours, noise and blur, and a share of the clips, always the
-same ones, is seen through a video autoencoder.
+The networks will see generated clips. So training pictures get other colours, noise and blur, and a fixed share of the
+clips is encoded and decoded by a video autoencoder.
 """
 
 import zlib
@@ -17,11 +17,11 @@ from posttrain.models.base import ModelConfig
 from posttrain.nets import vae
 from posttrain.training.checkpoints import start_fingerprint
 
-Show = Callable[[str, Tensor], Tensor]  # (clip id, its video_CFHW) -> how it is seen
+Show = Callable[[str, Tensor], Tensor]  # (clip id, its video_CFHW) -> the video_CFHW that the network sees
 
 
 class DecodedConfig(Strict):
-    """Which share of the clips is seen through the autoencoder of which model folder ("pocket": the embedded one)."""
+    """The share of the clips that is decoded, and the model folder of the autoencoder ("pocket": the embedded one)."""
 
     path: str = "pocket"
     share: float = 0.3
@@ -45,11 +45,11 @@ def altered(
     noise_CFHW: Tensor,
     config: AppearanceConfig,
 ) -> Tensor:
-    """The clip in [-1, 1], recoloured (as often its bodies alone as all of it) and degraded, or left as it is.
+    """The clip in [-1, 1], recoloured (half of the time only its bodies) and degraded, or unchanged.
 
     Args:
         bodies_FHW: masks, bool.
-        painted, worse: draws in [0, 1): which of it, and how much worse.
+        painted, worse: draws in [0, 1): what is recoloured, and how much is degraded.
         colours: 12 draws in [0, 1).
         noise_CFHW: of standard deviation 1.
     """
@@ -78,24 +78,24 @@ def blur(video_CFHW: Tensor, strength: float) -> Tensor:
     return video_CFHW + strength * (smooth - video_CFHW)
 
 
-def as_filmed(name: str, video_CFHW: Tensor) -> Tensor:
-    """Nothing is seen through an autoencoder."""
+def unchanged(name: str, video_CFHW: Tensor) -> Tensor:
+    """The clip itself."""
     return video_CFHW
 
 
 def shown(config: DecodedConfig | None, device: torch.device) -> Show:
-    """A share of the clips through the autoencoder, the others as filmed.
+    """A function that decodes a share of the clips by the autoencoder and leaves the others unchanged.
 
-    Decoding a clip takes longer than a step, so that it is done once and kept as bytes. Whole, and one by one: a
-    picture does not depend on its batch.
+    Decoding a clip takes longer than a step, so it is done once and kept as bytes. Whole clips are decoded one by one,
+    so a picture does not depend on its batch.
     """
     if config is None:
-        return as_filmed
+        return unchanged
     share, loaded = config.share, autoencoder(config).to(device)
     kept: dict[str, Tensor] = {}
 
     def show(name: str, video_CFHW: Tensor) -> Tensor:
-        if zlib.crc32(name.encode()) / 2**32 >= share:  # a number in [0, 1) that is the clip's own
+        if zlib.crc32(name.encode()) / 2**32 >= share:  # a number in [0, 1) that depends on the clip only
             return video_CFHW
         if name not in kept:
             with torch.no_grad():
@@ -111,5 +111,5 @@ def autoencoder(config: DecodedConfig) -> AutoencoderKLWan:
 
 
 def depends(config: AppearanceConfig) -> dict[str, str]:
-    """What the trained weights depend on beside clips and settings: the autoencoder's weights."""
+    """Fingerprints, besides clips and settings, on which the trained weights depend: the autoencoder's."""
     return {} if config.decoded is None else {"method.decoded": start_fingerprint(autoencoder(config.decoded))}

@@ -1,3 +1,3 @@
-"""Modules of this package that train are methods, as those of methods/ are."""
+"""The modules of this package that train are methods, like those of methods/."""
 
 from posttrain.methods.base import PROTOCOL as PROTOCOL

@@ -3,8 +3,8 @@
     python -m posttrain.pretraining.build [--vae FOLDER] [--transformer FOLDER] [--captions METADATA ...] [--out FOLDER]
     python -m posttrain.pretraining.build --sam2 FOLDER | --raft FOLDER | --depth FOLDER
 
-Parts that are not given are drawn from a fixed seed. The text encoder always is: an untrained UMT5 of two layers
-tells words and their order apart, which is all that the transformer needs to learn what a caption means.
+Parts that are not given get random weights from a fixed seed. The text encoder always does: an untrained UMT5 of two
+layers distinguishes words and their order, and the transformer learns the meaning of captions from that.
 """
 
 import argparse
@@ -77,7 +77,7 @@ that this it its which while then conforms laws physics realistic motion camera 
 
 
 def tokenizer(captions: Iterable[str] = ()) -> T5Tokenizer:
-    """A T5 unigram tokenizer in which each known word is one token and any other is spelt letter by letter."""
+    """A T5 unigram tokenizer: each known word is one token, any other word is spelt letter by letter."""
     seen = {word.strip(string.punctuation) for caption in captions for word in caption.lower().split()}
     words = sorted(({*WORDS} | seen) - {""})
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -10.0)]
@@ -106,24 +106,26 @@ def build(out: Path, vae: Path | None = None, transformer: Path | None = None, c
 
     Args:
         vae, transformer: folders of trained parts (config.json and safetensors), else random weights.
-        captions: metadata.jsonl files whose words the tokenizer shall know.
+        captions: metadata.jsonl files whose words become tokens.
     """
     words = tokenizer(str(row["caption"]) for path in captions for row in read_jsonl(path))
-    eyes = AutoencoderKLWan.from_pretrained(vae) if vae else autoencoder()
-    body = WanTransformer3DModel.from_pretrained(transformer) if transformer else initialise(TRANSFORMER, seed=0)
+    vae_net = AutoencoderKLWan.from_pretrained(vae) if vae else autoencoder()
+    transformer_net = (
+        WanTransformer3DModel.from_pretrained(transformer) if transformer else initialise(TRANSFORMER, seed=0)
+    )
     parts = {
         "scheduler": UniPCMultistepScheduler(**SCHEDULER),
         "text_encoder": text_encoder(len(words)),
         "tokenizer": words,
-        "transformer": body,
-        "vae": eyes,
+        "transformer": transformer_net,
+        "vae": vae_net,
     }
     with replacing(out) as temporary:
         index: dict[str, object] = {"_class_name": "WanImageToVideoPipeline", "_diffusers_version": "0.42.1"}
         for name, part in parts.items():
-            half = part.half() if name in ("vae", "transformer") else part  # changes no digit of the results
+            half = part.half() if name in ("vae", "transformer") else part  # does not change the results
             if name in ("vae", "transformer"):
-                half.register_to_config(_name_or_path="")  # else where it was loaded from
+                half.register_to_config(_name_or_path="")  # else it is the folder it was loaded from
             half.save_pretrained(temporary / name)
             index[name] = [type(part).__module__.split(".")[0], type(part).__name__]
         nothing = dict.fromkeys(("image_encoder", "image_processor", "transformer_2"), (None, None))
@@ -132,7 +134,7 @@ def build(out: Path, vae: Path | None = None, transformer: Path | None = None, c
 
 
 def embed_sam2(trained: Path) -> Path:
-    """The SAM 2 of the folder `trained` in half precision, which `nets/sam2.py` reads as float32."""
+    """Embed the SAM 2 of the folder `trained` in half precision; `nets/sam2.py` reads it as float32."""
     sam = Sam2VideoModel.from_pretrained(trained, dtype=torch.float32)
     with replacing(folder("sam2")) as temporary:
         sam.half().save_pretrained(temporary)
@@ -140,7 +142,7 @@ def embed_sam2(trained: Path) -> Path:
 
 
 def embed(part: str, trained: Path) -> Path:
-    """The reward network `part` (raft, depth) of the folder `trained` in half precision, which is read as float32."""
+    """Embed the reward network `part` (raft, depth) of folder `trained` in half precision; it is read as float32."""
     model: Any = {"raft": raft, "depth": depth}[part].load(ModelConfig(family=part, path=str(trained)))
     model.module.half()
     model.save(folder(part))
@@ -148,9 +150,12 @@ def embed(part: str, trained: Path) -> Path:
 
 
 def write_checksums() -> None:
-    """SHA256SUMS of all embedded weights, which `posttrain doctor` compares them with."""
+    """Write SHA256SUMS of all embedded files, which are checked against it before they are used."""
     root = folder("")
-    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.safetensors"))
+    files = sorted(
+        path.relative_to(root).as_posix() for part in root.iterdir() for path in part.rglob("*.*") if part.is_dir()
+    )
+    files = [name for name in files if name.endswith((".safetensors", ".json"))]
     write_text(root / "SHA256SUMS", "".join(f"{sha256(root / name)}  {name}\n" for name in files))
 
 

@@ -7,10 +7,10 @@
     python -m posttrain.pretraining.check depth --clips data/pocket-drop data/pocket-company-motion
 
 segmenter  IoU after frame 0 by size, by motion and by company, on the clips and as the VAE shows them.
-vae        what the tracker sees of true clips through the VAE, and how close the pictures are.
-base       the model's own clips and the first picture held, both against the truth.
+vae        the tracker's masks of true clips as the VAE shows them, and how close the pictures are.
+base       the model's own clips, and the first picture repeated, against the truth.
 flow       RAFT's endpoint error in pixels, everywhere and where a body moves by half a pixel or more; zero flow's.
-depth      Depth Anything's error in metres as a share of the true depth, everywhere (but in the sky) and on bodies.
+depth      Depth Anything's error as a share of the true depth, everywhere except the sky, and on bodies.
 """
 
 import argparse
@@ -40,13 +40,13 @@ from posttrain.types import Batch
 SIZES = (6, 8, 11, 15)  # pixels, root of the object's area in frame 0
 BATCH = 8
 MOVING = 0.5  # pixels a frame
-FARTHEST = 0.02  # 1 / metres, the least inverse depth that is turned over
+FARTHEST = 0.02  # 1 / metres; a smaller inverse depth is clamped to this
 Row = dict[str, Any]
 Show = Callable[[Batch], Tensor]  # the pictures to measure, video_BCFHW in [-1, 1]
 
 
 def through(model: Wan) -> Show:
-    """True clips as the model's autoencoder gives them back, rounded to bytes."""
+    """True clips after the model's autoencoder, rounded to bytes."""
 
     @torch.no_grad()
     def show(batch: Batch) -> Tensor:
@@ -62,31 +62,31 @@ def truth(batch: Batch) -> Tensor:
 
 
 def measure(track: masks.Track, clips: Clips, show: Show) -> list[Row]:
-    """One row per clip: its kind, and what the segmenter makes of its pictures.
+    """One row per clip: size, motion and company, and scores of the segmenter on its pictures.
 
-    iou is averaged over the frames after the first; l2 is PISA's, over all; psnr and object_psnr are in dB.
+    iou is averaged over the frames after the first, l2 (PISA's) over all frames; psnr and object_psnr are in dB.
     """
     rows: list[Row] = []
     starts = range(0, len(clips), BATCH)
-    for start in progress(starts, "measuring", len(starts)):
-        indices = range(start, min(start + BATCH, len(clips)))
+    for first in progress(starts, "measuring", len(starts)):
+        indices = range(first, min(first + BATCH, len(clips)))
         batch = clips.load(indices)
         video_BCFHW = show(batch)
         assert batch.video_BCFHW is not None
         assert batch.instances_BFHW is not None
         assert batch.target_B is not None
         true_BFHW = batch.instances_BFHW == batch.target_B.view(-1, 1, 1, 1)
-        found_BFHW = masks.segment(track, video_BCFHW, true_BFHW[:, 0])
+        followed_BFHW = masks.segment(track, video_BCFHW, true_BFHW[:, 0])
         for i, index in enumerate(indices):
-            true, found, row = true_BFHW[i].numpy(), found_BFHW[i].numpy(), clips.row(index)
-            score = pisa.score(found, true, row.fps, row.fps)
+            true, mask, row = true_BFHW[i].numpy(), followed_BFHW[i].numpy(), clips.row(index)
+            score = pisa.score(mask, true, row.fps, row.fps)
             error = (video_BCFHW[i] - batch.video_BCFHW[i]).square().mean(0)
             rows.append(
                 {
                     "size": size_bin(true[0].sum() ** 0.5),
                     "motion": row.motion,
                     "company": "alone" if len(row.bodies) == 1 else "others in view",
-                    "iou": float(masks.iou(found, true)[1:].mean()),
+                    "iou": float(masks.iou(mask, true)[1:].mean()),
                     "l2": score["l2"],
                     "vanished": score["vanished"],
                     "psnr": decibel(error.mean()),
@@ -111,37 +111,37 @@ def check_segmenter(track: masks.Track, data: Sequence[Clips], shows: dict[str, 
     """A line per kind of clip, a column per way to show it: mean IoU and the share of clips with at least 0.85."""
     columns = {name: [row for clips in data for row in measure(track, clips, show)] for name, show in shows.items()}
     rows = next(iter(columns.values()))
-    kinds = [(key, value) for key in ("company", "motion", "size") for value in sorted({row[key] for row in rows})]
+    selections = [(key, value) for key in ("company", "motion", "size") for value in sorted({row[key] for row in rows})]
 
     def line(name: str, chosen: Sequence[int]) -> list[str]:
         values = [np.array([column[i]["iou"] for i in chosen]) for column in columns.values()]
         return [name, str(len(chosen)), *(f"{v.mean():.3f} ({(v >= 0.85).mean():.0%})" for v in values)]
 
     lines = [line("all", range(len(rows)))]
-    lines += [line(value.strip(), [i for i, row in enumerate(rows) if row[key] == value]) for key, value in kinds]
+    lines += [line(value.strip(), [i for i, row in enumerate(rows) if row[key] == value]) for key, value in selections]
     return markdown(["clips", "n", *columns], lines)
 
 
 def check_vae(track: masks.Track, data: Sequence[Clips], show: Show) -> str:
-    """Means over each data set's clips."""
+    """Means over the clips of each dataset."""
     names = ("iou", "l2", "vanished", "psnr", "object_psnr")
     lines = []
     for clips in data:
-        for kind, pictures in (("true", truth), ("through the VAE", show)):
+        for shown_as, pictures in (("true", truth), ("through the VAE", show)):
             rows = measure(track, clips, pictures)
             means = [f"{np.mean([row[name] for row in rows]):.3f}" for name in names[: 3 if pictures is truth else 5]]
-            lines.append([clips.splits[0].folder.parent.name, kind, *means, *[""] * (len(names) - len(means))])
+            lines.append([clips.splits[0].folder.parent.name, shown_as, *means, *[""] * (len(names) - len(means))])
     return markdown(["clips", "pictures", "IoU", "L2", "vanished", "PSNR", "in the object"], lines)
 
 
 def check_base(model: Wan, track: masks.Track, data: Sequence[Clips], steps: int) -> str:
-    """PISA's scores, means over each data set's clips (one seed)."""
+    """PISA's scores, means over the clips of each dataset (one seed)."""
     lines = []
     for clips in data:
         scores: dict[str, list[ClipScore]] = {"base": [], "frozen": []}
         starts = range(0, len(clips), BATCH)
-        for start in progress(starts, "sampling", len(starts)):
-            indices = range(start, min(start + BATCH, len(clips)))
+        for first in progress(starts, "sampling", len(starts)):
+            indices = range(first, min(first + BATCH, len(clips)))
             rows = [clips.row(i) for i in indices]
             videos = np.stack([clips.read(i)[0] for i in indices])
             seeds = [clip_seed(0, clips.ids[i]) for i in indices]
@@ -150,18 +150,20 @@ def check_base(model: Wan, track: masks.Track, data: Sequence[Clips], steps: int
             held = np.repeat(videos[:, :1], videos.shape[1], axis=1)
             for name, pictures in (("base", made), ("frozen", held)):
                 scores[name] += benchmark.score(pictures, clips.load(indices), rows, rows[0].fps, track)
-        for name, found in scores.items():
-            means = [f"{np.mean([s.numbers[key] for s in found]):.4f}" for key in ("l2", "chamfer", "iou", "vanished")]
+        for name, own_scores in scores.items():
+            means = [
+                f"{np.mean([s.numbers[key] for s in own_scores]):.4f}" for key in ("l2", "chamfer", "iou", "vanished")
+            ]
             lines.append([clips.splits[0].folder.parent.name, name, *means])
     return markdown(["clips", "row", "L2", "chamfer", "IoU", "vanished"], lines)
 
 
 @torch.no_grad()
 def check_flow(net: raft.Model, data: Sequence[Clips], shows: dict[str, Show]) -> str:
-    """A line per data set and way to show it: endpoint errors in pixels, means over pixels."""
+    """A line per dataset and way to show it: endpoint errors in pixels, means over pixels."""
     lines = []
     for clips in data:
-        for kind, show in shows.items():
+        for shown_as, show in shows.items():
             sums = np.zeros(5)
             for index in progress(range(len(clips)), "measuring", len(clips)):
                 batch = clips.load([index])
@@ -172,16 +174,16 @@ def check_flow(net: raft.Model, data: Sequence[Clips], shows: dict[str, Show]) -
                 sums += [t.sum().item() for t in (error, error[moving], speed[moving], moving, torch.ones_like(error))]
             everywhere, on_moving, zero, moving_pixels, pixels = sums
             errors = (everywhere / pixels, on_moving / moving_pixels, zero / moving_pixels)
-            lines.append([clips.splits[0].folder.parent.name, kind, str(len(clips)), *(f"{e:.3f}" for e in errors)])
+            lines.append([clips.splits[0].folder.parent.name, shown_as, str(len(clips)), *(f"{e:.3f}" for e in errors)])
     return markdown(["clips", "pictures", "n", "everywhere", "moving", "moving, zero flow"], lines)
 
 
 @torch.no_grad()
 def check_depth(net: depth.Model, data: Sequence[Clips], shows: dict[str, Show]) -> str:
-    """A line per data set and way to show it: |z - z*| / z*, means over pixels."""
+    """A line per dataset and way to show it: |z - z*| / z*, means over pixels."""
     lines = []
     for clips in data:
-        for kind, show in shows.items():
+        for shown_as, show in shows.items():
             sums = np.zeros(4)
             for index in progress(range(len(clips)), "measuring", len(clips)):
                 batch = clips.load([index])
@@ -192,7 +194,7 @@ def check_depth(net: depth.Model, data: Sequence[Clips], shows: dict[str, Show])
                 error = (1 / net(show(batch)).clamp_min(FARTHEST) - true).abs() / true
                 sums += [t.sum().item() for t in (error[known], error[bodies], known, bodies)]
             shares = (sums[0] / sums[2], sums[1] / sums[3])
-            lines.append([clips.splits[0].folder.parent.name, kind, str(len(clips)), *(f"{e:.3f}" for e in shares)])
+            lines.append([clips.splits[0].folder.parent.name, shown_as, str(len(clips)), *(f"{e:.3f}" for e in shares)])
     return markdown(["clips", "pictures", "n", "everywhere", "bodies"], lines)
 
 
@@ -212,8 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         family = {"tracker": tracker, "sam2": sam2}[options.family]
         track = family.load(ModelConfig(family=options.family, path=options.segmenter))
         truths = [options.part] if options.part in ("flow", "depth") else []
-        kinds = [DataConfig(clips=c, split=options.split, limit=options.limit) for c in options.clips]
-        data = [Clips(kind, truths=truths) for kind in kinds]
+        configs = [DataConfig(clips=c, split=options.split, limit=options.limit) for c in options.clips]
+        data = [Clips(config, truths=truths) for config in configs]
         model = load_wan(ModelConfig(path=options.model))
         if options.part == "segmenter":
             print(check_segmenter(track, data, {"true": truth, "through the VAE": through(model)}))
@@ -221,8 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             net = raft.load(ModelConfig(family="raft", path=options.net))
             print(check_flow(net, data, {"true": truth, "through the VAE": through(model)}))
         elif options.part == "depth":
-            eyes = depth.load(ModelConfig(family="depth", path=options.net))
-            print(check_depth(eyes, data, {"true": truth, "through the VAE": through(model)}))
+            depth_net = depth.load(ModelConfig(family="depth", path=options.net))
+            print(check_depth(depth_net, data, {"true": truth, "through the VAE": through(model)}))
         elif options.part == "vae":
             print(check_vae(track, data, through(model)))
         else:

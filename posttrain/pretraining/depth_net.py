@@ -4,11 +4,11 @@ Loss, for the network's answer q and the true inverse depth 1/z (0 where there i
 
     L = mean[w |q - 1/z|] + g mean[|d(q - 1/z)|],   w = 1 + b where a body is, divided by its mean
 
-where d are the differences to the right and lower neighbours (edges, at which a small body begins). The published model
-is trained on relative depth, with a loss that no scale and shift change; the pocket's camera has one focal length, so
-that metres can be told, and they are asked for.
+where d are the differences to the right and lower neighbours (the edges of small bodies). The published model is
+trained on relative depth, with a loss that does not depend on scale and shift. The pocket's camera has one focal
+length, so metres can be learnt.
 
-Pictures are mirrored, recoloured and degraded, and a share of the clips is seen through a video autoencoder.
+Pictures are mirrored, recoloured and degraded, and a share of the clips is decoded by a video autoencoder.
 """
 
 import torch
@@ -38,7 +38,7 @@ def truths(config: Config) -> tuple[str, ...]:
 
 
 def draw(
-    batch: Batch, config: Config, random: Random, show: appearance.Show = appearance.as_filmed
+    batch: Batch, config: Config, random: Random, show: appearance.Show = appearance.unchanged
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures (N, C, H, W) in [-1, 1], their inverse depth (N, H, W), and where there are bodies, bool (N, H, W)."""
     assert batch.video_BCFHW is not None
@@ -50,8 +50,8 @@ def draw(
     drawn: list[tuple[Tensor, Tensor, Tensor]] = []
     for i in range(len(draws)):
         video = show(batch.ids[i], batch.video_BCFHW[i])
-        for k, (place, left, painted, worse) in enumerate(draws[i].tolist()):
-            t = int(place * total)
+        for k, (time, left, painted, worse) in enumerate(draws[i].tolist()):
+            t = int(time * total)
             picture, bodies = video[:, t : t + 1], batch.instances_BFHW[i, t] > 0
             grain = noise[i, k, :, None]
             picture = appearance.altered(picture, bodies[None], painted, worse, colours[i, k], grain, config)

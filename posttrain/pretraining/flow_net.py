@@ -4,13 +4,13 @@ Loss (RAFT, arXiv 2003.12039, eq. 7), for the estimates f_1 ... f_N after each o
 
     L = sum_i 0.8^(N - i) mean[w |f_i - f|_1],   w = 1 + b where a body is in either picture, divided by its mean
 
-in pixels of the clip. Bodies are few pixels and most pictures have none that moves: without w, and unless the pair that
-moves most is taken of several, zero is a good answer. The second picture of a share of the pairs is shifted as a whole:
-all of it has then to be matched. Departures: w, no limit to the flow, and L1 on the clip's own pixels, not on the
-enlarged ones that the network sees.
+in pixels of the clip. Bodies cover few pixels, and in most pictures none moves, so zero would be a good answer. That is
+why there is w, and why of several pairs the one with most motion is taken. In a share of the pairs the second picture
+is shifted as a whole, so all of it has to be matched. Departures: w, no limit to the flow, and L1 on the clip's own
+pixels, not on the enlarged ones that the network sees.
 
-A pair of pictures is mirrored and recoloured, degraded by noise and blur, and a share of the clips is seen through a
-video autoencoder, for that is what generated clips look like.
+A pair of pictures is mirrored, recoloured, and degraded by noise and blur, and a share of the clips is decoded by a
+video autoencoder, as generated clips are.
 """
 
 import torch
@@ -29,7 +29,7 @@ DECAY = 0.8
 
 
 class Config(appearance.AppearanceConfig):
-    """`pairs` of neighbouring pictures are taken of each clip, each the most moving one of at most `tries`."""
+    """`pairs` of neighbouring pictures are taken of each clip, each the one with most motion of up to `tries`."""
 
     pairs: int = 2
     tries: int = 4
@@ -43,7 +43,7 @@ def truths(config: Config) -> tuple[str, ...]:
 
 
 def draw(
-    batch: Batch, config: Config, random: Random, show: appearance.Show = appearance.as_filmed
+    batch: Batch, config: Config, random: Random, show: appearance.Show = appearance.unchanged
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs (N, C, 2, H, W) in [-1, 1], their true flow (N, 2, H, W), and where there are bodies, bool (N, H, W)."""
     assert batch.video_BCFHW is not None
@@ -57,8 +57,8 @@ def draw(
         video, flow = show(batch.ids[i], batch.video_BCFHW[i]), batch.flow_BFCHW[i]
         instances = batch.instances_BFHW[i]
         for k, (left, down, painted, worse, shifted, *way) in enumerate(draws[i].tolist()):
-            count, *places = tries[i, k].tolist()
-            starts = [int(place * (total - 1)) for place in places[: 1 + int(count * config.tries)]]
+            count, *times = tries[i, k].tolist()
+            starts = [int(time * (total - 1)) for time in times[: 1 + int(count * config.tries)]]
             t = max(starts, key=lambda start: float(flow[start].abs().sum()))
             true, bodies = flow[t], instances[t : t + 2] > 0
             pair = appearance.altered(video[:, t : t + 2], bodies, painted, worse, colours[i, k], noise[i, k], config)

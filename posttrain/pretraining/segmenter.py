@@ -4,11 +4,10 @@ Loss, for mask logits l and true masks m, over the frames after the first:
 
     L = b mean[BCE(l, m)] + mean_{clip, frame}[1 - (2 sum p m + 1) / (sum p + sum m + 1)],   p = sigmoid(l)
 
-Every step draws a window length, and for each clip a start, a time stride (which makes slow motion fast), a direction
-of time, mirrorings, colours, noise and blur, and which visible body is followed. The others distract, or its twin.
-A share of the clips, always the same ones, is seen through a video autoencoder, whose pictures a segmenter of generated
-clips has to follow.
-With a given probability the step remembers true masks in place of the segmenter's own.
+Every step draws a window length. For each clip it draws a start, a time stride (which makes slow motion fast), a
+direction of time, mirrorings, colours, noise and blur, and the visible body to follow. The other bodies, or a copy of
+the followed one, distract. A fixed share of the clips is decoded by a video autoencoder, as generated clips are.
+With a given probability the segmenter remembers true masks instead of its own.
 """
 
 import torch
@@ -34,7 +33,9 @@ class Config(appearance.AppearanceConfig):
     max_stride: int = 2
     min_pixels: int = 12  # of a body in the window's first frame, to be followed
     tries: int = 4  # windows and bodies drawn per clip, at most
-    crowded: float = 0.0  # that of the tries the one counts in which the body touches others most, not moves farthest
+    crowded: float = (
+        0.0  # of taking the try in which the body touches others most, not the one in which it moves farthest
+    )
     teacher: float = 0.3
     twin: float = 0.3  # a copy of the body elsewhere in the picture
     recolour: float = 0.3
@@ -43,7 +44,7 @@ class Config(appearance.AppearanceConfig):
 
 
 def windows(
-    batch: Batch, config: Config, random: Random, show: appearance.Show = appearance.as_filmed
+    batch: Batch, config: Config, random: Random, show: appearance.Show = appearance.unchanged
 ) -> tuple[Tensor, Tensor]:
     """Training windows: video (B, C, F', H, W) in [-1, 1] and the followed body's masks (B, F', H, W), bool."""
     assert batch.video_BCFHW is not None
@@ -58,7 +59,7 @@ def windows(
     for i, (speed, reverse, count, near, left, down, doubled, painted, worse) in enumerate(draws.tolist()):
         instances = batch.instances_BFHW[i]
         offsets = (1 + int(speed * longest_stride)) * torch.arange(length)
-        # most of the time most things lie still: of a few windows and bodies, the one that moves farthest
+        # most bodies lie still most of the time: of a few windows and bodies, take the one that moves farthest
         candidates = []
         for where, which in tries[i, : 1 + int(count * config.tries)].tolist():
             frames = int(where * (total - int(offsets[-1]))) + offsets
@@ -78,7 +79,7 @@ def windows(
 
 
 def follow(instances_FHW: Tensor, draw: float, min_pixels: int) -> Tensor:
-    """Masks, bool (F, H, W), of one of the bodies that the first picture shows well enough (its largest if none is)."""
+    """Masks, bool (F, H, W), of a body with `min_pixels` in the first picture, or of the largest if there is none."""
     first = instances_FHW[0]
     bodies, pixels = first[first > 0].unique(return_counts=True)
     if not len(bodies):
@@ -100,7 +101,7 @@ def touching(mask_FHW: Tensor, instances_FHW: Tensor) -> float:
 
 
 def twin(video_CFHW: Tensor, mask_FHW: Tensor, draws: Tensor) -> Tensor:
-    """Paste a copy of the body elsewhere, behind it: looks alone do not tell which one is followed."""
+    """Paste a copy of the body elsewhere, behind it, so that looks alone do not identify the followed one."""
     shift = tuple((draws * torch.tensor(mask_FHW.shape[1:])).int().tolist())
     behind = mask_FHW.roll(shift, (1, 2)) & ~mask_FHW
     return torch.where(behind, video_CFHW.roll(shift, (2, 3)), video_CFHW)

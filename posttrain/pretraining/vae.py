@@ -7,11 +7,11 @@ Loss, for pixels x in [-1, 1], their reconstruction y, and object weight w (1 on
 where d are the differences to the right, lower and next-frame neighbours (edges and motion, on which a small moving
 object lives). KL is averaged over latent values. Objects cover a few percent of a picture; without w they dissolve.
 
-First it learns single pictures, which it does many times faster than clips and without which clips stay grey (LOG.md).
-The decoder is causal and runs chunk by chunk, so errors build up along a clip unless it is trained on long ones:
-every later step draws a clip length, a time stride (which makes slow motion fast), mirrorings and transpositions.
-Each step sees about the same number of frames, whatever the length. Most of a clip lies still, and what is fast is what
-four frames in one latent smear: so the bodies of other clips are let fly through the picture.
+The first steps are on single pictures: they are learnt many times faster than clips, and without them clips stay grey
+(docs/log/pocket-model.md). The decoder is causal and runs chunk by chunk, so errors grow along a clip unless it is
+trained on long ones: every later step draws a clip length, a time stride (which makes slow motion fast), mirrorings and
+transpositions. Each step has about the same number of frames, whatever the length. Most of a clip lies still, and one
+latent smears fast motion over its four frames: so bodies of other clips fly through the picture.
 """
 
 import math
@@ -48,7 +48,7 @@ def crop(batch: Batch, config: Config, random: Random, still: bool) -> tuple[Ten
     """A training crop: video (B', C, F', H, W) in [-1, 1] and pixel weights (B', 1, F', H, W).
 
     One length (1 if `still`) and stride serve the whole step, on every process; start, mirroring and transposition
-    differ. Time runs to and fro over the clip, so that a long crop can be fast too.
+    differ. Time runs back and forth over the clip, so a long crop can be fast too.
     """
     assert batch.video_BCFHW is not None
     assert batch.instances_BFHW is not None
@@ -66,7 +66,7 @@ def crop(batch: Batch, config: Config, random: Random, still: bool) -> tuple[Ten
             j = (i + 1 + n) % len(draws)
             other, bodies = batch.video_BCFHW[j][:, frames], batch.instances_BFHW[j][frames] > 0
             video, objects = fly(video, objects, other, bodies, config.max_speed, flights[i, n])
-        # where an object was or will be counts as well: else its ghost stays there, cheaply
+        # pixels where an object was or will be count too, else a ghost of it remains
         near = torch.stack([objects[max(t - 4, 0) : t + 5].any(0) for t in range(length)])
         weight = 1 + (config.object_weight - 1) * near.to(video.dtype)[None]
         flips = [axis for axis, draw in ((-1, draws[i, 1]), (-2, draws[i, 2])) if draw < 0.5]
@@ -108,7 +108,7 @@ def vae_loss(
     axes = [axis for axis in (2, 3, 4) if error.shape[axis] > 1]
     edges = torch.stack([error.diff(dim=axis).abs().mean() for axis in axes]).mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    # a picture leaves the weights along time unused, and distributed training wants a gradient for every weight
+    # a single picture does not use the weights along time, but distributed training needs a gradient for every weight
     nothing = 0 * sum(parameter.sum() for parameter in module.parameters())
     loss = pixels + config.difference * edges + config.kl * kl + nothing
     mse = error.detach().square().mean()

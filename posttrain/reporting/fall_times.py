@@ -1,4 +1,4 @@
-"""The report's section on p(t|y): does a model make all the falls that a first picture allows, and only these?"""
+"""The report's section on p(t|y): whether a model makes all falls that a first picture allows, and no others."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -7,25 +7,25 @@ from typing import Any
 from posttrain.evaluation.records import Record
 from posttrain.reporting.charts import Point, chart, nice_ticks
 
-SHOWN = 3  # first pictures: that with the lowest beta, the middle one, that with the highest
-LIFTED = 24  # videos of a picture whose heights are drawn
+SHOWN = 3  # first pictures: those with the lowest, the middle and the highest beta
+LIFTED = 24  # videos per picture whose heights are drawn
 
 
 def section(records: Sequence[Record], falls: Sequence[Mapping[str, Any]], styles: Mapping[str, str]) -> str:
     """A table of the tests, the distributions for three first pictures, and the falls in metres.
 
     Args:
-        records: of records.read_apart.
-        falls: of benchmarks.distribution.falls, for each of them.
+        records: from records.read_apart.
+        falls: from benchmarks.distribution.falls, one for each record.
     """
     if not falls:
         return ""
     note = (
-        "Each first picture allows falls of many lengths, for it does not tell how far away the object is. Line "
-        "<i>law</i>: p(t|y) for depths that are as likely as in the training clips, with the errors that the "
-        "measurement makes on true clips. A Kolmogorov-Smirnov test that respects ties compares it with the impact "
-        "frames of the model's videos; a perfect model is rejected on 5% of the pictures. Lifted: the depth that the "
-        "fall's time implies, and how far the heights that follow from it are from a free fall."
+        "Each first picture allows falls of many durations, since it does not show how far away the object is. Line "
+        "<i>law</i>: p(t|y) for depths distributed as in the training clips, with the measurement's errors on true "
+        "clips. A Kolmogorov-Smirnov test for tied values compares it with the impact frames of the model's videos; a "
+        "perfect model is rejected on 5% of the pictures. Lifted: the depth that follows from the fall time, and how "
+        "far the heights at that depth are from a free fall."
     )
     table = f'<div class="wide"><table>{"".join(rows(falls, styles))}</table></div>'
     heading = "All the falls that a picture allows?"
@@ -34,26 +34,26 @@ def section(records: Sequence[Record], falls: Sequence[Mapping[str, Any]], style
 
 
 def rows(falls: Sequence[Mapping[str, Any]], styles: Mapping[str, str]) -> list[str]:
-    """The table's rows, a model each."""
+    """The table's rows, one per model."""
     heads = ("Pictures", "Videos of each", "Rejected", "Never lands", "Lifted depth as in training", "Off a free fall")
     out = ["<tr><th>Model</th>" + "".join(f"<th>{title}</th>" for title in heads) + "</tr>"]
-    for found in falls:
-        pictures = found["pictures"]
+    for model_falls in falls:
+        pictures = model_falls["pictures"]
         cells = (
             str(len(pictures)),
             str(pictures[0]["videos"]),
-            f"{100 * found['rejected']:.0f}%",
-            f"{100 * found['never']:.0f}%",
-            "–" if found["inside"] is None else f"{100 * found['inside']:.0f}%",
-            "–" if found["fall_error"] is None else f"{found['fall_error']:.2f} m",
+            f"{100 * model_falls['rejected']:.0f}%",
+            f"{100 * model_falls['never']:.0f}%",
+            "–" if model_falls["inside"] is None else f"{100 * model_falls['inside']:.0f}%",
+            "–" if model_falls["fall_error"] is None else f"{model_falls['fall_error']:.2f} m",
         )
-        name = f'<span class="key {styles.get(found["model"], "")}"></span>{html.escape(found["model"])}'
+        name = f'<span class="key {styles.get(model_falls["model"], "")}"></span>{html.escape(model_falls["model"])}'
         out.append(f"<tr><td>{name}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return out
 
 
 def figures(records: Sequence[Record], falls: Sequence[Mapping[str, Any]], styles: Mapping[str, str]) -> str:
-    """For each shown picture the law and what the models do, then what the last model does in metres."""
+    """For each shown picture p(t|y) and the models' shares, then the last model's falls in metres."""
     fps, last = records[-1].fps, falls[-1]
     assert fps is not None
     betas = [picture["beta"] for picture in last["pictures"]]
@@ -62,7 +62,10 @@ def figures(records: Sequence[Record], falls: Sequence[Mapping[str, Any]], style
     out = ""
     for i in chosen:
         series = [("truth", steps(last["pictures"][i]["pmf"], fps))]
-        series += [(styles.get(found["model"], ""), steps(found["pictures"][i]["measured"], fps)) for found in falls]
+        series += [
+            (styles.get(model_falls["model"], ""), steps(model_falls["pictures"][i]["measured"], fps))
+            for model_falls in falls
+        ]
         top = max(share for _, points in series for _, share in points)
         end = len(last["pictures"][i]["pmf"]) / fps
         ticks = [(x, f"{x:g} s") for x in nice_ticks(0, end)]
@@ -80,15 +83,15 @@ def figures(records: Sequence[Record], falls: Sequence[Mapping[str, Any]], style
 
 
 def steps(shares: Sequence[float], fps: float) -> list[Point]:
-    """A step per impact frame k, which ends the falls between (k - 1) / fps and k / fps."""
+    """A step per impact frame k, the frame of all falls that end between (k - 1) / fps and k / fps."""
     return [(max(k + side, 0) / fps, share) for k, share in enumerate(shares) for side in (-1, 0)]
 
 
-def lifts(found: Sequence[Mapping[str, Any]], model: str, beta: float, fps: float) -> str:
-    """Heights in metres over time, as the fall's time implies them."""
+def lifts(falls: Sequence[Mapping[str, Any]], model: str, beta: float, fps: float) -> str:
+    """A figure of heights in metres over time, as they follow from the fall time."""
     lines = [
         ("c0 thin", [None if y is None else (k / fps, float(y)) for k, y in enumerate(lift["heights"])])
-        for lift in found
+        for lift in falls
     ]
     present = [point for _, points in lines for point in points if point]
     if not present:

@@ -1,4 +1,4 @@
-"""A picture and a prompt in; clips, a contact sheet and a GIF out: what people look at."""
+"""Sample from a picture and a prompt into clips, a contact sheet and a GIF."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ LINE = 14  # pixels of a line of text
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked of a model. `size` is (height, width) in pixels."""
+    """What a model is asked to sample. `size` is (height, width) in pixels."""
 
     prompt: str
     size: tuple[int, int]
@@ -30,7 +30,7 @@ class Wish:
     fps: float
     steps: int
     guidance: float
-    guidance_low: float | None = None  # of the expert for little noise; None: the same
+    guidance_low: float | None = None  # of the expert for low noise; None: the same
     seeds: Sequence[int] = (0,)
     negative: str = ""
 
@@ -49,14 +49,14 @@ def open_picture(path: Path | str) -> Image.Image:
 
 
 def natural_size(picture: Image.Image, size: tuple[int, int], side: int) -> tuple[int, int]:
-    """(height, width) of about the picture's shape and no more pixels than `size` has, in multiples of `side`."""
+    """(height, width) of about the picture's shape, with at most as many pixels as `size`, in multiples of `side`."""
     shrink = min(1.0, (size[0] * size[1] / (picture.width * picture.height)) ** 0.5)
     height, width = (max(side, int(length * shrink) // side * side) for length in (picture.height, picture.width))
     return height, width
 
 
 def fit(picture: Image.Image, size: tuple[int, int]) -> tuple[Pixels, str]:
-    """The middle of the picture at (height, width) pixels, uint8 (H, W, 3), and in words what was done to it."""
+    """The middle of the picture at (height, width) pixels, uint8 (H, W, 3), and a text on how it was changed."""
     height, width = size
     across = min(picture.width, round(picture.height * width / height))
     down = min(picture.height, round(picture.width * height / width))
@@ -68,24 +68,24 @@ def fit(picture: Image.Image, size: tuple[int, int]) -> tuple[Pixels, str]:
 
 
 def blank(size: tuple[int, int]) -> tuple[Pixels, str]:
-    """As `fit`, of no picture: models that are conditioned on text alone take the size from it and nothing else."""
+    """As `fit`, without a picture: models of text alone use only the size of it."""
     return np.zeros((*size, 3), np.uint8), f"{size[1]} x {size[0]}"
 
 
 def slug(prompt: str) -> str:
-    """The first words of a prompt as a file's name: "A red ball falls." becomes "a-red-ball-falls"."""
+    """The first words of a prompt as a file name: "A red ball falls." becomes "a-red-ball-falls"."""
     return "-".join(re.findall(r"\w+", prompt.lower()))[:40].strip("-") or "clip"
 
 
-def film(
+def sample_side_by_side(
     models: Mapping[str, Callable[[], AbstractContextManager[VideoModel]]], picture: Pixels, wish: Wish, stem: Path
 ) -> list[Path]:
-    """Let each model continue `picture` once for each seed; return the files, the sheet and the GIF last.
+    """Let each model continue `picture` once per seed; return the paths of the clips, the sheet and the GIF.
 
     Args:
         models: label -> a function that gives a context in which the model is ready.
         picture: uint8 (H, W, 3).
-        stem: what the files' paths begin with: <stem>-s<seed>-<label>.mp4, <stem>.png and <stem>.gif.
+        stem: the beginning of the files' paths: <stem>-s<seed>-<label>.mp4, <stem>.png and <stem>.gif.
 
     Raises:
         UserError: the size or length does not fit a model, or the files cannot be written.
@@ -124,7 +124,7 @@ def film(
 
 
 def contact_sheet(path: Path | str, clips: Mapping[str, Pixels], columns: int = 8) -> None:
-    """Write a .png or .jpg: a row for each clip, `columns` frames from first to last, its name below."""
+    """Write a .png or .jpg: for each clip a strip of `columns` frames from first to last, its name below."""
     rows = []
     for name, clip in clips.items():
         chosen = np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)
@@ -138,9 +138,9 @@ def contact_sheet(path: Path | str, clips: Mapping[str, Pixels], columns: int = 
 
 
 def animation(path: Path | str, rows: Sequence[Sequence[Pixels]], fps: float, labels: Sequence[str]) -> None:
-    """Write an endless GIF of clips side by side: `rows` of one clip for each of `labels`, all equally long.
+    """Write an endless GIF of clips side by side: each of `rows` has one clip per label, all of equal length.
 
-    GIF counts time in hundredths of a second, so that 16 frames a second become 16.7.
+    GIF counts time in hundredths of a second, so 16 frames per second become 16.7.
     """
     columns = [np.concatenate([_legible(row[i]) for row in rows], axis=1) for i in range(len(labels))]
     head = Image.new("RGB", (sum(column.shape[2] for column in columns), LINE), "white")
@@ -148,16 +148,16 @@ def animation(path: Path | str, rows: Sequence[Sequence[Pixels]], fps: float, la
         ImageDraw.Draw(head).text((2 + i * columns[0].shape[2], 1), label, fill="black")
     video = np.concatenate(columns, axis=2)
     frames = [Image.fromarray(np.concatenate([np.asarray(head), frame])) for frame in video]
-    # one palette for all frames, or still surfaces flicker
-    some = np.concatenate([np.asarray(frames[i]) for i in np.linspace(0, len(frames) - 1, 4).astype(int)])
-    palette = Image.fromarray(some).quantize(256)
+    # one palette for all frames, else still surfaces flicker
+    colours = np.concatenate([np.asarray(frames[i]) for i in np.linspace(0, len(frames) - 1, 4).astype(int)])
+    palette = Image.fromarray(colours).quantize(256)
     first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     with replacing(path) as temporary:
         first.save(temporary, format="GIF", save_all=True, append_images=others, duration=round(100 / fps) * 10, loop=0)
 
 
 def _legible(clip: Pixels) -> Pixels:
-    """The clip (F, H, W, 3) at 128 to 256 pixels of height: whole multiples of small pictures, large ones shrunk."""
+    """The clip (F, H, W, 3) scaled to a height of 128 to 256 pixels; small pictures by a whole number."""
     height, width = clip.shape[1:3]
     if height <= 256:
         times = max(1, 128 // height)

@@ -1,1 +1,1 @@
-"""Rewards of a clip that are differentiable in it, one file each; base.py says what they have in common."""
+"""Differentiable rewards of a clip, one file each; base.py states their protocol."""

@@ -5,13 +5,13 @@ true clip:
 
     R = -mean_{t > 0, pixels} [ u |s q + o - 1/z| / r + (1 - u) ],   s, o = argmin sum (s q*_0 + o - 1/z_0)^2
 
-The scale s and the shift o are fitted once, to the true first picture, which is given to the model: they depend on
-nothing that is generated, so that no clip can bend them, and one scale for all pictures keeps what the paper's
-normalisation by each picture's range loses, that what comes nearer grows. u is the contrast (rewards/base.py).
+The scale s and the shift o are fitted once, to the true first picture, which is given to the model. They depend on
+nothing that is generated, so no clip can change them. One scale for all pictures also keeps the change of depth over
+time, which the paper's normalisation by each picture's range removes. u is the contrast (rewards/base.py).
 
-What to know: an object in the wrong place is charged twice, where it is and where it should be, and not more when it is
-farther off; one that is gone only once. So a clip without the object is better here than one in which it hovers: use it
-beside `segmentation` and `trajectory`.
+Know that an object in the wrong position counts twice, where it is and where it should be, whatever the distance; a
+missing object counts once. So a clip without the object has a better reward than one in which it hovers: use this
+reward together with `segmentation` and `trajectory`.
 """
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from posttrain.models.base import ModelConfig
 from posttrain.nets import depth
-from posttrain.rewards.base import Reward, RewardConfig, contrast, frozen
+from posttrain.rewards.base import Reward, RewardConfig, contrast, with_fixed_weights
 from posttrain.types import Batch
 
 TRUTHS: tuple[str, ...] = ("depth",)
@@ -27,19 +27,19 @@ RANKS: tuple[str, ...] = ("hover", "delay", "slow_motion")
 
 
 class Config(RewardConfig):
-    """`path`: "pocket", a local folder, or a hub id as depth-anything/Depth-Anything-V2-Small-hf."""
+    """`path`: "pocket", a local folder, or a hub id such as depth-anything/Depth-Anything-V2-Small-hf."""
 
     path: str = "pocket"
 
 
 def net(config: Config, device: torch.device | str = "cpu") -> nn.Module:
-    """The Depth Anything. Raises UserError where there is none."""
+    """The Depth Anything. Raises UserError if there is none."""
     return depth.load(ModelConfig(family="depth", path=config.path), str(device)).module
 
 
 def load(config: Config, device: torch.device | str = "cpu") -> Reward:
     """The reward above."""
-    see = frozen(net(config, device))
+    see = with_fixed_weights(net(config, device))
 
     def reward(video_BCFHW: Tensor, batch: Batch) -> Tensor:
         assert batch.video_BCFHW is not None
@@ -54,7 +54,7 @@ def load(config: Config, device: torch.device | str = "cpu") -> Reward:
 
 
 def fit(q_BHW: Tensor, inverse_BHW: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale and the shift (B,) by which q is nearest to the truth; 0 and the truth's mean where q is flat."""
+    """Scale and shift (B,) of the least squares fit of q to the truth; 0 and the truth's mean if q is constant."""
     q, true = q_BHW.flatten(1), inverse_BHW.flatten(1)
     spread = q - q.mean(1, keepdim=True)
     s = (spread * true).mean(1) / spread.square().mean(1).clamp_min(1e-8)

@@ -4,15 +4,15 @@ With f the flow that RAFT sees from each picture to the next, f* the simulator's
 
     R = -mean_{t, pixels of the region, x and y} [ u |f - f*| + (1 - u) W ]
 
-where u is 1 unless the later picture has lost most of its contrast (rewards/base.py): of a blank picture flow says
-nothing, and it would tie with one that is frozen.
+where u is 1 unless the later picture has lost most of its contrast (rewards/base.py): the flow of a blank picture means
+nothing, and without u a blank clip would have the reward of a static one.
 
-The trap. Over the whole image, what moves in the wrong place is charged twice, where it is and where it should be, and
-what does not move only once: hovering beats almost right (a disc in 64 x 64: frozen -.0167, one frame late -.0190,
-falling at 0.7 g -.0221). In `region: objects`, the default, only those pixels count in which the true clip has a body
-in one of the two pictures: a frozen clip is then the worst but for one that moves the wrong way. Both are blind to
-where an object is while it lies still, and a clip in which it vanishes after landing costs little: use it beside
-`segmentation` and `trajectory`, which know.
+The trap: over the whole image, an object that moves in the wrong position counts twice, where it is and where it should
+be, but one that does not move counts once. So hovering beats almost right (a disc in 64 x 64 pixels: static -0.0167,
+one frame late -0.0190, falling at 0.7 g -0.0221). In `region: objects`, the default, only those pixels count in which
+the true clip has a body in one of the two pictures. Then only a clip that moves the wrong way is worse than a static
+one. Neither region shows where an object is while it lies still, and vanishing after landing costs little: use this
+reward together with `segmentation` and `trajectory`.
 
 Departures from the paper: the truth is the simulator's flow, not RAFT's of the true clip; the region; u; the whole
 gradient (nets/raft.py: `see`).
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from posttrain.models.base import ModelConfig
 from posttrain.nets import raft
-from posttrain.rewards.base import Reward, RewardConfig, contrast, frozen
+from posttrain.rewards.base import Reward, RewardConfig, contrast, with_fixed_weights
 from posttrain.types import Batch
 
 TRUTHS: tuple[str, ...] = ("flow",)
@@ -40,14 +40,14 @@ class Config(RewardConfig):
 
 
 def net(config: Config, device: torch.device | str = "cpu") -> raft.Flow:
-    """The RAFT. Raises UserError where there is none."""
+    """The RAFT. Raises UserError if there is none."""
     return raft.load(ModelConfig(family="raft", path=config.path), str(device)).flow
 
 
 def load(config: Config, device: torch.device | str = "cpu") -> Reward:
     """The reward above."""
     flow = net(config, device)
-    frozen(flow)
+    with_fixed_weights(flow)
 
     def reward(video_BCFHW: Tensor, batch: Batch) -> Tensor:
         assert batch.video_BCFHW is not None

@@ -1,8 +1,8 @@
-"""The scored object's shape and place together, from one look of SAM 2, which is most of what a reward costs:
+"""The scored object's shape and position together, from one run of SAM 2, the expensive part of a reward:
 
     R = R_segmentation + `distance` R_trajectory
 
-as the files of those names have them. A sum of the two in a recipe is the same, and runs SAM 2 twice.
+as in segmentation.py and trajectory.py. A sum of the two in a recipe gives the same and runs SAM 2 twice.
 """
 
 import torch
@@ -20,9 +20,9 @@ RANKS: tuple[str, ...] = ("weak_gravity", "hover", "delay", "vanish", "slow_moti
 
 
 class Config(segmentation.Config):
-    """As in segmentation.py, and the weight of the place beside the shape."""
+    """As in segmentation.py, and the weight of the position relative to the shape."""
 
-    distance: PositiveFloat = 4.0  # at which an object that is half covered is pulled by both about alike
+    distance: PositiveFloat = 4.0  # with this, both pull a half-covered object about equally
 
 
 net = segmentation.net

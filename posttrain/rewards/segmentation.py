@@ -1,18 +1,18 @@
-"""SAM 2's soft masks against the true ones (PISA, arXiv 2503.09595, section 4.4), aware of absence.
+"""SAM 2's soft masks against the true ones (PISA, arXiv 2503.09595, section 4.4), also if the object is absent.
 
 SAM 2 follows the scored object from its true mask in frame 0. With p its sigmoid mask, m the true one, and a the area
 of the true mask in frame 0, in pixels:
 
     R = mean_{t > 0} (sum p m + a e) / (sum (p + m - p m) + a e),   e = 1 where m is empty, else 0
 
-which is a soft IoU where the object is in the picture. Where it is not (hidden, or out of sight), it is 1 for an empty
-mask and falls with what p covers. In [0, 1].
+which is a soft IoU while the object is in the picture. While it is not (hidden or out of view), the term is 1 for an
+empty mask and falls with the area of p. R is in [0, 1].
 
-Departure from the paper's code: there, where SAM 2 takes the object for gone, its logits are a constant, and what has
-vanished gets no gradient. Here it is never taken for gone (nets/sam2.py: `always_there`).
+Departure from the paper's code: there, if SAM 2 decides that the object is gone, its logits are constant, and a
+vanished object gets no gradient. Here it never decides that (nets/sam2.py: `always_there`).
 
-What it does not see: how far a mask is off, once it and the true one are disjoint. From a clip that hovers there is
-then no way downhill; add `trajectory`.
+Not measured: the distance between masks that do not overlap. A clip that hovers then gets no gradient towards the
+truth; add `trajectory`.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from posttrain.models.base import ModelConfig
 from posttrain.nets import sam2
-from posttrain.rewards.base import Reward, RewardConfig, frozen, true_masks
+from posttrain.rewards.base import Reward, RewardConfig, true_masks, with_fixed_weights
 from posttrain.types import Batch
 
 TRUTHS: tuple[str, ...] = ()
@@ -30,13 +30,13 @@ RANKS: tuple[str, ...] = ("weak_gravity", "hover", "delay", "vanish", "melt", "s
 
 
 class Config(RewardConfig):
-    """`path`: "pocket", a local folder, or a hub id as facebook/sam2.1-hiera-tiny."""
+    """`path`: "pocket", a local folder, or a hub id such as facebook/sam2.1-hiera-tiny."""
 
     path: str = "pocket"
 
 
 def net(config: Config, device: torch.device | str = "cpu") -> sam2.Sam2Tracker:
-    """The SAM 2. Raises UserError where there is none."""
+    """The SAM 2. Raises UserError if there is none."""
     return sam2.load(ModelConfig(family="sam2", path=config.path), str(device)).tracker
 
 
@@ -47,9 +47,9 @@ def load(config: Config, device: torch.device | str = "cpu") -> Reward:
 
 
 def load_look(config: Config, device: torch.device | str) -> Callable[[Tensor, Batch], tuple[Tensor, Tensor, Tensor]]:
-    """One look of SAM 2 at a video in [-1, 1]: its soft masks and the true ones after frame 0, both (B, F - 1, H, W),
-    and the true ones of frame 0, (B, H, W), from which it starts."""
-    follow = frozen(sam2.always_there(net(config, device)))
+    """A function of a video in [-1, 1] that runs SAM 2 once. It returns the soft masks and the true ones after frame 0,
+    both (B, F - 1, H, W), and the true ones of frame 0, (B, H, W), from which SAM 2 starts."""
+    follow = with_fixed_weights(sam2.always_there(net(config, device)))
 
     def look(video_BCFHW: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         m = true_masks(batch)
@@ -59,7 +59,7 @@ def load_look(config: Config, device: torch.device | str) -> Callable[[Tensor, B
 
 
 def soft_iou(p_BFHW: Tensor, m_BFHW: Tensor, mask0_BHW: Tensor) -> Tensor:
-    """The equation above, (B,); `mask0_BHW` is frame 0's mask, and frame 0 is not among the others."""
+    """The equation above, (B,); `mask0_BHW` is frame 0's mask; the others are of frames after it."""
     m = m_BFHW.to(p_BFHW.dtype)
     both, either = (p_BFHW * m).sum((2, 3)), (p_BFHW + m - p_BFHW * m).sum((2, 3))
     absent = (m.sum((2, 3)) == 0) * mask0_BHW.sum((1, 2))[:, None].to(p_BFHW.dtype)

@@ -1,19 +1,19 @@
-"""Where the object is: the path of its soft mask's centre, whose gradient points downhill from any distance.
+"""The object's position: the path of its soft mask's centre, with a useful gradient from any distance.
 
-SAM 2 follows the scored object as in `segmentation`. With c the centre of its soft mask p, from which .05 is taken off,
-and c* that of the true mask m, and D the picture's diagonal, all in pixels:
+SAM 2 follows the scored object as in `segmentation`. With c the centre of its soft mask p, less 0.05, c* the centre of
+the true mask m, and D the picture's diagonal, all in pixels:
 
     R = -mean_t [ w |c - c*| / D + (1 - w) ],   w = u min(1, 2 sum p / sum m, 2 s*^2 / s^2),   t > 0 with m not empty
 
-with s^2 the mean squared distance of that mask from its centre, s*^2 the larger one of the true masks now and in frame
-0, and u 1 unless the picture has lost most of its contrast (rewards/base.py). So what has vanished, is smeared all over
-a noisy picture, or is dreamt into a blank one, is as far off as anything can be; from half its area on, and up to about
-twice of it in its shape, w is 1. In [-1, 0]; 0 where m is always empty. It is PISA's L2 (posttrain/metrics/pisa.py)
-made differentiable.
+with s^2 the mean squared distance of that mask's pixels from its centre, s*^2 the larger of the same of the true masks
+now and in frame 0, and u = 1 unless the picture has lost most of its contrast (rewards/base.py). So an object that has
+vanished, is smeared over a noisy picture, or is imagined in a blank one, has the largest possible distance. w is 1 from
+half of the true area on, up to about twice its extent. R is in [-1, 0]; 0 if m is always empty. It is a differentiable
+form of PISA's L2 (posttrain/metrics/pisa.py).
 
-What it does not see: shape and turning, and size within that factor; use it beside `segmentation`. For what has
-vanished w has a gradient, but it seldom points towards the true pixels (17% of such clips, that of `object` 33%); a
-step along it brought the object nearer in three clips of four, along `object`'s in two (LOG.md).
+Not measured: shape and rotation, and size within that factor; use it together with `segmentation`. For a vanished
+object w has a gradient, but it seldom points to the true pixels (in 17% of such clips; that of `object` in 33%). A step
+along it brought the object nearer in three clips of four, along `object`'s in two (docs/log).
 """
 
 import math
@@ -25,7 +25,7 @@ from posttrain.rewards import segmentation
 from posttrain.rewards.base import Reward, contrast
 from posttrain.types import Batch
 
-FAINT = 0.05  # a background of so little, all over the picture, would outweigh a small object
+FAINT = 0.05  # subtracted from masks: a faint background over the whole picture would outweigh a small object
 TRUTHS: tuple[str, ...] = ()
 RANKS: tuple[str, ...] = ("weak_gravity", "hover", "delay", "vanish", "slow_motion")
 
@@ -49,28 +49,31 @@ def load(config: Config, device: torch.device | str = "cpu") -> Reward:
 
 
 def path_error(p_BFHW: Tensor, m_BFHW: Tensor, mask0_BHW: Tensor, u_BF: Tensor) -> Tensor:
-    """The equation above, (B,); `mask0_BHW` is frame 0's mask, and frame 0 is not among the others."""
+    """The equation above, (B,); `mask0_BHW` is frame 0's mask; the others are of frames after it."""
     p = p_BFHW.to(torch.promote_types(p_BFHW.dtype, torch.float32))
     m, mask0_BFHW = m_BFHW.to(p.dtype), mask0_BHW[:, None].to(p.dtype)
     (c, s2), (true_c, true_s2), (_, first_s2) = moments(p), moments(m), moments(mask0_BFHW)
     away = (c - true_c).norm(dim=2) / math.hypot(*m.shape[2:])
-    found, true = p.sum((2, 3)), m.sum((2, 3))
-    w = torch.minimum(2 * found / true.clamp_min(1), 2 * torch.maximum(true_s2, first_s2) / s2).clamp_max(1) * u_BF
-    there = (true > 0).to(m.dtype)
+    soft_area, true_area = p.sum((2, 3)), m.sum((2, 3))
+    w = (
+        torch.minimum(2 * soft_area / true_area.clamp_min(1), 2 * torch.maximum(true_s2, first_s2) / s2).clamp_max(1)
+        * u_BF
+    )
+    there = (true_area > 0).to(m.dtype)
     return -((w * away + 1 - w) * there).sum(1) / there.sum(1).clamp_min(1)
 
 
 def moments(p_BFHW: Tensor) -> tuple[Tensor, Tensor]:
     """Row and column of a soft mask's centre in pixels (B, F, 2), and the mean squared distance from it (B, F).
 
-    What is below FAINT does not count. A pixel has an extent: alone its mean squared distance is 1/6. Without a mask
-    the centre is 0.
+    Values below FAINT count as 0. A pixel has an extent: a single one has a mean squared distance of 1/6. The centre of
+    an empty mask is 0.
     """
     clear = (p_BFHW - FAINT).clamp_min(0)
     mass = clear.sum((2, 3)).clamp_min(1e-6)
     centre, s2 = [], torch.full_like(mass, 1 / 6)
     for axis, side in ((3, p_BFHW.shape[2]), (2, p_BFHW.shape[3])):
-        place, share = torch.arange(side).to(p_BFHW), clear.sum(axis) / mass[..., None]
-        centre.append((share * place).sum(2))  # a matrix product would be rounded under autocast
-        s2 = s2 + (share * (place - centre[-1][..., None]).square()).sum(2)
+        position, share = torch.arange(side).to(p_BFHW), clear.sum(axis) / mass[..., None]
+        centre.append((share * position).sum(2))  # a matrix product would be rounded under autocast
+        s2 = s2 + (share * (position - centre[-1][..., None]).square()).sum(2)
     return torch.stack(centre, 2), s2

@@ -1,17 +1,18 @@
-"""What preference costs beside learning from true clips alone: memory and time of a step, measured, as Markdown.
+"""Memory and time of a step of preference learning, compared with learning from true clips only, as Markdown.
 
     python -m posttrain.studies.preference_cost --blocks 6
     python -m posttrain.studies.preference_cost --blocks 30 --geometry 81x480x832 --device cuda
 
-A transformer of Wan2.1-1.3B's width with random weights in bf16 is trained as recipes/wan2.1-1.3b/gdpo.yaml does it,
-by `psft.train` and `gdpo.train` in a `Run`: AdamW, block checkpointing, an adapter of rank 48 on attn1; two groups of
-random latents a step, captions of all 512 tokens. Each row is a process of its own.
+A transformer of Wan2.1-1.3B's width with random weights in bf16 is trained as in recipes/wan2.1-1.3b/gdpo.yaml, by
+`psft.train` and `gdpo.train` in a `Run`: AdamW, block checkpointing, an adapter of rank 48 on attn1. A step has two
+groups of random latents with captions of all 512 tokens. Each row is measured in its own process.
 
-    GiB      the most at once: of a GPU what PyTorch allocated, else what the process had, less what it had before
-    dry run  the same by dry.py, as `posttrain doctor` says it
-    s        median seconds of a step after the first; cached references are then there
-    work     floating point operations by dry.py, over those of the first row. Where backward costs as much as forward,
-             as in linear layers under an adapter, it is 8/3 of a pair, 10/3 in turn, 16/3 of three losers, 6/3 cached.
+    GiB      peak memory: PyTorch's on a GPU; on a CPU the process's, less what it had before training
+    dry run  the same as predicted by dry.py, as in `posttrain doctor`
+    s        median seconds of a step after the first, so that references are cached already
+    work     floating point operations by dry.py, relative to the first row. If backward costs as much as forward, as
+             in linear layers under an adapter, they are 8/3 for a pair, 10/3 in turn, 16/3 for three losers, 6/3
+             cached.
 """
 
 import argparse
@@ -53,7 +54,7 @@ Geometry = tuple[int, int, int]  # frames, height, width
 
 
 class Row(NamedTuple):
-    what: str
+    label: str
     method: Plugin
     losers: int = 1
     model: ModelConfig = ADAPTED
@@ -78,16 +79,16 @@ ROWS = {
 
 
 def shape_of(heads: int, blocks: int) -> dict[str, Any]:
-    """Wan2.1-1.3B has 12 heads and 30 blocks."""
+    """Settings of the transformer; Wan2.1-1.3B has 12 heads and 30 blocks."""
     return {"num_attention_heads": heads, "ffn_dim": 8960 * heads // 12, "num_layers": blocks}
 
 
 class Enough(Exception):
-    """All steps that are measured are done; a checkpoint would need memory of its own."""
+    """All measured steps are done. Ends the run before its checkpoint, which would need more memory."""
 
 
 class Groups:
-    """True clips and losers of noise, for so many steps."""
+    """True clips and losers of noise, for `steps` steps."""
 
     ids, key = tuple("ab"[:GROUPS]), "random"
 
@@ -102,36 +103,38 @@ class Groups:
         if not self.steps:
             raise Enough
         self.steps -= 1
-        some, ids = list(indices), tuple(self.ids[index] for index in indices)
-        members = self.members[some]
-        return Batch(ids, members[:, 0], self.text_BLD[some], losers_BMCFHW=members[:, 1:])
+        chosen, ids = list(indices), tuple(self.ids[index] for index in indices)
+        members = self.members[chosen]
+        return Batch(ids, members[:, 0], self.text_BLD[chosen], losers_BMCFHW=members[:, 1:])
 
 
 def train(row: Row, shape: dict[str, Any], geometry: Geometry, steps: int, device: str) -> float:
-    """Seconds of a step, the median of all but the first."""
-    body: Any = of_configs(row.model, shape, {}, *geometry).model.transformer.to_empty(device=device)
-    config = body.config
-    body.rope = WanRotaryPosEmbed(config.attention_head_dim, config.patch_size, config.rope_max_seq_len).to(device)
-    for name, parameter in body.named_parameters():
+    """Median seconds of a step, without the first."""
+    transformer: Any = of_configs(row.model, shape, {}, *geometry).model.transformer.to_empty(device=device)
+    config = transformer.config
+    transformer.rope = WanRotaryPosEmbed(config.attention_head_dim, config.patch_size, config.rope_max_seq_len).to(
+        device
+    )
+    for name, parameter in transformer.named_parameters():
         nn.init.normal_(parameter, std=0.0 if ".lora_B." in name else 0.02)
     with torch.device("meta"):
-        eyes = AutoencoderKLWan()
-    model = Wan(body, eyes.config, {}, None, None, conditioning="text", device=device)
+        vae = AutoencoderKLWan()
+    model = Wan(transformer, vae.config, {}, None, None, conditioning="text", device=device)
     data = Groups(model.latent_shape(*geometry), row.losers, config.text_dim, steps)
     settings = TrainConfig(steps=steps + 1, batch=GROUPS, lr=1e-6, precision="bf16", block_checkpointing=True)
-    method, wanted = method_of(row.method), row.method.config
-    inputs = method.inputs(model, wanted)
+    method, settings_of_method = method_of(row.method), row.method.config
+    inputs = method.inputs(model, settings_of_method)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(folder, model.module, data, settings)
         model.module = run.module
         with suppress(Enough):
-            method.train(run, model, wanted, **inputs)
+            method.train(run, model, settings_of_method, **inputs)
         return statistics.median(step["seconds"] for step in read_jsonl(Path(folder) / "log.jsonl")[1:])
 
 
 def measure(row: Row, shape: dict[str, Any], geometry: Geometry, steps: int, device: str) -> tuple[float, float]:
-    """GiB at most, and seconds of a step, of this process."""
-    train(row, shape_of(1, 1), (5, 32, 32), 2, device)  # so that what Python loads is there
+    """Peak GiB of this process, and seconds of a step."""
+    train(row, shape_of(1, 1), (5, 32, 32), 2, device)  # loads all that Python loads
     before = resident("VmRSS")
     seconds = train(row, shape, geometry, steps, device)
     most = resident("VmHWM") - before if device == "cpu" else torch.cuda.max_memory_allocated() / 2**30
@@ -139,14 +142,14 @@ def measure(row: Row, shape: dict[str, Any], geometry: Geometry, steps: int, dev
 
 
 def resident(field: str) -> float:
-    """GiB of main memory that this process has (VmRSS), or had at most (VmHWM)."""
+    """GiB of main memory that this process has now (VmRSS) or had at its peak (VmHWM)."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[field].split()[0]) / 2**20
 
 
-def elsewhere(name: str, words: Sequence[str], device: str) -> tuple[float, float] | None:
-    """`measure` in a process of its own; None where that failed, for want of memory or as its last words say."""
-    command = [sys.executable, "-m", "posttrain.studies.preference_cost", *words, "--alone", name]
+def elsewhere(name: str, arguments: Sequence[str], device: str) -> tuple[float, float] | None:
+    """`measure` in a process of its own; None if that failed, for lack of memory or as its stderr says."""
+    command = [sys.executable, "-m", "posttrain.studies.preference_cost", *arguments, "--alone", name]
     env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if device == "cpu" else {})
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -155,28 +158,28 @@ def elsewhere(name: str, words: Sequence[str], device: str) -> tuple[float, floa
     return gib, seconds
 
 
-def table(found: dict[str, tuple[float, float] | None], estimates: dict[str, Step]) -> str:
-    """Markdown; `psft` is what the others are compared with."""
-    first, lines = found["psft"], []
-    for name, measured in found.items():
+def table(measurements: dict[str, tuple[float, float] | None], estimates: dict[str, Step]) -> str:
+    """Markdown; the others are compared with `psft`."""
+    first, lines = measurements["psft"], []
+    for name, measured in measurements.items():
         step, cells = estimates[name], ["failed", "", "", ""]
         if measured and first:
-            shares = [f"{value / base:.2f}" for value, base in zip(measured, first, strict=True)]
+            shares = [f"{value / reference:.2f}" for value, reference in zip(measured, first, strict=True)]
             cells = [f"{measured[0]:.2f}", shares[0], f"{measured[1]:.2f}", shares[1]]
-        # the dry run asks a cached reference
+        # the dry run computes a reference even if it would be cached
         work = 2.0 if name == "cached" else step.teraflop / estimates["psft"].teraflop
-        lines.append([ROWS[name].what, *cells[:2], f"{step.memory:.2f}", *cells[2:], f"{work:.2f}"])
+        lines.append([ROWS[name].label, *cells[:2], f"{step.memory:.2f}", *cells[2:], f"{work:.2f}"])
     return markdown(["", "GiB", "of the first", "dry run", "s", "of the first", "work"], lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     usual = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(description="what preference costs beside learning from true clips")
-    parser.add_argument("--blocks", type=int, default=6, help="of the transformer; Wan2.1-1.3B has 30")
+    parser = argparse.ArgumentParser(description="memory and time of preference learning")
+    parser.add_argument("--blocks", type=int, default=6, help="of the transformer (default: 6; Wan2.1-1.3B has 30)")
     parser.add_argument("--heads", type=int, default=12, help="of 128 channels each")
     parser.add_argument("--geometry", default="9x128x128", help="frames x height x width of the clips, in pixels")
-    parser.add_argument("--steps", type=int, default=4, help="of which the first is not timed")
+    parser.add_argument("--steps", type=int, default=4, help="steps; the first is not timed")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=usual)
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS))
     parser.add_argument("--alone", choices=tuple(ROWS), help=argparse.SUPPRESS)
@@ -193,9 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         row = ROWS[name]
         outline = partial(of_configs, row.model, shape, {})
         estimates[name] = dry_step(outline, *geometry, row.method, GROUPS, losers=row.losers)
-    found = {name: elsewhere(name, words, options.device) for name in track(names, "measuring", len(names))}
+    measurements = {name: elsewhere(name, words, options.device) for name in track(names, "measuring", len(names))}
     size = f"{estimates['psft'].parameters / 1e6:,.0f}M weights, {GROUPS} x {estimates['psft'].tokens:,} tokens"
-    print(f"{size}, {options.device}\n\n{table(found, estimates)}")
+    print(f"{size}, {options.device}\n\n{table(measurements, estimates)}")
     return 0
 
 

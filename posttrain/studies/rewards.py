@@ -1,23 +1,23 @@
-"""Which reward sees what: rewards of clips that break one law by a known amount, as Markdown.
+"""Which rewards recognise which violations: rewards of clips that break one law by a known amount, as Markdown.
 
     python -m posttrain.studies.rewards data/pocket-violations --groups 4 --sum segmentation=1,trajectory=2
 
 For each reward (a file of posttrain/rewards) and each kind of violation
 
-    rho      Spearman's, between reward and severity, over the true clip of a group (severity 0) and its clips of that
+    rho      Spearman's rho of reward and severity, over the true clip of a group (severity 0) and its clips of that
              kind; the median over groups. -1: the worse the clip, the lower the reward.
-    towards  the share of clips at which the gradient points towards the truth: the reward's derivative from the clip x
-             along x* - x, with x* the group's true clip, is positive.
-    nearer   the share at which it pulls the object to its place: the derivative is positive along the change of pixels
-             that moves the scored object, as it is seen, by one pixel towards where it truly is.
-    step     the share at which a step along the gradient helps: all pixels after the first picture change by `STEP` in
-             the root mean square, and the object, as the embedded tracker sees it, which no reward asks, is nearer to
-             its true masks afterwards (Chamfer distance, posttrain/metrics/pisa.py).
+    towards  share of clips x at which the gradient points to the truth x*: the reward's derivative along x* - x is
+             positive.
+    nearer   share of clips at which the gradient pulls the object to its true position: the derivative is positive
+             along the change of pixels that moves the visible object by one pixel towards its true position.
+    step     share of clips at which a step along the gradient helps: all pixels after the first picture change by
+             `STEP` (root mean square), and then the object is nearer to its true masks (Chamfer distance,
+             posttrain/metrics/pisa.py), as measured by the embedded tracker, which no reward uses.
 
-The first two speak of a small step in pixels and no more. All are taken at a kind's least and most severe clip.
-A kind that a reward declares in its RANKS is asked for rho <= -0.9, and is printed in bold. A second table has the mean
-rewards of what no reward may like: a clip that stays at its first picture, and after that picture nothing, a flat one,
-or noise.
+`towards` and `nearer` hold for small steps in pixels only. All three are taken at a kind's least and most severe clip.
+A kind that a reward declares in its RANKS should have rho <= -0.9 and is printed in bold. A second table has the mean
+rewards of clips that no reward may prefer: the first picture repeated, or the first picture followed by black, a flat
+colour or noise.
 
 Shape letters: B batch, C channels, F frames, H W pixels.
 """
@@ -45,13 +45,13 @@ from posttrain.nets import tracker
 from posttrain.rewards.base import Reward, true_masks
 from posttrain.types import Batch
 
-ASKED = 0.9  # of the size of rho, of the kinds that a reward declares
-TRUE = ""  # the kind of the true clip
+ASKED = 0.9  # least |rho| of the kinds that a reward declares
+TRUE = ""  # stands for the kind of the true clip
 STEP = 0.05  # of pixels in [-1, 1]
 
 
 class Judged(NamedTuple):
-    """A clip's reward, its derivatives, and what a step gains, as above (None where they are not taken)."""
+    """A clip's reward, and the derivatives and gain of the docstring above, None if they were not taken."""
 
     group: int
     kind: str
@@ -63,7 +63,7 @@ class Judged(NamedTuple):
 
 
 class Violated(NamedTuple):
-    """A clip that breaks a law: what the row tells, its pictures, and where the scored object is seen."""
+    """A clip that breaks a law: its violation, its pictures, and the scored object's masks."""
 
     kind: str
     severity: float
@@ -84,7 +84,7 @@ def group_numbers(split: Split, count: int | None = None) -> list[int]:
 
 
 def truth(split: Split, group: int) -> Batch:
-    """The true clip of a group, with all that is known of it."""
+    """The true clip of a group with its masks, flow and depth."""
     index = next(i for i, row in enumerate(split.rows) if row.group == group and row.violation is None)
     arrays = read_annotations(split.annotations(index), ["instances", "flow", "depth"])
     tensors = {name: torch.from_numpy(array)[None] for name, array in arrays.items()}
@@ -99,7 +99,7 @@ def truth(split: Split, group: int) -> Batch:
 
 
 def violated(split: Split, group: int, kinds: Sequence[str] | None = None) -> Iterator[Violated]:
-    """The group's other clips, of some kinds or of all."""
+    """The group's clips that break a law, of the given kinds or of all."""
     for index, row in enumerate(split.rows):
         violation = row.violation
         if row.group == group and violation and (kinds is None or violation.kind in kinds):
@@ -116,46 +116,48 @@ def judge(
     follow: Track,
     kinds: Sequence[str] | None = None,
 ) -> dict[str, list[Judged]]:
-    """What each reward says of the true clips of these groups and of those that break a law.
+    """Rewards, by name, of the true clips of these groups and of those that break a law.
 
     Args:
-        follow: the tracker that sees whether a step helps.
+        follow: the tracker that measures whether a step helps.
     """
-    found: dict[str, list[Judged]] = {name: [] for name in rewards}
+    judged: dict[str, list[Judged]] = {name: [] for name in rewards}
     for group in groups:
         batch = truth(split, group)
         assert batch.video_BCFHW is not None
         clips = list(violated(split, group, kinds))
         for name, reward in rewards.items():
             with torch.no_grad():
-                found[name].append(Judged(group, TRUE, 0.0, reward(batch.video_BCFHW, batch).item()))
+                judged[name].append(Judged(group, TRUE, 0.0, reward(batch.video_BCFHW, batch).item()))
         for clip in track(clips, f"group {group}", len(clips)):
             severities = [other.severity for other in clips if other.kind == clip.kind]
-            ways = {}
+            directions = {}
             if clip.severity in (min(severities), max(severities)):
-                ways = {"towards": batch.video_BCFHW - clip.video_BCFHW, "nearer": nearer(clip, batch)}
+                directions = {"towards": batch.video_BCFHW - clip.video_BCFHW, "nearer": nearer(clip, batch)}
             for name, reward in rewards.items():
-                value, slopes = derivatives(reward, clip.video_BCFHW, batch, ways, follow)
-                found[name].append(Judged(group, clip.kind, clip.severity, value, **slopes))
-    return found
+                value, slopes = derivatives(reward, clip.video_BCFHW, batch, directions, follow)
+                judged[name].append(Judged(group, clip.kind, clip.severity, value, **slopes))
+    return judged
 
 
 def derivatives(
-    reward: Reward, video_BCFHW: Tensor, batch: Batch, ways: Mapping[str, Tensor], follow: Track
+    reward: Reward, video_BCFHW: Tensor, batch: Batch, directions: Mapping[str, Tensor], follow: Track
 ) -> tuple[float, dict[str, float | None]]:
-    """The reward of a clip; where there are ways, its derivative along each, None where that leads nowhere, and what a
-    step gains. Frame 0 is given."""
-    if not ways:
+    """The reward of a clip; and, if there are directions, its derivative along each (None along 0) and the gain of a
+    step. Frame 0 is given, so it does not change."""
+    if not directions:
         with torch.no_grad():
             return reward(video_BCFHW, batch).item(), {}
     value, gradient = with_gradient(reward, video_BCFHW, batch)
     gradient[:, :, 0] = 0
-    slopes = {name: (gradient * way).sum().item() if way.any() else None for name, way in ways.items()}
+    slopes = {
+        name: (gradient * direction).sum().item() if direction.any() else None for name, direction in directions.items()
+    }
     return value, slopes | {"step": gain(video_BCFHW, gradient, batch, follow)}
 
 
 def gain(video_BCFHW: Tensor, gradient_BCFHW: Tensor, batch: Batch, follow: Track) -> float:
-    """By how much a step of size STEP brings the object nearer to its true masks: the fall of the Chamfer distance."""
+    """By how much the Chamfer distance of the object to its true masks falls in a step of size STEP."""
     size = gradient_BCFHW[:, :, 1:].double().square().mean().sqrt().clamp_min(1e-30).to(gradient_BCFHW.dtype)
     moved_BCFHW = (video_BCFHW + STEP / size * gradient_BCFHW).clamp(-1, 1)
     true_BFHW = true_masks(batch)
@@ -167,10 +169,10 @@ def gain(video_BCFHW: Tensor, gradient_BCFHW: Tensor, batch: Batch, follow: Trac
 
 
 def nearer(clip: Violated, batch: Batch) -> Tensor:
-    """The change of pixels, like `video_BCFHW`, that moves the object a pixel (in each axis) nearer to its true place.
+    """The change of pixels, like `video_BCFHW`, that moves the object by up to a pixel per axis to its true position.
 
-    Nothing changes where it is not seen or is already there. Where it leaves, the background appears as the true clip
-    shows it at other times (its shadow stays where it was).
+    0 in frames in which it is not visible or is in the right position. Behind it the background of the true clip at
+    other times appears; its shadow does not move.
     """
     assert batch.video_BCFHW is not None
     assert batch.instances_BFHW is not None
@@ -181,8 +183,8 @@ def nearer(clip: Violated, batch: Batch) -> Tensor:
         here, there = clip.mask_BFHW[0, t], true_masks(batch)[0, t]
         if not here.any() or not there.any():
             continue
-        way = there.nonzero().double().mean(0) - here.nonzero().double().mean(0)
-        step = tuple((way / way.norm().clamp_min(1e-6) * (way.norm() >= 1)).round().int().tolist())
+        direction = there.nonzero().double().mean(0) - here.nonzero().double().mean(0)
+        step = tuple((direction / direction.norm().clamp_min(1e-6) * (direction.norm() >= 1)).round().int().tolist())
         if step == (0, 0):
             continue
         seen, moved = clip.video_BCFHW[0, :, t], here.roll(step, (0, 1))
@@ -200,38 +202,38 @@ def with_gradient(reward: Reward, video_BCFHW: Tensor, batch: Batch) -> tuple[fl
 
 
 def total(judged: Mapping[str, list[Judged]], weights: Mapping[str, float]) -> list[Judged]:
-    """What a weighted sum of rewards says: values and derivatives add up; what a step gains is not known."""
+    """A weighted sum of rewards: values and derivatives add up; the gain of a step is not known."""
     rows = []
     for clips in zip(*(judged[name] for name in weights), strict=True):
         weighted = list(zip(weights.values(), clips, strict=True))
         sums: dict[str, Any] = {"reward": sum(w * clip.reward for w, clip in weighted)}
-        for way in ("towards", "nearer"):
-            if getattr(clips[0], way) is not None:
-                sums[way] = sum(w * getattr(clip, way) for w, clip in weighted)
+        for quantity in ("towards", "nearer"):
+            if getattr(clips[0], quantity) is not None:
+                sums[quantity] = sum(w * getattr(clip, quantity) for w, clip in weighted)
         rows.append(clips[0]._replace(**sums, step=None))
     return rows
 
 
 def rho(clips: Sequence[Judged], kind: str) -> float:
-    """Spearman's between reward and severity, the median over groups; nan where none has it at several severities."""
-    found = []
+    """Spearman's rho of reward and severity, the median over groups; NaN if no group has several severities."""
+    rhos = []
     for group in dict.fromkeys(clip.group for clip in clips):
         chosen = [clip for clip in clips if clip.group == group and clip.kind in (TRUE, kind)]
         rewards, severities = [clip.reward for clip in chosen], [clip.severity for clip in chosen]
         if len(set(severities)) > 2:
-            # a reward that is blind gives all the same: no order
-            found.append(float(spearmanr(rewards, severities).statistic) if len(set(rewards)) > 1 else 0.0)
-    return float(np.median(found)) if found else float("nan")
+            # equal rewards for all have no order
+            rhos.append(float(spearmanr(rewards, severities).statistic) if len(set(rewards)) > 1 else 0.0)
+    return float(np.median(rhos)) if rhos else float("nan")
 
 
-def right(clips: Sequence[Judged], kind: str, way: str) -> str:
+def right(clips: Sequence[Judged], kind: str, quantity: str) -> str:
     """The share of the kind's clips whose derivative or gain in a step is positive; a dash where there is none."""
-    slopes = [slope for clip in clips if clip.kind == kind and (slope := getattr(clip, way)) is not None]
+    slopes = [slope for clip in clips if clip.kind == kind and (slope := getattr(clip, quantity)) is not None]
     return f"{np.mean([slope > 0 for slope in slopes]):.0%}" if slopes else "–"
 
 
 def impostors(batch: Batch) -> dict[str, Tensor]:
-    """What no reward may like; all begin with the true first picture, which is given."""
+    """Clips that no reward may prefer; all begin with the true first picture, which is given."""
     assert batch.video_BCFHW is not None
     first, rest = batch.video_BCFHW[:, :, :1], torch.ones_like(batch.video_BCFHW[:, :, 1:])
     noise = torch.rand(rest.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -252,20 +254,20 @@ def table(judged: Mapping[str, list[Judged]], declared: Mapping[str, Sequence[st
         clips = judged[name]
         order = rho(clips, kind)
         text = "–" if math.isnan(order) else f"{order:+.2f}"
-        ways = " ".join(right(clips, kind, way) for way in ("towards", "nearer", "step"))
-        return (f"**{text}**" if kind in declared.get(name, ()) else text) + f" {ways}"
+        shares = " ".join(right(clips, kind, quantity) for quantity in ("towards", "nearer", "step"))
+        return (f"**{text}**" if kind in declared.get(name, ()) else text) + f" {shares}"
 
     lines = [[kind, *(cell(name, kind) for name in judged)] for kind in kinds]
     return markdown(["violation", *judged], lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="which reward sees which violation")
+    parser = argparse.ArgumentParser(description="which rewards recognise which violations")
     parser.add_argument("clips", help="a dataset folder of groups")
     parser.add_argument("--split", default="test_unseen")
-    parser.add_argument("--groups", type=int, default=1, help="how many, from the first on")
+    parser.add_argument("--groups", type=int, default=1, help="number of groups")
     parser.add_argument("--rewards", nargs="+", default=plugins("rewards"))
-    parser.add_argument("--sum", nargs="*", default=[], help="weighted sums of them, as segmentation=1,trajectory=2")
+    parser.add_argument("--sum", nargs="*", default=[], help="weighted sums of rewards, as segmentation=1,trajectory=2")
     options = parser.parse_args(arguments)
     try:
         split = open_split(options.clips, options.split)
@@ -298,18 +300,18 @@ def weights(text: str, known: Sequence[str]) -> dict[str, float]:
     """ "a=1,b=2" as a mapping.
 
     Raises:
-        UserError: it is not written so, or names a reward that is not among `known`.
+        UserError: the text has another form, or names a reward that is not in `known`.
     """
-    found = {}
+    parsed = {}
     for part in text.split(","):
         name, _, weight = part.partition("=")
         try:
-            found[name] = float(weight)
+            parsed[name] = float(weight)
         except ValueError:
-            raise UserError(f"--sum {text}: is written name=weight,name=weight") from None
+            raise UserError(f"--sum {text}: should be name=weight,name=weight", "format", "--sum") from None
         if name not in known:
-            raise UserError(f"--sum {text}: {name} is not among {', '.join(known)}")
-    return found
+            raise UserError(f"--sum {text}: {name} is not among {', '.join(known)}", "unknown_name", "--sum")
+    return parsed
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What the scorecard of posttrain.metrics.physics is worth: measured on the simulator's own masks, printed as Markdown.
+"""How accurate the scorecard of posttrain.metrics.physics is on the simulator's own masks, as Markdown.
 
     python -m posttrain.studies.violations data/pocket-violations data/pocket-drop --figure violations.png
 
-On true clips, the error of every quantity, and whether its sigma says how large that is. On clips that break one law
-(sim/worlds/counterfactual.py), what every quantity becomes at each value of the violation, and Spearman's rho of the
-two. The figure shows them, and the metrics of posttrain.metrics.pisa, over the violations' severity.
+On true clips: the error of every quantity, compared with its sigma. On clips that break one law
+(sim/worlds/counterfactual.py): every quantity at each value of the violation, and Spearman's rho of the two. The figure
+shows them, and the metrics of posttrain.metrics.pisa, over the violations' severity.
 
-Truths: gravity, the first contact and the drop height are in the rows; a restitution is that of the body's centre,
-from the simulator's path, where its first three frames after the contact are a flight; all else is 0, permanence 1.
+True values: gravity, first contact and drop height are in the rows. The restitution is that of the body's centre on the
+simulator's path, if the body flies freely in the first three frames after the contact. Permanence is 1, all else 0.
 """
 
 import argparse
@@ -30,25 +30,25 @@ from posttrain.metrics.physics import QUANTITIES, SIDEWAYS, Measure, scorecard
 
 UNITS = ("m/s²", "s", "s", "1", "m", "J/kg", "J/kg", "m/s", "m", "1", "1/s")
 PISA = ("l2", "chamfer", "iou", "vanished", "time_error")
-MOVED = 0.5  # a rho above which a quantity is said to follow the violation
+MOVED = 0.5  # a quantity follows the violation if |rho| is above this
 
 
 class Measured(NamedTuple):
-    """A clip's scorecard; its truth is None where it is not known, and altogether of a clip that breaks a law."""
+    """A clip's scorecard. `truth` has None for unknown values, and is empty for a clip that breaks a law."""
 
     card: dict[str, Measure | None]
     kind: str | None
     value: float
     truth: dict[str, float | None]
     severity: float = 0.0
-    scores: dict[str, float | None] | None = None  # PISA, against the true clip of the group; None: it is that
+    scores: dict[str, float | None] | None = None  # PISA, against the true clip of the group; None for that clip
 
 
 def measure(split: Split) -> list[Measured]:
-    """The scorecards of a split; the drop height is that of the group's true clip.
+    """The scorecards of a split, with the drop height of the group's true clip.
 
     Raises:
-        UserError: it is not known of each true clip when its target lands, or annotations are missing or torn.
+        UserError: the rows of true clips have no drop height or contacts, or annotations are missing or torn.
     """
     true = [row for row in split.rows if row.violation is None]
     if not all(row.drop_height and row.contacts and row.camera and row.gravity for row in true):
@@ -76,7 +76,7 @@ def measure(split: Split) -> list[Measured]:
             truths[-1 if row.group is None else row.group] = masks_FHW  # the first of its group
         else:
             assert row.group is not None
-            # The floor is sunk into at the first contact only where there is no pile.
+            # with a pile, the body sinks into the floor only after its first contact
             later = violation.kind == "tunnel_floor" and firsts[row.group] >= 0
             kind, fps, height = violation.kind + " later" * later, row.fps, heights[row.group]
             assert height is not None
@@ -87,20 +87,20 @@ def measure(split: Split) -> list[Measured]:
 
 
 def first_met(row: ClipRow) -> int:
-    """What the target lands on: a body's index, -1 the floor."""
+    """What the target lands on: a body's index, or -1 for the floor."""
     a, b = next(contact.pair for contact in row.contacts if row.target in contact.pair)
     return b if a == row.target else a
 
 
 def truth(row: ClipRow, z_F: np.ndarray) -> dict[str, float | None]:
-    """What a true clip's scorecard should say."""
+    """The true values of a true clip's scorecard; None if unknown."""
     assert row.gravity is not None
     assert row.contact_time is not None
     gravity, contact, fps = -row.gravity[2], row.contact_time, row.fps
     k = int(contact * fps) + 2  # the second frame after the contact
     restitution = None
     if k + 1 < len(z_F) and abs(np.diff(z_F[k - 1 : k + 2], 2)[0] * fps**2 + gravity) < 0.01 * gravity:
-        velocity = (z_F[k + 1] - z_F[k - 1]) * fps / 2  # in a flight that is exact
+        velocity = (z_F[k + 1] - z_F[k - 1]) * fps / 2  # exact in free flight
         restitution = float(velocity + gravity * (k / fps - contact)) / (gravity * contact)
     kept = None if restitution is None else (restitution**2 - 1) * (gravity * contact) ** 2 / 2
     zero = dict.fromkeys(QUANTITIES, 0.0)
@@ -114,24 +114,24 @@ def truth(row: ClipRow, z_F: np.ndarray) -> dict[str, float | None]:
 
 
 def accuracy(clips: Sequence[Measured]) -> str:
-    """A line per quantity: mean and standard deviation of its error, the median sigma, and that of error / sigma."""
+    """A line per quantity: mean and standard deviation of its error, the median sigma, the spread of error / sigma."""
     lines = []
     for name, unit in zip(QUANTITIES, UNITS, strict=True):
         pairs = [(clip.card[name], clip.truth[name]) for clip in clips]
-        found = [(m.value - t, m.sigma) for m, t in pairs if m is not None and t is not None]
-        if not found:
+        errors = [(m.value - t, m.sigma) for m, t in pairs if m is not None and t is not None]
+        if not errors:
             lines.append([name, unit, "0", "–", "–", "–", "–"])
             continue
-        error, sigma = np.array(found).T
-        told = [f"{error.mean():+.4f}", f"{error.std():.4f}", f"{np.median(sigma):.4f}"]
-        lines.append([name, unit, str(len(found)), *told, f"{(error / sigma).std():.2f}" if sigma.all() else "–"])
+        error, sigma = np.array(errors).T
+        cells = [f"{error.mean():+.4f}", f"{error.std():.4f}", f"{np.median(sigma):.4f}"]
+        lines.append([name, unit, str(len(errors)), *cells, f"{(error / sigma).std():.2f}" if sigma.all() else "–"])
     return markdown(["quantity", "unit", "clips", "bias", "spread", "sigma", "spread of error / sigma"], lines)
 
 
 def response(clips: Sequence[Measured]) -> str:
-    """A line per kind of violation: each quantity's median at each value, and rho in bold where it follows.
+    """A line per kind of violation: each quantity's median at each value, and rho, in bold if |rho| is above MOVED.
 
-    Of what goes sideways the magnitude; what most clips do not have is a dash.
+    Sideways quantities count by magnitude. A dash: most clips do not have the quantity.
     """
     lines = [["true clips", *(cell([clip for clip in clips if clip.kind is None], name) for name in QUANTITIES)]]
     for kind in dict.fromkeys(clip.kind for clip in clips if clip.kind is not None):
@@ -143,14 +143,14 @@ def response(clips: Sequence[Measured]) -> str:
 
 
 def cell(clips: Sequence[Measured], name: str) -> str:
-    """The medians by value and, where there are several, rho."""
+    """The medians by value, and rho if there are several values."""
     medians, pairs = [], []
     for value in dict.fromkeys(clip.value for clip in clips):
         measures = [clip.card[name] for clip in clips if clip.value == value]
-        found = [abs(m.value) if name in SIDEWAYS else m.value for m in measures if m is not None]
-        enough = 2 * len(found) > len(measures)
-        medians.append(f"{np.round(np.median(found), 4) + 0.0:.3g}" if enough else "–")
-        pairs += [(value, number) for number in found if enough]
+        numbers_of_value = [abs(m.value) if name in SIDEWAYS else m.value for m in measures if m is not None]
+        enough = 2 * len(numbers_of_value) > len(measures)
+        medians.append(f"{np.round(np.median(numbers_of_value), 4) + 0.0:.3g}" if enough else "–")
+        pairs += [(value, number) for number in numbers_of_value if enough]
     text = " ".join(medians)
     by_value, numbers = zip(*pairs, strict=True) if pairs else ((), ())
     if len(set(by_value)) > 1 and len(set(numbers)) > 1:
@@ -160,9 +160,9 @@ def cell(clips: Sequence[Measured], name: str) -> str:
 
 
 def figure(clips: Sequence[Measured], path: Path) -> None:
-    """Draw a cell per kind of violation and quantity: its medians over the mean severity, value by value.
+    """Draw a cell per kind of violation and quantity: its median over the mean severity, for each value.
 
-    Grey: the median of the true clips, and where the middle half of them lies. Bold: |rho| with severity over MOVED.
+    Grey: the true clips' median and quartiles. Bold: |rho| with severity is above MOVED.
     """
     from matplotlib.figure import Figure
 
@@ -176,8 +176,8 @@ def figure(clips: Sequence[Measured], path: Path) -> None:
         low, middle, high = np.quantile(usual, (0.25, 0.5, 0.75))
         lines = [line(clips, kind, name) for kind in kinds]
         levels = np.array([low, high, *(median for points, _ in lines for _, median in points)])
-        bottom, top = np.quantile(levels, (0.02, 0.98))  # one kind that goes far hides no other
-        room = 0.15 * (top - bottom) or 1.0
+        bottom, top = np.quantile(levels, (0.02, 0.98))  # so that a kind with large values hides no other
+        margin = 0.15 * (top - bottom) or 1.0
         units = dict(zip(QUANTITIES, UNITS, strict=True)) | {"time_error": "s"}
         axes[0, j].set_title(f"{name.replace('_', ' ')}\n{units.get(name, '1')}", fontsize=7)
         for i, (points, rho) in enumerate(lines):
@@ -190,7 +190,7 @@ def figure(clips: Sequence[Measured], path: Path) -> None:
                 cell.plot(
                     *zip(*points, strict=True), color=colour, linewidth=width, marker=".", markersize=3, clip_on=True
                 )
-            cell.set(xlim=(0, 1.02), ylim=(bottom - room, top + room), xticks=(0, 0.5, 1))
+            cell.set(xlim=(0, 1.02), ylim=(bottom - margin, top + margin), xticks=(0, 0.5, 1))
             cell.tick_params(labelsize=5, length=2, pad=1)
     for i, kind in enumerate(kinds):
         axes[i, 0].set_ylabel(kind.replace("_", " "), fontsize=7, rotation=0, ha="right", va="center")
@@ -202,7 +202,7 @@ def figure(clips: Sequence[Measured], path: Path) -> None:
 
 
 def quantity(clip: Measured, name: str) -> float | None:
-    """A number of a clip; of what goes sideways the magnitude."""
+    """A number of a clip, by magnitude for sideways quantities; None if it has none."""
     if name in PISA:
         return float(name == "iou") if clip.scores is None else clip.scores[name]
     measure = clip.card[name]
@@ -210,16 +210,16 @@ def quantity(clip: Measured, name: str) -> float | None:
 
 
 def line(clips: Sequence[Measured], kind: str, name: str) -> tuple[list[tuple[float, float]], float]:
-    """For each value of a violation that most clips have (mean severity, median of a quantity), and rho of the two.
+    """(mean severity, median of a quantity) for each value of a violation, and rho of the two with the true clips at 0.
 
-    The true clips count in rho, at severity 0.
+    A value at which most clips lack the quantity is left out.
     """
     points, pairs = [], []
     for value in dict.fromkeys(clip.value for clip in clips if clip.kind == kind):
         chosen = [clip for clip in clips if clip.kind == kind and clip.value == value]
-        found = [(clip.severity, number) for clip in chosen if (number := quantity(clip, name)) is not None]
-        if 2 * len(found) > len(chosen):
-            severities, numbers = np.array(found).T
+        points_of_value = [(clip.severity, number) for clip in chosen if (number := quantity(clip, name)) is not None]
+        if 2 * len(points_of_value) > len(chosen):
+            severities, numbers = np.array(points_of_value).T
             points.append((float(severities.mean()), float(np.median(numbers))))
             pairs += [(points[-1][0], number) for number in numbers]
     pairs += [(0.0, number) for clip in clips if clip.kind is None and (number := quantity(clip, name)) is not None]
@@ -232,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="measure the scorecard on simulated clips")
     parser.add_argument("clips", nargs="+", help="dataset folders")
     parser.add_argument("--split", default="test_unseen")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="also draw those that break a law (PNG)")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="also draw the clips that break a law (PNG)")
     options = parser.parse_args(arguments)
     try:
         folders = [measure(open_split(folder, options.split)) for folder in options.clips]

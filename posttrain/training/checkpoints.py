@@ -1,4 +1,6 @@
-"""Checkpoints of a run: folders step-000100/ with weights.safetensors, state.pt, and meta.json, which has their hashes.
+"""Checkpoints of a run: folders step-000100/ with weights.safetensors, state.pt and meta.json.
+
+meta.json has the digests of the others, and its own.
 
 They are whole or absent. A damaged one is put aside, and the one before it is used.
 """
@@ -24,7 +26,7 @@ KEPT = 2  # checkpoints
 
 
 class Checkpoint(NamedTuple):
-    meta: dict[str, Any]  # step, what the weights depend on, hashes of the files
+    meta: dict[str, Any]  # step, what the weights depend on, digests of the files
     weights: dict[str, Tensor]
     state: dict[str, Any]
 
@@ -44,7 +46,7 @@ def save(folder: Path, meta: Mapping[str, Any], weights: Mapping[str, Tensor], s
     torch.save(dict(state), stored)
     contents = {"weights.safetensors": save_tensors(dict(weights)), "state.pt": stored.getvalue()}
     sums = {name: files.sha256_bytes(content) for name, content in contents.items()}
-    contents["meta.json"] = json.dumps({**meta, "sha256": sums}, indent=1).encode()
+    contents["meta.json"] = json.dumps(files.seal({**meta, "files": sums}), indent=1).encode()
     with files.replacing(folder / f"step-{meta['step']:06d}") as temporary:
         temporary.mkdir()
         for name, content in contents.items():
@@ -54,7 +56,7 @@ def save(folder: Path, meta: Mapping[str, Any], weights: Mapping[str, Tensor], s
 
 def drop_old(folder: Path) -> None:
     for old in kept(folder)[:-KEPT]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def newest(folder: Path, meaning: Mapping[str, Any]) -> Checkpoint | None:
@@ -98,12 +100,14 @@ def read(path: Path) -> Checkpoint:
         Damaged: something in it is absent or changed. A disk that does not answer is no damage, and raises OSError.
     """
     try:
-        meta = files.read_json(path / "meta.json")
-        contents = {name: (path / name).read_bytes() for name in meta["sha256"]}
-    except (UserError, FileNotFoundError, UnicodeDecodeError, KeyError, TypeError) as error:
+        meta = files.read_sealed(path / "meta.json")
+        contents = {name: (path / name).read_bytes() for name in meta["files"]}
+    except (UserError, FileNotFoundError, KeyError) as error:
+        if isinstance(silent := error.__cause__, OSError) and not isinstance(silent, FileNotFoundError):
+            raise silent from None
         raise Damaged(str(error)) from error
     for name, content in contents.items():
-        if files.sha256_bytes(content) != meta["sha256"][name]:
+        if files.sha256_bytes(content) != meta["files"][name]:
             raise Damaged(f"{name} is not what was written")
     state = torch.load(io.BytesIO(contents["state.pt"]), map_location="cpu", weights_only=True)
     return Checkpoint(meta, load_tensors(contents["weights.safetensors"]), state)

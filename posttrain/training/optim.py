@@ -5,6 +5,7 @@ At step s, with the gradient g of its batch:
     g' = g min(1, clip / |g|),   theta <- AdamW(theta, g', lr(s)),   ema <- d ema + (1 - d) theta
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -31,7 +32,7 @@ class TrainConfig(Strict):
     precision: Literal["fp32", "bf16"] = "fp32"  # of the arithmetic; weights keep their own
     schedule: Literal["constant", "cosine"] = "constant"
     lr_end: float | None = Field(None, gt=0)  # where cosine ends; None: at 0
-    warmup: int = Field(0, ge=0)  # steps from 0 to lr
+    warmup: int = Field(0, ge=0)  # so many first steps have lr 1 / warmup, 2 / warmup, ... 1
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
@@ -51,14 +52,22 @@ class TrainConfig(Strict):
 
 
 def schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> Any:
-    """The learning rate by step, as a torch scheduler."""
-    from diffusers.optimization import get_scheduler  # these take seconds to import
-    from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
+    """The learning rate by step s = 0, 1, ..., as a torch scheduler:
 
-    if train.lr_end is not None:
-        return get_cosine_with_min_lr_schedule_with_warmup(optimizer, train.warmup, train.steps, min_lr=train.lr_end)
-    name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
-    return get_scheduler(name, optimizer, num_warmup_steps=train.warmup, num_training_steps=train.steps)
+    lr (s + 1) / warmup for s < warmup, and then lr, or lr_end + (lr - lr_end) (1 + cos(pi p)) / 2 where p goes from 0
+    to 1 over the rest of the steps.
+    """
+    end = (train.lr_end or 0.0) / train.lr
+
+    def factor(step: int) -> float:
+        if step < train.warmup:
+            return (step + 1) / train.warmup
+        if train.schedule == "constant":
+            return 1.0
+        part = (step - train.warmup) / max(1, train.steps - train.warmup)
+        return 0.5 * (1 + math.cos(math.pi * part)) * (1 - end) + end
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 class Optimizer:

@@ -45,9 +45,10 @@ from posttrain.core.progress import progress
 from posttrain.core.trackers import check_trackers, log_videos, tracking
 from posttrain.training import checkpoints
 from posttrain.training.optim import Optimizer, TrainConfig
-from posttrain.types import Batch, Random
+from posttrain.types import LAYERS, Batch, Random
 
 Rollout = TypeVar("Rollout")
+Metric = float | Tensor | tuple[Tensor, Tensor]  # a pair stands for the first over the second
 
 
 class Data(Protocol):
@@ -139,7 +140,7 @@ class Run:
         self.steps = 0
         self._updates = 1  # optimiser steps on each batch
         self._stop: int | None = None
-        self._losses: list[dict[str, float]] = []  # of the micro-batches of this step
+        self._losses: list[dict[str, tuple[float, ...]]] = []  # of the micro-batches of this step
         self._started = time.monotonic()
         with files.explain(self.folder):
             self._checkpoints.mkdir(parents=True, exist_ok=True)
@@ -180,11 +181,14 @@ class Run:
                         yield made.pop(part) if last else made[part]
                 self._update()
 
-    def step(self, loss: Tensor, **metrics: float | Tensor) -> None:
-        """Take the gradient of a micro-batch's loss. The weights move when the loop asks for the next one."""
+    def step(self, loss: Tensor, **metrics: Metric) -> None:
+        """Take the gradient of a micro-batch's loss. The weights move when the loop asks for the next one.
+
+        The log has each metric's mean over micro-batches and processes; of a pair, the ratio of the two means.
+        """
         with torch.autocast(self.accelerator.device.type, enabled=False):
             self.accelerator.backward(loss)
-        self._losses.append({name: float(torch.as_tensor(v).detach()) for name, v in {"loss": loss, **metrics}.items()})
+        self._losses.append({name: _numbers(value) for name, value in {"loss": loss, **metrics}.items()})
 
     def add(self, part: Callable[[], Tensor]) -> None:
         """Take the gradient of a part of a micro-batch's loss, and free what it needed; `step` takes the last part's.
@@ -204,7 +208,7 @@ class Run:
         rows, self._losses = self._losses, []
         if len(rows) != self.train.accumulate:
             raise RuntimeError(f"run.step was called {len(rows)} times in {self.train.accumulate} micro-batches")
-        row = {name: self._mean([r[name] for r in rows]) for name in rows[0]}
+        row = {name: self._ratio([r[name] for r in rows]) for name in rows[0]}
         norm = self._optimizer.clip()
         if not math.isfinite(row["loss"]) or not math.isfinite(norm):
             raise self._not_finite(row["loss"], norm)
@@ -212,7 +216,7 @@ class Run:
         self._optimizer.step()
         self.steps += 1
         row["seconds"] = time.monotonic() - self._started
-        last = self.steps == self.train.steps
+        last = self.steps >= self.train.steps
         if self._validate and self._validate_every and (last or self.steps % self._validate_every == 0):
             row |= self._look()
         self._log({"step": self.steps, **row})
@@ -228,7 +232,7 @@ class Run:
 
     @property
     def done(self) -> bool:
-        return self._ended or self.steps == self.train.steps
+        return self._ended or self.steps >= self.train.steps
 
     def finish(self) -> nn.Module:
         """Put the averaged weights into the module for good, take off what accelerate wrapped around it, return it."""
@@ -274,7 +278,7 @@ class Run:
         """Around one micro-batch: its random numbers, precision, and whether processes exchange its gradient."""
         self.random = Random(self.train.seed, self.steps, self._positions(part))
         # for layers that draw on their own, as dropout does
-        entropy = np.random.SeedSequence([self.train.seed, self.steps, part, self._rank])
+        entropy = np.random.SeedSequence([self.train.seed, self.steps, part, self._rank], spawn_key=(LAYERS,))
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
         attention = sdpa_kernel(SDPBackend.MATH) if self._slow_attention else nullcontext()
         with self.accelerator.accumulate(self.module), self.accelerator.autocast(), attention:
@@ -310,6 +314,11 @@ class Run:
         if self.accelerator.num_processes > 1:
             mean = self.accelerator.reduce(mean.to(self.accelerator.device), "mean")
         return float(mean)
+
+    def _ratio(self, values: Sequence[tuple[float, ...]]) -> float:
+        """The mean, or of pairs the ratio of the means, over micro-batches and ranks."""
+        above, *below = (self._mean(each) for each in zip(*values, strict=True))
+        return above if not below else above / below[0] if below[0] else math.nan
 
     def _not_finite(self, loss: float, norm: float) -> UserError:
         first = self._first()
@@ -369,7 +378,7 @@ class Run:
             log = self.folder / "log.jsonl"
             with files.explain(log), open(log, "rb+") as stream:
                 os.fsync(stream.fileno())
-            meta = {"step": self.steps, "log_bytes": log.stat().st_size, **self.meaning}
+                meta = {"step": self.steps, "log_bytes": stream.seek(0, os.SEEK_END), **self.meaning}
             checkpoints.save(self._checkpoints, meta, self._optimizer.weights(), state)
         self.accelerator.wait_for_everyone()
 
@@ -389,8 +398,9 @@ class Run:
             return
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         path = self.folder / "log.jsonl"
-        with files.explain(path), open(path, "a") as stream:
-            stream.write(json.dumps(row) + "\n")
+        with files.explain(path), open(path, "r+b") as stream:  # not "a": where the folder is removed, training ends
+            stream.seek(0, os.SEEK_END)
+            stream.write(json.dumps(row).encode() + b"\n")
             self.accelerator.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=row["step"])
 
     def _cut_log(self) -> None:
@@ -400,6 +410,10 @@ class Run:
             with files.explain(log), open(log, "ab") as stream:
                 stream.truncate(min(self._log_bytes, stream.tell()))
         self.accelerator.wait_for_everyone()
+
+
+def _numbers(metric: Metric) -> tuple[float, ...]:
+    return tuple(float(torch.as_tensor(v).detach()) for v in (metric if isinstance(metric, tuple) else (metric,)))
 
 
 def _silent(note: str) -> None: ...

@@ -1,8 +1,8 @@
-"""The library of objects: which there are, which are kept for testing, and what each looks like and weighs.
+"""The library of objects: their ids, the split into train and test assets, and their meshes.
 
-Objects come from what pip installs: the 999 sound nameless shapes of pybullet_data ("toy"), its named models (duck,
-mug, ...), and the shapes of shapes.py. An asset's id is `category/number`. Everything follows from ids: the same id
-gives the same arrays in every process.
+Objects come from installed packages: the 999 usable nameless shapes of pybullet_data ("toy"), its named models (duck,
+mug, ...), and the shapes of shapes.py. An asset's id is `category/number`. The same id gives the same arrays in every
+process.
 
 Shape letters: V vertices, F triangles, P points.
 """
@@ -21,7 +21,7 @@ from sim.assets import convex
 from sim.assets.meshes import centred, read_obj, second_moments, smooth
 from sim.assets.shapes import SHAPES, sphere_points
 
-HULL_POINTS = 64  # what PyBullet handles quickly; more would be no better at these sizes
+HULL_POINTS = 64  # PyBullet is fast with so many; more are no better at these sizes
 CONVEX = 1.001  # a hull's volume in that of its mesh, below which one hull is all that collides
 NEAR = 0.02  # of the longest side: how far what collides may stand off the mesh
 VARIANTS = 16  # proportions per made category
@@ -39,7 +39,7 @@ MODELS: dict[str, tuple[str, str | None, str]] = {
     "wheel": ("racecar/meshes/left_front_wheel.obj", "racecar/meshes/wheel.jpg", "y"),
     "wooden box": ("table/table.obj", "table/table.png", "z"),
 }
-ROUND = ("ball", "soccer ball")  # a hull of 64 points would not roll: physics takes a true sphere of diameter `size`
+ROUND = ("ball", "soccer ball")  # a hull of 64 points would not roll, so engines use a sphere of diameter `size`
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +63,12 @@ def object_ids() -> list[str]:
 
 
 def category(asset: str) -> str:
-    """What an asset is: "ball" of "ball/00"."""
+    """An asset's category: "ball" for "ball/00"."""
     return asset.partition("/")[0]
 
 
 def is_round(asset: str) -> bool:
-    """Whether physics takes a sphere of diameter `size` for it."""
+    """Whether engines use a sphere of diameter `size` for it."""
     return category(asset) in ROUND
 
 
@@ -82,7 +82,7 @@ def split(ids: list[str], fraction: float = 0.1) -> tuple[list[str], list[str]]:
 def choose(rng: np.random.Generator, ids: list[str]) -> str:
     """One of `ids`: half of the time a nameless toy, else first a category and then one of that category.
 
-    An even draw over ids would show toys four times in five, and captions would have little to say.
+    A uniform draw over ids would give toys four times in five, and captions could not name them.
     """
     by_category: dict[str, list[str]] = {}
     for asset in ids:

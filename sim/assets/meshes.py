@@ -37,7 +37,7 @@ def read_obj(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.
 def centred(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, float]:
     """Vertices around the centre of mass with a longest side of 1, and the volume after that.
 
-    Signed tetrahedra from the origin; parts that overlap count twice, which is how pybullet_data's toys are built.
+    Signed tetrahedra from the origin. Overlapping parts count twice; pybullet_data's toys have such parts.
     """
     vertices = (vertices - vertices.mean(axis=0)) / np.ptp(vertices, axis=0).max()
     a, b, c = (vertices[faces[:, i]] for i in range(3))
@@ -66,9 +66,9 @@ def smooth(
 
     A corner's normal is the area-weighted mean of the faces that meet there and turn by less than the crease angle.
     """
-    spots, index = np.unique(np.round(vertices, 6), axis=0, return_inverse=True)
+    points, index = np.unique(np.round(vertices, 6), axis=0, return_inverse=True)
     faces = index.reshape(-1)[faces]
-    cross = np.cross(spots[faces[:, 1]] - spots[faces[:, 0]], spots[faces[:, 2]] - spots[faces[:, 0]])
+    cross = np.cross(points[faces[:, 1]] - points[faces[:, 0]], points[faces[:, 2]] - points[faces[:, 0]])
     area = np.linalg.norm(cross, axis=1)
     solid = area > 1e-12
     faces, cross, area = faces[solid], cross[solid], area[solid]
@@ -77,9 +77,9 @@ def smooth(
     corner_spot = faces.reshape(-1)
     corner_face = np.repeat(np.arange(len(faces)), 3)
     order = np.argsort(corner_spot, kind="stable")
-    count = np.bincount(corner_spot, minlength=len(spots))
+    count = np.bincount(corner_spot, minlength=len(points))
     start = np.cumsum(count) - count
-    repeats = count[corner_spot]  # every corner is paired with all corners at the same spot
+    repeats = count[corner_spot]  # every corner is paired with all corners at the same point
     mine = np.repeat(np.arange(len(corner_spot)), repeats)
     offset = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
     other = corner_face[order[start[corner_spot[mine]] + offset]]
@@ -87,7 +87,7 @@ def smooth(
     normals = np.zeros((len(corner_spot), 3))
     np.add.at(normals, mine[weight], cross[other[weight]])
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
-    keys = [spots[corner_spot], np.round(normals, 4)]
+    keys = [points[corner_spot], np.round(normals, 4)]
     if uv is not None:
         keys.append(uv.reshape(-1, 2))
     table, inverse = np.unique(np.concatenate(keys, axis=1), axis=0, return_inverse=True)

@@ -1,4 +1,4 @@
-"""Shapes made here, by turning a profile, raising an outline or taking a hull.
+"""Shapes made by turning a profile, extruding an outline or taking a convex hull.
 
 Each function of `SHAPES` takes a generator and returns (vertices (V, 3), faces (F, 3)), faces counter-clockwise from
 outside.
@@ -41,7 +41,7 @@ def lathe(profile: np.ndarray, segments: int = 28, ring: bool = False) -> Shape:
 
 
 def extrude(outline: np.ndarray, height: float, top: float = 1.0) -> Shape:
-    """Raise an outline (P, 2), counter-clockwise and star-shaped around the origin; its upper copy scaled by `top`."""
+    """Extrude an outline (P, 2), counter-clockwise and star-shaped around the origin; its top is scaled by `top`."""
     count = len(outline)
     low = np.column_stack([outline, np.zeros(count)])
     high = np.column_stack([outline * top, np.full(count, height)])

@@ -1,4 +1,4 @@
-"""Colours, materials and backgrounds. Hue, saturation and value are of sRGB; everything that leaves is linear."""
+"""Colours, materials and backgrounds. Hue, saturation and value are of sRGB; returned colours are linear."""
 
 import colorsys
 from functools import cache
@@ -70,7 +70,7 @@ def material(rng: np.random.Generator, size: float = 0.25) -> Material:
 
 
 def surface(rng: np.random.Generator, scale: float) -> Material:
-    """A floor or a wall: calmer than objects, so that these stand out."""
+    """A floor or a wall, with less contrast than objects, so that objects stand out."""
     pattern = PATTERNS[rng.choice(len(PATTERNS), p=[0.1, 0.18, 0.14, 0.1, 0.08, 0.12, 0.14, 0.14])]
     family = rng.choice(["grey", "earth", "pastel", "vivid"], p=[0.25, 0.3, 0.25, 0.2])
     hue, value = rng.random(), rng.uniform(0.35, 0.9)
@@ -90,7 +90,7 @@ def background_ids() -> list[str]:
 
 @cache
 def background(id: str) -> Background:
-    """The floor, the optional wall and the sky that an id stands for. The wall lies at y = 1.5 to 4 metres.
+    """The floor, the optional wall and the sky of an id. The wall is at y = 1.5 to 4 metres.
 
     Raises:
         UserError: no such background.

@@ -1,8 +1,8 @@
-"""Free fall and bounces over the floor in closed form: an engine for balls, and what others are tested by.
+"""Free fall and bounces on the floor in closed form: an engine for balls, and the reference for tests of others.
 
-SI units, z up, heights are those of a body's lowest point. Rotation and friction play no part, so `simulate` refuses
-scenes in which they would: bodies that touch each other, bodies other than balls that touch the floor, gravity that
-drives a body along the floor. It refuses interventions too.
+SI units, z up; heights are those of a body's lowest point. There is no rotation or friction, so `simulate` refuses
+scenes that need them: bodies that touch each other, bodies other than balls that touch the floor, gravity that drives a
+body along the floor. It refuses interventions too.
 
 Shape letters: T times, N bodies.
 """
@@ -67,9 +67,9 @@ class Fall:
         touches = np.searchsorted(contacts, times, side="right")
         speed = impact_speed(self.height, self.gravity) * self.restitution**touches
         since = times - np.concatenate([[0.0], contacts])[touches]
-        start = np.where(touches == 0, self.height, 0.0)
+        initial_height = np.where(touches == 0, self.height, 0.0)
         speed = np.where(touches == 0, 0.0, speed)
-        height = start + speed * since - self.gravity * since**2 / 2
+        height = initial_height + speed * since - self.gravity * since**2 / 2
         resting = (touches > 0) & (since > 2 * speed / self.gravity)
         return np.where(resting, 0.0, height), np.where(resting, 0.0, speed - self.gravity * since)
 
@@ -82,9 +82,10 @@ DEFAULT = Config()
 
 
 def simulate(scene: Scene, interventions: Sequence[Intervention] = (), config: Config = DEFAULT) -> Trajectory:
-    """Let the scene go at time 0: `dropped` bodies fall from rest, all others stay. `energy` is that at the frames.
+    """The motion from time 0 on: `dropped` bodies fall from rest, all others stay. `energy` is given at the frames.
 
-    A contact's impulse is m v (1 + e); the last one, from which on the body rests, also holds its weight to the end.
+    A contact's impulse is m v (1 + e); that of the last one, after which the body rests, includes its weight to the
+    end.
 
     Raises:
         UserError: the scene needs more than free fall and bounces, or there are interventions.
@@ -104,7 +105,7 @@ def simulate(scene: Scene, interventions: Sequence[Intervention] = (), config: C
             positions_TN3[:, i], speeds_T, touches = _fall(scene, body, times_T)
             if touches and not library.is_round(body.asset):
                 remedy = "write `physics: {name: bullet}`, or take balls (`shapes: [ball]`)"
-                raise unsupported("analytic", scene, f"{body.asset} would turn when it meets the floor", remedy)
+                raise unsupported("analytic", scene, f"{body.asset} would rotate when it hits the floor", remedy)
             if touches and any(scene.gravity[:2]):
                 raise unsupported("analytic", scene, "gravity drives a body along the floor, where friction acts")
             contacts += [Contact(time, i, FLOOR, impulse) for time, impulse in touches]
@@ -142,7 +143,7 @@ def _fall(scene: Scene, body: Body, times_T: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _refuse_touch(scene: Scene) -> None:
-    """Refuse a scene in which two bodies may meet: a dropped one and any other, by the spheres around them."""
+    """Refuse a scene in which a dropped body and another may touch, by their bounding spheres."""
     moving = [i for i, body in enumerate(scene.bodies) if body.role == "dropped"]
     fine_T = np.linspace(0, (scene.frames - 1) / scene.fps, 16 * scene.frames)
     still = {i: np.tile(body.position, (len(fine_T), 1)) for i, body in enumerate(scene.bodies)}

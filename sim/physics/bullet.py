@@ -1,13 +1,13 @@
 """Rigid bodies in PyBullet, set up so that free flight agrees with the closed form to rounding.
 
-Departures from Bullet's defaults. Damping is 0. Released bodies start with a velocity of g dt / 2 against gravity,
-which cancels the g t dt / 2 by which semi-implicit Euler leaves the parabola. A step is 1/960 s. Contacts count from
-0.5 mm on instead of 2 cm, as what is met earlier loses its bounce, and penetration is mended slowly, as mending adds
-speed: of its speed a ball keeps 0.005 more than its restitution (at 1/240 s, 2 mm and ten times the mending it was
-0.035 more, and contacts were 2 ms late). Bodies are the convex parts of library.parts without Bullet's margin, by which
-they would touch 1 mm above what is drawn; balls are spheres. A body of one part has the inertia of its bounding box, as
-Bullet has it for every hull; a body of several has that of its mesh, and its frame in Bullet lies along its principal
-axes.
+Departures from Bullet's defaults. Damping is 0. Dropped bodies start with a velocity of g dt / 2 against gravity, which
+cancels the deviation g t dt / 2 of semi-implicit Euler from the parabola. A step is 1/960 s. Contacts begin at 0.5 mm
+instead of 2 cm, since earlier ones lose their bounce. Penetration is corrected slowly, since correction adds speed: a
+ball keeps 0.005 more of its speed than its restitution (with 1/240 s, 2 mm and ten times the correction it was 0.035
+more, and contacts were 2 ms late). Bodies are the convex parts of library.parts without Bullet's margin, with
+which they would touch 1 mm above what is drawn; balls are spheres. A body of one part has the inertia of its bounding
+box, Bullet's rule for hulls; a body of several parts has the inertia of its mesh, and its frame in Bullet lies along
+its principal axes.
 
 Shape letters: S records, T frames, N bodies, V hull vertices.
 """
@@ -45,7 +45,7 @@ from sim.scene import (
 RATE = 240  # records per second, or the next rate that is a whole number of records per frame
 STEPS = 4  # of physics per record
 GAP = 3  # records without impulse that end a touch
-STILL = 5e-3  # metres (and radians) per second below which a settling body rests
+STILL = 5e-3  # metres (and radians) per second: a slower settling body rests
 Hook = Callable[[int], None]  # called before each step with its number, 0 before anything has moved
 
 
@@ -58,7 +58,7 @@ DEFAULT = Config()
 
 @lru_cache(maxsize=1)
 def engine() -> ModuleType:
-    """PyBullet with one world per process. Its greeting comes from C, so standard error is away for a moment."""
+    """PyBullet with one world per process. C code prints a greeting, so standard error is closed during the import."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -103,7 +103,7 @@ def _parts_file(asset: str) -> str:
 
 
 def shape(bullet: ModuleType, body: Body) -> int:
-    """What collides for it: a sphere, its convex hull, or its convex parts."""
+    """The body's collision shape: a sphere, its convex hull or its convex parts."""
     if library.is_round(body.asset):
         return int(bullet.createCollisionShape(bullet.GEOM_SPHERE, radius=body.size / 2))
     if len(library.parts(body.asset)) > 1:
@@ -144,8 +144,10 @@ def _add(bullet: ModuleType, body: Body) -> int:
 def _load(scene: Scene, steps: int, gap: float, mending: float) -> tuple[ModuleType, list[int], float]:
     """A fresh world with the floor (handle 0) and all bodies; also their handles and the step in seconds.
 
-    Of a record there are so many steps; contacts count from a gap of so many metres on, and of what overlaps the share
-    `mending` is pushed out per step.
+    Args:
+        steps: per record.
+        gap: metres between bodies at which a contact begins.
+        mending: share of an overlap that is corrected per step.
     """
     bullet = engine()
     step = 1 / (scene.fps * records_per_frame(scene.fps) * steps)
@@ -160,15 +162,15 @@ def _load(scene: Scene, steps: int, gap: float, mending: float) -> tuple[ModuleT
 
 
 def simulate(scene: Scene, interventions: Sequence[Intervention] = (), config: Config = DEFAULT) -> Trajectory:
-    """Let the scene go at time 0: `dropped` bodies fall from rest, `pile` rests, `moved` are fixed obstacles.
+    """The motion from time 0 on: `dropped` bodies fall from rest, `pile` rests, `moved` are fixed obstacles.
 
-    A contact's time is that of the step that first resists it, less the gap there over the speed at which it closes;
-    its impulse is the sum of the normal impulses until the two part (or the clip ends, for what comes to rest). The
+    A contact's time is that of the first step with an impulse, corrected by the gap there over its closing speed. Its
+    impulse is the sum of the normal impulses until the two separate (or until the clip ends, if the body rests). The
     energy is recorded at RATE.
     """
     bullet, handles, step = _load(scene, STEPS, gap=5e-4, mending=0.005)
     per_frame = records_per_frame(scene.fps)
-    body_of = {handle: i for i, handle in enumerate(handles)}  # all else, the floor's 0 among it, is floor
+    body_of = {handle: i for i, handle in enumerate(handles)}  # any other handle is the floor: 0, or a copy of it
     gravity = np.array(scene.gravity)
     for handle, body in zip(handles, scene.bodies, strict=True):
         if body.role == "dropped":
@@ -221,7 +223,7 @@ def simulate(scene: Scene, interventions: Sequence[Intervention] = (), config: C
 
 
 def _hook(bullet: ModuleType, handles: list[int], scene: Scene, step: float, intervention: Intervention) -> Hook:
-    """What carries out an intervention while the world runs. The floor's handle is 0."""
+    """A function that carries out an intervention during the simulation. The floor's handle is 0."""
     handle = handles[intervention.body]
     done = False
 
@@ -279,7 +281,7 @@ def _hook(bullet: ModuleType, handles: list[int], scene: Scene, step: float, int
 
 
 def _until_touch(bullet: ModuleType, point: Any, velocity: dict[int, Any], step: float) -> float:
-    """Seconds until the two touch at a point, a step at most, negative if they did: the gap over its closing speed."""
+    """Seconds until the two touch at a point, at most a step, negative for the past: the gap over its closing speed."""
     _, a, b, _, _, on_a, on_b, normal, gap, *_ = point
     closing = 0.0
     for handle, position, sign in ((a, on_a, -1.0), (b, on_b, 1.0)):
@@ -298,9 +300,9 @@ def _rotate_back(xyzw_SN4: np.ndarray, vectors_SN3: np.ndarray) -> np.ndarray:
 
 
 def settle(scene: Scene, seconds: float = 6.0) -> list[tuple[Vector, Quaternion]] | None:
-    """Poses of the bodies after they came to rest, or None if they did not within `seconds`.
+    """Poses of the bodies after they came to rest; None if they did not within `seconds`.
 
-    Motion is damped here: where bodies come to rest matters, not the way to it.
+    Motion is damped here, since only the final poses matter.
     """
     bullet, handles, step = _load(scene, 1, gap=2e-3, mending=0.05)
     for handle in handles:
@@ -322,9 +324,9 @@ def settle(scene: Scene, seconds: float = 6.0) -> list[tuple[Vector, Quaternion]
 
 
 def clearance(scene: Scene) -> float:
-    """Metres of air at time 0 between the two closest things (bodies or floor); negative where they overlap.
+    """Metres of air at time 0 between the closest two of bodies and floor; negative if they overlap.
 
-    What touches sinks in by a fraction of a millimetre.
+    Touching bodies overlap by a fraction of a millimetre.
     """
     bullet, handles, _ = _load(scene, 1, gap=2e-3, mending=0.05)
     things = [0, *handles]

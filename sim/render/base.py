@@ -1,7 +1,7 @@
-"""What a renderer is: a module of this package that a recipe names in `renderer:`.
+"""The protocol of renderers, the modules of this package that a recipe names in `renderer:`.
 
-It has a `Config`, and `render(scene, trajectory, config)`, which returns what `Render` says; the laws that every
-renderer keeps are in tests/sim_laws.py.
+A renderer has a `Config` and `render(scene, trajectory, config)`, see `Render`. The laws that every renderer keeps are
+in tests/sim_laws.py.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,9 @@
 """The default renderer: OpenGL 3.3 without a window, on Mesa's software rasteriser or on a graphics card.
 
-Once per clip the still background is painted (the plate: colour with and without sun, and depth). Then all frames are
-drawn, stacked in one tall target: a shadow map, the colours, `supersample` x `supersample` samples per pixel averaged
-in linear light, and, at one sample per pixel centre, instance, depth and forward flow, so that these three are exact
-at pixel centres. Rows run downwards everywhere: the projection flips, so nothing has to be flipped when read back.
+The background is painted once per clip (the plate: colour with and without sun, and depth). Then all frames are drawn,
+stacked in one tall target: a shadow map; the colours, `supersample` x `supersample` samples per pixel averaged in
+linear light; and instance, depth and forward flow, one sample per pixel, so they are exact at pixel centres. Rows run
+downwards everywhere: the projection flips the picture, so nothing is flipped after reading.
 
 Light: radiance = albedo * (hemisphere ambient * occlusion + sun * cosine * shadow); occlusion by the other bodies is
 that of spheres of the bodies' volume, (r / d)^2 * cosine.
@@ -28,7 +28,7 @@ from sim.render.base import check
 from sim.scene import Body, Camera, Clip, Material, Scene, Trajectory
 
 NEAR = 0.05  # metres; the far plane is at infinity
-TALLEST = 12288  # rows of a target: frames beyond that are drawn in the next batch
+TALLEST = 12288  # rows of a target; further frames are drawn in the next batch
 OCCLUDERS = 16
 SRGB8 = 0x8C41  # OpenGL's name for 8-bit sRGB texels
 IMAGE = len(PATTERNS)  # the number of the pattern that shows the asset's own texture
@@ -52,16 +52,16 @@ def render(scene: Scene, trajectory: Trajectory, config: Config = DEFAULT) -> Cl
         UserError: no EGL on this machine, or more bodies than a uint8 mask can number.
     """
     check(scene)
-    here = stage(os.getpid())
-    with here.context:  # whoever opened another context since took this one's place, and may have closed it
-        return here.film(scene, trajectory, config.supersample)
+    gl = stage(os.getpid())
+    with gl.context:  # another context may have become current since
+        return gl.render(scene, trajectory, config.supersample)
 
 
 def missing_egl(reason: Exception) -> UserError:
-    """What to tell someone whose machine cannot open an EGL context."""
+    """The error for a machine that cannot open an EGL context."""
     return UserError(
         f"renderer gl: no EGL context ({str(reason) or type(reason).__name__}); install it with `sudo apt-get install "
-        "-y libegl1 libgl1-mesa-dri`, or write `renderer: {name: tiny}` in the recipe, the plainer fallback",
+        "-y libegl1 libgl1-mesa-dri`, or write `renderer: {name: tiny}` in the recipe, a simpler renderer",
         "not_installed",
         "renderer.name",
     )
@@ -69,23 +69,23 @@ def missing_egl(reason: Exception) -> UserError:
 
 @cache
 def stage(process: int) -> "Stage":
-    """The one stage of a process: a context must not be shared with the children of a fork."""
+    """The stage of a process: after a fork, a child must not use its parent's context."""
     return Stage()
 
 
 class Stage:
-    """A context and what stays on the device between clips: programs, meshes, textures, targets."""
+    """A context with all that stays on the device between clips: programs, meshes, textures, targets."""
 
     def __init__(self) -> None:
         os.environ.setdefault("LP_NUM_THREADS", "1")  # llvmpipe: one process per core beats threads
         try:
-            # glcontext would insist on libGL, which headless machines lack; libEGL hands out every function too.
+            # glcontext asks for libGL, which headless machines lack; libEGL has every function too
             settings: Any = {"backend": "egl", "libgl": "libEGL.so.1", "libegl": "libEGL.so.1"}
             self.context = moderngl.create_context(standalone=True, require=330, **settings)
         except Exception as error:  # glcontext raises bare exceptions
             raise missing_egl(error) from error
         self.context.enable_only(moderngl.DEPTH_TEST)
-        self.context.depth_func = "<="  # the sky lies at the depth that clears
+        self.context.depth_func = "<="  # the sky has the depth of a cleared buffer
         self.programs: dict[tuple[str, str], moderngl.Program] = {}
         self.meshes: dict[str, tuple[moderngl.Buffer, moderngl.Buffer]] = {}
         self.arrays: dict[tuple[moderngl.Program, str], moderngl.VertexArray] = {}
@@ -138,7 +138,7 @@ class Stage:
             self.targets[key] = Targets(self.context, (width, height), supersample, frames, shadow)
         return self.targets[key]
 
-    def film(self, scene: Scene, trajectory: Trajectory, supersample: int) -> Clip:
+    def render(self, scene: Scene, trajectory: Trajectory, supersample: int) -> Clip:
         camera, count = scene.camera, len(trajectory.positions_TN3)
         shadow = min(max(256, 4 * max(camera.width, camera.height)), 2048)
         batch = max(1, min(count, TALLEST // max(shadow, camera.height * supersample)))
@@ -147,7 +147,7 @@ class Stage:
         self.paint_plate(scene, look, targets.plate, supersample)
         self.paint_plate(scene, look, targets.label_plate, 1)
         parts = [
-            self.film_frames(scene, look, targets, supersample, range(k, min(k + batch, count)))
+            self.render_frames(scene, look, targets, supersample, range(k, min(k + batch, count)))
             for k in range(0, count, batch)
         ]
         rgb, label = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -158,7 +158,7 @@ class Stage:
         self.array(program, asset).render(moderngl.TRIANGLES, vertices=3 if asset is None else -1)
 
     def paint_plate(self, scene: Scene, look: "Look", plate: moderngl.Framebuffer, samples: int) -> None:
-        """Floor, wall and sky as they are without bodies."""
+        """Paint floor, wall and sky without bodies."""
         background = scene.background
         plate.use()
         plate.clear()
@@ -174,10 +174,10 @@ class Stage:
         sky = self.program(shaders.SCREEN_VERTEX, shaders.COMMON + shaders.SKY)
         self.draw(sky, None, **always, horizon=background.sky_horizon, zenith=background.sky_zenith)
 
-    def film_frames(
+    def render_frames(
         self, scene: Scene, look: "Look", targets: "Targets", samples: int, frames: range
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Colours uint8 (T, H, W, 3) and labels float32 (T, H, W, 4) of some frames."""
+        """Colours uint8 (T, H, W, 3) and labels float32 (T, H, W, 4) of the given frames."""
         width, height, bodies = scene.camera.width, scene.camera.height, scene.bodies
         count = targets.shadow.height // targets.shadow.width
 
@@ -243,7 +243,7 @@ class Stage:
 
 
 class Targets:
-    """What is drawn into, and the textures behind it; frames are stacked downwards."""
+    """Framebuffers and their textures; frames are stacked downwards."""
 
     def __init__(self, c: moderngl.Context, size: tuple[int, int], supersample: int, frames: int, shadow: int) -> None:
         fine = (size[0] * supersample, size[1] * supersample)
@@ -262,7 +262,7 @@ class Targets:
 
 
 class Look:
-    """A scene in the numbers that shaders take: float32, matrices column by column, per frame T and body N."""
+    """A scene as the inputs of shaders: float32, matrices column by column, per frame T and body N."""
 
     def __init__(self, scene: Scene, trajectory: Trajectory, shadow: int) -> None:
         camera, positions = scene.camera, trajectory.positions_TN3
@@ -335,7 +335,7 @@ def columns(matrices: np.ndarray) -> np.ndarray:
 
 
 def put(program: moderngl.Program, uniforms: Mapping[str, Value]) -> None:
-    """Set those uniforms that the program has (a compiler drops what a pattern does not use)."""
+    """Set the uniforms that the program has (the compiler removes those that a pattern does not use)."""
     for name, value in uniforms.items():
         uniform = program.get(name, None)
         if isinstance(uniform, moderngl.Uniform):

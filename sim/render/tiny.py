@@ -1,7 +1,7 @@
 """The fallback renderer: PyBullet's TinyRenderer, on any machine, without OpenGL.
 
-Instances, depth and flow are as exact as those of `gl`. The pictures are plainer: every body has the one colour that
-is the mean of its material or texture, floor and wall are flat, and a shadow is that of a sphere of the body's volume.
+Instances, depth and flow are as exact as those of `gl`. The pictures are simpler: every body has one colour, the mean
+of its material or texture, floor and wall are flat, and a shadow is that of a sphere of the body's volume.
 """
 
 from functools import cache
@@ -33,7 +33,7 @@ DEFAULT = Config()
 
 @cache
 def world() -> tuple[ModuleType, int]:
-    """PyBullet and the number of a world of our own, apart from that of the physics."""
+    """PyBullet and the number of the renderer's own world, separate from that of the physics."""
     bullet = engine()
     return bullet, bullet.connect(bullet.DIRECT)
 
@@ -161,7 +161,7 @@ def _backdrop(scene: Scene, sun: np.ndarray, samples: int, centres: np.ndarray, 
 
 
 def _mean(material: Material) -> np.ndarray:
-    """The one colour that stands for a material; a plain one has only its first."""
+    """The mean colour of a material; a plain one has only its first."""
     return np.mean([material.color] if material.pattern == "plain" else [material.color, material.second], axis=0)
 
 

@@ -1,12 +1,12 @@
 """PISA's ambiguous set (Li et al. 2025, section 5.2 and appendix F): one first picture, several falls.
 
-An object alone hangs before a level camera, without shadows. It is moved along the camera's rays and grows as it goes
-away, so that the first picture stays as it is; what it weighs grows with its volume. The clips of a group share their
+A single object hangs in front of a level camera, without shadows. It is moved along the camera's rays and scaled with
+its distance, so the first picture stays the same; its mass grows with its volume. The clips of a group share their
 first picture byte for byte and differ in the depth Z of the object's lowest point, and so in its height and fall time:
 
     Z ~ U(depth),   Y = h + beta Z,   t = sqrt(2 Y / g)
 
-Where the object is below the camera (beta < 0), Z ends where its ray meets the floor.
+If the object is below the camera (beta < 0), Z ends where its ray meets the floor.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from sim.worlds.base import Amount, Draw, Positives, Take
 
 
 class Config(drop.Config):
-    """`drop` and `size` are those at the nearest depth; the camera does not retreat, `camera_gap` is not used."""
+    """`drop` and `size` hold at the nearest depth. The camera does not retreat; `camera_gap` is not used."""
 
     dropped: tuple[Literal[1], Literal[1]] = (1, 1)
     pile: tuple[Literal[0], Literal[0]] = (0, 0)
@@ -39,10 +39,10 @@ class Config(drop.Config):
 
 
 def group(draw: Draw, config: Config, simulate: Simulate) -> list[Scene]:
-    """The scenes of a group; which depths they have says nothing about whether they can be filmed.
+    """The scenes of a group; if one of them can be filmed, all can.
 
     Raises:
-        UserError: the ranges leave no room for such a scene.
+        UserError: no such scene fits the ranges.
     """
     near, far = config.depth
     for _ in range(drop.ATTEMPTS):
@@ -68,14 +68,14 @@ def group(draw: Draw, config: Config, simulate: Simulate) -> list[Scene]:
 def takes(draw: Draw, config: Config, simulate: Simulate, render: Render) -> Iterator[Take]:
     """The clips of a group.
 
-    Their rows tell depth Z and height Y of the lowest point and between which `depths` Z was drawn, metres, and beta.
+    Their rows have depth Z and height Y of the lowest point, the range `depths` of Z, all in metres, and beta.
     """
     picture: np.ndarray | None = None
     for scene in group(draw, config, simulate):
         trajectory = simulate(scene)
         clip = render(scene, trajectory)
         picture = clip.rgb[0] if picture is None else picture
-        clip.rgb[0] = picture  # rounding makes a grey level here and there, which would tell
+        clip.rgb[0] = picture  # rounding differs by a grey level here and there, which would give the depth away
         _, y, z = lowest(scene.bodies[0])
         labels = {"depth": float(y) - scene.camera.position[1], "height": float(z), "beta": slope(scene)}
         yield Take(scene, trajectory, clip, {"group": draw.index, "depths": list(config.depth), **labels})
@@ -88,7 +88,7 @@ def slope(scene: Scene) -> float:
 
 
 def at(scene: Scene, depth: float) -> Scene:
-    """The same picture with the object's lowest point at another depth: all lengths from the camera on are scaled."""
+    """The scene with the object's lowest point at another depth; lengths are scaled so that the picture is the same."""
     (body,) = scene.bodies
     eye = np.array(scene.camera.position)
     factor = depth / float(lowest(body)[1] - eye[1])

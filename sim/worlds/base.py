@@ -1,8 +1,8 @@
-"""What a world is: a module of this package that a recipe names in `world:`.
+"""The protocol of worlds, the modules of this package that a recipe names in `world:`.
 
-It has a `Config` of WorldConfig, and `takes(draw, config, simulate, render)`, which films the clips of one scene with
-the engine and the renderer that it is given. All that is random comes from `draw.rng`, so a scene is a function of its
-draw. The laws that every world keeps are in tests/sim_laws.py.
+A world has a `Config` (of WorldConfig) and `takes(draw, config, simulate, render)`, which films the clips of one scene
+with the given engine and renderer. All random numbers come from `draw.rng`, so a scene is a function of its draw. The
+laws that every world keeps are in tests/sim_laws.py.
 """
 
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ Shares = Annotated[tuple[Share, Share], AfterValidator(ascending)]
 
 
 class WorldConfig(Strict):
-    """What every world's Config has: pixels, and frames per second."""
+    """The fields that every world's Config has; width and height in pixels."""
 
     width: int = Field(256, ge=8, le=8192)
     height: int = Field(256, ge=8, le=8192)
@@ -45,7 +45,7 @@ class WorldConfig(Strict):
 
 @dataclass(frozen=True)
 class Draw:
-    """What a scene is drawn from: random numbers, the split's assets, and the scene's number in its split."""
+    """The inputs of a scene: random numbers, the split's assets, and the scene's number in its split."""
 
     rng: np.random.Generator
     objects: list[str]
@@ -55,9 +55,11 @@ class Draw:
 
 @dataclass(frozen=True)
 class Take:
-    """A clip, what it is of, and what its row tells beside the usual; clips of one "group" share a first picture.
+    """A clip with its scene and trajectory.
 
-    `motion` is what the target does.
+    Attributes:
+        labels: further fields of its row; clips of one "group" share a first picture.
+        motion: what the target does.
     """
 
     scene: Scene

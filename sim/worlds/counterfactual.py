@@ -1,12 +1,13 @@
-"""Clips that are wrong in a known way by a known amount: groups of one true drop scene and violations of it.
+"""Clips that are wrong in a known way by a known amount: groups of a true drop scene and violations of it.
 
-All members of a group have the scene, the camera and the first picture of the true clip (drop.py); each other one
-breaks one law. A violation's `value` is physical, its `severity` says how wrong the clip is:
+All members of a group have the scene, the camera and the first picture of the true clip (drop.py); each of the others
+breaks one law. A violation's `value` is physical; its `severity` says how wrong the clip is:
 
     severity = min(1, d / d_static),   d = mean over frames and bodies of |x - x_true|, metres,
 
-with x the bodies' centres of mass and d_static that of the clip in which nothing moves. For what vanishes or melts,
-whose centre may be right, d is the mean over frames of the pixels in which the target's mask differs from the true one.
+with x the bodies' centres of mass and d_static that of the clip in which nothing moves. If the target vanishes or
+melts, its centre may be right; then d is the mean over frames of the pixels in which its mask differs from the true
+one.
 
 Shape letters: T frames, N bodies.
 """
@@ -27,7 +28,7 @@ from sim.scene import FLOOR, AddEnergy, Clip, Hold, Intervention, Scene, Telepor
 from sim.worlds import drop
 from sim.worlds.base import Draw, Take
 
-# kind of violation -> what its value says, the least and the largest one, and a sweep that grows worse
+# kind of violation -> meaning of its value, least and largest value, and a sweep from mild to severe
 VIOLATIONS: dict[str, tuple[str, tuple[float, float], tuple[float, ...]]] = {
     "weak_gravity": ("of g", (0.0, 1.0), (0.8, 0.6, 0.4, 0.2)),
     "strong_gravity": ("of g", (1.0, 20.0), (1.25, 1.6, 2.5, 5.0)),
@@ -46,7 +47,7 @@ VIOLATIONS: dict[str, tuple[str, tuple[float, float], tuple[float, ...]]] = {
     "slow_motion": ("of the speed", (0.0, 1.0), (0.8, 0.6, 0.4, 0.2)),
 }
 SEEN = ("vanish", "melt")  # wrong in the picture, not in the path
-RIGHT = 0.005  # severity up to which nothing was violated
+RIGHT = 0.005  # up to this severity nothing counts as violated
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,12 @@ class Violation:
 
 
 class Config(drop.Config):
-    """`violations`: the values of each kind (default: all kinds of VIOLATIONS, swept). Those of a pile need one."""
+    """`violations`: the values of each kind (default: the sweeps of VIOLATIONS). tunnel_pile needs a pile."""
 
     violations: dict[str, Annotated[tuple[float, ...], Field(min_length=1)]] = Field(
         default_factory=lambda: {kind: sweep for kind, (_, _, sweep) in VIOLATIONS.items()}
     )
-    # Of a group at most, the true clip among them, the others drawn; None: all. What violates nothing is left out.
+    # of a group at most, the true clip included, the others drawn; None: all. Clips that violate nothing are left out
     members: int | None = Field(None, ge=2)
 
     @field_validator("violations")
@@ -78,7 +79,7 @@ class Config(drop.Config):
 
 
 def group(draw: Draw, config: Config, simulate: Simulate) -> tuple[Scene, Trajectory, list[Violation]]:
-    """A true scene and its motion, and which laws the group's other members break.
+    """A true scene, its motion, and the violations of the group's other members.
 
     Raises:
         UserError: as `drop.make`.
@@ -106,9 +107,9 @@ def takes(draw: Draw, config: Config, simulate: Simulate, render: Render) -> Ite
     for violation in violations:
         trajectory = violate(scene, true, violation, simulate)
         clip = render(scene, trajectory)
-        clip.rgb[0] = truth.rgb[0]  # shadows are as coarse as the motion is wide, which would tell
+        clip.rgb[0] = truth.rgb[0]  # a wider motion has coarser shadows, which would give it away
         wrong = severity(scene, violation.kind, clip, trajectory, true, truth)
-        if wrong < RIGHT:  # as more bounce than what is there already, or a tunnel through a pile that it never hits
+        if wrong < RIGHT:  # for example a tunnel through a pile that the target never hits
             continue
         seen = float((clip.instances == scene.target + 1).any(axis=(1, 2)).mean())
         labels = {
@@ -122,7 +123,7 @@ def takes(draw: Draw, config: Config, simulate: Simulate, render: Render) -> Ite
 
 
 def violate(scene: Scene, true: Trajectory, violation: Violation, simulate: Simulate) -> Trajectory:
-    """The scene's motion with one law broken: gravity, time and the release for all bodies, the rest for the target.
+    """The scene's motion with one law broken: gravity, time and release for all bodies, else for the target only.
 
     Raises:
         UserError: the engine cannot do it.
@@ -157,7 +158,7 @@ def violate(scene: Scene, true: Trajectory, violation: Violation, simulate: Simu
             )
         case "more_bounce" | "less_bounce":
             kept = target.restitution * scene.floor_restitution
-            # with the floor's, which it is multiplied by, `value`; off a floor of 0 nothing bounces
+            # times the floor's restitution this is `value`; nothing bounces off a floor with 0
             more = max(value, kept) / (scene.floor_restitution or 1.0)
             other = replace(target, restitution=more if kind == "more_bounce" else value * target.restitution)
             bodies = [other if body is target else body for body in scene.bodies]
@@ -165,7 +166,9 @@ def violate(scene: Scene, true: Trajectory, violation: Violation, simulate: Simu
         case "vanish" | "melt":
             scales_TN = np.ones((scene.frames, len(scene.bodies)))
             if kind == "vanish":
-                scales_TN[(times_T > times_T[-1] - value) & (times_T > 0), scene.target] = 0  # all share frame 0
+                scales_TN[(times_T > times_T[-1] - value) & (times_T > 0), scene.target] = (
+                    0  # not in frame 0, which all share
+                )
             else:
                 scales_TN[:, scene.target] = 1 + (value - 1) * times_T / times_T[-1]
             return replace(true, scales_TN=scales_TN)
@@ -174,7 +177,7 @@ def violate(scene: Scene, true: Trajectory, violation: Violation, simulate: Simu
 
 
 def intervention(scene: Scene, true: Trajectory, violation: Violation) -> Intervention:
-    """What an engine is asked to do: hover, tunnel_floor, tunnel_pile, energy or teleport."""
+    """The engine's intervention for hover, tunnel_floor, tunnel_pile, energy or teleport."""
     value, target = violation.value, scene.target
     contact = _contact(scene, true)
     contact = (scene.frames - 1) / scene.fps if contact is None else contact
@@ -194,7 +197,7 @@ def intervention(scene: Scene, true: Trajectory, violation: Violation) -> Interv
 
 
 def _inwards(scene: Scene) -> float:
-    """Where the middle of the picture is from the target: -1 to the left, 1 to the right."""
+    """The side of the target on which the middle of the picture is: -1 left, 1 right."""
     return -1.0 if scene.bodies[scene.target].position[0] > 0 else 1.0
 
 
@@ -204,7 +207,7 @@ def _contact(scene: Scene, trajectory: Trajectory) -> float | None:
 
 
 def static(scene: Scene, simulate: Simulate) -> Trajectory:
-    """Nothing moves."""
+    """The scene's trajectory if nothing moves."""
     return simulate(replace(scene, bodies=tuple(replace(body, role="moved") for body in scene.bodies)))
 
 
@@ -219,7 +222,7 @@ def mask_deviation(mask_THW: np.ndarray, true_THW: np.ndarray) -> float:
 
 
 def severity(scene: Scene, kind: str, clip: Clip, trajectory: Trajectory, true: Trajectory, true_clip: Clip) -> float:
-    """How wrong a clip is: 0 as the truth, 1 as far from it as the clip in which nothing moves, or farther."""
+    """How wrong a clip is: 0 for the truth, 1 if it is at least as far from it as the clip in which nothing moves."""
     if kind in SEEN:
         mask_THW, true_THW = (c.instances == scene.target + 1 for c in (clip, true_clip))
         wrong, most = mask_deviation(mask_THW, true_THW), mask_deviation(true_THW[:1], true_THW)

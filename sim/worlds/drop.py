@@ -1,9 +1,9 @@
-"""PISA's drop scenes (Li et al. 2025, section 4.1 and appendix K), with the mistakes of its generator mended.
+"""PISA's drop scenes (Li et al. 2025, section 4.1 and appendix K), with corrections of its generator.
 
-Some objects hang at rest over piles; at time 0, which is frame 0, they are let go. Numbers of objects include their
-upper ends, a drop height is the air below the lowest point, piles are settled before time 0, nothing interpenetrates,
-restitution is never forced to 0. Everything a picture needs is drawn here, so the scene is a function of the numbers.
-Bullet puts the scene together, whichever engine moves it: it settles piles and sees what overlaps.
+Objects hang at rest over piles and are released at time 0, which is frame 0. Corrections: ranges of numbers of objects
+include their upper ends, a drop height is the air below the lowest point, piles are settled before time 0, nothing
+interpenetrates, restitution is never forced to 0. Everything that a picture needs is drawn here, so the scene is a
+function of the random numbers. Whichever engine moves the scene, Bullet settles its piles and finds overlaps.
 
 Shape letters: P points, T frames, N bodies, V hull vertices.
 """
@@ -25,10 +25,10 @@ from sim.render.base import MOST, Render
 from sim.scene import Background, Body, Camera, Light, Material, Scene, Trajectory
 from sim.worlds.base import Amount, Amounts, Draw, Positive, Positives, Share, Shares, Take, WorldConfig, ascending
 
-SMALLEST = 2.0  # pixels, root of the area of the target's box: below that it may miss every pixel's centre
-BOUNCIEST = 0.99  # share of a speed that bounces may keep: an engine that keeps 0.006 more may raise the energy
+SMALLEST = 2.0  # pixels, root of the area of the target's box: a smaller one may cover no pixel's centre
+BOUNCIEST = 0.99  # largest restitution of body and floor together: an engine that adds 0.006 must not raise the energy
 ATTEMPTS = 400
-TOUCH = -2e-3  # metres of overlap of the engine's hulls that still is a touch
+TOUCH = -2e-3  # metres of clearance between hulls down to which they count as touching
 
 
 def _above_the_horizon(degrees: tuple[float, float]) -> tuple[float, float]:
@@ -45,15 +45,17 @@ class Config(WorldConfig):
     drop: Positives = (0.5, 1.5)
     size: Positives = (0.1, 0.4)
     region: tuple[Amount, Amount] = (2.0, 2.0)  # the ground on which objects start: width, depth
-    camera_gap: Positive = 1.0  # from the camera to the region before it retreats
+    camera_gap: Positive = 1.0  # from the camera to the region, before it retreats
     camera_height: Positives = (0.4, 0.6)
     camera_step: Amounts = (0.0, 0.4)  # of one retreat
     target_pixels: Amounts = (0.0, 1e9)  # of the target in frame 0: root of its box's area
     hidden: Share = 0.5  # share of the target's box that may lie behind another's box
-    texture: Amount = 1.0  # contrast of procedural patterns; at 64 pixels a fine full one is aliasing and nothing else
-    studio: bool = False  # before a backdrop of the floor's colour, without wall or horizon
-    contrast: Amount = 0.0  # least sRGB distance of the target's colour from those of wall or sky, and floor
-    shapes: tuple[str, ...] = ()  # categories of objects, as "ball"; none named: all
+    texture: Amount = (
+        1.0  # contrast of procedural patterns; at 64 pixels fine ones with full contrast are only aliasing
+    )
+    studio: bool = False  # in front of a backdrop of the floor's colour, without wall or horizon
+    contrast: Amount = 0.0  # least sRGB distance of the target's colour from floor and wall or sky
+    shapes: tuple[str, ...] = ()  # categories of objects, such as "ball"; empty: all
     density: Positives = (200.0, 800.0)  # kg / m^3
     friction: Amounts = (0.5, 0.9)
     restitution: Shares = (0.2, 0.6)
@@ -101,10 +103,10 @@ def takes(draw: Draw, config: Config, simulate: Simulate, render: Render) -> Ite
 
 
 def make(draw: Draw, config: Config, simulate: Simulate) -> tuple[Scene, Trajectory]:
-    """A scene and its motion. Numbers and drop heights are drawn once, the rest again until all of it fits.
+    """A scene and its motion. Numbers and drop heights are drawn once; the rest is drawn again until all of it fits.
 
     Raises:
-        UserError: the ranges leave no room for such a scene, or the split has none of `shapes`.
+        UserError: no such scene fits the ranges, or the split has none of `shapes`.
     """
     heights, piles = numbers(draw, config)
     for _ in range(ATTEMPTS):
@@ -130,7 +132,7 @@ def numbers(draw: Draw, config: Config) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stage(draw: Draw, config: Config, heights: np.ndarray, piles: np.ndarray) -> Scene | None:
-    """The world at time 0, the camera where it is first; None if something overlaps or does not come to rest."""
+    """The scene at time 0, before the camera retreats; None if something overlaps or does not come to rest."""
     rng, objects = draw.rng, draw.objects
     if config.shapes:
         objects = [asset for asset in objects if library.category(asset) in config.shapes]
@@ -179,7 +181,7 @@ def stage(draw: Draw, config: Config, heights: np.ndarray, piles: np.ndarray) ->
 
 
 def place_camera(draw: Draw, config: Config, scene: Scene, trajectory: Trajectory) -> Scene | None:
-    """Retreat until all is in the picture at time 0 and the target always; None if the target is small or hidden."""
+    """Retreat until the picture shows all bodies at time 0 and the target always; None if it is too small or hidden."""
     below = [[(*body.position[:2], 0.0)] for body in scene.bodies if body.role != "pile"]  # its shadow
     start_P3 = np.concatenate([*below, *(outline(body) + body.position for body in scene.bodies)])
     path_TV3 = paths(scene, trajectory, scene.target)
@@ -201,7 +203,7 @@ def place_camera(draw: Draw, config: Config, scene: Scene, trajectory: Trajector
 def alone(
     draw: Draw, config: Config, simulate: Simulate, depth: float, height: float
 ) -> tuple[Scene, Trajectory] | None:
-    """One object so far from a camera that does not retreat, with so much air below it; None if that cannot be filmed.
+    """One object `depth` metres from a camera that does not retreat, `height` above the floor; None if that fails.
 
     `config.region` is the ground on which it may be, from that depth on.
     """
@@ -293,7 +295,7 @@ def _body(rng: np.random.Generator, config: Config, objects: list[str], role: Li
 
 
 def _stack(rng: np.random.Generator, config: Config, objects: list[str], spot: np.ndarray, count: int) -> list[Body]:
-    """Bodies one above the other with a little air between them, to be settled."""
+    """Bodies above each other with a little air in between, to be settled."""
     top, bodies = 0.0, []
     for _ in range(count):
         body = _body(rng, config, objects, "pile")
@@ -305,7 +307,7 @@ def _stack(rng: np.random.Generator, config: Config, objects: list[str], spot: n
 
 
 def _top(body: Body, low_2: np.ndarray, high_2: np.ndarray) -> float:
-    """The height of the body's top if its box overlaps that footprint, else 0."""
+    """The height of the body's top if its box overlaps the footprint `low_2` to `high_2`, else 0."""
     points_V3 = outline(body) + body.position
     apart = (points_V3.min(0)[:2] > high_2).any() or (points_V3.max(0)[:2] < low_2).any()
     return 0.0 if apart else float(points_V3[:, 2].max())
@@ -328,21 +330,21 @@ def _background(rng: np.random.Generator, config: Config, backgrounds: list[str]
 
 
 def _seamless(background: Background, light: Light) -> Background:
-    """The floor alone, going over into a sky as bright as the floor looks in that light."""
+    """The background with only the floor, and a sky of the colour that the floor has in that light."""
     radiance = np.array(background.floor.color) * (np.array(light.ambient) + np.array(light.color) * light.direction[2])
     r, g, b = radiance.tolist()
     return replace(background, wall=None, sky_horizon=(r, g, b), sky_zenith=(r, g, b))
 
 
 def _faded(material: Material, contrast: float) -> Material:
-    """The same surface with its second colour drawn towards the first."""
+    """The same surface with its second colour nearer to the first."""
     first, second = np.array(material.color), np.array(material.second)
     r, g, b = (first + contrast * (second - first)).tolist()
     return replace(material, second=(r, g, b))
 
 
 def _stands_out(scene: Scene, config: Config) -> bool:
-    """Whether the target's colour differs from all that it may be seen against."""
+    """Whether the target's colour differs enough from all backgrounds that may be behind it."""
     behind, body = scene.background, scene.bodies[scene.target]
     if body.material:
         own = surfaces.encoded(np.array(body.material.color))

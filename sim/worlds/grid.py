@@ -1,7 +1,7 @@
 """PISA's test of unseen depths and heights (Li et al. 2025, section 5.1): one object, anywhere in depth x height.
 
-Both are drawn uniformly. What the camera, which does not retreat, cannot see from start to end is dropped. A row says
-whether its pair is `id`, in the distribution of the training clips: `seen_depth` and `seen_height`.
+Both are drawn uniformly; pairs whose fall the camera, which does not retreat, cannot see completely are drawn again. A
+row's `id` says whether the pair is in the distribution of the training clips, `seen_depth` and `seen_height`.
 """
 
 from collections.abc import Iterator
@@ -31,10 +31,10 @@ class Config(drop.Config):
 
 
 def takes(draw: Draw, config: Config, simulate: Simulate, render: Render) -> Iterator[Take]:
-    """One clip; its row tells depth of the object's centre and height of its lowest point, metres, and `id`.
+    """One clip; its row has the depth of the object's centre and the height of its lowest point, in metres, and `id`.
 
     Raises:
-        UserError: the ranges leave no room for such a scene.
+        UserError: no such scene fits the ranges.
     """
     for _ in range(drop.ATTEMPTS):
         depth, height = float(draw.rng.uniform(*config.depth)), float(draw.rng.uniform(*config.drop))

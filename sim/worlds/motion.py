@@ -1,7 +1,7 @@
-"""The pretraining corpus: the scenes of drop.py, in which nothing falls.
+"""The pretraining corpus: the scenes of drop.py, but nothing falls.
 
-What would be dropped hovers, drifts, spins or circles in the air instead, or slides or rolls on the floor; piles rest.
-Paths are kinematic. The target's motion is that of the scene's number in MOTIONS: a split holds as many of each.
+The dropped bodies hover, drift, spin or circle in the air instead, or slide or roll on the floor; piles rest. Paths are
+kinematic. The scene's number gives the target's motion in MOTIONS, so a split has equally many of each.
 
 Shape letters: T frames, N bodies, V hull vertices.
 """
@@ -24,7 +24,7 @@ from sim.worlds.base import Amounts, Draw, Positives, Take
 
 AIR = ("hover", "drift", "spin", "orbit")
 MOTIONS = (*AIR, "slide", "roll")
-# where a heading goes, by quarters: what the first picture cannot show and a model could only guess, the caption says
+# headings by quarter turns, for captions: a model cannot know them from the first picture
 UPRIGHT = ("to the right", "up", "to the left", "down")
 LEVEL = ("to the right", "away", "to the left", "towards us")
 
@@ -37,12 +37,12 @@ class Config(drop.Config):
     spin: Amounts = (0.5, 3.0)
     radius: Amounts = (0.05, 0.2)
     period: Positives = (2.0, 5.0)  # seconds per circle
-    push: Positives = (0.3, 1.2)  # first speed of what slides or rolls
-    slide: Positives = (0.15, 0.8)  # the way it takes to stop
+    push: Positives = (0.3, 1.2)  # initial speed of a body that slides or rolls
+    slide: Positives = (0.15, 0.8)  # metres until it stops
 
 
 def takes(draw: Draw, config: Config, simulate: Simulate, render: Render) -> Iterator[Take]:
-    """One clip. No engine is asked.
+    """One clip. It does not use the engine.
 
     Raises:
         UserError: as `make`.
@@ -55,7 +55,7 @@ def make(draw: Draw, config: Config) -> tuple[Scene, Trajectory]:
     """A scene and its motion, without contacts or energy. Numbers and heights are drawn as in a drop scene.
 
     Raises:
-        UserError: the ranges leave no room for such a scene.
+        UserError: no such scene fits the ranges.
     """
     rng = draw.rng
     heights, piles = drop.numbers(draw, config)
@@ -91,7 +91,7 @@ def label(scene: Scene) -> str:
 
 
 def _grounded(rng: np.random.Generator, config: Config, alone: Scene, motion: str) -> Body:
-    """The one body of a scene put on the floor anywhere in the region; what slides lies as it comes to rest."""
+    """The only body of a scene, at a random position on the floor; a sliding body lies as it would come to rest."""
     (body,) = alone.bodies
     if motion == "slide":
         rest = bullet.settle(replace(alone, bodies=(replace(body, role="pile"),)))
@@ -107,7 +107,7 @@ def _rest(body: Body, frames: int) -> tuple[np.ndarray, np.ndarray]:
 def _move(
     rng: np.random.Generator, config: Config, body: Body, motion: str, times_T: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Positions (T, 3), quaternions (T, 4) and the words that say it. At time 0 the body is where the scene has it."""
+    """Positions (T, 3), quaternions (T, 4) and the caption's verb. At time 0 the body is where the scene has it."""
     way_T3 = np.zeros((len(times_T), 3))
     axis, rate = rng.normal(size=3), rng.uniform(-1, 1) * (rng.random() < 0.3)
     angle_T = rate * times_T
@@ -142,7 +142,7 @@ def _move(
     turns = Rotation.from_rotvec(angle_T[:, None] * axis / np.linalg.norm(axis))
     turns = turns * Rotation.from_quat(xyzw(body.orientation))
     positions_T3 = way_T3 + body.position
-    if motion == "roll" and not library.is_round(body.asset):  # whatever its shape, its lowest point stays on the floor
+    if motion == "roll" and not library.is_round(body.asset):  # its lowest point stays on the floor
         hull_V3 = library.hull(body.asset) * body.size
         positions_T3[:, 2] = -np.einsum("tj,vj->tv", turns.as_matrix()[:, 2], hull_V3).min(1)
     return positions_T3, np.roll(turns.as_quat(), 1, axis=-1), verb
@@ -153,7 +153,7 @@ def _toward(heading: float, quarters: tuple[str, ...]) -> str:
 
 
 def _apart(scene: Scene, trajectory: Trajectory) -> bool:
-    """Whether what moves stays above the floor and clear of the rest, as bounding spheres."""
+    """Whether moving bodies stay above the floor and their bounding spheres touch no other."""
     radius_N = np.array([np.linalg.norm(library.hull(body.asset), axis=1).max() * body.size for body in scene.bodies])
     for i, body in enumerate(scene.bodies):
         if body.role != "moved":

@@ -1,8 +1,8 @@
-"""What a measured run says about p(t|y) and about 3D (PISA, section 5.2): from impact frames and masks to numbers.
+"""A measured run's numbers on p(t|y) and on 3D (PISA, section 5.2), from impact frames and masks.
 
-A helper of pisa.py. The laws are in posttrain/metrics/distribution.py. The rows of an ambiguous set
-(sim/worlds/ambiguous.py) tell which clips have the same first picture (`group`), along which ray the object lies
-(`beta`) and between which `depths`.
+A helper of pisa.py. The formulas are in posttrain/metrics/distribution.py. In an ambiguous set
+(sim/worlds/ambiguous.py), rows say which clips have the same first picture (`group`), along which ray the object is
+(`beta`), and between which `depths`.
 """
 
 import math
@@ -16,7 +16,7 @@ from posttrain.evaluation.benchmarks.base import ClipScore
 from posttrain.evaluation.records import Record
 from posttrain.metrics import distribution, pisa
 
-LEVEL = 0.05  # p-values up to here reject
+LEVEL = 0.05  # a p-value up to this rejects
 
 
 def falls(record: Record, truth: Record | None, rng: np.random.Generator) -> dict[str, Any]:
@@ -24,16 +24,17 @@ def falls(record: Record, truth: Record | None, rng: np.random.Generator) -> dic
 
     Args:
         record: with `impact_frames`, `lifted` and `truth` of each clip.
-        truth: that of the true clips, whose errors are told to the test; None: there are none.
+        truth: the record of the true clips, from which the test gets the errors of measurement; None: no errors.
         rng: draws the samples behind the p-values.
 
     Returns:
-        pictures: for each its beta, number of videos, the pmf (K,) and the measured shares (K,), last of no contact,
-            and `ks_test`'s numbers.
-        rejected: share of the pictures with a p-value up to LEVEL, which a perfect model has, too.
+        pictures: for each its beta, number of videos, the pmf (K,) and the measured shares (K,), whose last entry is no
+            contact, and `ks_test`'s numbers.
+        rejected: share of the pictures with a p-value up to LEVEL; LEVEL for a perfect model.
         never: share of the videos in which nothing lands.
-        fall_error: metres, median over what can be lifted; `lifted`: how many these are.
-        inside: their share whose depth is between the training clips'.
+        lifted: number of falls that can be lifted.
+        fall_error: metres, their median.
+        inside: share of them with a depth within the training clips' range.
     """
     errors = None if truth is None else calibrate(truth.clips)
     groups: dict[int, list[ClipScore]] = {}
@@ -43,8 +44,8 @@ def falls(record: Record, truth: Record | None, rng: np.random.Generator) -> dic
     assert record.frames is not None
     assert record.fps is not None
     for clips in groups.values():
-        found = [frame for clip in clips for frame in clip.impact_frames]
-        pictures.append(fall_times(found, clips[0].truth, record.frames, record.fps, rng, errors))
+        impact_frames = [frame for clip in clips for frame in clip.impact_frames]
+        pictures.append(fall_times(impact_frames, clips[0].truth, record.frames, record.fps, rng, errors))
     frames = [frame for clip in record.clips for frame in clip.impact_frames]
     lifts = [(lift, clip.truth) for clip in record.clips for lift in clip.lifted or () if lift is not None]
     within = [low <= lift["depth"] <= high for lift, facts in lifts for low, high in [depths(facts)]]
@@ -61,7 +62,7 @@ def falls(record: Record, truth: Record | None, rng: np.random.Generator) -> dic
 
 
 def calibrate(clips: Sequence[ClipScore]) -> dict[int | None, float]:
-    """How far the impact frames found in true clips are from the known ones, see `distribution.estimator_errors`."""
+    """Errors of the impact frames measured in true clips, see `distribution.estimator_errors`."""
     landing = [clip for clip in clips if clip.truth["contact_time"] is not None]
     known = [pisa.first_frame_after(clip.truth["contact_time"], clip.truth["fps"]) for clip in landing]
     return distribution.estimator_errors([clip.impact_frames[0] for clip in landing], known)
@@ -78,7 +79,7 @@ def fall_times(
     """Test p(t|y) on the videos of one first picture.
 
     Args:
-        impact_frames: of its videos, None where nothing lands.
+        impact_frames: of its videos; None if nothing lands.
         facts: beta, camera, depths and gravity of one of its true clips.
         frames: of a generated video.
         fps: its frames per second.
@@ -88,18 +89,18 @@ def fall_times(
     pmf_K = distribution.frame_pmf(heights, fps, frames, math.hypot(*facts["gravity"]), errors)
     counts_K = np.bincount([frames if k is None else k for k in impact_frames], minlength=frames + 1)
     shares = {"pmf": pmf_K.tolist(), "measured": (counts_K / len(impact_frames)).tolist()}
-    told = {"beta": facts["beta"], "videos": len(impact_frames)}
-    return told | shares | distribution.ks_test(impact_frames, pmf_K, rng)
+    counts = {"beta": facts["beta"], "videos": len(impact_frames)}
+    return counts | shares | distribution.ks_test(impact_frames, pmf_K, rng)
 
 
 def depths(facts: Mapping[str, Any]) -> tuple[float, float]:
-    """Metres between which the depths of the ambiguous set are uniform."""
+    """The range, in metres, in which the depths of the ambiguous set are uniform."""
     low, high = facts["depths"]
     return low, high
 
 
 def lifted(masks_FHW: np.ndarray, fps: float, row: ClipRow) -> dict[str, Any] | None:
-    """A clip's fall in three dimensions; None if nothing lands or its start is level with the camera.
+    """A clip's fall in three dimensions; None if nothing lands or the object starts at the camera's height.
 
     Returns:
         t_drop: seconds.
@@ -121,5 +122,4 @@ def lifted(masks_FHW: np.ndarray, fps: float, row: ClipRow) -> dict[str, Any] | 
     until = math.floor(t_drop * fps) + 1
     heights = [None if math.isnan(y) else round(y, 4) for y in heights_F[:until].tolist()]
     error = distribution.fall_error(heights_F, fps, t_drop, gravity)
-    told = {"t_drop": t_drop, "depth": depth, "heights": heights}
-    return told | {"fall_error": None if math.isnan(error) else error}
+    return {"t_drop": t_drop, "depth": depth, "heights": heights, "fall_error": None if math.isnan(error) else error}

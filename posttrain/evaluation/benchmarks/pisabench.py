@@ -5,12 +5,12 @@
     <...>/<split>/metadata.jsonl                               ours (data/dataset.py)
 
 clip_info.json is {"prompt": "A black eraser falls.", "points": [{"positive": [[x, y], ...], "negative": [...]}, ...]},
-an entry of `points` for each object, no `points` for simulated clips; mask.npz holds `mask` (frames, objects, H, W).
-One object is scored, the one that drops: of simulated clips the last, of real ones that with the highest positive
-click.
+an entry of `points` for each object; simulated clips have no `points`. mask.npz holds `mask` (frames, objects, H, W).
+Only the object that drops is scored: the last one in simulated clips, the one with the highest positive click in real
+clips.
 
-The real set has no masks: they come from the clicks through SAM 2 at the pictures' own size and rate, as far as they
-are needed, and are kept. Where a mask.npz lies beside real pictures (the authors' own script puts it there) it is used.
+The real set has no masks. SAM 2 makes them from the clicks, at the pictures' own size and rate, for the frames that are
+needed; they are cached. A mask.npz beside real pictures (the authors' own script writes it) is used instead.
 
 Shape letters: F frames, H W pixels, P clicks.
 """
@@ -30,13 +30,13 @@ from posttrain.data.config import DataConfig
 from posttrain.data.dataset import Clips, read_annotations
 from posttrain.data.schema import ClipRow
 
-REAL_FPS, SIM_FPS = 120.0, 16.0  # said in the paper and nowhere in the files
-CONTEXT = " A video that conforms to the laws of physics."  # which the paper adds to the captions of real clips
-NEGATIVE = "no camera motion, no slow-motion"  # the paper's negative prompts; they count where there is guidance
+REAL_FPS, SIM_FPS = 120.0, 16.0  # from the paper; the files do not have them
+CONTEXT = " A video that conforms to the laws of physics."  # the paper adds it to the captions of real clips
+NEGATIVE = "no camera motion, no slow-motion"  # the paper's negative prompts; used only with guidance
 
 
 class Clicks(Protocol):
-    """Follows what is clicked on in the first of `frames` pictures, uint8 (H, W, 3): a bool mask (H, W) for each."""
+    """Follows the object clicked on in the first of `frames` pictures, uint8 (H, W, 3); yields bool masks (H, W)."""
 
     def __call__(
         self, pictures: Iterable[np.ndarray], frames: int, points_P2: np.ndarray, labels_P: np.ndarray
@@ -45,14 +45,14 @@ class Clicks(Protocol):
 
 @dataclass(frozen=True)
 class Truth:
-    """What really happened in a clip.
+    """A clip of a benchmark.
 
     Attributes:
-        row: caption, fps, size, and where they are known drop_height, gravity, camera and distance.
-        picture: gives its first picture, uint8 (H, W, 3).
-        masks: gives the first n masks of the scored object, bool (F, H, W), F <= n; takes n.
-        key: changes with all that they depend on.
-        context: what a model is told after the caption.
+        row: caption, fps, size, and if known drop_height, gravity, camera and distance.
+        picture: returns its first picture, uint8 (H, W, 3).
+        masks: takes n, returns the first n masks of the scored object (fewer if the clip ends), bool (F, H, W).
+        key: changes with everything that the masks depend on.
+        context: text that is added to the caption in a model's prompt.
     """
 
     id: str
@@ -70,22 +70,24 @@ class Truth:
 def open_benchmark(
     folder: Path | str, clicks: Clicks | None = None, follower: str = "", cache: Path | None = None
 ) -> dict[str, list[Truth]]:
-    """The clips of a folder by split; a split is named by the folder its clips lie in, as seen from `folder`.
+    """The clips of a folder by split; a split's name is the path of its folder relative to `folder`.
 
     Args:
-        clicks: SAM 2, for the real set; `follower` says what its masks depend on, `cache` is where they are kept.
+        clicks: SAM 2, for the real set.
+        follower: changes with everything that its masks depend on.
+        cache: the folder for its masks.
 
     Raises:
-        UserError: there is no clip, a file of one is wrong, or masks are wanted from clicks without SAM 2.
+        UserError: there is no clip, a file of one is wrong, or clicks need SAM 2 and there is none.
     """
     folder = Path(folder)
     scenes = sorted(path.parent for path in folder.rglob("clip_info.json") if not _hidden(path.relative_to(folder)))
     if scenes:
-        found: dict[str, list[Truth]] = {}
+        truths: dict[str, list[Truth]] = {}
         for scene in scenes:
             split = scene.parent.relative_to(folder).as_posix() if scene.parent != folder else folder.name
-            found.setdefault(split, []).append(_published(scene, clicks, follower, cache))
-        return found
+            truths.setdefault(split, []).append(_published(scene, clicks, follower, cache))
+        return truths
     splits = sorted(path.parent.name for path in folder.glob("*/metadata.jsonl"))
     if not splits:
         raise UserError(f"{folder}: holds no clips to compare with; name PisaBench's real or sim, or a dataset folder")
@@ -145,7 +147,7 @@ def _published(scene: Path, clicks: Clicks | None, follower: str, cache: Path | 
         raise UserError(
             f"{scene}: its masks come from clicks through SAM 2; name one, as in --tracker facebook/sam2.1-hiera-large"
         )
-    # the pictures' names and sizes stand for their bytes, of which there are some 40 GB in all
+    # the pictures' names and sizes are hashed instead of their bytes, about 40 GB in total
     sizes = [[picture.name, picture.stat().st_size] for picture in pictures]
     key = files.sha256_json([info["points"][target], sizes, files.sha256(pictures[0]), follower])
     kept = cache / f"{key[:32]}.npz"
@@ -158,8 +160,8 @@ def _dropped(path: Path, points: Any, size: tuple[int, int]) -> int:
     if not isinstance(points, list) or not points:
         raise UserError(f"{path}: points: should be a list of objects; unpack PisaBench again")
     for number, entry in enumerate(points):
-        clicks = [entry.get(kind, []) for kind in ("positive", "negative")] if isinstance(entry, dict) else [None]
-        pairs = [pair for some in clicks for pair in (some if isinstance(some, list) else [None])]
+        clicks = [entry.get(sign, []) for sign in ("positive", "negative")] if isinstance(entry, dict) else [None]
+        pairs = [pair for points_of in clicks for pair in (points_of if isinstance(points_of, list) else [None])]
         if not clicks[0] or not all(_inside(pair, size) for pair in pairs):
             raise UserError(
                 f"{path}: points[{number}]: should have clicks [x, y] inside the picture; unpack PisaBench again"
@@ -182,7 +184,7 @@ def _stored(archive: Path, target: int, objects: int, n: int) -> np.ndarray:
 
 
 def _clicked(pictures: list[Path], clicked: dict[str, Any], clicks: Clicks, kept: Path, n: int) -> np.ndarray:
-    """The first n masks, from the file `kept` or, where that has fewer, from SAM 2."""
+    """The first n masks, from the file `kept`, or from SAM 2 if that has fewer."""
     n = min(n, len(pictures))
     if kept.exists():
         with np.load(kept, allow_pickle=False) as arrays:

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, T5Config, T5EncoderModel
+from transformers import T5Config, T5EncoderModel
 
 from posttrain.core.errors import UserError
 from posttrain.core.files import read_json
 from posttrain.models import lora
 from posttrain.models.base import ModelConfig
-from posttrain.models.folders import check_files, load_part
+from posttrain.models.folders import check_files, load_part, load_tokenizer
 from posttrain.models.opensora import weights
 from posttrain.models.opensora.model import FPS, OpenSora
 from posttrain.models.opensora.stdit import NULL, TARGETS, STDiT3, initialise
@@ -196,7 +196,7 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> OpenSora:
     with torch.device("meta"):
         vae = OpenSoraVAE(**OpenSoraVAE.read_config(parts.vae))
     text_config = load_part(T5Config, parts.text_encoder.parent, parts.text_encoder.name)
-    tokenizer = load_part(AutoTokenizer, parts.tokenizer.parent, parts.tokenizer.name)
+    tokenizer = load_tokenizer(parts.tokenizer.parent, parts.tokenizer.name)
 
     transformer = _transformer(config, parts.transformer, dtype)
     fits = {

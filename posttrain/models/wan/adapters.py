@@ -5,8 +5,10 @@ from pathlib import Path
 
 from diffusers import WanPipeline
 from diffusers.loaders import WanLoraLoaderMixin
+from safetensors import safe_open
 from torch import nn
 
+from posttrain.core.errors import UserError
 from posttrain.models.lora import Weights
 
 # Every linear map of a Wan block: attn1 is self-attention, attn2 attends to the text.
@@ -25,12 +27,16 @@ ORIGINAL = {
     "condition_embedder.text_embedder.linear_1": "text_embedding.0",
     "condition_embedder.text_embedder.linear_2": "text_embedding.2",
     "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
     "proj_out": "head.head",
 } | {
     f"{ours}.{proj}": f"{theirs}.{letter}"
     for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn"))
     for proj, letter in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"))
 }
+OURS = {theirs: ours for ours, theirs in ORIGINAL.items()}
+COMFYUI = "diffusion_model."  # before each name in a file of ComfyUI
 
 
 def original_name(layer: str) -> str | None:
@@ -42,11 +48,39 @@ def original_name(layer: str) -> str | None:
 
 
 def read(file: Path) -> Weights:
-    """An adapter in diffusers', ComfyUI's or musubi's names: its weights in diffusers', and its metadata."""
+    """An adapter in diffusers', ComfyUI's or musubi's names: its weights in diffusers', and its metadata.
+
+    Raises:
+        UserError: diffusers would leave a part of it out that is not zero, such as a change to a norm.
+    """
     weights, metadata = WanLoraLoaderMixin.lora_state_dict(
         str(file), return_lora_metadata=True, use_safetensors=True, local_files_only=True
     )
+    with safe_open(file, "pt") as tensors:
+        names = [name for name in sorted(tensors.keys()) if name.startswith(COMFYUI)]
+        unused = [name for name in names if _converted(name) not in weights and tensors.get_tensor(name).any()]
+    if unused:
+        raise UserError(
+            f"{file}: {unused[0]} and {len(unused) - 1} more would not be used; only low-rank matrices and biases of "
+            "linear layers are; fold the file into the base with the program that made it",
+            "unsupported",
+        )
     return weights, metadata or {}
+
+
+def _converted(name: str) -> str:
+    """Where diffusers puts what a file in ComfyUI's names calls `name`, if anywhere; an alpha goes into its A."""
+    layer, _, part = name.removeprefix(COMFYUI).partition(".lora_")
+    if part:
+        matrix = {"A": "A", "down": "A", "B": "B", "up": "B"}.get(part.removesuffix(".weight"), part) + ".weight"
+    else:
+        layer, _, part = layer.rpartition(".")
+        matrix = {"alpha": "A.weight", "diff": "A.weight", "diff_b": "B.bias"}.get(part, part)
+        if part == "diff" and layer != "head.head":
+            return ""
+    block = re.match(r"blocks\.\d+\.", layer)
+    prefix = block.group() if block else ""
+    return f"transformer.{prefix}{OURS.get(layer.removeprefix(prefix))}.lora_{matrix}"
 
 
 def load_stock_adapter(transformer: nn.Module, file: Path) -> None:

@@ -14,8 +14,11 @@ def pipeline_code(
 ) -> str | None:
     """Python that makes a clip with diffusers' pipeline, see `Family`.
 
-    None for an image-to-video model without pictures, to which diffusers gives no clip.
+    None for an image-to-video model without pictures, to which diffusers gives no clip, and where one expert alone is
+    guided, the one for little noise: at guidance_scale 1 diffusers guides neither.
     """
+    if sampler["guidance"] <= 1 < (sampler["guidance_low"] or 0):
+        return None
     start, image = config.start, config.conditioning == "image"
     channels = needs_picture(config.path, config.revision)
     if channels and not image:

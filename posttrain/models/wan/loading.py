@@ -11,7 +11,6 @@ from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoImageProcessor,
-    AutoTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
     UMT5Config,
@@ -22,10 +21,11 @@ from posttrain.core.errors import UserError
 from posttrain.core.files import read_json, replacing
 from posttrain.models import lora
 from posttrain.models.base import ModelConfig
-from posttrain.models.folders import check_files, find, load_part
+from posttrain.models.folders import check_files, find, load_part, load_tokenizer
 from posttrain.models.wan import adapters
 from posttrain.models.wan.model import Wan, architecture
 from posttrain.models.wan.padding import fold_padding
+from posttrain.models.wan.precision import keep_float32
 from posttrain.models.wan.published import EMBEDDED
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -135,14 +135,14 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
 
     vae_config = load_part(_vae_config, root, "vae")
     configs = {"text_encoder": load_part(UMT5Config, root, "text_encoder")}
-    tokenizer = load_part(AutoTokenizer, root, "tokenizer")
+    tokenizer = load_tokenizer(root, "tokenizer")
     schedule = load_part(diffusers.UniPCMultistepScheduler.load_config, root, "scheduler")
     scheduler = getattr(diffusers, schedule["_class_name"]).from_config(schedule)
     shape = load_part(WanTransformer3DModel.load_config, root, name)
     image_processor = None
     if shape.get("image_dim") is not None:
         configs["image_encoder"] = load_part(CLIPVisionConfig, root, "image_encoder")
-        image_processor = load_part(AutoImageProcessor, root, "image_processor")
+        image_processor = load_part(AutoImageProcessor, root, "image_processor", trust_remote_code=False)
     for part in ("vae", *configs):
         check_files(root / part)
     _check_parts(root / name / "config.json", shape, vae_config, **configs)
@@ -166,6 +166,7 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
         if config.other_adapter is not None:
             lora.load(other, config.other_adapter, adapters.read)
         fold_padding(other)
+        keep_float32(other)
         return other.requires_grad_(False)
 
     folder = Path(root).absolute()  # later the working directory may be another
@@ -195,6 +196,7 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
             )
         lora.proceed(transformer, config.start, adapters.read)
     fold_padding(transformer)
+    keep_float32(transformer)
     return Wan(
         transformer,
         vae_config,

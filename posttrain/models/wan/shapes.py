@@ -15,6 +15,7 @@ from posttrain.models.folders import find, load_part
 from posttrain.models.wan.adapters import TARGETS
 from posttrain.models.wan.loading import DTYPES
 from posttrain.models.wan.model import Wan
+from posttrain.models.wan.precision import keep_float32
 from posttrain.models.wan.published import EMBEDDED, PUBLISHED, read_configs
 
 CLIP_TOKENS = 257  # patches and class token of a picture, in the published Wan2.1 I2V
@@ -60,6 +61,7 @@ def of_configs(
     """The same of the configs of these parts; what they do not say is as in diffusers."""
     with torch.device("meta"):
         body = WanTransformer3DModel.from_config(dict(transformer))
+        keep_float32(body)
         for name, parameter in body.named_parameters():
             if not set(name.split(".")) & set(body._keep_in_fp32_modules):
                 parameter.data = parameter.data.to(DTYPES[config.dtype])

@@ -1,0 +1,76 @@
+"""What a command does when it is asked to stop, from its first moment on; and children that end with their parent.
+
+Every file is whole or absent, so a command may end anywhere: SIGINT (Ctrl-C) and SIGTERM raise `Interrupted`, which
+becomes one line and the shell's exit code, 128 + signal. A later signal ends the process at once. While modules are
+imported nothing is at work yet, and libraries in C would turn the exception into one of theirs: there the first does.
+"""
+
+import importlib
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOPPED = "stopped; the same command continues"
+
+
+class Interrupted(KeyboardInterrupt):
+    """The process was asked to stop; `code` is its exit code."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.code = 128 + number
+
+
+def exit_code(error: KeyboardInterrupt) -> int:
+    return error.code if isinstance(error, Interrupted) else 128 + signal.SIGINT
+
+
+def launch(module: str) -> int:
+    """Import `module` and call its main(), which may be asked to stop at any moment; the exit code."""
+    for number in SIGNALS:
+        signal.signal(number, _Stop())
+    try:
+        return int(importlib.import_module(module).main())
+    except KeyboardInterrupt as error:
+        print(STOPPED, file=sys.stderr)
+        return exit_code(error)
+
+
+class _Stop:
+    """A handler: the first signal raises `Interrupted`; one after a second, or among imports, ends the process."""
+
+    asked: float | None = None  # when the first of all signals came
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if _Stop.asked is not None and now < _Stop.asked + 1:
+            return  # pressed twice; the first is being heeded
+        if _Stop.asked is not None or _importing(frame):
+            cursor = b"\x1b[?25h" if os.isatty(2) else b""  # progress bars hide it
+            os.write(2, cursor + f"{STOPPED}\n".encode())
+            os._exit(128 + number)
+        _Stop.asked = now
+        raise Interrupted(number)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def end_with(parent: int) -> None:
+    """Ask this process to stop, as by SIGTERM, as soon as its parent is not the process `parent` any more."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
