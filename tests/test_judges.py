@@ -15,10 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -236,7 +238,7 @@ def test_samples_against_their_truth(tmp_path: Path) -> None:
 
 
 def test_short_varying_and_other_samples_are_judged_by_their_frames_own_times(tmp_path: Path) -> None:
-    """Half of the truth has what it lacks charged; half of its frames at their times are the truth; others are refused."""
+    """Missing frames are charged; half of the frames at their own times are the truth; other clips are refused."""
     write_dataset(tmp_path / "drops", ["train"], clips=2, frames=17)
     made, true = tmp_path / "made", rows_of(2, 17)
     made.mkdir()

@@ -14,7 +14,9 @@ from scipy.spatial import ConvexHull, KDTree, QhullError
 MOST = 64  # parts
 THIN = 1e-6  # a hull's volume below which it counts as flat, with a longest side of 1
 # What cuts: planes along the axes and those between two of them.
-NORMALS = np.array([(1, 0, 0), (0, 1, 0), (0, 0, 1), *((x, y, z) for x, y, z in [(1, 1, 0), (1, -1, 0), (1, 0, 1), (1, 0, -1), (0, 1, 1), (0, 1, -1)])], float)  # fmt: skip
+NORMALS = np.array(
+    [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, -1, 0), (1, 0, 1), (1, 0, -1), (0, 1, 1), (0, 1, -1)], float
+)
 # Where a triangle is looked at: its middle, its corners and those of its edges, as shares of the corners.
 SPOTS = np.array([(2, 2, 2), (6, 0, 0), (0, 6, 0), (0, 0, 6), (3, 3, 0), (3, 0, 3), (0, 3, 3)]) / 6
 SMALL = 0.02  # a triangle's box: below that its middle stands for it
@@ -93,7 +95,7 @@ def below(triangles: np.ndarray, normal: np.ndarray, offset: float) -> np.ndarra
 
 
 def halves(triangles: np.ndarray, point: np.ndarray) -> list[tuple[np.ndarray, ConvexHull]]:
-    """The two halves with the smallest hulls that a plane through the point makes of triangles, none if both are flat."""
+    """The two halves with the smallest hulls that a plane through the point makes; none if both are flat."""
     best: list[tuple[np.ndarray, ConvexHull]] = []
     for normal in NORMALS:
         pair = [below(triangles, side * normal, side * float(normal @ point)) for side in (1.0, -1.0)]
@@ -109,7 +111,8 @@ def parts(vertices: np.ndarray, faces: np.ndarray, within: float, most: int = MO
 
     There are at most `most`, if the mesh has not more components than that: what bulges most is cut first.
     """
-    waiting, done = [], []
+    waiting: list[tuple[float, np.ndarray, np.ndarray, ConvexHull]] = []
+    done: list[np.ndarray] = []
     surface = KDTree(scattered(vertices[faces]))
     for triangles in components(vertices, faces):
         hull = hull_of(triangles)

@@ -151,7 +151,7 @@ def hull(asset: str) -> np.ndarray:
 
 @cache
 def inertia(asset: str) -> tuple[np.ndarray, np.ndarray]:
-    """(moments (3,), axes (3, 3)): the principal moments of one kilogram of the mesh, a column per axis, right-handed."""
+    """(moments (3,), axes (3, 3)): principal moments of one kilogram of the mesh; a column per axis, right-handed."""
     made = mesh(asset)
     moments, axes = np.linalg.eigh(second_moments(made.vertices, made.faces))
     axes[:, 2] *= np.linalg.det(axes)

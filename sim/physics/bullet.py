@@ -130,9 +130,7 @@ def _orientations(body: Body, xyzw_S4: np.ndarray) -> np.ndarray:
 
 def _add(bullet: ModuleType, body: Body) -> int:
     mass = 0.0 if body.role == "moved" else body.mass
-    handle = bullet.createMultiBody(
-        mass, shape(bullet, body), basePosition=body.position, baseOrientation=turned(body)
-    )
+    handle = bullet.createMultiBody(mass, shape(bullet, body), basePosition=body.position, baseOrientation=turned(body))
     surface = {"lateralFriction": body.friction, "restitution": body.restitution, "collisionMargin": 0}
     bullet.changeDynamics(handle, -1, **surface, linearDamping=0, angularDamping=0)
     if mass and len(library.parts(body.asset)) > 1:
