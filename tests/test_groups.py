@@ -505,7 +505,10 @@ def test_clips_of_one_name_are_refused_before_anything_is_sampled(
     for path in ("one/a.mp4", "one/a.mov", "two/a.mp4"):
         write_video(home / path, video, FPS)
         (home / path).with_suffix(".txt").write_text("a cup falls.")
-    for clips, said in (("one", "one/a.mp4: has the same name as one/a.mov"), ("[two, one]", "has the same name as two/a.mp4")):
+    for clips, said in (
+        ("one", "one/a.mp4: has the same name as one/a.mov"),
+        ("[two, one]", "has the same name as two/a.mp4"),
+    ):
         data = f"clips: {clips}, frames: 5, fps: 16, size: [32, 32]"
         groups = "groups: {losers: 1, samples: [made], samples_each: 1}"
         assert cli.main(["groups", "recipe.yaml", f"data={{{data}, {groups}}}", "model.conditioning=text"]) == 1
