@@ -239,7 +239,7 @@ def test_samples_against_their_truth(tmp_path: Path) -> None:
 
 
 def test_short_varying_and_other_samples_are_judged_by_their_frames_own_times(tmp_path: Path) -> None:
-    """Of half of the truth the rest is charged; some of its frames at their times are the truth; others are refused."""
+    """Missing frames are charged; half of the frames at their own times are the truth; other clips are refused."""
     write_dataset(tmp_path / "drops", ["train"], clips=2, frames=17)
     made, true = tmp_path / "made", rows_of(2, 17)
     made.mkdir()
