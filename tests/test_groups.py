@@ -317,7 +317,7 @@ def test_a_recipe_runs(home: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["data.groups=null"], "data.groups: is missing; say what gdpo compares true clips with"),
+        (["data.groups=null"], "data.groups: is missing, and method gdpo compares true clips"),
         (["method={name: psft}"], "data.groups: is not for psft"),
         (["data.groups={losers: 3}"], "there are no losers; set counterfactuals: true, or name samples"),
         (["data.groups={counterfactuals: true, samples_each: 2}"], "name their folder in samples"),

@@ -1,14 +1,13 @@
 """posttrain/rewards: values worked out by hand, laws, exact gradients, and what each sees of filmed violations."""
 
+import importlib
 import inspect
-import os
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pytest
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from unrounded import Unrounded
 
-import posttrain
-from posttrain.core.recipe import Plugin, plugins, resolve
+import posttrain.rewards
+from posttrain.core.recipe import Plugin, PluginFrom, Strict, load, plugins, resolve
 from posttrain.data.dataset import Split, open_split
 from posttrain.flow import SamplerConfig
 from posttrain.methods.oro import Sampling, oro_loss
@@ -33,6 +32,7 @@ from posttrain.types import Batch, Random
 from sim import dataset
 from sim.worlds import counterfactual
 
+ROOT = Path(__file__).parent.parent
 NAMES = plugins("rewards")
 KINDS = {kind for name in NAMES for kind in resolve("rewards", name).RANKS}
 FIELDS = ("instances_BFHW", "target_B", "flow_BFCHW", "depth_BFHW")
@@ -264,11 +264,11 @@ def loaded(name: str) -> Reward:
 
 @pytest.fixture(scope="module")
 def exact() -> dict[str, Reward]:
-    """The rewards with their embedded networks in float64, to be asked in Unrounded."""
+    """The rewards, their embedded networks (if there are any) in float64, to be asked in Unrounded."""
     rewards = {name: loaded(name) for name in NAMES}
     for reward in rewards.values():
-        (network,) = networks(reward)
-        network.double()
+        for network in networks(reward):
+            network.double()
     return rewards
 
 
@@ -478,38 +478,41 @@ def test_a_weighted_sum_is_one_line_of_a_recipe() -> None:
     torch.testing.assert_close(value, 2 * found["depth"] - 0.5 * found["flow"])
 
 
-USE = """
-from typing import Annotated
-import torch
-from posttrain.core.recipe import Plugin, PluginFrom, load
-from posttrain.rewards import base
-from posttrain.core.recipe import Strict
-from posttrain.types import Batch
-
 class Recipe(Strict):
     rewards: tuple[Annotated[Plugin, PluginFrom("rewards")], ...]
 
-parts = load("recipe.yaml", [], Recipe).rewards
-reward = base.total(base.load_all(parts[1:]))
-total, found = reward(torch.full((2, 3, 4, 5, 6), 1.25, dtype=torch.float64), Batch(("a", "b")))
-print([(part.name, part.config.weight) for part in parts], total.tolist(), list(found))
-"""
 
-
-def test_adding_a_reward_is_one_file_and_one_line(tmp_path: Path) -> None:
-    """The file and the line that CONTRIBUTING.md gives, in a copy of the package."""
-    package = Path(posttrain.__file__).parent
-    section = (package.parent / "CONTRIBUTING.md").read_text().split("## A new reward\n")[1].split("\n##")[0]
-    place, file = re.search(r"`([\w/]+/<name>\.py)`:\n```python\n(.*?)```", section, re.DOTALL).groups()
+@pytest.fixture
+def example(tmp_path: Path) -> Iterator[tuple[Plugin, ...]]:
+    """What the line of a recipe that CONTRIBUTING.md gives means, with its file in a folder that the resolver knows."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().split("## A new reward\n")[1].split("\n##")[0]
+    file = re.search(r"`posttrain/rewards/<name>\.py`:\n```python\n(.*?)```", section, re.DOTALL).group(1)
     line = re.search(r"`(rewards: .*?)`", section).group(1)
-    shutil.copytree(package, tmp_path / "posttrain", ignore=shutil.ignore_patterns("*.safetensors", "__pycache__"))
-    (tmp_path / place.replace("<name>", "brightness")).write_text(file)
-    (tmp_path / "recipe.yaml").write_text(line.replace("<name>", "brightness"))
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", USE], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "[('object', 1.0), ('brightness', 0.1)] [0.125, 0.125] ['brightness']\n"
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "near.py").write_text(file)
+    (tmp_path / "recipe.yaml").write_text(line.replace("<name>", "near"))
+    posttrain.rewards.__path__.append(str(tmp_path / "plugins"))
+    importlib.invalidate_caches()
+    yield load(tmp_path / "recipe.yaml", [], Recipe).rewards
+    posttrain.rewards.__path__.remove(str(tmp_path / "plugins"))
+    del sys.modules["posttrain.rewards.near"], posttrain.rewards.near
+
+
+def test_adding_a_reward_is_one_file_and_one_line(example: tuple[Plugin, ...], filmed: Split) -> None:
+    """The file and the line that CONTRIBUTING.md gives. The laws of all rewards hold for it."""
+    assert [(part.name, part.config.weight) for part in example] == [("object", 1.0), ("near", 0.1)]
+    true, video = torch.zeros(2, 3, 4, 5, 6), torch.full((2, 3, 4, 5, 6), 0.5)
+    value, parts = total(load_all(example[1:]))(video, Batch(("a", "b"), video_BCFHW=true))
+    torch.testing.assert_close(value, torch.tensor([-0.05, -0.05]))
+    assert list(parts) == ["near"]
+    assert not list(networks(loaded("near")))
+    rewards = {"near": loaded("near")}
+    test_the_gradient_in_pixels_is_that_of_finite_differences("near", rewards)
+    for dtype in (torch.float32, torch.bfloat16):
+        test_a_reward_is_the_same_under_autocast("near", dtype)
+    test_gradients_are_finite_and_everywhere("near", rewards)
+    test_a_clip_does_not_depend_on_its_neighbours(rewards)
+    test_nothing_but_the_truth_is_liked("near", filmed, rewards)
 
 
 # ---------------------------------------------------------------------- the command

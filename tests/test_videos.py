@@ -774,7 +774,7 @@ def test_a_dataset_folder_is_retimed_with_its_masks_and_only_if_asked(tmp_path) 
     same = Clips(DataConfig(clips=str(tmp_path / "drops"), frames=9, fps=16, size=(32, 32)), preload=False)
     assert same.key == plain.key != asked.key
     assert not same.splits[0].video_notes
-    with pytest.raises(UserError, match=r"metadata\.jsonl: its clips cannot be used \(too short: "):
+    with pytest.raises(UserError, match=r"metadata\.jsonl: its clips are too short: "):
         Clips(DataConfig(clips=str(tmp_path / "drops"), frames=33, fps=16, size=(16, 16)))
 
 

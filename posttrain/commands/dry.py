@@ -22,7 +22,7 @@ from posttrain.core.recipe import Plugin
 from posttrain.methods.base import method_of, sampler
 from posttrain.models.base import ModelConfig, Outline, family, is_video
 from posttrain.training.optim import TrainConfig
-from posttrain.training.run import Run
+from posttrain.training.run import Run, share
 from posttrain.types import Batch, Random
 
 SHORT = 2, 3  # steps of the two short samplers that are run instead of a long one
@@ -212,15 +212,7 @@ def needs(
             "unsupported",
             "model.expert",
         )
-    parts = train.accumulate * processes
-    if train.batch % parts:
-        raise UserError(
-            f"train.batch: {train.batch} does not divide into {train.accumulate} (train.accumulate) x {processes} "
-            "(processes) parts; lower train.accumulate, or name other --processes",
-            "mismatch",
-            "train.batch",
-        )
-    batch = train.batch // parts
+    batch = share(train, processes)
     take = partial(
         dry_step,
         partial(family(config.family).outline, config),

@@ -55,7 +55,8 @@ def export(
     model = yaml.safe_load(text)["model"]
     if weights.is_dir() and (other := sorted(set(formats) - {"diffusers"})):
         raise UserError(
-            f"{run}: export: {other[0]} needs an adapter; all weights were trained, {weights} holds them",
+            f"{run}: export: {other[0]} is made of an adapter, and this run trained all weights; leave it out, and use "
+            f"{weights}",
             "conflict",
             "export",
         )

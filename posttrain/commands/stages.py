@@ -223,7 +223,10 @@ def check_groups(plan: Recipe) -> GroupsConfig | None:
     groups, wanted = plan.data.groups, method_of(plan.method).GROUPS
     if wanted and groups is None:
         raise UserError(
-            f"data.groups: is missing; say what {plan.method.name} compares true clips with", "required", "data.groups"
+            f"data.groups: is missing, and method {plan.method.name} compares true clips with what it names; write for "
+            "example data.groups={counterfactuals: true}, or {samples: [FOLDER]}",
+            "required",
+            "data.groups",
         )
     if groups is not None and not wanted:
         raise UserError(

@@ -356,10 +356,12 @@ def read_sealed(path: Path | str) -> dict[str, Any]:
         value = read_object(path)
     except UserError as error:
         if error.code == "format":
-            raise UserError(f"{path}: is damaged ({error})", "damaged") from error
+            raise UserError(f"{path}: is damaged ({error}); delete it and make it again", "damaged") from error
         raise
     if value.get("sha256") != seal(value)["sha256"]:
-        raise UserError(f"{path}: is damaged (its content is not what was written)", "damaged")
+        raise UserError(
+            f"{path}: is damaged (its content is not what was written); delete it and make it again", "damaged"
+        )
     return value
 
 

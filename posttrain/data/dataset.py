@@ -109,7 +109,10 @@ def _retimed(split: Split, wanted: Wanted) -> Split:
     frames, box, notes = views.plan(np.arange(split.frames) / split.fps, split.size, wanted)
     if frames is None:
         raise UserError(
-            f"{split.folder / 'metadata.jsonl'}: its clips cannot be used ({notes[0]})", "mismatch", "data.frames"
+            f"{split.folder / 'metadata.jsonl'}: its clips are {notes[0]}; change data.frames, data.fps or data.crop, "
+            "or name other clips",
+            "mismatch",
+            "data.frames",
         )
     view = View(tuple(frames.tolist()), False, box, wanted.size) if notes else None
     video_notes = [VideoNote(row.file_name, True, notes) for row in split.rows] if notes else []

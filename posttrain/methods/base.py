@@ -4,8 +4,8 @@ It is one page: a docstring with the paper, its equation and every departure, a 
 
     train(run, model, config, **inputs)
 
-All else that is asked of a method is a field of `Method` below. A module that has a name of a field means it so; what
-it leaves out is as the default here.
+All else that is asked of a method is a field of `Method` below, with a default. A top-level name in the module
+overrides the default of that field.
 """
 
 from collections.abc import Callable, Sequence

@@ -45,10 +45,15 @@ def bottoms(masks_FHW: np.ndarray) -> np.ndarray:
 
 
 def drop_heights(beta: float, camera_height: float, depth: tuple[float, float] = DEPTH) -> Heights:
-    """The lowest and the highest Y(Z) = h + beta Z above the floor.
+    """The lowest and the highest height of a fall that the picture allows, in metres: Y(Z) = h + beta Z, at least 0.
+
+    Args:
+        beta: of the row just below the object, see `slope`.
+        camera_height: h, metres.
+        depth: the least and the largest Z, metres.
 
     Raises:
-        ValueError: the ray is below the floor at all of these depths.
+        ValueError: the object would be below the floor at all of these depths.
     """
     low, high = sorted(camera_height + beta * z for z in depth)
     if high < 0:
@@ -57,7 +62,10 @@ def drop_heights(beta: float, camera_height: float, depth: tuple[float, float] =
 
 
 def density(t: np.ndarray, heights: Heights, gravity: float = GRAVITY) -> np.ndarray:
-    """p(t|y), per second; infinite at the only possible t if there is just one."""
+    """The density p(t|y) of fall times at `t` (seconds), per second.
+
+    If both heights are equal, only one time is possible: the density is infinite there, and 0 elsewhere.
+    """
     low, high = heights
     y = gravity * np.square(t) / 2
     if low == high:

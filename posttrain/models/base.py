@@ -1,7 +1,7 @@
 """What the house asks of a family of video models, and how a recipe names a model.
 
-A family is a package `posttrain/models/<name>`. It keeps two protocols: the package is a `Family`, and what its `load`
-returns a `VideoModel`. Nothing outside its folder names it.
+A family is a package or a module, `posttrain/models/<name>`. It implements `Family`, and what its `load` returns
+implements `VideoModel`. Nothing outside it names it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -160,7 +160,7 @@ class VideoModel(Protocol):
         """Let all that `transformer` does not need for training leave the device, until it is used again."""
 
     def unload(self) -> None:
-        """Let the same leave main memory too; it is read again when it is used again."""
+        """Free the main memory of the same parts too; each is read from its file again when it is next used."""
 
     def scheduler(self) -> Scheduler:
         """A fresh scheduler, as the model folder configures it."""
@@ -206,7 +206,7 @@ class Outline(NamedTuple):
 
 
 class Family(Protocol):
-    """The module posttrain.models.<name>. PROTOCOL lists what is here."""
+    """The package or module posttrain.models.<name>. PROTOCOL lists what is here."""
 
     SIDE: int  # height and width of clips in multiples of this fit every model of the family
     FRAMES: int  # so does this number of frames, a small one

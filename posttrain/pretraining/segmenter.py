@@ -101,7 +101,10 @@ def touching(mask_FHW: Tensor, instances_FHW: Tensor) -> float:
 
 
 def twin(video_CFHW: Tensor, mask_FHW: Tensor, draws: Tensor) -> Tensor:
-    """Paste a copy of the body elsewhere, behind it, so that looks alone do not identify the followed one."""
+    """The clip (C, F, H, W) with a copy of the body in it, so that looks alone do not say which of the two to follow.
+
+    The copy is shifted by `draws` (2,), in [0, 1), times height and width, round the edges, and lies behind the body.
+    """
     shift = tuple((draws * torch.tensor(mask_FHW.shape[1:])).int().tolist())
     behind = mask_FHW.roll(shift, (1, 2)) & ~mask_FHW
     return torch.where(behind, video_CFHW.roll(shift, (2, 3)), video_CFHW)

@@ -97,7 +97,8 @@ def sample_side_by_side(
             try:
                 model.latent_shape(wish.frames, *wish.size)
             except UserError as error:
-                raise UserError(f"--frames, --height, --width: {str(error).partition(': ')[2]}") from error
+                reason = str(error).partition(": ")[2]
+                raise UserError(f"--frames, --height, --width: {reason}", error.code, error.field) from error
             texts = encode_texts(model, [wish.prompt, wish.negative])
             for seed in track(clips, label, len(clips)):
                 clip = sample_clips(

@@ -3,7 +3,7 @@
     rewards: [{name: segmentation, weight: 1.0}, {name: trajectory, weight: 2.0}]
 
 A reward is a file of this folder: a `Config` (of RewardConfig), the truths that it needs (`TRUTHS`, fields of Batch
-beside pictures, masks and the scored object), the kinds of violation that it orders by severity (`RANKS`, of
+beside pictures, masks and the scored object), the kinds of violation whose severity lowers it (`RANKS`, of
 sim/worlds/counterfactual.py), and `load(config, device)`, which returns a function of
 
     video_BCFHW  a generated clip in [-1, 1], frame 0 the given picture
@@ -70,11 +70,11 @@ def true_masks(batch: Batch) -> Tensor:
 
 
 def contrast(video_BCFHW: Tensor, true_BCFHW: Tensor) -> Tensor:
-    """The contrast of the pictures after frame 0 relative to the true ones, (B, F - 1): 0 for none, 1 from half on.
+    """The contrast of each picture after frame 0, (B, F - 1): 0 if it is flat, 1 from half of the true contrast on.
 
-    Contrast is the standard deviation over pixels, mean over channels. In a flat picture a network sees what it has
-    seen in training, so rewards give such a picture their largest error. From half of the true contrast on, pictures
-    may differ for good reasons.
+    Contrast is the standard deviation over pixels, mean over channels. In a flat picture a network finds what was usual
+    in its training data, so rewards give such a picture their largest error. Half of the true contrast is enough,
+    because pictures may differ for good reasons.
     """
     shown, true = (widened(video[:, :, 1:]).flatten(3).std(3).mean(1) for video in (video_BCFHW, true_BCFHW))
     return (2 * shown / true.clamp_min(1e-6)).clamp_max(1.0)

@@ -48,7 +48,7 @@ def measure(split: Split) -> list[Measured]:
     """The scorecards of a split, with the drop height of the group's true clip.
 
     Raises:
-        UserError: the rows of true clips have no drop height or contacts, or annotations are missing or torn.
+        UserError: the rows of true clips have no drop height or contacts, or annotations are missing or damaged.
     """
     true = [row for row in split.rows if row.violation is None]
     if not all(row.drop_height and row.contacts and row.camera and row.gravity for row in true):

@@ -105,7 +105,7 @@ def read(path: Path) -> Checkpoint:
     except (UserError, FileNotFoundError, KeyError) as error:
         if isinstance(silent := error.__cause__, OSError) and not isinstance(silent, FileNotFoundError):
             raise silent from None
-        raise Damaged(str(error)) from error
+        raise Damaged(str(error).partition(";")[0]) from error  # without a remedy: the caller has one
     for name, content in contents.items():
         if files.sha256_bytes(content) != meta["files"][name]:
             raise Damaged(f"{name} is not what was written")

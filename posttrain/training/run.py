@@ -80,6 +80,19 @@ def sample_order(seed: int, size: int, positions: Sequence[int]) -> list[int]:
     return [int(_permutation(seed, position // size, size)[position % size]) for position in positions]
 
 
+def share(train: TrainConfig, processes: int) -> int:
+    """How many clips of a micro-batch each process takes. Raises UserError where the batch cannot be divided so."""
+    parts = train.accumulate * processes
+    if train.batch % parts:
+        raise UserError(
+            f"train.batch: is {train.batch}, and must be a multiple of train.accumulate ({train.accumulate}) x "
+            f"processes ({processes}) = {parts}; change one of the three",
+            "mismatch",
+            "train.batch",
+        )
+    return train.batch // parts
+
+
 class Run:
     """A training run in `folder` (log.jsonl, checkpoints/), which continues from its newest whole checkpoint.
 
@@ -113,19 +126,12 @@ class Run:
     ) -> None:
         check_trackers(train.trackers)
         state = distributed.process()
-        ranks, self._rank = state.num_processes, state.process_index
-        if train.batch % (train.accumulate * ranks):
-            raise UserError(
-                f"train.batch: {train.batch} does not divide into {train.accumulate} x {ranks} parts",
-                "mismatch",
-                "train.batch",
-            )
+        self._rank, self._share = state.process_index, share(train, state.num_processes)
         if not len(data):
             raise UserError("data: has no clips", "no_clips", "data")
         self.folder, self.data, self.train = Path(folder), data, train
         self._validate, self._validate_every, self._depends = validate, validate_every, depends or {}
         self._ends = ends
-        self._share = train.batch // (train.accumulate * ranks)
         self.accelerator = self._accelerator()
 
         if train.block_checkpointing:

@@ -50,7 +50,7 @@ def read(path: Path) -> dict[str, Tensor]:
     """Every tensor of the weights at `path`, by name.
 
     Raises:
-        UserError: a file is missing, torn, holds other things than tensors, or two files hold the same name.
+        UserError: a file is missing or damaged, holds other things than tensors, or two files hold the same name.
     """
     weights: dict[str, Tensor] = {}
     for file in files_of(path):
@@ -63,14 +63,22 @@ def read(path: Path) -> dict[str, Tensor]:
                 tensors = torch.load(file, map_location="cpu", weights_only=True)
         except (SafetensorError, OSError, RuntimeError, EOFError) as error:
             raise UserError(
-                f"{file}: is torn ({_reason(error)}); get this file of the model again", "damaged"
+                f"{file}: is damaged ({_reason(error)}); get this file of the model again", "damaged"
             ) from error
         except Exception as error:  # of the unpickler, for all that is no tensor
-            raise UserError(f"{file}: holds more than tensors ({_reason(error)})", "format") from error
+            raise UserError(
+                f"{file}: holds other things than tensors, which are not read ({_reason(error)}); save its tensors as "
+                "safetensors",
+                "format",
+            ) from error
         if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise UserError(f"{file}: is no list of named tensors", "format")
+            raise UserError(
+                f"{file}: should hold tensors by name and nothing else; save the model's state_dict() alone", "format"
+            )
         if twice := sorted(tensors.keys() & weights.keys()):
-            raise UserError(f"{file}: has {twice[0]}, and so has a file beside it; keep one of them", "duplicate")
+            raise UserError(
+                f"{file}: holds {twice[0]}, and so does another file here; move one of the two away", "duplicate"
+            )
         weights |= tensors
     return weights
 

@@ -118,7 +118,7 @@ class Wan:
             torch.cuda.empty_cache()
 
     def unload(self) -> None:
-        """They leave main memory too, and are read again when they are used again."""
+        """Free the main memory of the same parts too; each is read from its file again when it is next used."""
         self._held.clear()
         self.release()
 
