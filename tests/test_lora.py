@@ -310,6 +310,16 @@ def test_every_way_of_loading_gives_one_adapter(folder: Path, tmp_path: Path) ->
     assert torch.equal(velocity(again), velocity(wan))
 
 
+def test_an_adapter_on_coarse_weights_is_read_as_it_was_written(folder: Path, tmp_path: Path) -> None:
+    """float32 beside bfloat16 weights, bit for bit."""
+    wan = adapted(folder)
+    disturb(wan)
+    (file,) = wan.save(tmp_path / "a")
+    coarse = load(ModelConfig(path=str(folder), dtype="bf16"))
+    coarse.restore(tmp_path / "a")
+    assert coarse.save(tmp_path / "b")[0].read_bytes() == file.read_bytes()
+
+
 def test_an_rslora_keeps_its_strength_from_start_to_file(folder: Path, tmp_path: Path) -> None:
     """Rank 16, alpha 16: alpha / sqrt(rank) = 4, not 1."""
     wan = adapted(folder, rank=16)

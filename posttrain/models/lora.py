@@ -261,6 +261,9 @@ def _add(inner: Any, path: Path, read: Callable[[Path], Weights], name: str) -> 
             "mismatch",
         )
     cast_adapter_dtype(inner, name)
+    for key, tensor in weights.items():  # again, for peft has rounded it to the dtype of the base
+        layer, matrix, part = key.removeprefix("transformer.").rsplit(".", 2)
+        inner.get_parameter(f"{layer}.{matrix}.{name}.{part}").data.copy_(tensor)
     inner.train(inner.training)  # peft's new layers are in training mode, where a dropout of the file would act
 
 
