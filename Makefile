@@ -33,7 +33,7 @@ chaos: setup # kill, damage and mislead tiny runs; nothing may come of it but on
 test: setup # all tests
 	@./setup.sh chromium
 	@./setup.sh extras
-	@OMP_NUM_THREADS=1 $(python) -m pytest # one thread: what tests compute is too small for two
+	@OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile # two processes of one thread each
 
 lint: setup # style and types
 	@$(python) -m ruff check .

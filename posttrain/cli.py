@@ -108,7 +108,8 @@ def _do(options: argparse.Namespace) -> int:
             name = f"--{next(iter(asked))}"
             raise UserError(f"{name}: is only for the videos that --run makes; leave it out", "conflict", name)
         tracker = options.tracker or "pocket"
-        scoring.evaluate_videos(options.target, options.clips, options.run, tracker, options.fps, options.out, asked)
+        given = tracker, options.fps, options.out, asked, options.truth_fps
+        scoring.evaluate_videos(options.target, options.clips, options.run, *given)
     else:
         _stages(options)
     return 0
@@ -125,7 +126,7 @@ def _stages(options: argparse.Namespace) -> None:
     from posttrain.commands.experiment import alone, members, open_run, resolved
 
     if options.command == "eval" and (ignored := list(_given(options, SCORING))):
-        name = f"--{ignored[0]}"
+        name = f"--{ignored[0].replace('_', '-')}"
         raise UserError(
             f"{name}: is only for --clips and --run; for a run's own measurement set eval.* in its recipe",
             "conflict",
@@ -180,6 +181,8 @@ def _scoring(command: argparse.ArgumentParser) -> None:
         "facebook/sam2.1-hiera-large, which PisaBench's real set needs (default: the embedded one, for 64 x 64 pixels)",
     )
     group.add_argument("--fps", type=rate, help="of the videos (default: as their files say)")
+    truth = "of the benchmark's clips (default: as their clip_info.json says)"
+    group.add_argument("--truth-fps", type=rate, metavar="FPS", help=truth)
     group.add_argument("--out", metavar="FOLDER", help="for scores and report (default: runs/eval-<benchmark>)")
 
 
@@ -191,7 +194,7 @@ def _add_compare(parsers: Any) -> None:
 
 
 ASKED = ("steps", "guidance", "seeds")  # options of `eval --run`
-SCORING = ("tracker", "fps", "out", *ASKED)  # and of `eval --clips`
+SCORING = ("tracker", "fps", "truth_fps", "out", *ASKED)  # and of `eval --clips`
 JUDGING = ("model", "frames", "url", "rate", "side", "tracker")  # options of `score`
 WISHES = ("prompt", "negative", "seeds", "frames", "fps", "steps", "guidance", "guidance_low")  # see gallery.Wish
 

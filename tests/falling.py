@@ -41,8 +41,8 @@ def write_dataset(
         (folder / split).mkdir(parents=True)
         lines = []
         for i in range(clips):
-            start = 2 + 2 * i + number
-            video, instances = film(rows_of(start, frames), 4 + 5 * i, 200 + 10 * i)
+            start = 2 + 2 * (i % 10) + number
+            video, instances = film(rows_of(start, frames), 4 + 5 * (i % 5), 200 + 10 * (i % 5))
             contact = (2 * (SIZE - SIDE - start) / GRAVITY) ** 0.5
             lines.append(
                 {

@@ -169,15 +169,17 @@ def test_lifting_gives_the_fall_back(beta: float, depth: float) -> None:
     z, heights = d.lift((true - CAMERA) / depth, t_drop, CAMERA)
     assert z == pytest.approx(depth)
     np.testing.assert_allclose(heights, true)
-    assert d.fall_error(heights, FPS, t_drop) == pytest.approx(0, abs=1e-12)
-    assert d.fall_error(np.append(heights + 0.1, 7.0), FPS, t_drop) == pytest.approx(0.1)  # after the fall is no fall
+    assert d.fall_error(heights, np.arange(len(heights)) / FPS, t_drop) == pytest.approx(0, abs=1e-12)
+    assert d.fall_error(np.append(heights + 0.1, 7.0), np.arange(len(heights) + 1) / FPS, t_drop) == pytest.approx(
+        0.1
+    )  # after the fall is no fall
 
 
 def test_what_is_level_with_the_camera_cannot_be_lifted() -> None:
     z, heights = d.lift(np.array([0.0, -0.1]), 0.3, CAMERA)
     assert math.isnan(z)
     assert np.isnan(heights).all()
-    assert math.isnan(d.fall_error(heights, FPS, 0.3))
+    assert math.isnan(d.fall_error(heights, np.arange(len(heights)) / FPS, 0.3))
     assert Counter(np.isnan(d.lift(np.array([0.1, np.nan]), 0.5, CAMERA)[1]).tolist()) == {False: 1, True: 1}
 
 
@@ -256,7 +258,7 @@ def test_what_is_lifted_is_counted() -> None:
 
 def test_true_clips_calibrate_and_can_be_lifted() -> None:
     falls = [(fall(0.2, depth), depth) for depth in (2.5, 5.0, 10.0)]
-    found = [[metric.impact_frame(masks, FPS)] for (masks, _), _ in falls]
+    found = [[metric.impact_frame(masks, metric.even_times(len(masks), FPS))] for (masks, _), _ in falls]
     clips = record("truth", found, [row for (_, row), _ in falls]).clips
     errors = benchmark.calibrate(clips)
     assert set(errors) <= {-1, 0, 1}
@@ -264,15 +266,15 @@ def test_true_clips_calibrate_and_can_be_lifted() -> None:
     never = record("truth", [[None]], [replace(falls[0][0][1], contact_time=None)]).clips  # cut before it lands
     assert benchmark.calibrate([*never, *clips]) == errors
     for (masks, row), depth in falls:
-        smaller = benchmark.lifted(masks[:, ::2, ::2], FPS, row)
+        smaller = benchmark.lifted(masks[:, ::2, ::2], metric.even_times(len(masks), FPS), row)
         assert smaller is not None
         assert smaller["depth"] == pytest.approx(depth, rel=0.15)
-        lifted = benchmark.lifted(masks, FPS, row)
+        lifted = benchmark.lifted(masks, metric.even_times(len(masks), FPS), row)
         assert lifted is not None
         assert lifted["depth"] == pytest.approx(depth, rel=0.1)
         assert lifted["heights"][0] == pytest.approx(CAMERA + 0.2 * depth, rel=0.1)
         assert lifted["fall_error"] < 0.05 * lifted["heights"][0]
     frozen = np.repeat(falls[0][0][0][:1], FRAMES, axis=0)
-    assert benchmark.lifted(frozen, FPS, falls[0][0][1]) is None
+    assert benchmark.lifted(frozen, metric.even_times(len(frozen), FPS), falls[0][0][1]) is None
     level, row = fall(0.0, 3.0)
-    assert benchmark.lifted(level, FPS, row) is None
+    assert benchmark.lifted(level, metric.even_times(len(level), FPS), row) is None

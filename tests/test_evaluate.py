@@ -29,6 +29,7 @@ from posttrain.evaluation.benchmarks import base, pisa
 from posttrain.evaluation.evaluate import EvalConfig, evaluate, validation, weights_fingerprint
 from posttrain.evaluation.records import Record, print_table, read_apart, read_records, summary
 from posttrain.flow import SamplerConfig
+from posttrain.metrics.pisa import even_times
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan.loading import load
 
@@ -313,12 +314,14 @@ def test_left_and_right_do_not_make_none() -> None:
     drifting = np.zeros((9, SIZE, SIZE), bool)
     for k, mask in enumerate(drifting):
         mask[4 + k : 10 + k, 20 - 2 * k : 26 - 2 * k] = True
-    left, right = (pisa.card(masks, FPS, row)["drift"] for masks in (drifting, drifting[:, :, ::-1]))
+    left, right = (
+        pisa.card(masks, even_times(len(masks), FPS), row)["drift"] for masks in (drifting, drifting[:, :, ::-1])
+    )
     assert left is not None
     assert right is not None
     assert left[0] == pytest.approx(right[0])
     assert left[0] == pytest.approx(2 * FPS * 2.0 / 40, rel=0.05)
-    assert pisa.card(drifting, FPS, replace(row, gravity=None)) == {}
+    assert pisa.card(drifting, even_times(len(drifting), FPS), replace(row, gravity=None)) == {}
 
 
 def test_validation_samples_the_model_as_it_is(tmp_path: Path, config: EvalConfig) -> None:

@@ -256,5 +256,5 @@ def test_what_a_family_does_not_have_is_refused(
 
 def test_guidance_for_a_second_expert_is_refused_where_there_is_none(folders: dict[str, Path]) -> None:
     wan = model(folders["wan2.1-t2v"], "wan2.1-t2v")
-    with pytest.raises(UserError, match=r"guidance_low: is for a model of two experts"):
+    with pytest.raises(UserError, match=r"guidance_low: is only for a model with two experts"):
         sample_clips(wan, PICTURE[None], [CAPTION], [3], 9, 2, guidance_low=2.0)

@@ -398,5 +398,5 @@ def test_the_guidance_of_two_experts() -> None:
     assert [one.weight(0.9)(t) for t in (0.95, 0.89)] == [4.0, 4.0]
     assert [SamplerConfig(guidance=w).guided for w in (1.0, 1.5)] == [False, True]
     assert SamplerConfig(guidance_low=2.0).guided
-    with pytest.raises(UserError, match=r"sampler\.guidance_low: is for a model of two experts"):
+    with pytest.raises(UserError, match=r"sampler\.guidance_low: is only for a model with two experts"):
         both.weight(0.0)

@@ -477,7 +477,7 @@ def test_how_losers_are_sampled_is_not_how_the_run_is_measured(home: Path, capsy
     assert cli.main([*command, "eval.sampler.steps=4", "data.groups.batch=1"]) == 0
     for change, what in (("negative=shaking", "negative"), ("sampler.steps=3", "sampler")):
         assert cli.main([*command, f"data.groups.{change}"]) == 1
-        assert f"are of another {what}; name" in capsys.readouterr().err.splitlines()[-1]
+        assert f"another {what}; name" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_what_is_unwanted_counts_where_there_is_guidance_alone(home: Path) -> None:
@@ -505,7 +505,10 @@ def test_clips_of_one_name_are_refused_before_anything_is_sampled(
     for path in ("one/a.mp4", "one/a.mov", "two/a.mp4"):
         write_video(home / path, video, FPS)
         (home / path).with_suffix(".txt").write_text("a cup falls.")
-    for clips, said in (("one", "one/a.mp4: is called as one/a.mov is"), ("[two, one]", "is called as two/a.mp4 is")):
+    for clips, said in (
+        ("one", "one/a.mp4: has the same name as one/a.mov"),
+        ("[two, one]", "has the same name as two/a.mp4"),
+    ):
         data = f"clips: {clips}, frames: 5, fps: 16, size: [32, 32]"
         groups = "groups: {losers: 1, samples: [made], samples_each: 1}"
         assert cli.main(["groups", "recipe.yaml", f"data={{{data}, {groups}}}", "model.conditioning=text"]) == 1

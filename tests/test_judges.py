@@ -15,10 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -233,6 +235,33 @@ def test_samples_against_their_truth(tmp_path: Path) -> None:
     assert found[3] == pytest.approx((0.75, max(0.0, 1 - 0.25 / frozen)))  # where it vanished, L2 is 1
     assert found[4].sa == 1
     assert found[4].pc > 0.95  # compressed with loss
+
+
+def test_short_varying_and_other_samples_are_judged_by_their_frames_own_times(tmp_path: Path) -> None:
+    """Missing frames are charged; half of the frames at their own times are the truth; other clips are refused."""
+    write_dataset(tmp_path / "drops", ["train"], clips=2, frames=17)
+    made, true = tmp_path / "made", rows_of(2, 17)
+    made.mkdir()
+    write_clip(made / "00000-s0.mp4", *film(true[:9], 4, 200))
+    some = np.array([0, 1, 2, 4, 5, 8, 9, 10, 11, 13, 14, 16])
+    with av.open(str(made / "00000-s1.mkv"), "w") as container:
+        stream = container.add_stream("libx264rgb", rate=1000, options={"qp": "0"})
+        stream.height, stream.width, stream.pix_fmt = SIZE, SIZE, "rgb24"
+        for k, picture in zip(some, film(true[some], 4, 200)[0], strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.time_base, frame.pts = Fraction(1, 1000), round(1000 * k / FPS)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    write_clip(made / "00000-s2.mp4", *film(rows_of(4, 17), 9, 210))
+    write_clip(made / "00000-s3.mp4", *film(true[4:], 4, 200))
+    judge = simulator.samples(Clips(DataConfig(clips=str(tmp_path / "drops")), preload=False), RedTracker(), CPU)
+    short, frozen = judge(made / "00000-s0.mp4", ""), (true - 2).mean() / (math.sqrt(2) * SIZE)
+    assert short == pytest.approx((1 - 8 / 17, max(0.0, 1 - 8 / 17 / frozen)))
+    assert judge(made / "00000-s1.mkv", "") == (1.0, 1.0)
+    for name in ("00000-s2.mp4", "00000-s3.mp4"):
+        with pytest.raises(UserError, match=name) as error:
+            judge(made / name, "")
+        assert error.value.code == "mismatch"
 
 
 def test_samples_are_judged_by_the_clip_that_is_meant(tmp_path: Path) -> None:

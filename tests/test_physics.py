@@ -49,7 +49,7 @@ def bounce(gravity: float = G, release: float = 0.0, restitution: float = 0.5, d
 
 
 def measure(masks_FHW: np.ndarray, drop: float | None = DROP) -> dict[str, Any]:
-    return physics.scorecard(masks_FHW, FPS, FOCAL, DEPTH, drop)
+    return physics.scorecard(masks_FHW, times(len(masks_FHW)), FOCAL, DEPTH, drop)
 
 
 def near(measure: Measure, truth: float, within: float = 3.0) -> bool:
@@ -103,9 +103,9 @@ def test_distance_and_lens_do_not_matter() -> None:
     """A picture twice as large, through twice the focal length or from half the distance, is the same world."""
     masks = discs(bounce(), 0.5 + 0.3 * times())
     large = np.kron(masks, np.ones((1, 2, 2), bool))
-    card, far = measure(masks), physics.scorecard(masks, FPS, FOCAL / 2, DEPTH / 2, DROP)
-    longer = physics.scorecard(large, FPS, 2 * FOCAL, DEPTH, DROP)
-    closer = physics.scorecard(large, FPS, FOCAL, DEPTH / 2, DROP)
+    card, far = measure(masks), physics.scorecard(masks, times(), FOCAL / 2, DEPTH / 2, DROP)
+    longer = physics.scorecard(large, times(), 2 * FOCAL, DEPTH, DROP)
+    closer = physics.scorecard(large, times(), FOCAL, DEPTH / 2, DROP)
     for name in QUANTITIES:
         assert far[name] == pytest.approx(card[name], rel=1e-6)
         assert closer[name] == pytest.approx(longer[name], rel=1e-6)
@@ -114,7 +114,7 @@ def test_distance_and_lens_do_not_matter() -> None:
 
 def test_a_film_played_at_half_speed_shows_a_quarter_of_g() -> None:
     masks = discs(bounce())
-    card, slow = measure(masks), physics.scorecard(masks, FPS / 2, FOCAL, DEPTH, DROP)
+    card, slow = measure(masks), physics.scorecard(masks, 2 * times(), FOCAL, DEPTH, DROP)
     assert slow["g"].value == pytest.approx(card["g"].value / 4, rel=1e-4)
     assert slow["contact"].value == pytest.approx(card["contact"].value * 2, rel=1e-4)
     assert slow["restitution"].value == pytest.approx(card["restitution"].value, rel=1e-3)
@@ -248,6 +248,21 @@ def test_too_few_frames(frames: int) -> None:
         assert measure(masks[:frames])["permanence"] == (1, 0)
 
 
+def test_the_rate_does_not_matter() -> None:
+    """One fall, filmed at 10 to 60 frames per second and at any moments: g within 3%, contact within 5 ms."""
+    moments = {rate: times(2 * rate + 1, rate) for rate in (10, 24, 30, 60)}
+    some = np.random.default_rng(0).choice(np.arange(1, 60), 45, replace=False)
+    moments[0] = np.array([0, *np.sort(some), 60]) / 30
+    moments[30] = moments[30].round(2)  # as GIF counts time
+    for at in moments.values():
+        masks = discs(DROP - Fall(DROP, 0.4, G).at(at)[0])
+        card = physics.scorecard(masks, at, FOCAL, DEPTH, DROP)
+        assert card["g"].value == pytest.approx(G, rel=0.03)
+        assert card["contact"].value == pytest.approx(fall_time(DROP), abs=0.005)
+        masks[at > 1.5] = False
+        assert physics.scorecard(masks, at, FOCAL, DEPTH, DROP)["permanence"].value == pytest.approx(0.75, abs=0.04)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_any_masks_have_a_scorecard(seed: int) -> None:
     """Random rectangles, some of them missing: numbers are finite or None."""
@@ -256,7 +271,7 @@ def test_any_masks_have_a_scorecard(seed: int) -> None:
     for mask in masks:
         x, y, w, h = rng.integers(0, 30, 4)
         mask[y : y + h, x : x + w] = rng.random() < 0.8
-    card = physics.scorecard(masks, 24, 30, 2, 0.3)
+    card = physics.scorecard(masks, times(len(masks), 24), 30, 2, 0.3)
     assert tuple(card) == QUANTITIES
     assert all(m is None or (math.isfinite(m.value) and math.isfinite(m.sigma) and m.sigma >= 0) for m in card.values())
 
@@ -265,12 +280,15 @@ def test_bad_input() -> None:
     masks = discs(bounce())
     for wrong, name in ((masks[0], "masks_FHW"), (masks[:0], "masks_FHW"), (masks * 0.5, "masks_FHW")):
         with pytest.raises(ValueError, match=name):
-            physics.scorecard(wrong, FPS, FOCAL, DEPTH)
-    good = {"fps": FPS, "focal": FOCAL, "depth": DEPTH, "drop_height": DROP, "gravity": G}
+            physics.scorecard(wrong, times(len(wrong)), FOCAL, DEPTH)
+    for wrong in (times(5), times() + 1, times()[::-1], times() * math.nan):
+        with pytest.raises(ValueError, match="times"):
+            physics.scorecard(masks, wrong, FOCAL, DEPTH)
+    good = {"focal": FOCAL, "depth": DEPTH, "drop_height": DROP, "gravity": G}
     for name in good:
         for number in (0, -1.0, math.inf, math.nan):
             with pytest.raises(ValueError, match=name):
-                physics.scorecard(masks, **(good | {name: number}))
+                physics.scorecard(masks, times(), **(good | {name: number}))
 
 
 @pytest.mark.parametrize("restitution", [0.0, 0.5, 0.9])

@@ -2,9 +2,11 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,23 +17,26 @@ import pytest
 import torch
 import yaml
 from diffusers import WanTransformer3DModel
-from falling import FPS, SIDE, SIZE, Oracle, RedTracker, film, rows_of, write_dataset
+from falling import FPS, GRAVITY, SIDE, SIZE, Oracle, RedTracker, film, rows_of, write_dataset
 from PIL import Image
 from test_stages import command
 from tiny import wan_folder
 from transformers import Sam2VideoConfig
 
 from posttrain.core import files
+from posttrain.core.codec import read_video
 from posttrain.core.errors import UserError
 from posttrain.data.views import centred
 from posttrain.evaluation import score
 from posttrain.evaluation.benchmarks.pisabench import open_benchmark
-from posttrain.evaluation.records import summary
+from posttrain.evaluation.records import print_table, summary
 from posttrain.nets import sam2
 from posttrain.pocket import folder as pocket
+from posttrain.reporting import report
 
 UNIT = math.sqrt(2) * SIZE
 COLUMN = 12
+CENTRED = ((0, 0), (8, 8), (0, 0), (0, 0))  # above and below, of frames, rows, columns and colours
 
 
 class ClickTracker(RedTracker):
@@ -77,7 +82,7 @@ def write_real(folder: Path, rows: list[list[int]]) -> Path:
             {"positive": [[3, SIZE - 2]], "negative": []},
             {"positive": [[COLUMN + 2, path[0] + 4], [COLUMN + 3, path[0] + 2]], "negative": [[1, 1]]},
         ]
-        info = {"points": points, "prompt": f"A red square {i} falls."}
+        info = {"points": points, "prompt": f"A red square {i} falls.", "fps": 120}
         (folder / f"{i:04d}" / "clip_info.json").write_text(json.dumps(info))
     return folder
 
@@ -125,6 +130,46 @@ def test_real_clips_are_compared_at_the_right_moments_in_both_conventions(tmp_pa
     assert summary(rows["late"])["released"]["l2"]["mean"] == late.released["l2"]
     # the highest of the clicked objects, its own clicks alone, no more pictures than are needed
     assert tracker.clicked == [(20, 20, [[14, 4], [15, 2], [1, 1]], [1, 1, 0])]
+
+
+def unsaid(folder: Path) -> Path:
+    """The same clips, whose files do not say the rate."""
+    for path in folder.rglob("clip_info.json"):
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "fps"}))
+    return folder
+
+
+def test_a_benchmark_says_its_rate_or_is_asked_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A set of one's own at 16 frames per second, in PisaBench's layout, against itself."""
+    mine, tracker = unsaid(write_real(tmp_path / "mine", [rows_of(2, 17).tolist()])), ClickTracker()
+    with pytest.raises(UserError) as error:
+        open_real(mine, tracker, tmp_path / "cache")
+    assert (error.value.code, error.value.field) == ("required", "--truth-fps")
+    truths = open_benchmark(mine, tracker.clicks, "tracker", tmp_path / "cache", fps=16)
+    write_video(tmp_path / "same" / "0000.mp4", square(rows_of(2, 17))[0])
+    (record,) = score.score(tmp_path / "out", truths, {"same": tmp_path / "same"}, tracker)
+    assert record.clips[0].numbers["l2"] == 0
+    assert record.clips[0].numbers["span"] == 1
+    with pytest.raises(UserError) as error:
+        open_benchmark(write_real(tmp_path / "real", [[2, 3]]), tracker.clicks, "", tmp_path / "cache", fps=16)
+    assert (error.value.code, error.value.field) == ("conflict", "--truth-fps")
+    with pytest.raises(UserError) as error:
+        open_benchmark(mine, tracker.clicks, "", tmp_path / "cache", fps=0)
+    assert (error.value.code, error.value.field) == ("value", "--truth-fps")
+    write_dataset(tmp_path / "drops", clips=1)
+    with pytest.raises(UserError) as error:
+        open_benchmark(tmp_path / "drops", fps=16)
+    assert (error.value.code, error.value.field) == ("conflict", "--truth-fps")
+    assert "taken as" not in capsys.readouterr().err
+    # what was published is known by its number of real clips, or the names of simulated ones, and it is said
+    for i in range(1, 361):
+        shutil.copytree(mine / "0000", mine / f"{i:04d}")
+    assert open_real(mine, tracker, tmp_path / "cache")["mine"][360].row.fps == 120
+    assert "mine: " in capsys.readouterr().err
+    published = open_benchmark(write_sim(tmp_path / "sim", 1))
+    assert {truth.row.fps for truths in published.values() for truth in truths} == {16}
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in said] == ["seen", "unseen"]
 
 
 def test_masks_from_clicks_are_kept_until_a_longer_video_needs_more(tmp_path) -> None:
@@ -232,6 +277,92 @@ def test_a_wrong_rate_in_the_files_can_be_mended(tmp_path) -> None:
     assert right.clips[0].numbers["l2"] == 0
 
 
+def filmed_at(path: Path, times_F: np.ndarray, codec: str, pixels: str, start: int = 2, column: int = 4) -> None:
+    """The fall of `write_dataset`'s first clips, filmed at other moments, with a time stamp for each picture."""
+    tops = np.minimum(np.round(start + GRAVITY * times_F**2 / 2), SIZE - SIDE).astype(int)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=100 if codec == "gif" else 1000)
+        stream.height, stream.width, stream.pix_fmt = SIZE, SIZE, pixels
+        if codec != "gif":
+            stream.options = {"crf": "4"}
+        for t, picture in zip(times_F, film(tops, column, 200)[0], strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixels)
+            frame.time_base = Fraction(1, 100 if codec == "gif" else 1000)
+            frame.pts = round(t / frame.time_base)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def test_each_frame_has_its_own_time(tmp_path: Path) -> None:
+    """One fall as GIF, WebM, at 60 frames per second, at any moments: L2 within 0.02, IoU 0.15, g 6%, whole spans."""
+    write_dataset(tmp_path / "drops", ["test_unseen"], clips=1, frames=17)
+    some = np.random.default_rng(1).choice(np.arange(1, 60), 40, replace=False)
+    kinds = {
+        "gif": ("gif", np.arange(31) / 30, "gif", "rgb8"),
+        "webm": ("webm", np.arange(25) / 24, "libvpx-vp9", "yuv444p"),
+        "fast": ("mp4", np.arange(61) / 60, "libx264", "yuv444p"),
+        "varying": ("mkv", np.array([0, *np.sort(some), 60]) / 60, "libx264", "yuv444p"),
+    }
+    for name, (suffix, times_F, codec, pixels) in kinds.items():
+        filmed_at(tmp_path / name / f"00000.{suffix}", times_F, codec, pixels)
+    benchmark = open_benchmark(tmp_path / "drops")
+    for name in kinds:
+        (record,) = score.score(tmp_path / name / "out", benchmark, {name: tmp_path / name}, RedTracker())
+        clip = record.clips[0]
+        assert clip.numbers["l2"] < 0.02, name
+        assert clip.numbers["iou"] > 0.85, name
+        assert clip.numbers["span"] == 1, name
+        g = clip.physics["g"]
+        assert g is not None
+        assert g[0] == pytest.approx(9.81, rel=0.06), name
+        assert record.frames == len(kinds[name][1])
+        shown = read_video(tmp_path / name / "out" / "samples" / name / "test_unseen" / "00000-s0.mp4")
+        assert len(shown) == len(clip.paths[0]) == record.frames
+
+
+def test_a_video_begins_as_its_clip_does(tmp_path: Path) -> None:
+    """Another clip's video under this clip's name, and a true one without its first frames, are refused by name."""
+    write_dataset(tmp_path / "drops", ["test_unseen"], clips=2, frames=17)
+    true = [film(rows_of(2 + 2 * i, 17), 4 + 5 * i, 200 + 10 * i)[0] for i in (0, 1)]
+    benchmark = open_benchmark(tmp_path / "drops")
+    for name, pictures in (("other", true[1]), ("later", true[0][4:]), ("tall", np.pad(true[1], CENTRED))):
+        write_video(tmp_path / name / "00000.mp4", pictures)
+        with pytest.raises(UserError, match=rf"{name}/00000\.mp4.* clip 00000") as error:
+            score.score(tmp_path / "out", benchmark, {name: tmp_path / name}, RedTracker())
+        assert error.value.code == "mismatch"
+    write_video(tmp_path / "true" / "00000.mp4", np.pad(true[0], CENTRED))
+    (record,) = score.score(tmp_path / "out", benchmark, {"true": tmp_path / "true"}, RedTracker())
+    assert record.clips[0].numbers["l2"] == 0
+    # what is made here continues that picture, however badly
+    write_video(tmp_path / "made" / "00000.mp4", np.zeros_like(true[0]))
+    score.score(tmp_path / "made" / "out", benchmark, {"made": tmp_path / "made"}, RedTracker(), made=["made"])
+
+
+def test_a_short_video_no_longer_wins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first picture frozen into 5 frames and 17: the shorter one is worse, and the table says what it lacks."""
+    write_dataset(tmp_path / "drops", ["test_unseen"], clips=1, frames=17)
+    frozen = np.repeat(film(rows_of(2, 1), 4, 200)[0], 17, 0)
+    write_video(tmp_path / "short" / "00000.mp4", frozen[:5])
+    write_video(tmp_path / "whole" / "00000.mp4", frozen)
+    folders = {name: tmp_path / name for name in ("short", "whole")}
+    short, whole = score.score(tmp_path / "out", open_benchmark(tmp_path / "drops"), folders, RedTracker())
+    gaps = rows_of(2, 17) - 2
+    assert short.clips[0].numbers["l2"] == pytest.approx((gaps[:5].sum() / UNIT + 12) / 17)
+    assert whole.clips[0].numbers["l2"] == pytest.approx(gaps.mean() / UNIT)
+    assert short.clips[0].numbers["span"] == pytest.approx(5 / 17)
+    assert short.clips[0].released["l2"] == pytest.approx(gaps[:5].mean() / 2 / UNIT)
+    assert short.clips[0].physics["permanence"] == [pytest.approx(5 / 17, abs=1e-6), 0]
+    print_table([short, whole])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "true clip" in line]
+    assert "short 0.29" in line
+    assert "whole 1.00" in line
+    report.report(tmp_path / "out")
+    told = files.read_json(tmp_path / "out" / "report.json")
+    assert [row["span"]["mean"] for row in told["rows"]] == [pytest.approx(5 / 17), 1]
+    assert "short 0.29" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_a_killed_scoring_continues_and_nothing_is_scored_twice(tmp_path, capsys) -> None:
     benchmark = open_benchmark(write_sim(tmp_path / "sim", 3) / "seen")
     for i in range(3):
@@ -266,7 +397,7 @@ def test_scores_of_another_tracker_do_not_mix(tmp_path) -> None:
 
 def test_what_has_no_video_is_said(tmp_path, capsys) -> None:
     benchmark = open_benchmark(write_sim(tmp_path / "sim"))
-    write_video(tmp_path / "a" / "seen" / "01.mp4", square([2] * 9)[0])
+    write_video(tmp_path / "a" / "seen" / "01.mp4", square([3] * 9)[0])
     score.score(tmp_path / "out", benchmark, {"a": tmp_path / "a"}, RedTracker())
     said = capsys.readouterr().err
     assert "a on seen clips: 1 of 2 have a video in" in said
@@ -291,6 +422,11 @@ def test_what_is_wrong_with_a_benchmark_is_named(tmp_path) -> None:
     info.write_text("{}")
     with pytest.raises(UserError, match=r"clip_info\.json: prompt: is missing"):
         open_benchmark(real)
+    for fps in (0, -16, "16", True, math.nan):
+        info.write_text(json.dumps(good | {"fps": fps}))
+        with pytest.raises(UserError) as error:
+            open_benchmark(real)
+        assert (error.value.code, error.value.field) == ("value", "fps")
     info.write_text(json.dumps(good))
     (real / "0000" / "00001.jpg").write_bytes(b"x")
     tracker = ClickTracker()
@@ -413,7 +549,7 @@ def test_the_command_lets_a_run_make_the_videos(tmp_path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     code, _, said = command(tmp_path, "eval", "sim", "--run", "recipe.yaml")
     assert code == 1
-    assert said.startswith("runs/try/adapter: ")
+    assert "runs/try/adapter: " in said
     assert command(tmp_path, "train", "recipe.yaml")[0] == 0
     with calls() as usual:
         code, _, said = command(tmp_path, "eval", "sim", "--run", "try", "--out", "usual", "--tracker", "pocket")

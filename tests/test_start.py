@@ -108,6 +108,21 @@ def test_a_run_continues_the_adapter_of_another(home: Path) -> None:
     assert kept != without  # so is its row's key
 
 
+def test_the_base_of_coarse_weights_has_the_whole_adapter_that_training_continued(home: Path) -> None:
+    """Folded into bf16 weights it would be rounded; here it is on them, and the row is measured anew with another."""
+    trained(home, "coarse", "model.start=first", "model.dtype=bf16")
+    base, _ = rows(home, "coarse")
+    first = load_file(home / FIRST)
+    layers = {name: layer for name, layer in base.transformer.named_modules() if hasattr(layer, "lora_B")}
+    for name, layer in layers.items():
+        scaled = layer.lora_B[lora.NAME].weight * layer.scaling[lora.NAME]
+        assert torch.equal(scaled, first[f"transformer.{name}.lora_B.weight"])
+    plain = known(home, dtype="bf16")
+    assert len(layers) == 20
+    kept, without = (weights_fingerprint(model.transformer, base=True) for model in (base, plain))
+    assert kept != without
+
+
 def test_a_run_on_merged_adapters_trains_its_own(home: Path) -> None:
     trained(home, "third", "model.merge=[{path: first, scale: 0.5}]")
     base, tuned = rows(home, "third")

@@ -16,6 +16,7 @@ import torch
 import yaml
 from falling import write_dataset
 from safetensors.torch import load_file
+from scipy.stats import permutation_test
 from torch import Tensor
 
 from posttrain.commands import loading, stages
@@ -27,7 +28,6 @@ from posttrain.data.config import DataConfig
 from posttrain.data.schema import ClipRow
 from posttrain.evaluation.benchmarks import pisa
 from posttrain.evaluation.evaluate import EvalConfig
-from posttrain.evaluation.records import interval
 from posttrain.flow import SamplerConfig
 from posttrain.methods import oro
 from posttrain.models.base import AdapterConfig, ModelConfig
@@ -35,6 +35,7 @@ from posttrain.rewards.base import RewardConfig
 from posttrain.training.optim import TrainConfig
 from posttrain.training.tripwires import (
     BEST,
+    CHANCE,
     LOOKS,
     QUANTITIES,
     Look,
@@ -42,9 +43,11 @@ from posttrain.training.tripwires import (
     appearance,
     best_look,
     card,
+    chance,
     chooses_by_the_test,
     distance,
     ended,
+    enough,
     read_looks,
     trainable,
     tripped,
@@ -92,21 +95,33 @@ def test_appearance_by_hand() -> None:
 
 
 def values(**changed: list[float | None]) -> dict[str, list[float | None]]:
+    """Of 12 clips, alike in fours."""
     start: dict[str, list[float | None]] = {"reward": [0.1, 0.2, 0.3, 0.4], "l2": [0.1] * 4, "iou": [0.5] * 4}
     start |= {"chamfer": [0.1] * 4, "vanished": [0.0] * 4}
-    return start | {"sharpness": [0.8, 0.9, 1.0, 1.2], "g_error": [None, 1.0, 2.0, 3.0]} | changed
+    start |= {"sharpness": [0.8, 0.9, 1.0, 1.2], "g_error": [None, 1.0, 2.0, 3.0]} | changed
+    return {name: 3 * four for name, four in start.items()}
 
 
 def test_the_reward_is_asked_for_less_certainty_than_wires() -> None:
-    """A rise of mean .5 and standard deviation 1 over 16 clips is beyond 95%, and not beyond 1 - .05 / 8."""
+    """A rise of mean .5 and standard deviation 1 over 16 clips has p below .05, and not below .05 / 8."""
     rise = np.linspace(-1, 1, 16)
     rise = list(0.5 + (rise - rise.mean()) / rise.std())
-    assert interval(rise)["low"] > 0 > interval(rise, level=1 - 0.05 / 8)["low"]
+    assert 0.05 / 8 < chance(rise) < 0.05
     first = {
         name: [0.0] * 16 for name in ("reward", "l2", "iou", "motion", "jump", "drift", "colour", "growth", "size")
     }
-    assert tripped(first, first | {"reward": rise, "iou": [-0.1] * 16}, 0.05, KNOWN) == ["iou"]
-    assert tripped(first, first | {"reward": rise, "iou": [-each for each in rise]}, 0.05, KNOWN) == []
+    assert tripped(first, first | {"reward": rise, "iou": [-0.1] * 16}, 0.05, KNOWN, 1) == ["iou"]
+    assert tripped(first, first | {"reward": rise, "iou": [-each for each in rise]}, 0.05, KNOWN, 1) == []
+
+
+@pytest.mark.parametrize("count", [12, 16, 40])
+def test_the_sign_flip_test_is_that_of_scipy(count: int) -> None:
+    gains = np.random.default_rng(count).normal(0.4, 1, count)
+    expected = permutation_test((gains,), np.mean, permutation_type="samples", alternative="greater", n_resamples=2**16)
+    assert chance(list(gains)) == pytest.approx(expected.pvalue, rel=1e-9 if count <= 16 else 0.1)
+    assert chance([1.0] * 12) == 2**-12
+    assert chance([0.0] * 12) == 1
+    assert chance([0.0] * 9 + [0.3, 0.1, 0.2]) == 1 / 8  # three changes say no more
 
 
 def test_what_is_taken_from_a_scorecard() -> None:
@@ -133,24 +148,65 @@ def test_what_is_taken_from_a_scorecard() -> None:
         (values(reward=[0.2, 0.4, 0.4, 0.5], sharpness=[0.4, 0.5, 0.6, 0.7]), ["sharpness"]),
         (values(reward=[0.2, 0.4, 0.4, 0.5], sharpness=[1.9, 1.9, 1.9, 1.9]), ["sharpness"]),
         (values(reward=[0.2, 0.4, 0.4, 0.5], sharpness=[1.1, 1.1, 1.0, 1.0]), []),  # nearer to the truth's
-        (values(reward=[0.2, 0.4, 0.4, 0.5], g_error=[9.0, 9.0, 9.0, 9.0]), []),  # three pairs
+        (values(reward=[0.2, 0.4, 0.4, 0.5], g_error=[9.0, 9.0, 9.0, 9.0]), []),  # nine pairs
         (values(reward=[0.2, 0.4, 0.4, 0.5], vanished=[0.1, 0.2, 0.1, 0.2]), ["vanished"]),  # from nothing
         (values(reward=[0.2, 0.4, 0.4, 0.5], chamfer=[0.0, 0.0, 0.1, 0.1]), []),
     ],
 )
 def test_wires_by_hand(now: dict[str, list[float | None]], wires: list[str]) -> None:
-    assert tripped(values(), now, 0.05, KNOWN) == wires
+    assert tripped(values(), now, 0.05, KNOWN, 1) == wires
 
 
-def test_chance_seldom_trips() -> None:
-    """Nine wires of pure noise over 16 clips beside a reward that rises: one in twenty looks or so."""
-    random, alarms = np.random.default_rng(0), 0
-    names = ["l2", "iou", "g_error", *(f"reward_{k}" for k in range(6))]
-    for _ in range(60):
-        first = {name: list(random.normal(size=16)) for name in names}
-        now = {name: [value + float(random.normal()) for value in first[name]] for name in names}
-        alarms += bool(tripped(first | {"reward": [0.0] * 16}, now | {"reward": [1.0] * 16}, 0.0, KNOWN))
-    assert alarms <= 8
+LOOKS_PLANNED, WIRES = 6, ["l2", "iou", "g_error", *(f"reward_{k}" for k in range(9))]
+
+
+def run_of(random: np.random.Generator, clips: int, shift: float = 0.0, rises: bool = True) -> bool:
+    """Whether a wire is tripped in any look of a run.
+
+    Each clip has samples of one skewed law with heavy tails, which quantities share in part; a coin decides which one
+    was seen first. `shift`: by how many standard deviations iou falls; `rises`: the reward does for sure.
+    """
+    spread = random.lognormal(size=(clips, 1))
+
+    def samples() -> np.ndarray:
+        common = random.normal(size=(clips, 1))
+        return spread * (common + random.exponential(size=(clips, len(WIRES) + 1)))
+
+    start, swap = samples(), random.random((LOOKS_PLANNED, clips, 1)) < 0.5
+    for look in range(LOOKS_PLANNED):
+        later = samples()
+        a, b = np.where(swap[look], later, start), np.where(swap[look], start, later)
+        b[:, 1] -= shift * (a - b)[:, 1].std()
+        first, now = ({name: list(x[:, i]) for i, name in enumerate([*WIRES, "reward"])} for x in (a, b))
+        if rises:
+            first["reward"], now["reward"] = [0.0] * clips, [1.0] * clips
+        if tripped(first, now, 0.0, KNOWN, LOOKS_PLANNED):
+            return True
+    return False
+
+
+@pytest.mark.parametrize(("clips", "rises"), [(12, True), (16, True), (16, False)])
+def test_chance_trips_as_seldom_as_is_said(clips: int, rises: bool) -> None:
+    """An exact null: at most 5% of runs of 6 looks at 12 wires; of 200 at most 10 and three binomial deviations."""
+    random = np.random.default_rng(0)
+    alarms = sum(run_of(random, clips, rises=rises) for _ in range(200))
+    assert alarms <= 200 * CHANCE + 3 * math.sqrt(200 * CHANCE * (1 - CHANCE))
+
+
+@pytest.mark.parametrize("clips", [12, 16])
+def test_a_real_change_trips(clips: int) -> None:
+    """IoU that falls by 1.5 standard deviations of its change is seen in nearly every run."""
+    random = np.random.default_rng(0)
+    assert sum(run_of(random, clips, shift=1.5) for _ in range(30)) >= 27
+
+
+def test_too_few_clips_are_refused() -> None:
+    enough(12, 10, 13)
+    enough(16, 50, 13)
+    for clips, looks, code_of in ((11, 1, "tripwires.clips"), (12, 20, "tripwires.clips"), (64, 500, "eval.every")):
+        with pytest.raises(UserError) as error:
+            enough(clips, looks, 13)
+        assert (error.value.code, error.value.field) == ("mismatch", code_of)
 
 
 def test_what_the_rows_say(tmp_path: Path) -> None:
@@ -207,7 +263,7 @@ def hack(
         method=Plugin("oro", oro, method),
         train=TrainConfig(steps=6, batch=2, lr=3e-2, warmup=6, checkpoint_every=3),
         eval=measured,
-        tripwires=TripwiresConfig(split="test_seen", clips=4, on_trip=on_trip) if on_trip else None,
+        tripwires=TripwiresConfig(split="test_seen", clips=12, on_trip=on_trip) if on_trip else None,
     )
     with contextlib.chdir(home):
         stages.train(plan, home / "runs" / run)
@@ -217,7 +273,7 @@ def hack(
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("home")
-    write_dataset(path / "drops", ["train", "test_seen", "test_unseen"], clips=4, frames=5)
+    write_dataset(path / "drops", ["train", "test_seen", "test_unseen"], clips=12, frames=5)
     return path
 
 
@@ -318,7 +374,7 @@ RECIPE: dict[str, Any] = {
         ([], r"tripwires: are for a method that trains rewards, and psft is none"),
         (["eval=null"], r"tripwires: look at eval\.clips every eval\.every steps; set both"),
         (["eval.every=0"], r"tripwires: look at eval\.clips every eval\.every steps; set both"),
-        (["tripwires.clips=3"], r"tripwires\.clips: .*greater than or equal to 4"),
+        (["tripwires.clips=11"], r"tripwires\.clips: .*greater than or equal to 12"),
         (["tripwires.on_trip=stop"], r"tripwires\.on_trip: .*'warn' or 'roll_back'"),
         (
             ["tripwires.watch=[{name: trajectory}, {name: depth, pth: x}]"],
@@ -360,7 +416,7 @@ def test_clips_that_choose_weights_do_not_measure_them(home: Path) -> None:
 def test_what_is_trained_is_not_watched_besides(home: Path) -> None:
     wires = TripwiresConfig.model_construct(watch=(brightness(),))
     with pytest.raises(UserError, match=r"tripwires\.watch: brightness is trained"):
-        watching(home, wires, {"brightness": (1.0, brightness().module.load(None, "cpu"))}, None, None, ())
+        watching(home, wires, {"brightness": (1.0, brightness().module.load(None, "cpu"))}, None, None, (), 1)
 
 
 VARIANTS = [

@@ -60,6 +60,7 @@ def evaluate_videos(
     fps: float | None = None,
     out: str | None = None,
     asked: Mapping[str, Any] | None = None,
+    truth_fps: float | None = None,
 ) -> None:
     """Measure videos against a benchmark, one row of the table per folder; print the tables and write the report.
 
@@ -72,6 +73,7 @@ def evaluate_videos(
         out: the folder for scores and report; None: runs/eval-<benchmark>.
         asked: steps, guidance and seeds for the videos of `runs`; the others are as in the run's recipe or, if that has
             no `eval`, the model's defaults and one seed.
+        truth_fps: of the benchmark's clips; None: as their files say.
 
     Raises:
         UserError: the benchmark, a folder or a run is not what it should be.
@@ -93,7 +95,8 @@ def evaluate_videos(
         raise UserError(f"--out: what is scored would replace {inner[0]}; name another folder", "conflict", "--out")
     follower = load_tracker(tracker)
     masks = CACHE / "masks"
-    truths = open_benchmark(benchmark, getattr(follower, "clicks", None), weights_fingerprint(follower.module), masks)
+    follows = weights_fingerprint(follower.module)
+    truths = open_benchmark(benchmark, getattr(follower, "clicks", None), follows, masks, truth_fps)
     if tracker == "pocket" and any(max(truth.row.size) > TRACKED for split in truths.values() for truth in split):
         print(
             f"the embedded tracker was trained on {TRACKED} x {TRACKED} pixels; name a SAM 2 with --tracker",
@@ -108,9 +111,10 @@ def evaluate_videos(
             "--clips",
         )
     if main_process():
-        records = score(folder, truths, dict(rows), follower, fps, device())
+        made = [name for name, _ in rows[len(clips) :]]
+        records = score(folder, truths, dict(rows), follower, fps, device(), made)
         print_table(records)
-        print("\nas the published code counts (PISA, table 1):")
+        print("\nas the published code counts (PISA, table 1), cut where the shorter of video and true clip ends:")
         print_table(records, released=True)
         print("report:", report(folder)[1])
     wait()

@@ -11,6 +11,7 @@ Stages meet in files. Each looks at what is there, says what it reuses, does the
     runs/<run>/merged/       the adapter folded into its base, where `export:` lists it
 """
 
+import math
 import os
 import shutil
 import subprocess
@@ -173,7 +174,8 @@ def train(plan: Recipe, folder: Path) -> None:
         tracker, watched = load_tracker(plan.eval.tracker), dict[str, Any]()
         if wires := plan.tripwires:
             ends, metrics = partial(ended, folder, wires), plan.eval.benchmark.module.BENCHMARK.metrics
-            look = watching(folder, wires, rewards, model, tracker, metrics) if main_process() else None
+            looks = math.ceil(plan.train.steps / every)
+            look = watching(folder, wires, rewards, model, tracker, metrics, looks) if main_process() else None
             watched = {"clips": wires.clips, "split": wires.split, "look": look}
             watched["truths"] = tuple(dict.fromkeys((*truths, *base.truths(wires.watch))))
             measured = plan.eval.model_dump(mode="json", include={"clips", "splits", "every", "sampler", "tracker"})

@@ -379,10 +379,14 @@ def changed(folder: Path | str, noted: dict[str, str]) -> list[str]:
 
 def note_digest(path: Path) -> None:
     """Note what the file at `path` is, in the hidden folder .sha256 beside it."""
-    write_text(path.parent / ".sha256" / path.name, sha256(path) + "\n", flush=False)
+    write_text(_note(path), sha256(path) + "\n", flush=False)
+
+
+def _note(path: Path) -> Path:
+    return path.parent / ".sha256" / f"{path.name}.txt"  # no name that anybody takes for a video's
 
 
 def intact(path: Path) -> bool:
     """Whether a file is what was noted of it; one of which nothing was noted is anybody's, and taken as it is."""
-    note = path.parent / ".sha256" / path.name
+    note = _note(path)
     return not note.is_file() or note.read_text(errors="replace").strip() == sha256(path)

@@ -34,9 +34,10 @@ from posttrain.models.base import VideoModel
 from posttrain.types import Batch
 
 SCORES = "scores.jsonl"
-# How much the mean colour of any of 8 x 8 fields of two equal first pictures may differ, of 255. The pocket's
-# autoencoder and H.264 change it by up to 19 (120 clips of three datasets, mean 9.5); the most similar of 30 scenes
-# differ by 33 to 64.
+# How much two equal first pictures may differ, of 255: in the mean colour of any of 8 x 8 fields, and of the object.
+# The pocket's autoencoder and H.264 change fields by up to 19 (120 clips of three datasets, mean 9.5), the object by 7.
+# The most similar of 30 scenes differ by 33 to 64, a clip that starts two frames late (of 16 per second) by 31 to 100.
+# One frame late is 9 to 27, as much as the autoencoder.
 SAME_PICTURE = 25.0
 
 
@@ -240,7 +241,7 @@ def _scores(path: Path, name: str, rows: dict[Any, dict[str, Any]]) -> Scores:
 def _check(members: Members, group: Group, pictured: bool) -> None:
     """Refuse a group whose members are not comparable."""
     clips, sums = members.clips, dict[str, int]()
-    split, picture = clips.splits[0], _fields(members.first(group.winner))
+    split, picture = clips.splits[0], members.first(group.winner)
     true = members.video(group.winner)
     for index in (group.winner, *group.losers):
         path, sampled = members.video(index), index >= len(clips)
@@ -263,15 +264,38 @@ def _check(members: Members, group: Group, pictured: bool) -> None:
             )
         sums[facts.sha256] = index
         if pictured or not sampled:
-            apart = float((_fields(members.first(index)) - picture).abs().max())
-            if apart > SAME_PICTURE:
-                problem = f"its first picture is not that of {true} (they differ by {apart:.0f} of 255)"
-                raise UserError(f"{path}: {problem}; remove the file", "mismatch")
+            check_first_picture(path, members.first(index), picture, str(true))
 
 
-def _fields(picture_HWC: np.ndarray) -> torch.Tensor:
-    """The mean colours of its 8 x 8 fields."""
-    return torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(picture_HWC).permute(2, 0, 1).float(), 8)
+def check_first_picture(
+    path: Path, picture_HWC: np.ndarray, true_HWC: np.ndarray, true: str, object_HW: np.ndarray | None = None
+) -> None:
+    """Refuse a video that does not begin as the true clip does that it is compared with.
+
+    Args:
+        path, true: what the video and the true clip are called.
+        picture_HWC, true_HWC: their first pictures, uint8, of one shape.
+        object_HW: bool, the object that is followed, where it is known: a small one is lost in the fields.
+
+    Raises:
+        UserError: mismatch: it continues another clip, or begins later.
+    """
+    apart = float((_fields(picture_HWC, object_HW) - _fields(true_HWC, object_HW)).abs().max())
+    if apart > SAME_PICTURE:
+        raise UserError(
+            f"{path}: its first picture is not that of {true} (off by {apart:.0f} of 255): it continues another clip, "
+            "or begins later",
+            "mismatch",
+        )
+
+
+def _fields(picture_HWC: np.ndarray, object_HW: np.ndarray | None) -> torch.Tensor:
+    """The mean colours of its 8 x 8 fields and, where it is known, of the object: (fields, 3)."""
+    picture = torch.tensor(picture_HWC).permute(2, 0, 1).float()
+    fields = torch.nn.functional.adaptive_avg_pool2d(picture, 8).flatten(1).T
+    if object_HW is None or not object_HW.any():
+        return fields
+    return torch.cat([fields, picture[:, torch.from_numpy(object_HW)].mean(1)[None]])
 
 
 class Groups:

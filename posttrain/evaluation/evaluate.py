@@ -40,6 +40,7 @@ from posttrain.evaluation.benchmarks import base, pisa
 from posttrain.evaluation.benchmarks.base import Benchmark, ClipScore, Row, TestSet, Tracker, mean, merge
 from posttrain.evaluation.records import Record
 from posttrain.flow import SamplerConfig
+from posttrain.metrics.pisa import even_times
 from posttrain.models.base import VideoModel
 from posttrain.types import Batch
 
@@ -234,7 +235,8 @@ def complete(
                 for name, video in zip(batch.ids, videos, strict=True):
                     sample.write_video(video_path := samples / f"{name}-s{seed}.mp4", video, fps)
                     files.note_digest(video_path)
-                scores.append(benchmark.score(videos, batch, rows, fps, tracker))
+                times_F = even_times(videos.shape[1], fps)
+                scores.append(benchmark.score(videos, batch, rows, times_F, tracker))
                 for _ in indices:
                     advance("")
             measured = []
@@ -334,7 +336,7 @@ def validation(
             indices = range(first, min(first + config.batch, len(chosen)))
             batch, rows = chosen.load(indices).to(model.device), [chosen.row(i) for i in indices]
             made = sample_row(None, model, batch, rows, 0, config.sampler, texts)
-            scores += benchmark.score(made, batch, rows, fps, tracker)
+            scores += benchmark.score(made, batch, rows, even_times(made.shape[1], fps), tracker)
             videos += [*made]
         paths = {f"validation/{name}": folder / f"step-{step:06d}" / f"{name}.mp4" for name in chosen.ids}
         for path, video in zip(paths.values(), videos, strict=True):

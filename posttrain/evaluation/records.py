@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from rich.cells import cell_len
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from scipy.stats import bootstrap
 
 from posttrain.core import files
 from posttrain.core.errors import UserError
 from posttrain.core.recipe import resolve
-from posttrain.evaluation.benchmarks.base import Benchmark, ClipScore, Metric, merge
+from posttrain.evaluation.benchmarks.base import Benchmark, ClipScore, Metric, mean, merge
 
-PRINTED = 5  # columns of a printed table; more do not fit 80 characters
+NARROWEST = 8  # characters that a printed table leaves for names
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,13 @@ def comparable(records: Sequence[Record], origins: Sequence[str]) -> list[list[R
                     f"{record.origin}: was measured on other clips than {origins[0]}, by another tracker or older code",
                     "mismatch",
                 )
+            spans = [{clip.id: clip.numbers.get("span") for clip in each.clips} for each in (first, record)]
+            if any(spans[0][clip] != spans[1][clip] for clip in spans[0].keys() & spans[1].keys()):
+                raise UserError(
+                    f"{record.origin}: its videos show other shares of the {split} clips than those of {origins[0]}; "
+                    "sample both as long as the clips",
+                    "mismatch",
+                )
             here, there = record.settings or {}, first.settings or {}
             if any(here.get(key) != there.get(key) for key in ("seeds", "sampler")):
                 raise UserError(
@@ -258,12 +267,10 @@ def position(record: Record) -> tuple[bool, str, int]:
     return record.split != "unseen", record.split, names.index(record.row) if record.row in names else len(names)
 
 
-def interval(
-    values: Sequence[float | None], statistic: Literal["mean", "median"] = "mean", level: float = 0.95
-) -> dict[str, Any]:
-    """Mean of the values that exist, its percentile bootstrap interval (10,000 resamples, seeded), their number.
+def interval(values: Sequence[float | None], statistic: Literal["mean", "median"] = "mean") -> dict[str, Any]:
+    """Mean of the values that exist, its 95% percentile bootstrap interval (10,000 resamples, seeded), their number.
 
-    Or their median, and its interval. `level` is the interval's.
+    Or their median, and its interval.
     """
     present = np.array([value for value in values if value is not None], dtype=float)
     if not len(present):
@@ -274,7 +281,6 @@ def interval(
             (present,),
             getattr(np, statistic),
             n_resamples=10_000,
-            confidence_level=level,
             method="percentile",
             rng=np.random.default_rng(0),
             batch=1000,
@@ -289,8 +295,9 @@ def summary(record: Record) -> dict[str, Any]:
     "physics" is the scorecard, with medians, as a fit fails now and then.
     """
     clips, first = record.clips, record.clips[0]
-    means = {metric.key: interval([clip.numbers[metric.key] for clip in clips]) for metric in _metrics(record)}
-    released = {key: interval([clip.released[key] for clip in clips]) for key in first.released}
+    # an older record may lack a metric
+    means = {metric.key: interval([clip.numbers.get(metric.key) for clip in clips]) for metric in _metrics(record)}
+    released = {key: interval([clip.released.get(key) for clip in clips]) for key in first.released}
     pairs = {name: [clip.physics[name] for clip in clips] for name in first.physics}
     card = {name: interval([pair[0] if pair else None for pair in found], "median") for name, found in pairs.items()}
     return {"model": record.row, "split": record.split} | means | {"released": released, "physics": card}
@@ -302,7 +309,7 @@ def difference(record: Record, against: Record) -> dict[str, Any]:
     pairs = [(clip.numbers, others[clip.id]) for clip in record.clips if clip.id in others]
 
     def gap(key: str) -> list[float | None]:
-        return [None if (x := a[key]) is None or (y := b[key]) is None else x - y for a, b in pairs]
+        return [None if (x := a.get(key)) is None or (y := b.get(key)) is None else x - y for a, b in pairs]
 
     names = {"model": record.row, "against": against.row, "split": record.split}
     return names | {metric.key: interval(gap(metric.key)) for metric in _metrics(record)}
@@ -318,41 +325,91 @@ def wide() -> Console:
     return console if console.is_terminal else Console(width=120)
 
 
+def unequal(records: Sequence[Record]) -> list[str]:
+    """Lines on what must not be compared in silence: rows of one split with other spans, or of other clips."""
+    lines = []
+    for split in dict.fromkeys(record.split for record in records):
+        rows = [record for record in records if record.split == split]
+        means = [(record.row, mean([clip.numbers.get("span") for clip in record.clips])) for record in rows]
+        spans = [(row, span) for row, span in means if span is not None]
+        if spans and min(span for _, span in spans) < 1 - 1e-6:
+            told = ", ".join(f"{row} {span:.2f}" for row, span in spans)
+            lines.append(
+                f"{split}: the videos show these shares of the true clip: {told}. The rest counts as vanished, but is "
+                "cut in the published code's way."
+            )
+        if len({tuple(sorted(clip.id for clip in record.clips)) for record in rows}) > 1:
+            told = ", ".join(f"{record.row} {len(record.clips)}" for record in rows)
+            lines.append(f"{split}: the rows are not of the same clips: {told}.")
+    return lines
+
+
 def print_table(records: Sequence[Record], console: Console | None = None, released: bool = False) -> None:
-    """The records' means, the first metric with its interval; `released`: in the other convention. Fits 80 columns."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    """The records' means, the first metric with its interval; `released`: in the other convention.
+
+    Where a number is not there of all clips, of how many it is stands beside it. What is wider than the console goes on
+    in a table below. Lines of `unequal` follow.
+    """
     metrics = named(records[0].benchmark).metrics
-    shown = [m for m in metrics if not released or m.key in records[0].clips[0].released][:PRINTED]
+    shown = [metric for metric in metrics if not released or metric.key in records[0].clips[0].released]
     titles = [f"{metric.title} [95%]" if metric is shown[0] else metric.title for metric in shown]
-    for heading in ("Model", "Clips", *titles):
-        table.add_column(heading, justify="left" if heading in ("Model", "Clips") else "right", no_wrap=True)
-    for previous, record in zip([records[0], *records], records, strict=False):
-        if previous.split != record.split:
-            table.add_row()
+    rows = []
+    for record in records:
         values = summary(record)["released"] if released else summary(record)
         cells = []
         for metric in shown:
             value = values[metric.key]
-            cell = "-" if value["mean"] is None else f"{value['mean']:.3f}"
-            if value["mean"] is not None and metric is shown[0]:
-                cell += f" [{value['low']:.3f}, {value['high']:.3f}]"
-            cells.append(f"{cell} {metric.unit}" if metric.unit and value["mean"] is not None else cell)
-        style = "dim" if record.row in references(record) else None
-        table.add_row(record.row, record.split, *cells, style=style)
-    (console or Console()).print(table)
+            if value["mean"] is None:
+                cells.append("-")
+                continue
+            cell = f"{value['mean']:.{metric.decimals}f}"
+            if metric is shown[0]:
+                cell += f" [{value['low']:.{metric.decimals}f}, {value['high']:.{metric.decimals}f}]"
+            cell += f" {metric.unit}" if metric.unit else ""
+            cells.append(cell if value["n"] == len(record.clips) else f"{cell} (of {value['n']})")
+        rows.append((record, cells))
+    _print("Model", titles, rows, console or Console())
+    for line in unequal(records):
+        (console or Console()).print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print(title: str, titles: Sequence[str], rows: Sequence[tuple[Record, Sequence[str]]], console: Console) -> None:
+    """A row's name and split, and after them its cells; in as many tables as the console's width asks for."""
+    splits = max(map(cell_len, ("Clips", *(record.split for record, _ in rows))))
+    widths = [max(cell_len(each[i]) for each in (titles, *(cells for _, cells in rows))) for i in range(len(titles))]
+    names = max(map(cell_len, (title, *(record.row for record, _ in rows))))
+    room = console.width - splits - 4  # two spaces between columns
+    names = max(min(names, console.width // 3, room - max(widths) - 2), NARROWEST)  # longer ones go on below
+    first = 0
+    while first < len(titles):
+        end, left = first, room - names
+        while end < len(titles) and (end == first or left >= widths[end] + 2 * (end > first)):
+            left -= widths[end] + 2 * (end > first)
+            end += 1
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        table.add_column(title, width=names, overflow="fold")
+        table.add_column("Clips", no_wrap=True)
+        for heading in titles[first:end]:
+            table.add_column(heading, justify="right", no_wrap=True)
+        previous = rows[0][0].split
+        for record, cells in rows:
+            if record.split != previous:
+                table.add_row()
+            previous = record.split
+            style = "dim" if record.row in references(record) else None
+            table.add_row(escape(record.row), record.split, *map(escape, cells[first:end]), style=style)
+        console.print(table)
+        first = end
+        if first < len(titles):
+            console.print()
 
 
 def print_differences(splits: Sequence[Sequence[Record]], console: Console | None = None) -> None:
     """What records of each split differ by from its first one: paired means over clips with 95% intervals."""
     shown = named(splits[0][0].benchmark).headlines[:2]
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column(f"Minus {splits[0][0].row}", no_wrap=True)
-    table.add_column("Clips", no_wrap=True)
-    for metric in shown:
-        table.add_column(f"{metric.title} [95%]", justify="right", no_wrap=True)
+    rows = []
     for first, *others in splits:
         for record in others:
             gaps = [difference(record, first)[metric.key] for metric in shown]
-            cells = [f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]" for gap in gaps]
-            table.add_row(record.row, record.split, *cells)
-    (console or Console()).print(table)
+            rows.append((record, [f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]" for gap in gaps]))
+    _print(f"Minus {splits[0][0].row}", [f"{metric.title} [95%]" for metric in shown], rows, console or Console())

@@ -6,18 +6,21 @@ models: of real clips also that the video conforms to the laws of physics, and t
 A folder holds a video for each clip of the benchmark that is to be scored, <clip>.mp4, or <clip>-s<seed>.mp4 for
 several samples of it; where the benchmark has several splits, in a folder per split (seen/00.mp4, unseen/00-s1.mp4).
 
-Videos may have any size, rate and length. Models that cannot make the benchmark's shape get its first picture padded
-with black, so the largest centred box of that shape is what is scored, scaled to the truth's own size, at most 256
-pixels on the shorter side (as PisaBench's authors do). The frames that are compared are those of metrics/pisa.py.
+Videos may have any size, rate and length; each frame has its own time, by the file's time stamps. What a video lacks of
+the true clip counts as vanished. Its first picture has to be the benchmark's. Models that cannot make the benchmark's
+shape get its first picture padded with black, so the largest centred box of that shape is what is scored, scaled to the
+truth's own size, at most 256 pixels on the shorter side (as PisaBench's authors do). The frames that are compared are
+those of metrics/pisa.py.
 
 Departure from the published evaluation: in generated videos the object is followed from its true mask in frame 0, where
 the authors click again. Files are those of evaluate.py, which see: evaluation/, samples/, resumable, reused by key.
 """
 
+import math
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import islice
@@ -30,7 +33,7 @@ import torch
 from posttrain.core import codec, files
 from posttrain.core.errors import UserError
 from posttrain.core.progress import progress
-from posttrain.data import listing, schema, views
+from posttrain.data import groups, listing, schema, views
 from posttrain.evaluation import records, sample
 from posttrain.evaluation.benchmarks import base, pisa
 from posttrain.evaluation.benchmarks.base import ClipScore, Tracker, merge
@@ -51,6 +54,7 @@ def score(
     tracker: Tracker,
     fps: float | None = None,
     device: torch.device | str = "cpu",
+    made: Collection[str] = (),
 ) -> list[Record]:
     """Score the videos of each folder on every split; returns the records (also in `out`/evaluation).
 
@@ -58,10 +62,14 @@ def score(
         folders: row name -> folder.
         tracker: the segmenter that follows the object in the videos, on `device`.
         fps: the videos' frames per second, where their files say it wrongly; None is what they say.
+        made: rows whose videos `sample_missing` made from the benchmark's pictures. Others have to begin with these.
 
     Raises:
-        UserError: a folder has no video of any clip, a video is torn, or `out` holds scores of another kind.
+        UserError: a folder has no video of any clip, a video is torn or does not begin as its clip, or `out` holds
+            scores of another kind.
     """
+    if fps is not None and not 0 < fps < math.inf:
+        raise UserError(f"--fps: {fps:g} is no rate; give frames per second", "value", "--fps")
     out = Path(out)
     protocol = {"tracker": weights_fingerprint(tracker.module), "splits": sorted(benchmark)}
     _claim(out, protocol)
@@ -77,7 +85,7 @@ def score(
             if len(chosen) < len(truths):
                 lacking = next(truth.id for truth in truths if truth.id not in found)
                 say(record, f"{len(chosen)} of {len(truths)} have a video in {folder} ({lacking} has none)")
-            _complete(out, record, chosen, found, tracker, device)
+            _complete(out, record, chosen, found, tracker, device, row not in made)
             scored = True
         for split in empty if scored else ():
             print(
@@ -216,7 +224,7 @@ def _blank(
     fps: float | None,
 ) -> Record:
     """A record without numbers. Its key changes with everything that its numbers depend on."""
-    sources = [source(module) for module in (pisa, *pisa.BENCHMARK.sources, base, codec, views)]
+    sources = [source(module) for module in (pisa, *pisa.BENCHMARK.sources, base, codec, views, groups)]
     facts = {
         "clips": [
             [truth.id, truth.key, schema.to_json(truth.row), [files.sha256(p) for p in found[truth.id]]]
@@ -248,6 +256,7 @@ def _complete(
     found: Mapping[str, Sequence[Path]],
     tracker: Tracker,
     device: torch.device | str,
+    checked: bool,
 ) -> None:
     """Score the clips that the record's file does not have yet, one by one."""
     path = out / "evaluation" / file_name(record.model, record.folder)
@@ -264,10 +273,13 @@ def _complete(
             started = time.monotonic()
             scores = []
             for seed, video in enumerate(found[truth.id]):
-                pictures, rate = load(video, scored_size(truth.row.size))
-                rate = record.given_fps or rate
-                scores.append(score_video(pictures, rate, truth, tracker, device))
-                sample.write_video(samples / f"{truth.id}-s{seed}.mp4", pictures, rate)
+                pictures, times_F = load(video, scored_size(truth.row.size))
+                if record.given_fps:
+                    times_F = metric.even_times(len(pictures), record.given_fps)
+                scored = score_video(pictures, times_F, truth, tracker, device, video if checked else None)
+                places, rate = steady(times_F)
+                scores.append(in_places(scored, places))
+                sample.write_video(samples / f"{truth.id}-s{seed}.mp4", pictures[places], rate)
             if not record.clips:
                 record = replace(record, fps=rate, frames=len(pictures))
             clip = replace(merge(scores), id=truth.id, caption=truth.caption)
@@ -283,8 +295,8 @@ def scored_size(size: tuple[int, int]) -> tuple[int, int]:
     return size if shrink >= 1 else (round(size[0] * shrink / 8) * 8, round(size[1] * shrink / 8) * 8)
 
 
-def load(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, float]:
-    """A video's pictures, uint8 (F, H, W, 3), and its frames per second.
+def load(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """A video's pictures, uint8 (F, H, W, 3), and the seconds at which they are shown, (F,), from 0.
 
     They are its largest centred box of the shape of `size`, scaled to it.
     """
@@ -293,22 +305,47 @@ def load(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, float]:
         raise UserError(f"{path}: is a single picture; give videos", "format")
     frames = facts.marks or tuple(range(len(facts.times)))
     view = views.View(frames, facts.marks is not None, views.centred(facts.size, size), size)
-    return views.read(path, view), float(1 / np.median(np.diff(facts.times)))
+    return views.read(path, view), facts.times
 
 
 def score_video(
-    pictures_FHWC: np.ndarray, fps: float, truth: Truth, tracker: Tracker, device: torch.device | str = "cpu"
+    pictures_FHWC: np.ndarray,
+    times_F: np.ndarray,
+    truth: Truth,
+    tracker: Tracker,
+    device: torch.device | str = "cpu",
+    path: Path | None = None,
 ) -> ClipScore:
-    """One video against its truth, as pisa.score has it; `true_path` has the video's frames."""
+    """One video against its truth, as pisa.score has it; `true_path` has the video's frames.
+
+    Raises:
+        UserError: mismatch: the video, where it is called by its `path`, does not begin as the true clip does.
+    """
     height, width = pictures_FHWC.shape[1:3]
-    needed = int(len(pictures_FHWC) * truth.row.fps / fps) + 2  # masks beyond are not compared
     view = views.View((), False, views.centred(truth.row.size, (height, width)), (height, width))
-    true_FHW = np.stack([views.scale_ids(mask, view) for mask in truth.masks(needed)])
+    # all of them, also for a short video: what it lacks is charged where there is an object
+    true_FHW = np.stack([views.scale_ids(mask, view) for mask in truth.masks(truth.row.frames)])
+    if path is not None:
+        first = views.scale(truth.picture(), view)
+        groups.check_first_picture(path, pictures_FHWC[0], first, f"clip {truth.id}", true_FHW[0])
     batch = Batch(
         ids=(truth.id,),
         instances_BFHW=torch.from_numpy(true_FHW[None].astype(np.uint8)).to(device),
         target_B=torch.ones(1, dtype=torch.int64, device=device),
     )
-    found = pisa.score(pictures_FHWC[None], batch, [truth.row], fps, tracker)[0]
-    seen = metric.true_frames(len(pictures_FHWC), len(true_FHW), fps, truth.row.fps, "paper")
+    found = pisa.score(pictures_FHWC[None], batch, [truth.row], times_F, tracker)[0]
+    seen = metric.true_frames(times_F, len(true_FHW), truth.row.fps)
     return replace(found, true_path=pisa.path(true_FHW[seen]))
+
+
+def steady(times_F: np.ndarray) -> tuple[np.ndarray, float]:
+    """For showing a video at one rate, its own on average: the places (F,) of its frames, and the rate."""
+    step = metric.frame_step(times_F)
+    return views.nearest(times_F, metric.even_times(len(times_F), 1 / step)), 1 / step
+
+
+def in_places(score: ClipScore, places_F: np.ndarray) -> ClipScore:
+    """The score with its paths as the shown video has them, see `steady`."""
+    paths = [[path[place] for place in places_F] for path in score.paths]
+    true_path = [score.true_path[place] for place in places_F if place < len(score.true_path)]
+    return replace(score, paths=paths, true_path=true_path)

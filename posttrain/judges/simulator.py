@@ -6,9 +6,10 @@ Both mean the same, a deviation as a share of that of the clip in which nothing 
     a sample of a true clip's first picture    pc = 1 - min(1, L2 / L2_frozen)            sa = 1 - vanished
 
 with PISA's L2 (metrics/pisa.py, equation 6; where the object vanished it is 1) of the sample's masks and of the true
-clip's first mask held, and `vanished` the share of frames in which the object that the caption names is not found. The
-truth has pc = 1, a frozen picture or worse pc = 0; where nothing moves in the true clip, any deviation does. A
-counterfactual's caption names what falls, and that is there until it is not: sa = 1.
+clip's first mask held, and `vanished` the share of frames in which the object that the caption names is not found,
+among them those that a sample lacks of the true clip. The truth has pc = 1, a frozen picture or worse pc = 0; where
+nothing moves in the true clip, any deviation does. A counterfactual's caption names what falls, and that is there until
+it is not: sa = 1.
 
 Shape letters: F frames, H W pixels.
 """
@@ -22,7 +23,7 @@ from posttrain.core import codec
 from posttrain.core.errors import UserError
 from posttrain.data import views
 from posttrain.data.dataset import Clips, to_float
-from posttrain.data.groups import Scores, names, sample_of
+from posttrain.data.groups import Scores, check_first_picture, names, sample_of
 from posttrain.judges.questions import Judge
 from posttrain.metrics import pisa
 from posttrain.metrics.masks import Track, segment
@@ -58,8 +59,8 @@ def samples(clips: Clips, track: Track, device: torch.device) -> Judge:
         track: follows the object in the samples, from its true mask in frame 0; on `device`.
 
     Raises:
-        UserError: the clips have no masks, or two have one name. When asked: a sample is torn or continues none of
-            them, or its true clip shows no object at first.
+        UserError: the clips have no masks, or two have one name. When asked: a sample is torn, continues none of them
+            or another one's first picture, or its true clip shows no object at first.
     """
     if not clips.annotated:
         where = clips.splits[0].folder
@@ -72,7 +73,7 @@ def samples(clips: Clips, track: Track, device: torch.device) -> Judge:
         if sample is None:
             raise UserError(f"{path}: continues no true clip of {clips.splits[0].folder}; remove it", "mismatch")
         index = places[sample[0]]
-        _, instances_FHW = clips.read(index)
+        true_FHWC, instances_FHW = clips.read(index)
         assert instances_FHW is not None
         target = clips.row(index).target
         assert target is not None
@@ -84,12 +85,15 @@ def samples(clips: Clips, track: Track, device: torch.device) -> Judge:
         frames = facts.marks or tuple(range(len(facts.times)))
         shape = (int(size[0]), int(size[1]))
         view = views.View(frames, facts.marks is not None, views.centred(facts.size, shape), shape)
-        video_BCFHW = to_float(views.read(path, view))[None].to(device)
+        video_FHWC = views.read(path, view)
+        check_first_picture(path, video_FHWC[0], true_FHWC[0], str(clips.video(index)), true_FHW[0])
+        video_BCFHW = to_float(video_FHWC)[None].to(device)
         mask0_BHW = torch.from_numpy(true_FHW[:1]).to(device)
         masks_FHW = segment(track, video_BCFHW, mask0_BHW)[0].cpu().numpy()
-        rates = float(1 / np.median(np.diff(facts.times))), clips.splits[0].fps
-        found = pisa.score(masks_FHW, true_FHW, *rates)
-        frozen = pisa.score(np.repeat(true_FHW[:1], len(masks_FHW), 0), true_FHW, *rates)
+        fps = clips.splits[0].fps
+        found = pisa.score(masks_FHW, true_FHW, facts.times, fps)
+        whole_F = np.append(facts.times, pisa.missing_times(facts.times, len(true_FHW), fps))
+        frozen = pisa.score(np.repeat(true_FHW[:1], len(whole_F), 0), true_FHW, whole_F, fps)
         return of_metrics(found["l2"], frozen["l2"], found["vanished"])
 
     return judge

@@ -166,12 +166,11 @@ def lift(
     return float(z), camera_height + betas_F * z
 
 
-def fall_error(heights_F: np.ndarray, fps: float, t_drop: float, gravity: float = GRAVITY) -> float:
+def fall_error(heights_F: np.ndarray, t_F: np.ndarray, t_drop: float, gravity: float = GRAVITY) -> float:
     """Root mean square, until t_drop, of lifted heights less those of a fall from rest, g (t_drop^2 - t^2) / 2, metres.
 
-    Frames without a height are left out; NaN if no frame has one.
+    `t_F` are the frames' seconds. Frames without a height are left out; NaN if no frame has one.
     """
-    t_F = np.arange(len(heights_F)) / fps
     off_F = (heights_F - gravity * (t_drop**2 - t_F**2) / 2)[t_F <= t_drop]
     off_F = off_F[np.isfinite(off_F)]
     return float(np.sqrt(np.mean(off_F**2))) if len(off_F) else math.nan

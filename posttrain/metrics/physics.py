@@ -4,7 +4,7 @@ A level pinhole sees a body that starts at `depth` Z and stays there while it fa
 Least squares fit the height z(t) of its centre, at rest until the release t0, through the contact at t_c,
 
     z(t) = z0 - g max(t - t0, 0)^2 / 2                     t <= t_c
-    z(t) = z(t_c) + w (t - t_c) + a (t - t_c)^2 / 2        t_c < t <= t_c + AFTER frames
+    z(t) = z(t_c) + w (t - t_c) + a (t - t_c)^2 / 2        t_c < t <= t_c + AFTER frames (metrics/pisa.py)
 
 and with the speed v = g (t_c - t0) and the depth d = g (t_c - t0)^2 / 2 of the fall the scorecard has
 
@@ -17,7 +17,7 @@ and with the speed v = g (t_c - t0) and the depth d = g (t_c - t0)^2 / 2 of the 
     energy_contact  J/kg   (w^2 - v^2) / 2, gained at the contact; below 0 in truth
     drift           m/s    sideways until the contact, x(t) = x0 + drift t + jump [t >= t_jump], to the right
     jump            m      the largest sideways jump between two frames until the contact, to the right
-    permanence      1      share of the frames in which the body is visible
+    permanence      1      share of the frames in which the body is visible, by the time that they stand for
     size            1/s    slope of log sqrt(area), Theil-Sen; 0 in truth, unless the body rotates or comes closer
 
 A surface hides the part of a body that sinks into it, and the visible centre is that of the rest: see `_unhidden`.
@@ -36,7 +36,16 @@ from scipy.linalg import block_diag
 from scipy.optimize import approx_fprime, least_squares
 from scipy.stats import theilslopes
 
-from posttrain.metrics.pisa import AFTER, FALL, MISFIT, SLOWER, centroids
+from posttrain.metrics.pisa import (
+    FALL,
+    MISFIT,
+    SLOWER,
+    after_contact,
+    ascending,
+    centroids,
+    durations,
+    frame_step,
+)
 
 # Standard deviations, chosen on 60 true clips of two worlds so that errors match the sigmas. On 1000 other clips the
 # spread of error / sigma is 0.5 (size) to 1.45 (restitution): `python -m posttrain.studies.violations`
@@ -73,7 +82,7 @@ class Fall(NamedTuple):
 
 def scorecard(
     masks_FHW: np.ndarray,
-    fps: float,
+    times_F: np.ndarray,
     focal: float,
     depth: float,
     drop_height: float | None = None,
@@ -83,7 +92,7 @@ def scorecard(
 
     Args:
         masks_FHW: bool or 0/1, the body that falls; empty where it is not visible.
-        fps: frames per second.
+        times_F: seconds at which the frames are shown, ascending from 0.
         focal: focal length in pixels of the masks' picture.
         depth: metres along the optical axis from the camera to the body in frame 0.
         drop_height: Y0, metres that the true body falls until its first contact; None: penetration is not measured.
@@ -94,32 +103,34 @@ def scorecard(
         for sideways quantities), does not fall, or does not land. A body that vanishes below drop_height sank that far.
 
     Raises:
-        ValueError: masks_FHW is not (frames, H, W) or holds other values than a mask; a number is not positive.
+        ValueError: masks_FHW is not (frames, H, W) or holds other values than a mask; the times do not fit or ascend; a
+            number is not positive.
     """
     masks = np.asarray(masks_FHW)
     if masks.ndim != 3 or 0 in masks.shape:
         raise ValueError(f"masks_FHW has shape {masks.shape}; expected (frames, H, W)")
     if not ((masks == 0) | (masks == 1)).all():
         raise ValueError("masks_FHW holds other values than 0 and 1; threshold it first")
-    numbers = {"fps": fps, "focal": focal, "depth": depth, "drop_height": drop_height, "gravity": gravity}
+    numbers = {"focal": focal, "depth": depth, "drop_height": drop_height, "gravity": gravity}
     for name, number in numbers.items():
         if number is not None and not 0 < number < math.inf:
             raise ValueError(f"{name} must be positive, got {number}")
 
+    times_F = ascending(times_F, len(masks))
     card: dict[str, Measure | None] = dict.fromkeys(QUANTITIES)
     masks = masks != 0
     seen = masks.any((1, 2))
-    card["permanence"] = Measure(float(seen.mean()), 0.0)
+    card["permanence"] = Measure(float(np.average(seen, weights=durations(times_F))), 0.0)
     whole = seen & ~_cut(masks)
     if whole.sum() < 4:
         return card
-    t, masks, pixel = np.flatnonzero(whole) / fps, masks[whole], depth / focal
+    t, masks, pixel = times_F[whole], masks[whole], depth / focal
     card["size"] = _size(t, masks)
     x, y = (pixel * centroids(masks)).T
     fallen = y - y[0]
     if drop_height is not None:
         fallen = pixel * _unhidden(fallen / pixel, masks, drop_height / pixel)
-    fall = _fit(t, -fallen, 1 / fps, pixel, masks.shape[1])
+    fall = _fit(t, -fallen, frame_step(times_F), pixel, masks.shape[1])
     card |= _vertical(fall, drop_height, gravity)
     falling = t <= fall.end
     if falling.sum() >= 4:
@@ -129,7 +140,7 @@ def scorecard(
 
 def _fit(t: np.ndarray, z: np.ndarray, frame: float, pixel: float, height: int) -> Fall:
     """Least squares from the best point of a grid; a body that hardly falls gets a parabola from time 0."""
-    after, least, misfit = (AFTER + 0.1) * frame, FALL * height * pixel, (MISFIT * height * pixel) ** 2
+    after, least, misfit = after_contact(frame) + 0.1 * frame, FALL * height * pixel, (MISFIT * height * pixel) ** 2
     step = max(frame / 2, (t[-1] - t[0]) / 80)  # long clips cost no more
     coarse, fine = np.arange(t[0] - frame, t[-1] + frame / 4, step), np.arange(-8, 9) * step / 4
     _, t0, contact = _search(t, z, coarse, coarse, frame, after, least, misfit)

@@ -11,12 +11,18 @@ There are two conventions, because the authors' released code differs from their
 
                       paper (the headline)                     released (to compare with the paper's Table 1)
     L2 of a frame     Euclidean                                mean of |dx| and |dy|
-    true frame of i   floor(i f_true / f_gen + 1/2)            int(i f_true / f_gen)
+    true frame at t   floor(t f_true + 1/2), the nearest       int(t f_true)
+    a frame counts    by the time that it stands for           as any other
     object vanished   L2 1, CD 2 (their maxima), IoU 0         the frame leaves L2 and CD, IoU 0
     no true object    scored by IoU alone                      the frame leaves L2 and CD, scored by IoU
+    video too short   its missing frames: object vanished      cut: the rest of the true clip is not compared
     mask values       anything but 0 is the object             1 is the object: 0/255 masks look empty
 
-In both, IoU is 1 where both masks are empty, and frames beyond the end of the shorter clip are not compared.
+In both, each frame has its own time t, IoU is 1 where both masks are empty, and frames beyond the end of the true clip
+are not compared. Missing frames continue a video at its mean step until the last true frame. One that lacks a single
+frame is not short, for its last picture is shown for a whole frame: that is compared instead.
+
+Shape letters: F frames of the video, H W pixels.
 """
 
 import math
@@ -30,23 +36,46 @@ from posttrain.metrics.masks import iou
 Convention = Literal["paper", "released"]
 
 # `contact_time`, calibrated on falling discs and on true clips
-AFTER = 3  # frames after the contact that are fitted
+AFTER = 3  # frames after the contact that are fitted; at rates above RATE as much time as they take at RATE
+RATE = 16.0  # frames per second
 MISFIT = 0.02  # share of the picture's height: the error of a frame at which leaving it out costs the same
 FALL = 0.03  # share of the picture's height that a body must fall
 SLOWER = 0.5  # share of the falling velocity that must not remain after a contact
+GRAIN = 1e-3  # seconds: a file may round its times to these
 
 
-def true_frames(generated: int, true: int, fps_generated: float, fps_true: float, convention: Convention) -> np.ndarray:
-    """The frame of the true clip (`true` frames long) with which each generated frame is compared; int64.
+def even_times(frames: int, fps: float) -> np.ndarray:
+    """The seconds (frames,) at which a clip's frames are shown that come at one rate."""
+    return np.arange(frames) / fps
 
-    Shorter than `generated` where the true clip ends earlier.
+
+def frame_step(times_F: np.ndarray) -> float:
+    """Seconds between two frames, on average."""
+    return float((times_F[-1] - times_F[0]) / (len(times_F) - 1))
+
+
+def true_frames(times_F: np.ndarray, true: int, fps_true: float, convention: Convention = "paper") -> np.ndarray:
+    """The frame of the true clip (`true` frames long) with which each frame of a video is compared; int64.
+
+    Shorter than `times_F` where the true clip ends earlier.
     """
-    i = np.arange(generated)
-    if convention == "paper":
-        j = np.floor(i * fps_true / fps_generated + 0.5)
-    else:
-        j = np.trunc(i * fps_true / fps_generated)
+    at = times_F * fps_true
+    j = np.floor(at + 0.5 + 1e-9) if convention == "paper" else np.trunc(at + GRAIN / 2 * fps_true)
     return j[j < true].astype(np.int64)
+
+
+def missing_times(times_F: np.ndarray, true: int, fps_true: float) -> np.ndarray:
+    """The times of the frames that a video lacks until the last true frame, at its mean step."""
+    step, end = frame_step(times_F) if len(times_F) > 1 else 1 / fps_true, (true - 1) / fps_true
+    return times_F[-1] + step * np.arange(1, math.floor((end + GRAIN - times_F[-1]) / step) + 1)
+
+
+def durations(times_F: np.ndarray) -> np.ndarray:
+    """The time (F,) that each frame stands for, until halfway to its neighbours, in mean steps."""
+    if len(times_F) < 2:
+        return np.ones(1)
+    step, between = frame_step(times_F), (times_F[1:] + times_F[:-1]) / 2
+    return np.diff([times_F[0] - step / 2, *between, times_F[-1] + step / 2]) / step
 
 
 def centroids(masks_FHW: np.ndarray) -> np.ndarray:
@@ -68,38 +97,50 @@ def chamfer(a_HW: np.ndarray, b_HW: np.ndarray) -> float:
 def score(
     generated_masks: np.ndarray,
     true_masks: np.ndarray,
-    fps_generated: float,
+    times_F: np.ndarray,
     fps_true: float,
     convention: Convention = "paper",
 ) -> dict[str, float]:
     """Compare one generated clip with the true one.
 
     Args:
-        generated_masks: (frames, H, W) of the object in the generated clip: bool, 0/1 or 0/255.
+        generated_masks: (F, H, W) of the object in the generated clip: bool, 0/1 or 0/255.
         true_masks: (frames, H, W) of the same object in the true clip; its number of frames may differ.
-        fps_generated: frames per second of the generated clip.
+        times_F: seconds at which the generated clip's frames are shown, ascending from 0.
         fps_true: frames per second of the true clip.
         convention: "paper" or "released", see the module's docstring.
 
     Returns:
         l2, chamfer: in units of sqrt(2) H, smaller is better; NaN if no frame has a true mask (released: both masks).
         iou: in [0, 1].
-        vanished: share of the compared frames with a true mask in which the generated mask is empty.
+        vanished: share of the frames with a true mask in which the generated mask is empty; missing ones count.
+        span: share of the true clip that was compared, 1 unless the generated one is too short.
 
     Raises:
         ValueError: the arrays are not (frames, H, W) of one picture size, hold other values than a mask, or have no
-            frame to compare; a frame rate is not positive; the convention is unknown.
+            frame to compare; the times do not fit or ascend; the frame rate is not positive; the convention is unknown.
     """
     if convention not in ("paper", "released"):
         raise ValueError(f"convention is {convention!r}; choose 'paper' or 'released'")
-    if not (0 < fps_generated < math.inf and 0 < fps_true < math.inf):
-        raise ValueError(f"frame rates must be positive, got {fps_generated} and {fps_true}")
+    if not 0 < fps_true < math.inf:
+        raise ValueError(f"the frame rate must be positive, got {fps_true}")
     generated = _binary(generated_masks, "generated_masks", convention)
     true = _binary(true_masks, "true_masks", convention)
     if generated.shape[1:] != true.shape[1:]:
         raise ValueError(f"picture sizes differ: {generated.shape[1:]} and {true.shape[1:]}")
-    frames = true_frames(len(generated), len(true), fps_generated, fps_true, convention)
-    generated, true = generated[: len(frames)], true[frames]
+    times_F = ascending(times_F, len(generated))
+    lacking = missing_times(times_F, len(true), fps_true)
+    held = len(lacking) == 1
+    whole = np.append(times_F, lacking)
+    frames = true_frames(whole, len(true), fps_true, convention)
+    weights = durations(whole)[: len(frames)]
+    span = float(weights[: len(generated) + held].sum() / weights.sum())
+    if convention == "paper":
+        rest = generated[-1:] if held else np.zeros((len(lacking), *generated.shape[1:]), bool)
+        generated = np.append(generated, rest, 0)
+    else:
+        frames, weights = frames[: len(generated)], np.ones(len(generated))
+    generated, true, weights = generated[: len(frames)], true[frames], weights[: len(frames)]
     height, width = true.shape[1:]
     unit = math.sqrt(2) * height
 
@@ -113,10 +154,11 @@ def score(
         l2[there & ~here], cd[there & ~here] = farthest, 2 * farthest
     scored = there if convention == "paper" else there & here
     return {
-        "l2": _mean(l2[scored]),
-        "chamfer": _mean(cd[scored]),
-        "iou": _mean(iou(generated, true)),
-        "vanished": float((there & ~here).sum() / max(there.sum(), 1)),
+        "l2": _mean(l2[scored], weights[scored]),
+        "chamfer": _mean(cd[scored], weights[scored]),
+        "iou": _mean(iou(generated, true), weights),
+        "vanished": float(weights @ (there & ~here) / weights[there].sum()) if there.any() else 0.0,
+        "span": span,
     }
 
 
@@ -134,17 +176,21 @@ def first_frame_after(contact_time: float, fps: float) -> int:
     return max(1, math.ceil(contact_time * fps - 1e-9))
 
 
-def impact_frame(masks_FHW: np.ndarray, fps: float) -> int | None:
+def impact_frame(masks_FHW: np.ndarray, times_F: np.ndarray) -> int | None:
     """The impact frame of a clip without contact events: the first frame after the fall ends; None if it does not end.
 
     See `contact_time`. The paper takes the first frame whose centroid moves upwards, but bodies that do not bounce have
     none.
     """
-    contact = contact_time(masks_FHW, fps)
-    return None if contact is None else first_frame_after(contact, fps)
+    return _impact(contact_time(masks_FHW, times_F), times_F)
 
 
-def contact_time(masks_FHW: np.ndarray, fps: float) -> float | None:
+def _impact(contact: float | None, times_F: np.ndarray) -> int | None:
+    """As `first_frame_after`, of frames at any times."""
+    return None if contact is None else max(1, int(np.searchsorted(times_F, contact - 1e-9)))
+
+
+def contact_time(masks_FHW: np.ndarray, times_F: np.ndarray) -> float | None:
     """Seconds at which the masks' fall ends; None if the object does not fall or its fall does not end.
 
     A change point tau joins a free fall and what follows, of which the first frames count:
@@ -152,23 +198,35 @@ def contact_time(masks_FHW: np.ndarray, fps: float) -> float | None:
         y(t) = y(tau) + w (t - tau)              for tau < t <= tau + AFTER frames,  w < SLOWER * (v + a tau)
     The tau with the least squared error wins. A frame that is left out costs a fixed misfit, so a tau that explains
     more of the clip is preferred.
+
+    Args:
+        masks_FHW: bool, 0/1 or 0/255.
+        times_F: seconds at which the frames are shown.
     """
-    y = centroids(_binary(masks_FHW, "masks_FHW", "paper"))[:, 1]
-    t = np.flatnonzero(np.isfinite(y)).astype(float)
-    y = y[np.isfinite(y)]
-    height = masks_FHW.shape[1]
-    if len(t) < 4:
+    masks = _binary(masks_FHW, "masks_FHW", "paper")
+    times_F = ascending(times_F, len(masks))
+    y = centroids(masks)[:, 1]
+    seen = np.isfinite(y)
+    height = masks.shape[1]
+    if seen.sum() < 4:
         return None
+    step = frame_step(times_F)
+    t, y, last = times_F[seen] / step, y[seen], after_contact(step) / step  # in frames
     misfit = (MISFIT * height) ** 2
     smooth = np.polynomial.Polynomial.fit(t, y, 2)
     best, contact = float(((smooth(t) - y) ** 2).sum()), None  # no contact: one parabola of either sign
-    for tau in np.arange(1.0, t[-1], 0.1):
-        used = t <= tau + AFTER
+    for tau in np.arange(1.0, t[-1], last / (10 * AFTER)):
+        used = t <= tau + last
         error, fallen, before, after = _fall(t[used], y[used], tau)
         cost = error + misfit * (~used).sum()
         if cost < best and fallen > FALL * height and after < SLOWER * before:
-            best, contact = cost, float(tau) / fps
+            best, contact = cost, float(tau) * step
     return contact
+
+
+def after_contact(step: float) -> float:
+    """Seconds after the contact that fits explain, of a video with so many seconds between its frames; see AFTER."""
+    return AFTER * max(step, 1 / RATE)
 
 
 def _fall(t: np.ndarray, y: np.ndarray, tau: float) -> tuple[float, float, float, float]:
@@ -189,38 +247,52 @@ def _fall(t: np.ndarray, y: np.ndarray, tau: float) -> tuple[float, float, float
 
 
 def time_error(
-    generated_masks: np.ndarray, fps: float, drop_height: float, gravity: float = 9.81
+    generated_masks: np.ndarray, times_F: np.ndarray, drop_height: float, gravity: float = 9.81
 ) -> dict[str, float | int | None]:
     """How wrong the moment of impact is (equation 8).
 
-    E_time = 0 if t_drop lies between frames F - 1 and F, else min(|(F - 1) / fps - t_drop|, |F / fps - t_drop|).
+    E_time = 0 if t_drop lies between frames F - 1 and F, else the distance to the nearer one, |t_(F-1) - t_drop| or
+    |t_F - t_drop|. It is 0 for whatever is wrong by less than a frame, which time_offset is not.
 
     Args:
-        generated_masks: (frames, H, W) of the object in the generated clip.
-        fps: its frames per second.
+        generated_masks: (F, H, W) of the object in the generated clip.
+        times_F: seconds at which its frames are shown.
         drop_height: Y0 in metres of the true clip, see `drop_time`.
         gravity: metres per second squared.
 
     Returns:
         time_error: seconds, None if nothing lands.
+        time_offset: milliseconds by which the contact is late, below 0 where it is early; None if nothing lands.
         impact_frame: F, None if nothing lands.
         no_contact: 1 if nothing lands, else 0. Average it beside the error: it is an outcome, not a missing value.
         t_drop: seconds.
     """
     t_drop = drop_time(drop_height, gravity)
-    frame = impact_frame(generated_masks, fps)
+    contact = contact_time(generated_masks, times_F)
+    frame = _impact(contact, times_F)
     return {
-        "time_error": None if frame is None else frame_time_error(frame, t_drop, fps),
+        "time_error": None if frame is None else frame_time_error(frame, t_drop, times_F),
+        "time_offset": None if contact is None else 1000 * (contact - t_drop),
         "impact_frame": frame,
         "no_contact": int(frame is None),
         "t_drop": t_drop,
     }
 
 
-def frame_time_error(frame: int, t_drop: float, fps: float) -> float:
+def frame_time_error(frame: int, t_drop: float, times_F: np.ndarray) -> float:
     """E_time in seconds of impact frame F = `frame` (equation 8)."""
-    before, after = (frame - 1) / fps, frame / fps
+    before, after = float(times_F[frame - 1]), float(times_F[frame])
     return 0.0 if before <= t_drop <= after else min(abs(before - t_drop), abs(after - t_drop))
+
+
+def ascending(times_F: np.ndarray, frames: int) -> np.ndarray:
+    """The times, checked: as many as there are frames, ascending from 0; ValueError otherwise."""
+    times_F = np.asarray(times_F, dtype=float)
+    if times_F.shape != (frames,):
+        raise ValueError(f"there are {frames} frames, but times of shape {times_F.shape}")
+    if not np.isfinite(times_F).all() or (np.diff(times_F) <= 0).any() or times_F[0] != 0:
+        raise ValueError("times must ascend from 0")
+    return times_F
 
 
 def _binary(masks: np.ndarray, name: str, convention: Convention) -> np.ndarray:
@@ -232,5 +304,5 @@ def _binary(masks: np.ndarray, name: str, convention: Convention) -> np.ndarray:
     return masks != 0 if convention == "paper" else masks == 1
 
 
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else math.nan
+def _mean(values: np.ndarray, weights: np.ndarray) -> float:
+    return float(np.average(values, weights=weights)) if len(values) else math.nan

@@ -380,10 +380,10 @@ def merge(transformer: nn.Module, path: Path | str, scale: float = 1.0, read: Ca
         UserError: as `load`, or the weights are so coarse that they round it away.
     """
     load(transformer, path, read)
-    survives, coarse = fuse(transformer, scale), unwrap(transformer).dtype
-    if abs(survives - 1) > 1 - SURVIVES:
+    survives, dtype = fuse(transformer, scale), unwrap(transformer).dtype
+    if dtype != torch.float32 and abs(survives - 1) > 1 - SURVIVES:
         raise UserError(
-            f"{path}: times {scale:g}, folded into {str(coarse).removeprefix('torch.')} weights, {survives:.1%} of it "
+            f"{path}: times {scale:g}, folded into {str(dtype).removeprefix('torch.')} weights, {survives:.1%} of it "
             "is left; set model.dtype=fp32, or use the adapter beside the weights (model.start; hand out the file)",
             "mismatch",
             "model.merge",

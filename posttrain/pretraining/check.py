@@ -79,7 +79,7 @@ def measure(track: masks.Track, clips: Clips, show: Show) -> list[Row]:
         followed_BFHW = masks.segment(track, video_BCFHW, true_BFHW[:, 0])
         for i, index in enumerate(indices):
             true, mask, row = true_BFHW[i].numpy(), followed_BFHW[i].numpy(), clips.row(index)
-            score = pisa.score(mask, true, row.fps, row.fps)
+            score = pisa.score(mask, true, pisa.even_times(len(mask), row.fps), row.fps)
             error = (video_BCFHW[i] - batch.video_BCFHW[i]).square().mean(0)
             rows.append(
                 {
@@ -148,8 +148,9 @@ def check_base(model: Wan, track: masks.Track, data: Sequence[Clips], steps: int
             captions = [row.caption for row in rows]
             made = sample_clips(model, videos[:, 0], captions, seeds, videos.shape[1], steps)
             held = np.repeat(videos[:, :1], videos.shape[1], axis=1)
+            times_F = pisa.even_times(videos.shape[1], rows[0].fps)
             for name, pictures in (("base", made), ("frozen", held)):
-                scores[name] += benchmark.score(pictures, clips.load(indices), rows, rows[0].fps, track)
+                scores[name] += benchmark.score(pictures, clips.load(indices), rows, times_F, track)
         for name, own_scores in scores.items():
             means = [
                 f"{np.mean([s.numbers[key] for s in own_scores]):.4f}" for key in ("l2", "chamfer", "iou", "vanished")

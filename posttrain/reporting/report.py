@@ -31,6 +31,7 @@ from posttrain.evaluation.records import (
     read_records,
     references,
     summary,
+    unequal,
 )
 from posttrain.reporting import fall_times
 from posttrain.reporting.charts import Point, chart, curves, nice_ticks, number
@@ -92,6 +93,7 @@ def summarise(
         "run": name,
         "benchmark": records[0].benchmark,
         "rows": [summary(record) for record in records],
+        "unequal": unequal(records),
         "differences": [difference(record, base) for record, base in pairs if base],
         "falls": [distribution.falls(record, truth, np.random.default_rng(0)) for record in tested],
         "versions": {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES},
@@ -225,7 +227,8 @@ def table(facts: dict[str, Any], styles: dict[str, str], benchmark: Benchmark) -
             reference = row["model"] in reference_names
             last = reference and following is not None and following["model"] not in reference_names
             marks = " ".join(name for name, on in (("reference", reference), ("last", last)) if on)
-            cells = [cell(column(m, first), row[m.key], m.decimals) for m in benchmark.metrics]
+            clips = row[first.key]["n"]
+            cells = [cell(column(m, first), row[m.key], m.decimals, clips) for m in benchmark.metrics]
             name = html.escape(row["model"])
             out.append(
                 f'<tr class="{marks}"><td><span class="key {style}"></span>{name}</td>{cells[0]}'
@@ -235,6 +238,7 @@ def table(facts: dict[str, Any], styles: dict[str, str], benchmark: Benchmark) -
         f"<i>{row.name}</i> {'is ' if i == 0 else ''}{row.note}" for i, row in enumerate(benchmark.references)
     )
     note = f"{benchmark.note} Means over clips; below them their 95% bootstrap intervals. {rows_said}."
+    note += "".join(f" {html.escape(line)}" for line in facts["unequal"])
     gaps = facts["differences"]  # of a table's many rows only the first split's, the rest is in the figures
     gains = "".join(f" {gain(row, first)}" for row in gaps if len(gaps) <= 4 or row["split"] == gaps[0]["split"])
     return (
@@ -293,8 +297,10 @@ def column(metric: Metric, first: Metric) -> str:
     return "first" if metric is first else "main" if metric.headline else "aside"
 
 
-def cell(style: str, value: dict[str, Any], decimals: int) -> str:
-    return f'<td class="{style}">{number(value["mean"], decimals)}<small>{interval(value, decimals)}</small></td>'
+def cell(style: str, value: dict[str, Any], decimals: int, clips: int) -> str:
+    """The mean, and below it the interval and, where it is not of all clips, of how many it is."""
+    below = ", ".join(part for part in (interval(value, decimals), f"n {value['n']}" * (value["n"] < clips)) if part)
+    return f'<td class="{style}">{number(value["mean"], decimals)}<small>{below}</small></td>'
 
 
 def forest(value: dict[str, Any], longest: float, style: str) -> str:

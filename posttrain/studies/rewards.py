@@ -161,8 +161,9 @@ def gain(video_BCFHW: Tensor, gradient_BCFHW: Tensor, batch: Batch, follow: Trac
     size = gradient_BCFHW[:, :, 1:].double().square().mean().sqrt().clamp_min(1e-30).to(gradient_BCFHW.dtype)
     moved_BCFHW = (video_BCFHW + STEP / size * gradient_BCFHW).clamp(-1, 1)
     true_BFHW = true_masks(batch)
+    times_F = pisa.even_times(true_BFHW.shape[1], 1)
     before, after = (
-        pisa.score(segment(follow, shown, true_BFHW[:, 0])[0].numpy(), true_BFHW[0].numpy(), 1, 1)["chamfer"]
+        pisa.score(segment(follow, shown, true_BFHW[:, 0])[0].numpy(), true_BFHW[0].numpy(), times_F, 1)["chamfer"]
         for shown in (video_BCFHW, moved_BCFHW)
     )
     return before - after

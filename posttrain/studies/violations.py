@@ -63,9 +63,10 @@ def measure(split: Split) -> list[Measured]:
         assert row.gravity is not None
         arrays = read_annotations(split.annotations(index), ["instances", "positions"])
         path_F3, masks_FHW = arrays["positions"][:, row.target], arrays["instances"] == row.target + 1
+        times_F = pisa.even_times(len(masks_FHW), row.fps)
         card = scorecard(
             masks_FHW,
-            row.fps,
+            times_F,
             row.camera.intrinsics[0][0],
             path_F3[0, 1] - row.camera.position[1],
             row.drop_height if row.group is None else heights.get(row.group, row.drop_height),
@@ -78,10 +79,10 @@ def measure(split: Split) -> list[Measured]:
             assert row.group is not None
             # with a pile, the body sinks into the floor only after its first contact
             later = violation.kind == "tunnel_floor" and firsts[row.group] >= 0
-            kind, fps, height = violation.kind + " later" * later, row.fps, heights[row.group]
+            kind, height = violation.kind + " later" * later, heights[row.group]
             assert height is not None
-            scores: dict[str, float | None] = dict(pisa.score(masks_FHW, truths[row.group], fps, fps))
-            scores["time_error"] = pisa.time_error(masks_FHW, fps, height, math.hypot(*row.gravity))["time_error"]
+            scores: dict[str, float | None] = dict(pisa.score(masks_FHW, truths[row.group], times_F, row.fps))
+            scores["time_error"] = pisa.time_error(masks_FHW, times_F, height, math.hypot(*row.gravity))["time_error"]
             clips.append(Measured(card, kind, violation.value, {}, violation.severity, scores))
     return clips
 

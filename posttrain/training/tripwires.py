@@ -18,11 +18,14 @@ where a ratio is to the true clip's, and of all together distance = |theta - the
 With q turned so that more is better (-l2; -|log q| for a ratio) and d the change of a clip since the first look, the
 wire of q is tripped where, over the clips,
 
-    mean d(reward) > 0  and  mean d(q) < 0,
+    mean d(reward) > 0,  p <= CHANCE,  and  mean d(q) < 0,  p <= CHANCE / (looks x wires),
 
-both beyond their paired bootstrap intervals, and q by more than `tolerance`, for what is seen by an interval may be too
-little to matter. The reward's interval has level 0.95, those of q 1 - 0.05 / wires (Bonferroni): where nothing but the
-reward changes, chance trips some wire in about one look of twenty. The best look is the one with the highest reward
+and q by more than `tolerance`, for what is certain may be too little to matter. p is that of the one-sided sign-flip
+test, the share of all choices of signs of the d whose mean is as large: where two sets of samples are of one model, a
+coin decides which one is the first look's, so that it is exact for any law and any dependence of the quantities.
+`looks` are those that the whole run plans after the first (Bonferroni): where nothing but the reward changes, chance
+trips some wire in at most CHANCE of the runs. With n clips p is 2^-n at least, so few clips for many looks are refused,
+and a wire that fewer than LEAST clips have is not looked at. The best look is the one with the highest reward
 among those where no wire is tripped; its weights lie in runs/<run>/best, which `model.start` takes.
 
 All that is known stands in runs/<run>/tripwires.jsonl, a row for each look. A look reads the rows of earlier steps and
@@ -33,6 +36,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -49,7 +53,6 @@ from posttrain.data.dataset import Clips, to_float
 from posttrain.data.schema import ClipRow
 from posttrain.evaluation.benchmarks.base import ClipScore, Metric, Pair, Tracker, mean
 from posttrain.evaluation.evaluate import EvalConfig, Watch
-from posttrain.evaluation.records import interval
 from posttrain.metrics.masks import segment
 from posttrain.models.base import VideoModel
 from posttrain.rewards.base import Reward
@@ -66,7 +69,9 @@ QUANTITIES = (  # beside the benchmark's metrics; a reward has the title of its 
     Metric("size", "size, of the truth's", better="one"),
     Metric("colour", "error of colour"),
 )
-LEAST = 4  # clips; fewer pairs say nothing
+LEAST = 12  # clips; fewer pairs say nothing
+CHANCE = 0.05  # of runs in which nothing but the reward changes, a wire is tripped in so many
+EXACT = 16  # clips up to which all choices of signs are tried; of more as many are drawn
 Values = dict[str, list[float | None]]  # by quantity, clip by clip
 
 
@@ -102,6 +107,7 @@ def watching(
     model: VideoModel,
     tracker: Tracker,
     metrics: Sequence[Metric],
+    looks: int,
 ) -> Watch:
     """A function for `evaluate.validation(look=...)`, which gives the means for the log; one process calls it.
 
@@ -111,9 +117,10 @@ def watching(
     Args:
         trained: weight and function of each reward that is trained.
         metrics: of the benchmark that scores.
+        looks: how many the run plans after the first.
 
     Raises:
-        UserError: a reward of `watch` is trained, or is not there.
+        UserError: a reward of `watch` is trained, or is not there. When called: there are too few clips.
     """
     if both := [part.name for part in config.watch if part.name in trained]:
         raise UserError(
@@ -148,8 +155,12 @@ def watching(
         each = [measure(clips, *one) for one in zip(range(len(clips)), videos_BFHWC, scores, strict=True)]
         values: Values = {name: [numbers[name] for numbers in each] for name in each[0]}
         earlier = [look for look in read_looks(run) if look.step < step]
+        enough(len(clips), looks, len(values) - 1)
+        said = f"chance trips one in at most {CHANCE:.0%} of runs like this ({looks} looks at {len(values) - 1} wires)"
+        if not earlier:
+            print(f"{run}: tripwires over {len(clips)} clips: {said}", file=sys.stderr)
         first = earlier[0].values if earlier else values
-        wires = tripped(first, values, config.tolerance, known)
+        wires = tripped(first, values, config.tolerance, known, looks)
         now = Look(step, wires, values)
         best = best_look([*earlier, now])
         if best is now:
@@ -159,7 +170,7 @@ def watching(
             changes = (change(name, first, values) for name in wires)
             print(
                 f"{run}: step {step}: a wire is tripped: {change('reward', first, values)}, but {', '.join(changes)} "
-                f"since step {earlier[0].step}; the weights of step {best.step} are in {run / BEST}",
+                f"since step {earlier[0].step}; {said}; the weights of step {best.step} are in {run / BEST}",
                 file=sys.stderr,
             )
         means = {name: mean(numbers) for name, numbers in values.items()}
@@ -192,28 +203,69 @@ def best_look(looks: Sequence[Look]) -> Look:
     return max((look for look in looks if not look.tripped), key=lambda look: mean(look.values["reward"]) or -math.inf)
 
 
-def tripped(first: Values, now: Values, tolerance: float, known: Mapping[str, Metric]) -> list[str]:
+def enough(clips: int, looks: int, wires: int) -> None:
+    """Refuse so few clips that no wire could trip.
+
+    Raises:
+        UserError: mismatch.
+    """
+    needed = max(LEAST, math.ceil(math.log2(looks * wires / CHANCE)))
+    if clips < needed <= EXACT:
+        raise UserError(
+            f"tripwires.clips: {looks} looks at {wires} wires need {needed} clips, and there are {clips}; film more, "
+            "raise tripwires.clips, or look less often (eval.every)",
+            "mismatch",
+            "tripwires.clips",
+        )
+    if needed > EXACT:
+        raise UserError(
+            f"eval.every: {looks} looks at {wires} wires are too many to tell chance from change; look less often",
+            "mismatch",
+            "eval.every",
+        )
+
+
+def chance(gains: Sequence[float]) -> float:
+    """p of the one-sided sign-flip test: the share of choices of signs with which the mean is as large as theirs."""
+    signs, gain = _signs(len(gains)), np.array(gains, dtype=float)
+    least = gain.sum() - 1e-9 * np.abs(gain).sum()  # sums in another order are rounded otherwise
+    return float((signs @ gain >= least).mean())
+
+
+@cache
+def _signs(count: int) -> np.ndarray:
+    """Choices of `count` signs, one a row, the first one all +1: every one of them, or 2^EXACT."""
+    if count <= EXACT:
+        return 1.0 - 2 * (np.arange(2**count)[:, None] >> np.arange(count) & 1)
+    drawn = np.random.default_rng(0).integers(0, 2, (2**EXACT, count))
+    drawn[0] = 0
+    return 1.0 - 2 * drawn
+
+
+def tripped(first: Values, now: Values, tolerance: float, known: Mapping[str, Metric], looks: int) -> list[str]:
     """The wires that are tripped (see the file's head). What is not `known`, as a reward, is better the more."""
     wires = [name for name in now if name != "reward"]
 
-    def moved(name: str, sign: int, least: float, chance: float) -> bool:
+    def moved(name: str, sign: int, least: float, level: float) -> bool:
         pairs = [(a, b) for a, b in zip(first[name], now[name], strict=True) if a is not None and b is not None]
         if len(pairs) < LEAST:
             return False
         better = known[name].better if name in known else "more"
         scale = 1.0 if better == "one" else abs(float(np.mean([a for a, _ in pairs])))
-        gain = interval([sign * (goodness(better, b) - goodness(better, a)) for a, b in pairs], level=1 - chance)
-        return bool(gain["low"] > 0 and gain["mean"] > least * scale)
+        gains = [sign * (goodness(better, b) - goodness(better, a)) for a, b in pairs]
+        return float(np.mean(gains)) > least * scale and chance(gains) <= level
 
-    if not moved("reward", 1, 0.0, 0.05):
+    if not moved("reward", 1, 0.0, CHANCE):
         return []
-    return [name for name in wires if moved(name, -1, tolerance, 0.05 / len(wires))]
+    return [name for name in wires if moved(name, -1, tolerance, CHANCE / (looks * len(wires)))]
 
 
 def goodness(better: str, value: float) -> float:
     """The quantity turned so that more is better; see `Metric.better`."""
     if better == "one":
         return -abs(math.log(max(value, 1e-3)))
+    if better == "zero":
+        return -abs(value)
     return -value if better == "less" else value
 
 

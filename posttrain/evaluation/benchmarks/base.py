@@ -34,7 +34,8 @@ class Metric:
         key: its name in files.
         title: its name in tables.
         unit: "s", "m/s²", ...; "" for a pure number.
-        better: less; more; one: the nearer to 1, of a ratio to the truth; truth: the nearer to the truth's own value.
+        better: less; more; zero: the nearer to 0, of a signed number; one: the nearer to 1, of a ratio to the truth;
+            truth: the nearer to the truth's own value.
         decimals: how many are shown.
         hint: what a table says below the title; "": the unit or what is better.
         headline: what a report says of it at its head; "": it is not there.
@@ -45,7 +46,7 @@ class Metric:
     key: str
     title: str
     unit: str = ""
-    better: Literal["less", "more", "one", "truth"] = "less"
+    better: Literal["less", "more", "zero", "one", "truth"] = "less"
     decimals: int = 3
     hint: str = ""
     headline: str = ""
@@ -131,12 +132,12 @@ class Score(Protocol):
         videos_BFHWC: uint8; the first picture is the clip's.
         batch: the true clips, in pixels, with instances and target where they are known.
         rows: what is known of them.
-        fps: frames per second of the videos.
+        times_F: seconds at which the videos' frames are shown, ascending from 0; a rate says it only of steady ones.
         tracker: follows an object, on the batch's device.
     """
 
     def __call__(
-        self, videos_BFHWC: np.ndarray, batch: Batch, rows: Sequence[ClipRow], fps: float, tracker: Tracker
+        self, videos_BFHWC: np.ndarray, batch: Batch, rows: Sequence[ClipRow], times_F: np.ndarray, tracker: Tracker
     ) -> list[ClipScore]: ...
 
 
@@ -164,7 +165,7 @@ class Benchmark:
     """Everything that is asked of a benchmark.
 
     Attributes:
-        metrics: the table's columns. The first one is drawn and has intervals everywhere; the first five are printed.
+        metrics: the table's columns. The first one is drawn and has intervals everywhere.
         score: measures videos.
         heading, note: what a report says above its table.
         scorecard: quantities of `ClipScore.physics`, which a report shows by their medians.

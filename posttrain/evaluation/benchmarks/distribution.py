@@ -99,8 +99,11 @@ def depths(facts: Mapping[str, Any]) -> tuple[float, float]:
     return low, high
 
 
-def lifted(masks_FHW: np.ndarray, fps: float, row: ClipRow) -> dict[str, Any] | None:
+def lifted(masks_FHW: np.ndarray, times_F: np.ndarray, row: ClipRow) -> dict[str, Any] | None:
     """A clip's fall in three dimensions; None if nothing lands or the object starts at the camera's height.
+
+    Args:
+        times_F: seconds at which the frames are shown.
 
     Returns:
         t_drop: seconds.
@@ -108,7 +111,7 @@ def lifted(masks_FHW: np.ndarray, fps: float, row: ClipRow) -> dict[str, Any] | 
         heights: of the object's bottom in metres, frame by frame until t_drop, None where it is lost.
         fall_error: metres, how far these heights are from a free fall that ends at t_drop; None if all are lost.
     """
-    t_drop = pisa.contact_time(masks_FHW, fps)
+    t_drop = pisa.contact_time(masks_FHW, times_F)
     if t_drop is None:
         return None
     assert row.gravity is not None
@@ -119,7 +122,7 @@ def lifted(masks_FHW: np.ndarray, fps: float, row: ClipRow) -> dict[str, Any] | 
     depth, heights_F = distribution.lift(betas_F, t_drop, camera_height, gravity)
     if math.isnan(depth):
         return None
-    until = math.floor(t_drop * fps) + 1
+    until = int(np.searchsorted(times_F, t_drop, side="right"))
     heights = [None if math.isnan(y) else round(y, 4) for y in heights_F[:until].tolist()]
-    error = distribution.fall_error(heights_F, fps, t_drop, gravity)
+    error = distribution.fall_error(heights_F, times_F, t_drop, gravity)
     return {"t_drop": t_drop, "depth": depth, "heights": heights, "fall_error": None if math.isnan(error) else error}

@@ -57,8 +57,10 @@ METRICS = (
     Metric("chamfer", "Chamfer"),
     Metric("iou", "IoU", better="more", headline="IoU with the true object"),
     Metric("vanished", "Vanished", hint="share of frames", headline="of frames without the object", share=True),
-    Metric("time_error", "Time error", "s", wire=False),
+    Metric("time_error", "Time error", "s", hint="seconds, of what lands", wire=False),
+    Metric("time_offset", "Late by", "ms", "zero", 0, "ms, of what lands", wire=False),
     Metric("no_contact", "Never lands", hint="share of clips", decimals=2, share=True, wire=False),
+    Metric("span", "Compared", better="more", decimals=2, hint="share of the true clip", share=True, wire=False),
 )
 SCORECARD = (  # quantities of metrics/physics.py
     Metric("g", "g", "m/s²", "truth", 2),
@@ -73,7 +75,10 @@ SCORECARD = (  # quantities of metrics/physics.py
     Metric("permanence", "Seen", "of the frames", "truth"),
     Metric("size", "Growth", "1/s", "truth"),
 )
-NOTE = "L2 and Chamfer: how far the generated object is from the simulated one, in units of the picture's diagonal."
+NOTE = (
+    "L2 and Chamfer: how far the generated object is from the simulated one, in units of the picture's diagonal. What "
+    "a video lacks of the true clip counts as vanished."
+)
 
 
 def tests(config: Config, seeds: int) -> dict[str, TestSet]:
@@ -97,7 +102,7 @@ def split(name: str, clip: ClipScore) -> str | None:
 
 
 def score(
-    videos_BFHWC: np.ndarray, batch: Batch, rows: Sequence[ClipRow], fps: float, tracker: Track
+    videos_BFHWC: np.ndarray, batch: Batch, rows: Sequence[ClipRow], times_F: np.ndarray, tracker: Track
 ) -> list[ClipScore]:
     """Score one generated video per clip of `batch`.
 
@@ -105,13 +110,14 @@ def score(
         videos_BFHWC: uint8, the generated videos; the first picture is the clip's.
         batch: the true clips with `instances_BFHW` and `target_B`.
         rows: of them fps, drop_height, gravity, camera and distance.
-        fps: frames per second of the generated videos.
+        times_F: seconds at which the generated videos' frames are shown, ascending from 0.
         tracker: the segmenter; it sees the video and the true mask of frame 0, on the batch's device.
 
     Returns:
-        For each clip METRICS in the paper's convention (time_error in seconds, None where nothing lands), `released`
-        with l2, chamfer, iou, vanished in the other one; the scorecard, empty where camera and distance are not known,
-        of what is sideways the magnitude; `lifted` of an ambiguous set. A number that does not exist is None.
+        For each clip METRICS in the paper's convention (time_error in seconds and time_offset in milliseconds, None
+        where nothing lands), `released` with l2, chamfer, iou, vanished, span in the other one; the scorecard, empty
+        where camera and distance are not known, of what is sideways the magnitude; `lifted` of an ambiguous set. A
+        number that does not exist is None.
     """
     assert batch.instances_BFHW is not None
     assert batch.target_B is not None
@@ -122,30 +128,36 @@ def score(
     for masks, true, row in zip(masks_BFHW.cpu().numpy(), true_BFHW.cpu().numpy(), rows, strict=True):
         timing: dict[str, Any] = {}
         if row.drop_height and row.gravity:  # the true object is known to land within the clip
-            timing = pisa.time_error(masks, fps, row.drop_height, math.hypot(*row.gravity))
-        landing = {key: timing.get(key) for key in ("time_error", "no_contact")}
+            timing = pisa.time_error(masks, times_F, row.drop_height, math.hypot(*row.gravity))
+        landing = {key: timing.get(key) for key in ("time_error", "time_offset", "no_contact")}
+        found = pisa.score(masks, true, times_F, row.fps)
         scores.append(
             ClipScore(
-                numbers=finite(pisa.score(masks, true, fps, row.fps) | landing),
-                released=finite(pisa.score(masks, true, fps, row.fps, "released")),
-                physics=card(masks, fps, row),
+                numbers=finite({metric.key: (found | landing)[metric.key] for metric in METRICS}),
+                released=finite(pisa.score(masks, true, times_F, row.fps, "released")),
+                physics=card(masks, times_F, row, found["span"]),
                 true_path=path(true),
                 paths=[path(masks)],
                 impact_frames=[timing.get("impact_frame")],
-                lifted=None if row.beta is None else [distribution.lifted(masks, fps, row)],
+                lifted=None if row.beta is None else [distribution.lifted(masks, times_F, row)],
             )
         )
     return scores
 
 
-def card(masks_FHW: np.ndarray, fps: float, row: ClipRow) -> dict[str, Pair | None]:
-    """The scorecard of a video of the clip of a row: [value, sigma] by quantity."""
+def card(masks_FHW: np.ndarray, times_F: np.ndarray, row: ClipRow, span: float = 1.0) -> dict[str, Pair | None]:
+    """The scorecard of a video of the clip of a row: [value, sigma] by quantity.
+
+    In what it lacks of the true clip, all but a share `span`, nothing is seen.
+    """
     gravity = math.hypot(*(row.gravity or (0.0,)))
     if not (row.camera and row.distance and gravity):
         return {}
     focal = row.camera.intrinsics[0][0] * masks_FHW.shape[1] / row.size[0]
-    found = physics.scorecard(masks_FHW, fps, focal, row.distance, row.drop_height or None, gravity)
+    found = physics.scorecard(masks_FHW, times_F, focal, row.distance, row.drop_height or None, gravity)
     numbers = {name: measure and [round(measure.value, 6), round(measure.sigma, 6)] for name, measure in found.items()}
+    if (seen := numbers["permanence"]) is not None:
+        seen[0] = round(seen[0] * span, 6)
     for name in physics.SIDEWAYS:
         if (pair := numbers[name]) is not None:
             pair[0] = abs(pair[0])  # or left and right of two seeds would make none

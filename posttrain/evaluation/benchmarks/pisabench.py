@@ -4,6 +4,10 @@
     <...>/00/clip_info.json, mask.npz, rgba_00000.jpg, ...     PisaBench simulated (seen and unseen): 16 fps
     <...>/<split>/metadata.jsonl                               ours (data/dataset.py)
 
+These rates stand nowhere in PisaBench's files. A set of one's own in its layout says in clip_info.json how many frames
+per second there are ("fps": 24), or is opened with the rate; else it is refused, unless it has PisaBench's own number
+of real clips, or its names of simulated ones.
+
 clip_info.json is {"prompt": "A black eraser falls.", "points": [{"positive": [[x, y], ...], "negative": [...]}, ...]},
 an entry of `points` for each object; simulated clips have no `points`. mask.npz holds `mask` (frames, objects, H, W).
 Only the object that drops is scored: the last one in simulated clips, the one with the highest positive click in real
@@ -15,7 +19,9 @@ needed; they are cached. A mask.npz beside real pictures (the authors' own scrip
 Shape letters: F frames, H W pixels, P clicks.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +36,7 @@ from posttrain.data.config import DataConfig
 from posttrain.data.dataset import Clips, read_annotations
 from posttrain.data.schema import ClipRow
 
-REAL_FPS, SIM_FPS = 120.0, 16.0  # from the paper; the files do not have them
+REAL_FPS, SIM_FPS, REAL_CLIPS = 120.0, 16.0, 361  # from the paper; the files do not have them
 CONTEXT = " A video that conforms to the laws of physics."  # the paper adds it to the captions of real clips
 NEGATIVE = "no camera motion, no slow-motion"  # the paper's negative prompts; used only with guidance
 
@@ -68,7 +74,11 @@ class Truth:
 
 
 def open_benchmark(
-    folder: Path | str, clicks: Clicks | None = None, follower: str = "", cache: Path | None = None
+    folder: Path | str,
+    clicks: Clicks | None = None,
+    follower: str = "",
+    cache: Path | None = None,
+    fps: float | None = None,
 ) -> dict[str, list[Truth]]:
     """The clips of a folder by split; a split's name is the path of its folder relative to `folder`.
 
@@ -76,21 +86,32 @@ def open_benchmark(
         clicks: SAM 2, for the real set.
         follower: changes with everything that its masks depend on.
         cache: the folder for its masks.
+        fps: frames per second of the true clips, if their files do not say it.
 
     Raises:
-        UserError: there is no clip, a file of one is wrong, or clicks need SAM 2 and there is none.
+        UserError: there is no clip, a file of one is wrong, clicks need SAM 2 and there is none, or the rate is
+            not known (required, --truth-fps), is none (value), or is another one in the files (conflict).
     """
     folder = Path(folder)
+    if fps is not None and not 0 < fps < math.inf:
+        raise UserError(f"--truth-fps: {fps:g} is no rate; give frames per second", "value", "--truth-fps")
     scenes = sorted(path.parent for path in folder.rglob("clip_info.json") if not _hidden(path.relative_to(folder)))
     if scenes:
-        truths: dict[str, list[Truth]] = {}
+        split_scenes: dict[str, list[Path]] = {}
         for scene in scenes:
             split = scene.parent.relative_to(folder).as_posix() if scene.parent != folder else folder.name
-            truths.setdefault(split, []).append(_published(scene, clicks, follower, cache))
-        return truths
+            split_scenes.setdefault(split, []).append(scene)
+        return {
+            split: [
+                _published(scene, rate, clicks, follower, cache) for scene, rate in _rates(split, each, fps).items()
+            ]
+            for split, each in split_scenes.items()
+        }
     splits = sorted(path.parent.name for path in folder.glob("*/metadata.jsonl"))
     if not splits:
         raise UserError(f"{folder}: holds no clips to compare with; name PisaBench's real or sim, or a dataset folder")
+    if fps is not None:
+        raise UserError(f"{folder}: says its clips' rate itself; leave --truth-fps out", "conflict", "--truth-fps")
     tests = [split for split in splits if split.startswith("test")]
     return {split: _ours(folder, split) for split in tests or splits}
 
@@ -122,12 +143,47 @@ def _ours(folder: Path, split: str) -> list[Truth]:
 # ---------------------------------------------------------------- PisaBench
 
 
-def _published(scene: Path, clicks: Clicks | None, follower: str, cache: Path | None) -> Truth:
-    path, archive = scene / "clip_info.json", scene / "mask.npz"
+def _rates(split: str, scenes: Sequence[Path], asked: float | None) -> dict[Path, float]:
+    """The frames per second of each clip of a split: as its file says, as it is asked for, or those of PisaBench."""
+    infos = {scene: _info(scene) for scene in scenes}
+    silent = [scene for scene, info in infos.items() if "fps" not in info]
+    assumed = asked
+    if silent and asked is None:
+        if "points" in infos[silent[0]]:
+            assumed = REAL_FPS if len(scenes) == REAL_CLIPS else None
+        elif scenes[0].parent.name in ("seen", "unseen") and [*silent[0].glob("rgba_*.jpg")]:
+            assumed = SIM_FPS
+        if assumed is None:
+            raise UserError(
+                f"{silent[0] / 'clip_info.json'}: fps: is missing, and these are not PisaBench's own {REAL_CLIPS} real "
+                "clips or its simulated ones; write it there, or give --truth-fps (PisaBench: real 120, simulated 16)",
+                "required",
+                "--truth-fps",
+            )
+        print(
+            f"{split}: nothing says the rate of the true clips; taken as PisaBench's {assumed:g} fps", file=sys.stderr
+        )
+    rates: dict[Path, Any] = {scene: info.get("fps", assumed) for scene, info in infos.items()}
+    for scene, rate in rates.items():
+        path = scene / "clip_info.json"
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            raise UserError(f"{path}: fps: is {rate!r}, not a rate; write frames per second", "value", "fps")
+        if asked is not None and rate != asked:
+            raise UserError(f"{path}: fps: is {rate:g}, but --truth-fps {asked:g}", "conflict", "--truth-fps")
+    return {scene: float(rate) for scene, rate in rates.items()}
+
+
+def _info(scene: Path) -> dict[str, Any]:
+    path = scene / "clip_info.json"
     info = files.read_json(path)
-    pictures = sorted(scene.glob("*.jpg"))
     if not isinstance(info, dict) or not isinstance(info.get("prompt"), str):
-        raise UserError(f"{path}: prompt: is missing; unpack PisaBench again")
+        raise UserError(f"{path}: prompt: is missing; unpack PisaBench again", "format", "prompt")
+    return info
+
+
+def _published(scene: Path, fps: float, clicks: Clicks | None, follower: str, cache: Path | None) -> Truth:
+    path, archive, info = scene / "clip_info.json", scene / "mask.npz", _info(scene)
+    pictures = sorted(scene.glob("*.jpg"))
     if not pictures:
         raise UserError(f"{scene}: has no pictures (.jpg); unpack PisaBench again")
     with Image.open(pictures[0]) as picture:
@@ -135,8 +191,7 @@ def _published(scene: Path, clicks: Clicks | None, follower: str, cache: Path | 
     real = "points" in info
     target = _dropped(path, info["points"], (height, width)) if real else -1
     first, context = partial(_picture, pictures[0]), CONTEXT if real else ""
-    fps, size = REAL_FPS if real else SIM_FPS, (height, width)
-    row = ClipRow(scene.name, info["prompt"], fps, len(pictures), size)
+    row = ClipRow(scene.name, info["prompt"], fps, len(pictures), (height, width))
     if archive.exists():
         key = files.sha256_json([files.sha256(archive), target])
         masks = partial(_stored, archive, target, len(info["points"]) if real else 1)
