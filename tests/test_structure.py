@@ -169,3 +169,13 @@ def test_no_file_is_read_that_could_run_code() -> None:
         lines += [line for line, name in imports(path) if name in ("pickle", "dill", "joblib", "shelve")]
         found += [f"{path.relative_to(ROOT)}:{line}" for line in lines]
     assert not found
+
+
+def test_functions_in_the_guide_s_code_are_annotated() -> None:
+    """Who copies them passes `make lint`."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    functions = [n for block in blocks for n in ast.walk(ast.parse(block)) if isinstance(n, ast.FunctionDef)]
+    assert len(functions) >= 6
+    for function in functions:
+        assert function.returns, function.name
+        assert all(argument.annotation for argument in function.args.args), function.name
