@@ -118,9 +118,12 @@ def write(
 def draw(job: Job, split: str, index: int) -> Draw:
     """The random numbers and assets of scene `index` of `split`.
 
-    Splits whose name ends in "unseen" use the test assets, all others the train assets.
+    Splits whose name ends in "unseen" use the test assets, those that end in "validation" assets of their own, all
+    others the train assets.
     """
     rng = np.random.default_rng([job.seed, zlib.crc32(split.encode()), index])
+    if split.endswith("validation"):
+        return Draw(rng, library.validation_ids(), surfaces.validation_ids(), index)
     unseen = split.endswith("unseen")
     objects, backgrounds = (library.split(ids)[unseen] for ids in (library.object_ids(), surfaces.background_ids()))
     return Draw(rng, objects, backgrounds, index)

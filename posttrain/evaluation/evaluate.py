@@ -48,6 +48,8 @@ from posttrain.types import Batch
 Watch = Callable[[int, Clips, Sequence[np.ndarray], Sequence[ClipScore]], dict[str, float]]
 Models = Mapping[str, Callable[[], AbstractContextManager[VideoModel]]]
 
+VALIDATION = "validation"  # the split that training looks at, of objects neither trained nor tested on
+
 
 class EvalConfig(Strict):
     """What `posttrain eval` measures, and how often training looks at a few clips of it (`every` steps; 0: never)."""
@@ -70,6 +72,12 @@ def test_sets(config: EvalConfig) -> dict[str, TestSet]:
     benchmark: Benchmark = config.benchmark.module.BENCHMARK
     splits = {split: TestSet(config.clips, split, config.seeds) for split in config.splits}
     return splits | benchmark.tests(config.benchmark.config, config.seeds)
+
+
+def watched_split(config: EvalConfig) -> str:
+    """The split that training looks at: `validation` where the clips have one, else the last of those measured."""
+    has_one = (Path(config.clips) / VALIDATION / "metadata.jsonl").exists()
+    return VALIDATION if has_one else config.splits[-1]
 
 
 def open_clips(name: str, test: TestSet, limit: int | None) -> Clips:
@@ -321,12 +329,11 @@ def validation(
 ) -> Callable[[int], tuple[dict[str, float], dict[str, Path]]]:
     """A function of the step for `Run(validate=...)`: the benchmark's headlines, as in val_l2, and the videos.
 
-    It samples the first clips of the split (None: the last) once and saves them under samples/validation/. Nothing is
-    chosen by these numbers, so that the clips may be those of the test; `look` may measure more, of which
-    the clips tell `truths` (tripwires.py).
+    It samples the first clips of the split (None: `watched_split`) once and saves them under samples/validation/.
+    `look` may measure more, of which the clips tell `truths` (tripwires.py).
     """
     benchmark: Benchmark = config.benchmark.module.BENCHMARK
-    chosen = Clips(DataConfig(clips=config.clips, split=split or config.splits[-1], limit=clips), truths=truths)
+    chosen = Clips(DataConfig(clips=config.clips, split=split or watched_split(config), limit=clips), truths=truths)
     folder, fps = Path(run) / "samples" / "validation", chosen.row(0).fps
     texts = read_captions(model, [chosen], config.sampler) if config.every else {}  # while the transformer is not there
 

@@ -52,7 +52,7 @@ from posttrain.core.recipe import Plugin, PluginFrom, Strict
 from posttrain.data.dataset import Clips, to_float
 from posttrain.data.schema import ClipRow
 from posttrain.evaluation.benchmarks.base import ClipScore, Metric, Pair, Tracker, mean
-from posttrain.evaluation.evaluate import EvalConfig, Watch
+from posttrain.evaluation.evaluate import EvalConfig, Watch, watched_split
 from posttrain.metrics.masks import segment
 from posttrain.models.base import VideoModel
 from posttrain.rewards.base import Reward
@@ -88,7 +88,7 @@ class TripwiresConfig(Strict):
     """`tripwires:` in a recipe, beside `eval` with its `every`."""
 
     watch: tuple[Annotated[Plugin, PluginFrom("rewards")], ...] = ()  # rewards that are not trained
-    split: str | None = None  # of eval.clips; None: the last of eval.splits
+    split: str | None = None  # of eval.clips; None: `validation` where it has one, else the last of eval.splits
     clips: int = Field(16, ge=LEAST)  # the first so many
     tolerance: float = Field(0.05, ge=0)  # share of the first look's mean; of a ratio, its logarithm
     # roll_back: training ends where a wire is tripped, and the best look's weights are what it leaves
@@ -97,7 +97,7 @@ class TripwiresConfig(Strict):
 
 def chooses_by_the_test(wires: TripwiresConfig, measured: EvalConfig) -> bool:
     """Whether the clips by which weights are chosen are among those that evaluation measures them on."""
-    return wires.on_trip == "roll_back" and (wires.split or measured.splits[-1]) in measured.splits
+    return wires.on_trip == "roll_back" and (wires.split or watched_split(measured)) in measured.splits
 
 
 def watching(

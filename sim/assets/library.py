@@ -25,6 +25,7 @@ HULL_POINTS = 64  # PyBullet is fast with so many; more are no better at these s
 CONVEX = 1.001  # a hull's volume in that of its mesh, below which one hull is all that collides
 NEAR = 0.02  # of the longest side: how far what collides may stand off the mesh
 VARIANTS = 16  # proportions per made category
+VALIDATION = 4  # further proportions per made category, for validation alone
 
 # pybullet_data: category -> (model, texture or None, which of its axes points up)
 MODELS: dict[str, tuple[str, str | None, str]] = {
@@ -56,10 +57,16 @@ class Mesh:
 
 
 def object_ids() -> list[str]:
-    """All objects, sorted."""
+    """All objects for training and testing, sorted."""
     toys = [f"toy/{i:03d}" for i in range(1000) if i != 168]  # all coordinates of 168 are NaN
     made = [f"{name}/{i:02d}" for name in SHAPES for i in range(1 if name == "ball" else VARIANTS)]
     return sorted(toys + made + [f"{name}/00" for name in MODELS])
+
+
+def validation_ids() -> list[str]:
+    """The objects that validation alone uses, sorted: made shapes, because training or testing uses all toys and models."""
+    numbers = range(VARIANTS, VARIANTS + VALIDATION)
+    return sorted(f"{name}/{i:02d}" for name in SHAPES if name != "ball" for i in numbers)
 
 
 def category(asset: str) -> str:
@@ -105,8 +112,8 @@ def mesh(asset: str) -> Mesh:
     name, _, number = asset.partition("/")
     folder = Path(pybullet_data.getDataPath())
     uv, texture = None, None
-    if asset not in object_ids():
-        raise UserError(f"{asset}: no such asset; library.object_ids() lists them all", "unknown_name")
+    if asset not in object_ids() and asset not in validation_ids():
+        raise UserError(f"{asset}: no such asset; library.object_ids() lists them", "unknown_name")
     if name == "toy":
         vertices, faces, _, _ = read_obj(folder / "random_urdfs" / number / f"{number}.obj")
     elif name in MODELS:

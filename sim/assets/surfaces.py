@@ -10,6 +10,7 @@ from posttrain.core.errors import UserError
 from sim.scene import Background, Material, Vector
 
 BACKGROUNDS = 512
+VALIDATION = 51  # further ones, for validation alone
 PATTERNS = get_args(get_type_hints(Material)["pattern"])
 HUES = {
     "red": 0.0, "orange": 0.075, "yellow": 0.145, "green": 0.33,
@@ -84,8 +85,13 @@ def surface(rng: np.random.Generator, scale: float) -> Material:
 
 
 def background_ids() -> list[str]:
-    """All backgrounds, sorted."""
+    """All backgrounds for training and testing, sorted."""
     return [f"background/{i:03d}" for i in range(BACKGROUNDS)]
+
+
+def validation_ids() -> list[str]:
+    """The backgrounds that validation alone uses, sorted."""
+    return [f"background/{i:03d}" for i in range(BACKGROUNDS, BACKGROUNDS + VALIDATION)]
 
 
 @cache
@@ -95,8 +101,8 @@ def background(id: str) -> Background:
     Raises:
         UserError: no such background.
     """
-    if id not in background_ids():
-        raise UserError(f"{id}: no such background; surfaces.background_ids() lists them all", "unknown_name")
+    if id not in background_ids() and id not in validation_ids():
+        raise UserError(f"{id}: no such background; surfaces.background_ids() lists them", "unknown_name")
     rng = np.random.default_rng([98, int(id.partition("/")[2])])
     floor = surface(rng, float(np.exp(rng.uniform(np.log(0.12), np.log(0.9)))))
     wall = surface(rng, float(np.exp(rng.uniform(np.log(0.15), np.log(1.2))))) if rng.random() < 0.5 else None
