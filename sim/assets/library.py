@@ -64,7 +64,7 @@ def object_ids() -> list[str]:
 
 
 def validation_ids() -> list[str]:
-    """The objects that validation alone uses, sorted: made shapes, because training or testing uses all toys and models."""
+    """Objects of validation alone, sorted: made shapes, because training or testing uses all toys and models."""
     numbers = range(VARIANTS, VARIANTS + VALIDATION)
     return sorted(f"{name}/{i:02d}" for name in SHAPES if name != "ball" for i in numbers)
 
