@@ -360,7 +360,7 @@ def test_a_sweep_is_a_run_for_each_value_and_one_report(home):
     assert code == 0, said
     table, _, gaps = out.partition("Minus psft sizes/3")
     rows = ("truth", "truth_vae", "frozen", "base", "psft sizes/3", "psft sizes/1")
-    assert [line.partition(" unseen ")[0].strip() for line in table.splitlines()[1:]] == list(rows)
+    assert [line.partition(" unseen ")[0].strip() for line in table.splitlines()[1 : 1 + len(rows)]] == list(rows)
     label, _, gap = gaps.splitlines()[1].partition(" unseen ")
     gap = gap.split()
     assert label.strip() == "psft sizes/1"

@@ -137,7 +137,8 @@ def test_a_run_on_merged_adapters_trains_its_own(home: Path) -> None:
     assert code == 1
     assert said.startswith("model.start: third was trained on merged adapters; let model.merge begin with [{'path': ")
     trained(home, "fourth", "model.start=third", "model.merge=[{path: first, scale: 0.5}]")
-    assert command(home, "export", "third", "export=[comfyui, merged]", "--check")[0] == 0
+    code, said = command(home, "export", "third", "export=[comfyui, merged]", "--check")
+    assert code == 0, said
 
 
 def test_whole_weights_are_a_start_with_and_without_an_adapter(home: Path) -> None:

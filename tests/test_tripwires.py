@@ -261,7 +261,7 @@ def hack(
         model=ModelConfig(path="pocket", adapter=AdapterConfig(rank=4)),
         data=DataConfig(clips="drops"),
         method=Plugin("oro", oro, method),
-        train=TrainConfig(steps=6, batch=2, lr=3e-2, warmup=6, checkpoint_every=3),
+        train=TrainConfig(steps=6, batch=2, lr=1.4e-2, warmup=6, checkpoint_every=3),
         eval=measured,
         tripwires=TripwiresConfig(split="test_seen", clips=12, on_trip=on_trip) if on_trip else None,
     )

@@ -37,7 +37,7 @@ def find(path: str, revision: str | None = None, embedded: str | None = None) ->
                 "conflict",
                 "model.revision",
             )
-        return whole(str(embedded)) if pocket else _diffusers(path, Path(path))
+        return whole(str(embedded)) if pocket else Path(path)
     if Path(path).is_file():
         raise UserError(
             f"model.path: {path} is a file; name the diffusers folder of the whole model or its hub id, and an adapter "
@@ -53,7 +53,7 @@ def find(path: str, revision: str | None = None, embedded: str | None = None) ->
     from huggingface_hub import snapshot_download
 
     try:
-        fetched = Path(snapshot_download(path, revision=revision, allow_patterns=WANTED))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=WANTED))
     except Exception as error:  # the hub, the network and the disk each raise their own kinds
         at = f" at revision {revision}" if revision else ""
         raise UserError(
@@ -62,22 +62,6 @@ def find(path: str, revision: str | None = None, embedded: str | None = None) ->
             "network",
             "model.path",
         ) from error
-    return _diffusers(path, fetched)
-
-
-def _diffusers(path: str, root: Path) -> Path:
-    """`root`, which `path` named, if it is the folder of a whole model of diffusers. Raises UserError: it is not."""
-    if (root / "model_index.json").is_file():
-        return root
-    config = read_json(root / "config.json") if (root / "config.json").is_file() else {}
-    what, remedy = "is no diffusers folder", "name one, which has a model_index.json"
-    if str(config.get("_class_name", "")).endswith("Transformer3DModel"):
-        what, remedy = "is a transformer alone", "name the folder of the whole model, and this one in model.start"
-    elif "_class_name" in config or any(root.glob("*.pth")) or any(root.glob("*.safetensors")):
-        what, remedy = "has its authors' own layout", "name the model in that of diffusers (Wan's end in -Diffusers)"
-    elif not root.is_dir() or not any(root.iterdir()):
-        remedy += "; that of its authors is not read (Wan's in diffusers' layout end in -Diffusers)"
-    raise UserError(f"model.path: {path} {what}, for it has no model_index.json; {remedy}", "format", "model.path")
 
 
 def network(kind: type[PreTrainedModel], config: ModelConfig, part: str) -> Any:

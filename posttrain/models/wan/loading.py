@@ -21,12 +21,12 @@ from posttrain.core.errors import UserError
 from posttrain.core.files import read_json, replacing
 from posttrain.models import lora
 from posttrain.models.base import ModelConfig
-from posttrain.models.folders import check_files, find, load_part, load_tokenizer
+from posttrain.models.folders import check_files, load_part, load_tokenizer
 from posttrain.models.wan import adapters
+from posttrain.models.wan.folder import diffusers_folder
 from posttrain.models.wan.model import Wan, architecture
 from posttrain.models.wan.padding import fold_padding
 from posttrain.models.wan.precision import keep_float32
-from posttrain.models.wan.published import EMBEDDED
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EXPERTS = {"high": "transformer", "low": "transformer_2"}
@@ -47,7 +47,7 @@ def _source(config: ModelConfig) -> tuple[Path, str]:
     start = Path(config.start) if config.start else None
     if start and start.is_dir():
         return start.parent, start.name
-    return find(config.path, config.revision, EMBEDDED), EXPERTS[config.expert or "high"]
+    return diffusers_folder(config.path, config.revision), EXPERTS[config.expert or "high"]
 
 
 def bare(config: ModelConfig, dtype: torch.dtype | None = None) -> WanTransformer3DModel:
@@ -56,7 +56,7 @@ def bare(config: ModelConfig, dtype: torch.dtype | None = None) -> WanTransforme
     Raises:
         UserError: it cannot be loaded, or `start` or `merge` do not fit it.
     """
-    root = find(config.path, config.revision, EMBEDDED)
+    root = diffusers_folder(config.path, config.revision)
     shape = load_part(WanTransformer3DModel.load_config, root, EXPERTS[config.expert or "high"])
     if config.init == "random":
         return initialise(shape, config.seed)
@@ -102,7 +102,7 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
     Raises:
         UserError: no such model, or a part is missing, broken or does not fit the others.
     """
-    root = find(config.path, config.revision, EMBEDDED)
+    root = diffusers_folder(config.path, config.revision)
     index = read_json(root / "model_index.json")
     two = index.get("transformer_2", [None])[0] is not None
     boundary = index.get("boundary_ratio") or 0.0

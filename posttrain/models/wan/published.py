@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from posttrain.core.files import read_json
 from posttrain.models.base import Defaults
-from posttrain.models.folders import find
+from posttrain.models.wan.folder import diffusers_folder
 
 Z16: dict[str, Any] = {}  # AutoencoderKLWan's own defaults are those of Wan 2.1
 Z48: dict[str, Any] = {
@@ -29,7 +29,6 @@ MIDDLE: dict[str, Any] = {"num_attention_heads": 24, "ffn_dim": 14336, "num_laye
 CHANNELS = {"in_channels": 36}
 BESIDE = {"image_dim": 1280, "added_kv_proj_dim": 5120}
 
-EMBEDDED = "wan"  # the folder in posttrain/pocket
 USUAL = Defaults(frames=81, size=(480, 832), fps=16, steps=50, guidance=5.0)
 POCKET = Defaults(frames=33, size=(64, 64), fps=16, steps=12, guidance=1.0)
 
@@ -76,7 +75,7 @@ def read_configs(path: str, revision: str | None = None) -> tuple[dict[str, Any]
     """
     if path in PUBLISHED and not Path(path).is_dir():
         return PUBLISHED[path].transformer, PUBLISHED[path].vae
-    root = find(path, revision, EMBEDDED)
+    root = diffusers_folder(path, revision)
     transformer, vae = (read_json(root / name / "config.json") for name in ("transformer", "vae"))
     return transformer, vae
 

@@ -11,12 +11,13 @@ from transformers import CLIPVisionConfig
 
 from posttrain.models import lora
 from posttrain.models.base import ModelConfig, Outline
-from posttrain.models.folders import find, load_part
+from posttrain.models.folders import load_part
 from posttrain.models.wan.adapters import TARGETS
+from posttrain.models.wan.folder import diffusers_folder
 from posttrain.models.wan.loading import DTYPES
 from posttrain.models.wan.model import Wan
 from posttrain.models.wan.precision import keep_float32
-from posttrain.models.wan.published import EMBEDDED, PUBLISHED, read_configs
+from posttrain.models.wan.published import PUBLISHED, read_configs
 
 CLIP_TOKENS = 257  # patches and class token of a picture, in the published Wan2.1 I2V
 
@@ -42,7 +43,7 @@ def outline(config: ModelConfig, frames: int, height: int, width: int) -> Outlin
     """
     configs, clip_tokens = read_configs(config.path, config.revision), CLIP_TOKENS
     if config.path not in PUBLISHED or Path(config.path).is_dir():
-        root = find(config.path, config.revision, EMBEDDED)
+        root = diffusers_folder(config.path, config.revision)
         if (root / "image_encoder").is_dir():
             vision = load_part(CLIPVisionConfig, root, "image_encoder")
             clip_tokens = 1 + (vision.image_size // vision.patch_size) ** 2
