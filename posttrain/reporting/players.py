@@ -77,9 +77,7 @@ def players(chosen: Sequence[Shown], styles: dict[str, str]) -> tuple[str, list[
     )
 
 
-def card(
-    shown: Sequence[Record], clips: Sequence[ClipScore], video: bytes, styles: dict[str, str], frames: int
-) -> str:
+def card(shown: Sequence[Record], clips: Sequence[ClipScore], video: bytes, styles: dict[str, str], frames: int) -> str:
     """One player: caption, film with traced paths, names, and the heights over time as its scrubber.
 
     `frames` is how many the film has.
