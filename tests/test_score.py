@@ -455,9 +455,7 @@ def test_the_command_scores_real_clips_through_sam2(tmp_path) -> None:
     arguments = ("eval", "bench/real", "--clips", "kling", "s=sora", "--tracker", "sam2")
     code, out, said = command(tmp_path, *arguments)
     assert code == 0, said
-    assert (
-        out.count("kling") == out.count(" real ") / 2 == 3
-    )  # the table, what is left of its columns, the other convention
+    assert out.count("kling") == out.count(" real ") / 2 == 3  # of 80 columns two tables, and the published code's
     assert "as the published code counts" in out
     report = files.read_json(tmp_path / "runs" / "eval-real" / "report.json")
     assert {(row["model"], row["split"]) for row in report["rows"]} == {("kling", "real"), ("s", "real")}
