@@ -109,7 +109,7 @@ MEANINGS = {
     "benchmark.pisa.falls.seeds": "Samples of each of its clips.",
     "tripwires.watch": "Rewards that are measured but not trained.",
     "tripwires.split": "Split of `eval.clips` that is sampled. Left out: the last of `eval.splits`.",
-    "tripwires.clips": "The first so many clips of it.",
+    "tripwires.clips": "The first so many clips of it, 12 or more.",
     "tripwires.tolerance": "Smallest change that trips a wire, as a share of the value at the first look.",
     "tripwires.on_trip": "`roll_back`: stop, and keep the weights of the best look. `warn`: print a line.",
     "*.sampler.steps": "Denoising steps.",

@@ -378,11 +378,11 @@ def _print(title: str, titles: Sequence[str], rows: Sequence[tuple[Record, Seque
     splits = max(map(cell_len, ("Clips", *(record.split for record, _ in rows))))
     widths = [max(cell_len(each[i]) for each in (titles, *(cells for _, cells in rows))) for i in range(len(titles))]
     names = max(map(cell_len, (title, *(record.row for record, _ in rows))))
-    room = console.width - splits - 4  # two spaces between columns
-    names = max(min(names, console.width // 3, room - max(widths) - 2), NARROWEST)  # longer ones go on below
+    free = console.width - splits - 4  # two spaces between columns
+    names = max(min(names, console.width // 3, free - max(widths) - 2), NARROWEST)  # longer ones go on below
     first = 0
     while first < len(titles):
-        end, left = first, room - names
+        end, left = first, free - names
         while end < len(titles) and (end == first or left >= widths[end] + 2 * (end > first)):
             left -= widths[end] + 2 * (end > first)
             end += 1

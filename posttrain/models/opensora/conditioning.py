@@ -14,7 +14,7 @@ from torch import Tensor
 
 from posttrain.core.errors import UserError
 
-IMAGE_FPS = 120  # what the model is told of clips of one picture
+IMAGE_FPS = 120  # the model's fps input for clips of one picture
 
 # Pictures of a clip by the name of its length: seconds at 25.5 a second, or multiples of 51.
 NUM_FRAMES = {f"{2 * n}s": 51 * n for n in (1, 2, 4, 8, 16)} | {f"{n}x": 51 * n for n in (1, 2, 4, 8, 16)}

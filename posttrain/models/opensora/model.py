@@ -1,6 +1,6 @@
 """Open-Sora v1.2 as a `VideoModel`: its own time (0 to 1000) and sign (data - noise) are turned into ours in here.
 
-The first picture is given as a clean latent frame that the transformer is told of by its `x_mask`, as in the published
+The first picture is a clean latent frame, marked as clean by the transformer's `x_mask`, as in the published
 model. Texts are encoded as they are, in training and in sampling; what the published sampling script makes of a prompt
 before is `prompt` in text.py. The text "" is the learned one that stands for none: all zeros here, and put in when the
 transformer is asked; where the first half of a batch is without text, it is cut to the lengths of the other half's, as
@@ -45,7 +45,7 @@ class OpenSora:
     Args:
         vae: its shape; its weights are not asked, and may lie on the meta device.
         read: reads "vae" and "text_encoder", each when it is first asked for, and again after `unload`.
-        fps: what the transformer is told of clips of more than one picture.
+        fps: the transformer's fps input for clips of more than one picture.
     """
 
     times = (0.0, 1.0)
