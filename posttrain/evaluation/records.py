@@ -1,6 +1,7 @@
 """Records that evaluate.py and score.py write: read, set in order, told as means, intervals, differences and tables."""
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -326,7 +327,10 @@ def wide() -> Console:
 
 
 def unequal(records: Sequence[Record]) -> list[str]:
-    """Lines on what must not be compared in silence: rows of one split with other spans, or of other clips."""
+    """Lines on what must not be compared in silence: rows of one split with other spans, or of other clips.
+
+    And what was noted of the videos.
+    """
     lines = []
     for split in dict.fromkeys(record.split for record in records):
         rows = [record for record in records if record.split == split]
@@ -341,6 +345,10 @@ def unequal(records: Sequence[Record]) -> list[str]:
         if len({tuple(sorted(clip.id for clip in record.clips)) for record in rows}) > 1:
             told = ", ".join(f"{record.row} {len(record.clips)}" for record in rows)
             lines.append(f"{split}: the rows are not of the same clips: {told}.")
+        for record in rows:
+            films = sum(len(clip.paths) for clip in record.clips)
+            notes = Counter(note for clip in record.clips for note in clip.notes or ())
+            lines += [f"{split}: {record.row}: {count} of {films} videos: {note}." for note, count in notes.items()]
     return lines
 
 

@@ -41,10 +41,12 @@ from posttrain.evaluation.benchmarks.pisabench import Truth
 from posttrain.evaluation.evaluate import file_name, say, source, weights_fingerprint
 from posttrain.evaluation.records import Record, read_records
 from posttrain.metrics import pisa as metric
+from posttrain.metrics import retimed
 from posttrain.models.base import VideoModel
 from posttrain.types import Batch
 
 LARGEST = 256  # pixels on the shorter side
+FINE = 3  # times a video's rate: what has so many frames per second can be brought to it by dropping some
 
 
 def score(
@@ -333,9 +335,28 @@ def score_video(
         instances_BFHW=torch.from_numpy(true_FHW[None].astype(np.uint8)).to(device),
         target_B=torch.ones(1, dtype=torch.int64, device=device),
     )
-    found = pisa.score(pictures_FHWC[None], batch, [truth.row], times_F, tracker)[0]
+    pictures = retimed.pictures(pictures_FHWC, times_F) if path is not None else None  # our own are as they were made
+    found = pisa.score(pictures_FHWC[None], batch, [truth.row], times_F, tracker, pictures)[0]
+    if pictures is not None:
+        found = replace(found, notes=timing_notes(times_F, pictures, truth.row.fps))
     seen = metric.true_frames(times_F, len(true_FHW), truth.row.fps)
     return replace(found, true_path=pisa.path(true_FHW[seen]))
+
+
+def timing_notes(times_F: np.ndarray, pictures: retimed.Pictures, fps_true: float) -> list[str] | None:
+    """What has to be said of anybody's video beside numbers that are measured in seconds, if anything."""
+    fps = 1 / metric.frame_step(times_F)
+    if pictures.times is None:
+        return ["pictures are shown again at no steady rate, so g, landing and the like are not measured"]
+    if pictures.rate:
+        return [f"{pictures.rate:g} fps shown as {fps:.3g}: g, landing and the like are measured at {pictures.rate:g}"]
+    ratio = fps_true / fps
+    if 1.03 < ratio < FINE and abs(ratio - round(ratio)) > 0.03:
+        return [
+            f"{fps:.3g} fps, of true clips {fps_true:g}: g, landing and the like are right of what was made at this "
+            "rate, but wrong where pictures were dropped to reach it"
+        ]
+    return None
 
 
 def steady(times_F: np.ndarray) -> tuple[np.ndarray, float]:
