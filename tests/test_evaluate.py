@@ -26,12 +26,13 @@ from posttrain.data.schema import Camera, ClipRow
 from posttrain.evaluation import evaluate as room
 from posttrain.evaluation import sample
 from posttrain.evaluation.benchmarks import base, pisa
-from posttrain.evaluation.evaluate import EvalConfig, evaluate, validation, weights_fingerprint
+from posttrain.evaluation.evaluate import EvalConfig, evaluate, validation, watched_split, weights_fingerprint
 from posttrain.evaluation.records import Record, print_table, read_apart, read_records, summary
 from posttrain.flow import SamplerConfig
 from posttrain.metrics.pisa import even_times
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan.loading import load
+from posttrain.training.tripwires import TripwiresConfig, chooses_by_the_test
 
 FRAMES, CLIPS = 17, 3
 
@@ -332,6 +333,26 @@ def test_validation_samples_the_model_as_it_is(tmp_path: Path, config: EvalConfi
     assert 0 < first["val_l2"] < validation(tmp_path, config, HOVER, RedTracker(), clips=2)(0)[0]["val_l2"]
     assert videos["validation/00001"] == tmp_path / "samples" / "validation" / "step-000200" / "00001.mp4"
     assert all(path.exists() for path in videos.values())
+
+
+def test_training_looks_at_no_test_clip(tmp_path: Path) -> None:
+    """At `validation` where there is one, whichever splits evaluation measures; else at the last of those."""
+    write_dataset(tmp_path / "drops", ["validation", "test_seen", "test_unseen"])
+    seen: list[tuple[str, list[str]]] = []
+
+    def look(step: int, clips: Any, videos: Any, scores: Any) -> dict[str, float]:
+        seen.append((clips.splits[0].folder.name, [clips.row(i).caption for i in range(len(clips))]))
+        return {}
+
+    for splits in (("test_unseen",), ("test_seen", "test_unseen")):
+        config = EvalConfig(clips=str(tmp_path / "drops"), splits=splits, every=1, seeds=1)
+        validation(tmp_path / "run", config, LATE, RedTracker(), clips=2, look=look)(0)
+        assert not chooses_by_the_test(TripwiresConfig(on_trip="roll_back"), config)
+        assert chooses_by_the_test(TripwiresConfig(on_trip="roll_back", split="test_unseen"), config)
+    assert seen == [("validation", ["square 00 falls.", "square 01 falls."])] * 2
+    shutil.rmtree(tmp_path / "drops" / "validation")
+    assert watched_split(config) == "test_unseen"
+    assert chooses_by_the_test(TripwiresConfig(on_trip="roll_back"), config)
 
 
 def test_nothing_to_measure_is_said(tmp_path: Path, config: EvalConfig) -> None:

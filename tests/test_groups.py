@@ -4,9 +4,11 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -192,6 +194,39 @@ def test_what_is_not_comparable_is_refused(folder: Path, tmp_path: Path) -> None
     [same] = made("same")
     shutil.copy(Path(same) / "00000-0-s0-base.mp4", Path(same) / "00000-0-s7-base.mp4")
     assert "is the same file as" in refusal(folder, losers=2, samples=(same,))
+
+
+def test_every_frame_of_a_sample_has_its_time(folder: Path, tmp_path: Path) -> None:
+    """The mean rate is right, but one frame comes later by 0.6 frames, or by 0.4, which is still the nearest."""
+    made = samples(tmp_path / "made", seeds=1)
+    path = made / "00000-0-s0-base.mp4"
+    pictures = read_video(path)
+
+    def late(frames: float) -> None:
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264rgb", rate=100 * FPS, options={"qp": "0", "bf": "0"})
+            stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "rgb24"
+            for number, picture in enumerate(pictures):
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                frame.pts, frame.time_base = round(100 * (number + frames * (number == 2))), Fraction(1, 100 * FPS)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+
+    late(0.4)
+    assert len(gathered(folder, losers=1, samples=(str(made),))[1]) == 2
+    late(0.6)
+    with pytest.raises(UserError, match="frame 2 ") as error:
+        gathered(folder, losers=1, samples=(str(made),))
+    assert (error.value.code, error.value.field) == ("mismatch", "fps")
+
+
+def test_samples_that_are_left_out_are_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = samples(tmp_path / "made")
+    shutil.copy(made / "00000-0-s0-base.mp4", made / "other-s0.mp4")
+    gathered(folder, losers=1, samples=(str(made),), samples_each=1)
+    said = capsys.readouterr().err
+    assert f"{made}: 1 videos continue no clip here, as other-s0.mp4; left out" in said
+    assert f"{made}: 2 videos have seeds from 1 on (data.groups.samples_each), as 00000-0-s1-base.mp4" in said
 
 
 def test_another_first_picture_is_refused_unless_words_alone_were_given(folder: Path, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from transformers import (
 )
 
 from posttrain import cli
+from posttrain.core import files
 from posttrain.core.errors import UserError
 from posttrain.core.files import read_jsonl
 from posttrain.data.config import DataConfig, GroupsConfig
@@ -662,11 +663,22 @@ def test_samples_are_scored_where_groups_look(home: Path, llava: Path, port: int
         assert (new["sa"], new["pc"]) == pytest.approx((old["sa"], old["pc"]), abs=1e-6)
 
 
-def test_samples_by_the_embedded_tracker(home: Path) -> None:
-    assert cli.main(["score", "made", "--clips", "drops", "--judge", "simulator"]) == 0
-    rows = read_jsonl(home / "made" / "scores.jsonl")
+def test_samples_by_the_embedded_tracker(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Scores that another version of the judge gave, or an unknown one, are given again, which a line says."""
+    command = ["score", "made", "--clips", "drops", "--judge", "simulator"]
+    assert cli.main(command) == 0
+    path = home / "made" / "scores.jsonl"
+    rows = read_jsonl(path)
     assert len(rows) == 4
     assert all(0 <= row[key] <= 1 for row in rows for key in ("sa", "pc"))
+    assert "another version" not in capsys.readouterr().err
+    judge, older = rows[0]["judge"], [{**row, "sa": 0.123, "key": "other", "version": "other"} for row in rows[:2]]
+    del older[0]["version"]
+    files.write_jsonl(path, [*map(files.seal, older), *rows[2:]])
+    assert cli.main(command) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "another version" in line]
+    assert said == [f"made/scores.jsonl: 2 scores are by another version of {judge}; scored again"]
+    assert read_jsonl(path) == rows
 
 
 def test_what_changed_is_scored_again_and_judges_are_not_mixed(

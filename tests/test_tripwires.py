@@ -214,6 +214,8 @@ def test_what_the_rows_say(tmp_path: Path) -> None:
     looks = [Look(step, wires, {"reward": [mean] * 2}) for step, mean, wires in measured]
     assert best_look(looks).step == 4
     assert best_look(looks[:1]).step == 0
+    again = [*looks, Look(20, [], {"reward": [0.05] * 2}, "newer")]  # not comparable with the others
+    assert best_look(again).step == 20
     back, on = TripwiresConfig(on_trip="roll_back"), TripwiresConfig()
     assert not ended(tmp_path, back, 16)
     files.write_jsonl(tmp_path / LOOKS, [asdict(look) for look in looks])
@@ -324,6 +326,20 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(home: Path) -> None
     assert log(again) == log(whole)
     assert same(again / ADAPTER, whole / ADAPTER)
     assert same(again / BEST, whole / BEST)
+
+
+def test_looks_of_another_version_are_not_compared_with(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = home / "runs" / "older"
+    with pytest.raises(KeyboardInterrupt):
+        hack(home, "older", die_at=5)
+    looks = [{**asdict(look), "version": ""} for look in read_looks(run)]
+    files.write_jsonl(run / LOOKS, looks)
+    capsys.readouterr()
+    hack(home, "older")
+    assert "tripwires: 2 looks were measured by another version" in capsys.readouterr().err
+    found = read_looks(run)
+    assert [(look.step, look.version == "") for look in found] == [(0, True), (2, True), (4, False), (6, False)]
+    assert found[2].tripped == []  # the first of its version
 
 
 def test_it_rolls_back(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from posttrain.commands.loading import (
     wait,
 )
 from posttrain.commands.losers import simulator_judge
-from posttrain.core import files
+from posttrain.core import codec, files
 from posttrain.core.errors import UserError
 from posttrain.data.config import DataConfig
 from posttrain.data.dataset import Clips, open_splits
@@ -154,14 +154,16 @@ def score(folder: Path, by: str, clips: Path | None, split: str, asked: Mapping[
     wait()
 
 
-def _ready(folder: Path, by: str, clips: Path | None, split: str, asked: Mapping[str, Any]) -> tuple[Any, str]:
-    """A function that loads a judge, and the judge's name, which changes with everything that its scores depend on."""
-    from posttrain.judges import endpoint, simulator
+def _ready(folder: Path, by: str, clips: Path | None, split: str, asked: Mapping[str, Any]) -> tuple[Any, str, str]:
+    """A function that loads a judge, the judge's name and its version; see `simulator_judge`."""
+    from posttrain.data import views
+    from posttrain.evaluation.evaluate import version_of
+    from posttrain.judges import endpoint, questions, simulator
     from posttrain.judges.questions import asking
 
     if by == "simulator" and clips is None:
         truths = Clips(DataConfig(clips=str(folder), split=split), preload=False, violated=True)
-        return lambda: simulator.counterfactuals(truths), "simulator"
+        return lambda: simulator.counterfactuals(truths), "simulator", version_of(simulator)
     if by == "simulator":
         return simulator_judge(str(clips), split, asked.get("tracker", "pocket"))
     model, frames = asked["model"], asked.get("frames", FRAMES)
@@ -175,7 +177,7 @@ def _ready(folder: Path, by: str, clips: Path | None, split: str, asked: Mapping
         return asking(vlm.load(model, device()), frames)
 
     scaled = f" of at most {asked['side']} pixels" if "side" in asked else ""
-    return ready, f"{by} {model}, {frames} frames{scaled}"
+    return ready, f"{by} {model}, {frames} frames{scaled}", version_of(questions, views, codec)
 
 
 @memory("sampling", "lower eval.batch in the run's recipe; its videos have the size and frames of its clips")

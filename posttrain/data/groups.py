@@ -209,13 +209,22 @@ def _samples(
         )
     path = folder / SCORES
     rows = {row.get("file_name"): row for row in files.read_jsonl(path)} if path.exists() else None
-    samples = []
+    samples, others, over = list[tuple[int, Path, Scores | None]](), list[Path](), list[Path]()
     for video in listing.videos_in(folder):
         match sample_of(video.stem, clip_of):
             case clip, seed if not config.samples_each or seed < config.samples_each:
                 if not files.intact(video):
                     raise UserError(f"{video}: is damaged (its content is not what was written); delete it", "damaged")
                 samples.append((clip_of[clip], video, None if rows is None else _scores(path, video.name, rows)))
+            case None:
+                others.append(video)
+            case _:
+                over.append(video)
+    if others:
+        print(f"{folder}: {len(others)} videos continue no clip here, as {others[0].name}; left out", file=sys.stderr)
+    if over:
+        said = f"seeds from {config.samples_each} on (data.groups.samples_each), as {over[0].name}"
+        print(f"{folder}: {len(over)} videos have {said}; left out", file=sys.stderr)
     if samples and rows is None and (scored or config.winner == "sample"):
         why, remedy = "losers are weighted by their scores", ", or set method.physics=null"
         if config.winner == "sample":
@@ -257,6 +266,15 @@ def _check(members: Members, group: Group, pictured: bool) -> None:
                     f"{path}: {key} is {own[key]}, but {expected[key]} in {true}; sample it again with that {key}",
                     "mismatch",
                     key,
+                )
+            late = facts.times - np.arange(len(facts.times)) / split.fps
+            worst = int(np.abs(late).argmax())
+            if abs(late[worst]) > 0.5 / split.fps:
+                raise UserError(
+                    f"{path}: frame {worst} is shown at {facts.times[worst]:.3f} s, more than half a frame from "
+                    f"{worst / split.fps:.3f} s as in {true}; write it at {split.fps:g} frames per second",
+                    "mismatch",
+                    "fps",
                 )
         if facts.sha256 in sums:
             raise UserError(

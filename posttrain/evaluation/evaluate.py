@@ -278,6 +278,11 @@ def source(of: Any) -> str:
     return files.sha256(Path(str(inspect.getsourcefile(of))))
 
 
+def version_of(*of: Any) -> str:
+    """Eight letters that change with the files in which modules or classes are written."""
+    return files.sha256_json([source(each) for each in of])[:8]
+
+
 def read_captions(model: VideoModel, splits: Iterable[Clips], sampler: SamplerConfig) -> dict[str, Tensor]:
     """The texts of all clips, encoded, as `sample_row` wants them."""
     captions = [clips.row(i).caption for clips in splits for i in range(len(clips))]

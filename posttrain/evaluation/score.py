@@ -30,6 +30,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from posttrain import flow
 from posttrain.core import codec, files
 from posttrain.core.errors import UserError
 from posttrain.core.progress import progress
@@ -38,13 +39,14 @@ from posttrain.evaluation import records, sample
 from posttrain.evaluation.benchmarks import base, pisa
 from posttrain.evaluation.benchmarks.base import ClipScore, Tracker, merge
 from posttrain.evaluation.benchmarks.pisabench import Truth
-from posttrain.evaluation.evaluate import file_name, say, source, weights_fingerprint
+from posttrain.evaluation.evaluate import file_name, say, source, version_of, weights_fingerprint
 from posttrain.evaluation.records import Record, read_records
 from posttrain.metrics import pisa as metric
 from posttrain.metrics import retimed
 from posttrain.models.base import VideoModel
 from posttrain.types import Batch
 
+VERSION = "sampler.json"  # beside videos that are made here: the version of the code that made them
 LARGEST = 256  # pixels on the shorter side
 FINE = 3  # times a video's rate: what has so many frames per second can be brought to it by dropping some
 
@@ -83,7 +85,7 @@ def score(
             if not chosen:
                 empty.append(split)
                 continue
-            record = _blank(row, split, folder, chosen, found, protocol, fps)
+            record = _blank(row, split, folder, chosen, found, protocol, fps, tracker)
             if len(chosen) < len(truths):
                 lacking = next(truth.id for truth in truths if truth.id not in found)
                 say(record, f"{len(chosen)} of {len(truths)} have a video in {folder} ({lacking} has none)")
@@ -161,6 +163,15 @@ def sample_missing(
         for truth in truths
         if not _is_there(path := folder / split / f"{truth.id}-s{seed}.mp4")
     ]
+    version, note = version_of(sample, flow), folder / VERSION
+    if note.exists():
+        if files.read_json(note) != version:
+            print(
+                f"{folder}: has videos by another version of the sampler; delete them to make them anew",
+                file=sys.stderr,
+            )
+    elif not listing.videos_in(folder):
+        files.write_json(note, version)
     if not wanted:
         return 0
     told = [truth.caption + truth.context for truth, _, _ in wanted]
@@ -224,9 +235,12 @@ def _blank(
     found: Mapping[str, Sequence[Path]],
     protocol: dict[str, Any],
     fps: float | None,
+    tracker: Tracker,
 ) -> Record:
     """A record without numbers. Its key changes with everything that its numbers depend on."""
-    sources = [source(module) for module in (pisa, *pisa.BENCHMARK.sources, base, codec, views, groups)]
+    sources = [
+        source(module) for module in (pisa, *pisa.BENCHMARK.sources, base, codec, views, groups, type(tracker.module))
+    ]
     facts = {
         "clips": [
             [truth.id, truth.key, schema.to_json(truth.row), [files.sha256(p) for p in found[truth.id]]]

@@ -4,7 +4,8 @@ FOLDER holds samples, named <clip>-s<seed>.mp4 by the clips of a dataset, which 
 dataset folder, or one of any videos with captions (data/listing.py). Scores go beside the videos, a row of scores.jsonl
 each, where groups look for them (data/groups.py):
 
-    {"file_name": "00012-s0.mp4", "sa": 0.9, "pc": 0.2, "mass": 0.99, "judge": "...", "key": "...", "sha256": "..."}
+    {"file_name": "00012-s0.mp4", "sa": 0.9, "pc": 0.2, "mass": 0.99, "judge": "...", "version": "...", "key": "...",
+     "sha256": "..."}
 
 `mass` is the probability that a model's answers begin with yes or no (questions.py); of the simulator there is none.
 Each is written as soon as it is known. Started again, only those are asked for that are missing, or whose video or
@@ -56,6 +57,8 @@ def find(folder: Path, clips: Path | None, split: str) -> tuple[list[Video], Pat
             raise UserError(message, "duplicate", "--clips")
     matched = [(sample_of(path.stem, true), path) for path in listing.videos_in(folder)]
     found = [_captioned(true[sample[0]], path, path.name) for sample, path in matched if sample]
+    if found and (others := [path.name for sample, path in matched if not sample]):
+        print(f"{folder}: {len(others)} videos continue no clip of {clips}, as {others[0]}; left out", file=sys.stderr)
     if not found:
         message = f"{folder}: has no samples of the clips in {clips}, {split}; they are called <clip>-s<seed>.mp4"
         raise UserError(message, "no_clips", "--clips")
@@ -70,11 +73,14 @@ def _captioned(entry: listing.Entry, path: Path, name: str) -> Video:
     return Video(path, name, entry.caption)
 
 
-def score_videos(found: Sequence[Video], path: Path, ready: Callable[[], Judge], name: str) -> list[dict[str, Any]]:
+def score_videos(
+    found: Sequence[Video], path: Path, ready: Callable[[], Judge], name: str, version: str
+) -> list[dict[str, Any]]:
     """Let the judge called `name` score the videos that `path` has no score of; returns the rows of all.
 
     Args:
         ready: gives the judge; asked only if there is something to do.
+        version: of what its scores mean; those of another one are made again, and a line says so.
 
     Raises:
         UserError: other_run: `path` has scores of another judge; or what the judge raises.
@@ -83,7 +89,9 @@ def score_videos(found: Sequence[Video], path: Path, ready: Callable[[], Judge],
     if other := next((row for row in rows.values() if row.get("judge") != name), None):
         had = printable(other.get("judge", "an unknown judge"))
         raise UserError(f"{path}: has scores by {had}, not by {name}; move it away to score anew", "other_run")
-    keys = {video.name: files.sha256_json([name, files.sha256(video.path), video.caption]) for video in found}
+    keys = {video.name: files.sha256_json([name, version, files.sha256(video.path), video.caption]) for video in found}
+    if older := sum(video.name in rows and rows[video.name].get("version") != version for video in found):
+        print(f"{path}: {older} scores are by another version of {name}; scored again", file=sys.stderr)
     damaged = [name for name, row in rows.items() if files.seal(row) != row]
     if damaged:
         print(f"{path}: the row of {damaged[0]} is not what was written; scored again", file=sys.stderr)
@@ -95,7 +103,13 @@ def score_videos(found: Sequence[Video], path: Path, ready: Callable[[], Judge],
     with progress("scores", len(found), len(found) - len(missing)) as advance:
         for video in missing:
             scores = judge(video.path, video.caption)
-            told = {"file_name": video.name, **scores._asdict(), "judge": name, "key": keys[video.name]}
+            told = {
+                "file_name": video.name,
+                **scores._asdict(),
+                "judge": name,
+                "version": version,
+                "key": keys[video.name],
+            }
             rows[video.name] = files.seal(told)
             files.write_jsonl(path, list(rows.values()), flush=False)
             advance(f"sa {scores.sa:.2f}, pc {scores.pc:.2f}")

@@ -77,11 +77,15 @@ Values = dict[str, list[float | None]]  # by quantity, clip by clip
 
 @dataclass(frozen=True)
 class Look:
-    """What was measured at one step: the wires that are tripped by then, and all values."""
+    """What was measured at one step: the wires that are tripped by then, and all values.
+
+    `version` is that of the code that measured them.
+    """
 
     step: int
     tripped: list[str]
     values: Values
+    version: str = ""
 
 
 class TripwiresConfig(Strict):
@@ -108,6 +112,7 @@ def watching(
     tracker: Tracker,
     metrics: Sequence[Metric],
     looks: int,
+    version: str = "",
 ) -> Watch:
     """A function for `evaluate.validation(look=...)`, which gives the means for the log; one process calls it.
 
@@ -118,6 +123,7 @@ def watching(
         trained: weight and function of each reward that is trained.
         metrics: of the benchmark that scores.
         looks: how many the run plans after the first.
+        version: of the code that measures. Earlier looks of another one are kept, but nothing is compared with them.
 
     Raises:
         UserError: a reward of `watch` is trained, or is not there. When called: there are too few clips.
@@ -154,18 +160,22 @@ def watching(
     ) -> dict[str, float]:
         each = [measure(clips, *one) for one in zip(range(len(clips)), videos_BFHWC, scores, strict=True)]
         values: Values = {name: [numbers[name] for numbers in each] for name in each[0]}
-        earlier = [look for look in read_looks(run) if look.step < step]
+        kept = [look for look in read_looks(run) if look.step < step]
+        earlier = [look for look in kept if look.version == version]
+        if len(earlier) < len(kept) and not earlier:
+            said = f"{len(kept)} looks were measured by another version of the code"
+            print(f"{run}: tripwires: {said}; this one, of step {step}, is the first to compare with", file=sys.stderr)
         enough(len(clips), looks, len(values) - 1)
         said = f"chance trips one in at most {CHANCE:.0%} of runs like this ({looks} looks at {len(values) - 1} wires)"
         if not earlier:
             print(f"{run}: tripwires over {len(clips)} clips: {said}", file=sys.stderr)
         first = earlier[0].values if earlier else values
         wires = tripped(first, values, config.tolerance, known, looks)
-        now = Look(step, wires, values)
+        now = Look(step, wires, values, version)
         best = best_look([*earlier, now])
         if best is now:
             model.save(run / BEST)
-        files.write_jsonl(run / LOOKS, [asdict(look) for look in (*earlier, now)])
+        files.write_jsonl(run / LOOKS, [asdict(look) for look in (*kept, now)])
         if wires:
             changes = (change(name, first, values) for name in wires)
             print(
@@ -199,8 +209,12 @@ def ended(run: Path, config: TripwiresConfig, step: int) -> bool:
 
 
 def best_look(looks: Sequence[Look]) -> Look:
-    """The look with the highest mean reward where no wire is tripped; of equals, the first."""
-    return max((look for look in looks if not look.tripped), key=lambda look: mean(look.values["reward"]) or -math.inf)
+    """The look with the highest mean reward where no wire is tripped; of equals, the first.
+
+    Of those that were measured by the code that measured the last one.
+    """
+    alike = [look for look in looks if look.version == looks[-1].version]
+    return max((look for look in alike if not look.tripped), key=lambda look: mean(look.values["reward"]) or -math.inf)
 
 
 def enough(clips: int, looks: int, wires: int) -> None:
