@@ -71,10 +71,8 @@ class Latents:
         with ThreadPoolExecutor() as pool:
             mine = [index for index, whole in zip(share, pool.map(self._whole, share), strict=True) if not whole]
         if damaged := [self._files[index] for index in mine if self._files[index].exists()]:
-            print(
-                f"latents: {len(damaged)} are damaged, or of another version of the code, and made again ({damaged[0]})",
-                file=sys.stderr,
-            )
+            said = f"{len(damaged)} are damaged or of another version, and made again ({damaged[0]})"
+            print(f"latents: {said}", file=sys.stderr)
         texts: dict[str, Tensor] = {}
         for index in track(mine, "encoding clips", len(mine)) if mine else ():
             video, _ = clips.read(index)

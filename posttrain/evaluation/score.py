@@ -246,7 +246,7 @@ def _blank(
             [truth.id, truth.key, schema.to_json(truth.row), [files.sha256(p) for p in found[truth.id]]]
             for truth in truths
         ],
-        "sources": [*sources, files.sha256(Path(__file__))],
+        "sources": [*map(source, measures), files.sha256(Path(__file__))],
         "protocol": protocol,
         "fps": fps,
     }

@@ -140,7 +140,7 @@ def score(
         if at is not None and row.drop_height and row.gravity:  # the true object is known to land within the clip
             timing = pisa.time_error(distinct, at, row.drop_height, math.hypot(*row.gravity))
             if (impact := timing["impact_frame"]) is not None:
-                timing["impact_frame"] = int(shown.frames[impact])
+                timing["impact_frame"] = int(shown.frames[int(impact)])
         landing = {key: timing.get(key) for key in ("time_error", "time_offset", "no_contact")}
         found = pisa.score(masks, true, times_F, row.fps)
         if at is not None:
