@@ -22,10 +22,11 @@ from posttrain.core import files
 from posttrain.core.codec import playable
 from posttrain.core.errors import UserError
 from posttrain.evaluation.evaluate import EvalConfig, evaluate
-from posttrain.evaluation.records import comparable, gather
+from posttrain.evaluation.records import Record, comparable, gather
 from posttrain.reporting import report as room
 from posttrain.reporting.charts import nice_ticks, path_d
 from posttrain.reporting.gallery import LINE
+from posttrain.reporting.players import unlike
 from posttrain.reporting.report import report
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -350,3 +351,16 @@ def test_runs_of_a_row_are_pooled(run: Path, tmp_path: Path) -> None:
 def trained(run: Path) -> float:
     """Seconds, by the log."""
     return sum(json.loads(line)["seconds"] for line in (run / "log.jsonl").read_text().splitlines())
+
+
+def test_rows_that_the_players_leave_out_are_named() -> None:
+    def row(name: str, split: str, fps: float, size: list[int]) -> Record:
+        return Record(name, name, split, split, "", size, 1, 1, fps=fps)
+
+    records = [row("truth", "unseen", 16, [64, 64]), row("kling", "unseen", 24, [64, 64])]
+    records.append(row("wan", "unseen", 16, [48, 64]))
+    assert unlike(records[:1]) == []
+    assert unlike([*records, row("truth", "seen", 24, [64, 64])]) == [
+        "unseen: 2 of 3 rows are not shown beside truth's 16 fps, 64 x 64: "
+        "kling (24 fps, 64 x 64), wan (16 fps, 48 x 64)."
+    ]

@@ -238,9 +238,7 @@ def _blank(
     tracker: Tracker,
 ) -> Record:
     """A record without numbers. Its key changes with everything that its numbers depend on."""
-    sources = [
-        source(module) for module in (pisa, *pisa.BENCHMARK.sources, base, codec, views, groups, type(tracker.module))
-    ]
+    measures = (pisa, *pisa.BENCHMARK.sources, base, codec, views, groups, type(tracker.module))
     facts = {
         "clips": [
             [truth.id, truth.key, schema.to_json(truth.row), [files.sha256(p) for p in found[truth.id]]]
