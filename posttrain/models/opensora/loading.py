@@ -3,7 +3,7 @@
 `model.path` is one of
 - a folder with transformer/, vae/, text_encoder/ and tokenizer/; model_index.json may say {"fps": ...},
 - a folder with the transformer itself, as hpcai-tech/OpenSora-STDiT-v3 has it, or that hub id,
-- the folder of a training checkpoint of Open-Sora or PISA (see weights.py); of what lies in it model/ is read, or ema.pt.
+- the folder of a training checkpoint of Open-Sora or PISA (see weights.py), of which model/ is read, else ema.pt.
 What is not in the folder is the published part, from the hub. `model.start` may name ema.pt alone, as any file of
 weights, and its model in `model.path`.
 """

@@ -250,7 +250,7 @@ class OpenSora:
         return self._key
 
     def save(self, path: Path) -> list[Path]:
-        """`path`/pytorch_lora_weights.safetensors, or `path`/transformer, as published, when all weights are trained."""
+        """`path`/pytorch_lora_weights.safetensors; when all weights are trained, `path`/transformer as published."""
         if lora.attached(self.transformer):
             return [lora.save(self.transformer, path)]
         lora.unwrap(self.transformer).save_published(path / "transformer")
