@@ -8,9 +8,12 @@ import sys
 import numpy as np
 import pytest
 from scipy.spatial import ConvexHull
+from scipy.spatial.transform import Rotation
 
 from posttrain.core.errors import UserError
-from sim.assets import library, surfaces
+from sim.assets import convex, library, surfaces
+from sim.assets.meshes import second_moments
+from sim.assets.shapes import convex as convex_shape
 
 CATEGORIES = sorted({library.category(asset) for asset in library.object_ids()})
 OPEN = ("mug", "plastic brick")  # pybullet_data's models of these are not watertight
@@ -35,6 +38,24 @@ def test_split_is_kubrics_rule():
     picked = np.random.default_rng(42).choice(ids, size=2, replace=False)
     assert test == sorted(picked)
     assert train == [i for i in ids if i not in test]
+
+
+def test_train_test_and_validation_share_no_object_and_no_background():
+    for package in (library, surfaces):
+        ids = library.object_ids() if package is library else surfaces.background_ids()
+        three = [*library.split(ids), package.validation_ids()]
+        assert all(three)
+        assert len(set().union(*three)) == sum(map(len, three))
+
+
+def test_each_id_of_validation_looks_like_itself():
+    made = [library.mesh(asset).vertices.tobytes() for asset in library.validation_ids()]
+    made += [
+        library.mesh(asset).vertices.tobytes() for asset in library.object_ids() if library.category(asset) == "prism"
+    ]
+    assert len(set(made)) == len(made)
+    shown = [surfaces.background(id) for id in (*surfaces.background_ids(), *surfaces.validation_ids())]
+    assert len({(it.floor, it.sky_horizon) for it in shown}) == len(shown)
 
 
 def test_objects_and_backgrounds_split_independently():
@@ -67,7 +88,8 @@ def test_mesh_is_normalised_and_faces_outwards(asset: str):
 @pytest.mark.parametrize("asset", SAMPLE)
 def test_hull_is_small_lies_inside_and_fills_the_box(asset: str):
     vertices, hull = library.mesh(asset).vertices, library.hull(asset)
-    assert 4 <= len(hull) <= 64
+    assert all(4 <= len(part) <= 64 for part in library.parts(asset))
+    assert len(library.parts(asset)) > 1 or len(hull) <= 64
     assert np.ptp(hull, axis=0) == pytest.approx(np.ptp(vertices, axis=0))
     whole = ConvexHull(vertices)
     assert (hull @ whole.equations[:, :3].T + whole.equations[:, 3]).max() < 1e-9
@@ -160,3 +182,49 @@ def test_choose_shows_toys_half_of_the_time():
     drawn = [library.choose(rng, ids) for _ in range(2000)]
     assert np.mean([i.startswith("toy/") for i in drawn]) == pytest.approx(0.5, abs=0.05)
     assert {i.partition("/")[0] for i in drawn} == set(CATEGORIES)
+
+
+def box_mesh(x: float, y: float, z: float) -> tuple[np.ndarray, np.ndarray]:
+    """A box of these sides around the origin."""
+    corners = np.array([(i, j, k) for i in (-x / 2, x / 2) for j in (-y / 2, y / 2) for k in (-z / 2, z / 2)])
+    return convex_shape(corners)
+
+
+@pytest.mark.parametrize("sides", [(1.0, 1.0, 1.0), (1.0, 0.1, 0.05)])
+def test_inertia_of_a_cube_and_of_a_long_bar(sides: tuple[float, float, float]):
+    x, y, z = sides
+    expected = np.diag([y * y + z * z, x * x + z * z, x * x + y * y]) / 12  # of one kilogram
+    np.testing.assert_allclose(second_moments(*box_mesh(*sides)), expected, atol=1e-15)
+    turn = Rotation.from_rotvec([0.3, -1.0, 0.7]).as_matrix()
+    vertices, faces = box_mesh(*sides)
+    np.testing.assert_allclose(second_moments(vertices @ turn.T, faces), turn @ expected @ turn.T, atol=1e-15)
+
+
+def test_principal_axes_and_moments_give_the_tensor_back():
+    for asset in ("duck/00", "cross/03"):
+        moments, axes = library.inertia(asset)
+        mesh = library.mesh(asset)
+        np.testing.assert_allclose(
+            axes @ np.diag(moments) @ axes.T, second_moments(mesh.vertices, mesh.faces), atol=1e-15
+        )
+        assert np.linalg.det(axes) == pytest.approx(1)
+
+
+def test_concave_meshes_fall_into_convex_parts():
+    corner = np.concatenate([box_mesh(1, 0.2, 0.2)[0], box_mesh(1, 0.2, 0.2)[0] + [0, 2, 0]])
+    faces = box_mesh(1, 0.2, 0.2)[1]
+    apart = convex.parts(corner, np.concatenate([faces, faces + 8]), library.NEAR)
+    assert sorted(len(part) for part in apart) == [8, 8]
+    whole = library.parts("cross/03")  # two boxes crossed: one is cut off on both sides, or cut through
+    volume = sum(ConvexHull(part).volume for part in whole)
+    assert 2 < len(whole) <= 5
+    assert volume == pytest.approx(library.mesh("cross/03").volume, rel=1e-5)
+    assert sum(ConvexHull(part).volume for part in library.parts("bowl/03")) < 1.2 * library.mesh("bowl/03").volume
+
+
+def test_what_the_pocket_films_collides_as_one_hull():
+    for name in ("barrel", "box", "cone", "cylinder", "prism", "pyramid", "stone"):
+        for number in range(library.VARIANTS + library.VALIDATION):
+            asset = f"{name}/{number:02d}"
+            assert len(library.parts(asset)) == 1
+            assert len(library.hull(asset)) <= 64

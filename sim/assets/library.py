@@ -17,10 +17,13 @@ from PIL import Image
 from scipy.spatial import ConvexHull
 
 from posttrain.core.errors import UserError
-from sim.assets.meshes import centred, read_obj, smooth
+from sim.assets import convex
+from sim.assets.meshes import centred, read_obj, second_moments, smooth
 from sim.assets.shapes import SHAPES, sphere_points
 
-HULL_POINTS = 64  # what PyBullet handles quickly; more would be no better at these sizes
+HULL_POINTS = 64  # PyBullet is fast with so many; more are no better at these sizes
+CONVEX = 1.001  # a hull's volume in that of its mesh, below which one hull is all that collides
+NEAR = 0.02  # of the longest side: how far what collides may stand off the mesh
 VARIANTS = 16  # proportions per made category
 VALIDATION = 4  # further proportions per made category, for validation alone
 
@@ -131,14 +134,42 @@ def mesh(asset: str) -> Mesh:
 
 
 @cache
-def hull(asset: str) -> np.ndarray:
-    """At most 64 points (P, 3) of the asset's convex hull, in the frame of `mesh`.
+def parts(asset: str) -> tuple[np.ndarray, ...]:
+    """What collides, as convex parts: the points (P, 3) of each one's hull, at most 64, in the frame of `mesh`.
 
-    They are the extreme points in evenly spread directions, the six of the bounding box first, so the hull lies
-    inside the true one and touches the same box.
+    One part is the hull of all where that is near enough; parts stand off the mesh by NEAR or a little more.
     """
-    vertices = mesh(asset).vertices
-    points = vertices[ConvexHull(vertices).vertices]
+    made = mesh(asset)
+    whole = ConvexHull(made.vertices)
+    if is_round(asset) or whole.volume <= CONVEX * made.volume:
+        return (_few(made.vertices[whole.vertices]),)
+    return tuple(_few(points) for points in convex.parts(made.vertices, made.faces, NEAR))
+
+
+@cache
+def hull(asset: str) -> np.ndarray:
+    """The points (P, 3) of the asset's convex hull, in the frame of `mesh`: those of its parts that lie outermost."""
+    first, *others = parts(asset)
+    if not others:
+        return first
+    points = np.concatenate([first, *others])
+    return points[ConvexHull(points).vertices]
+
+
+@cache
+def inertia(asset: str) -> tuple[np.ndarray, np.ndarray]:
+    """(moments (3,), axes (3, 3)): principal moments of one kilogram of the mesh; a column per axis, right-handed."""
+    made = mesh(asset)
+    moments, axes = np.linalg.eigh(second_moments(made.vertices, made.faces))
+    axes[:, 2] *= np.linalg.det(axes)
+    return moments, axes
+
+
+def _few(points: np.ndarray) -> np.ndarray:
+    """At most 64 of a hull's points (P, 3): the extreme ones in evenly spread directions, those of the box first.
+
+    So their hull lies inside the true one and touches the same box.
+    """
     if len(points) <= HULL_POINTS:
         return points
     directions = np.concatenate([np.eye(3), -np.eye(3), sphere_points(HULL_POINTS - 6)])

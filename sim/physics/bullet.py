@@ -1,23 +1,28 @@
 """Rigid bodies in PyBullet, set up so that free flight agrees with the closed form to rounding.
 
-Departures from Bullet's defaults. Damping is 0. Released bodies start with a velocity of g dt / 2 against gravity,
-which cancels the g t dt / 2 by which semi-implicit Euler leaves the parabola. A step is 1/960 s. Contacts count from
-0.5 mm on instead of 2 cm, as what is met earlier loses its bounce, and penetration is mended slowly, as mending adds
-speed: of its speed a ball keeps 0.005 more than its restitution (at 1/240 s, 2 mm and ten times the mending it was
-0.035 more, and contacts were 2 ms late). Bodies are convex hulls without Bullet's margin, by which they would touch
-1 mm above what is drawn; balls are spheres.
+Departures from Bullet's defaults. Damping is 0. Dropped bodies start with a velocity of g dt / 2 against gravity, which
+cancels the deviation g t dt / 2 of semi-implicit Euler from the parabola. A step is 1/960 s. Contacts begin at 0.5 mm
+instead of 2 cm, since earlier ones lose their bounce. Penetration is corrected slowly, since correction adds speed: a
+ball keeps 0.005 more of its speed than its restitution (with 1/240 s, 2 mm and ten times the correction it was 0.035
+more, and contacts were 2 ms late). Bodies are the convex parts of library.parts without Bullet's margin, with
+which they would touch 1 mm above what is drawn; balls are spheres. A body of one part has the inertia of its bounding
+box, Bullet's rule for hulls; a body of several parts has the inertia of its mesh, and its frame in Bullet lies along
+its principal axes.
 
 Shape letters: S records, T frames, N bodies, V hull vertices.
 """
 
 import math
 import os
+import tempfile
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from posttrain.core.recipe import Strict
 from sim.assets import library
@@ -70,21 +75,67 @@ def records_per_frame(fps: float) -> int:
     return math.ceil(RATE / fps)
 
 
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Where the parts of this process's bodies lie, until it ends."""
+    return tempfile.TemporaryDirectory(prefix="sim-parts-")
+
+
+@cache
+def _principal(asset: str) -> Rotation:
+    """From the frame that a body has in Bullet to that of its mesh."""
+    return Rotation.from_matrix(library.inertia(asset)[1] if len(library.parts(asset)) > 1 else np.eye(3))
+
+
+@cache
+def _parts_file(asset: str) -> str:
+    """An OBJ file with an object per part, in the frame that a body has in Bullet."""
+    path = Path(_folder().name) / f"{asset.replace('/', '-')}.obj"
+    lines, count = [], 0
+    for i, points in enumerate(library.parts(asset)):
+        lines.append(f"o {i}")
+        lines += ["v {:.9g} {:.9g} {:.9g}".format(*point) for point in _principal(asset).inv().apply(points)]
+        corners = np.resize(np.arange(count, count + len(points)) + 1, -(-len(points) // 3) * 3)  # each at least once
+        lines += ["f {} {} {}".format(*face) for face in corners.reshape(-1, 3)]
+        count += len(points)
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
 def shape(bullet: ModuleType, body: Body) -> int:
-    """What collides for it: a sphere or its convex hull."""
+    """The body's collision shape: a sphere, its convex hull or its convex parts."""
     if library.is_round(body.asset):
         return int(bullet.createCollisionShape(bullet.GEOM_SPHERE, radius=body.size / 2))
+    if len(library.parts(body.asset)) > 1:
+        scale = [body.size] * 3
+        return int(bullet.createCollisionShape(bullet.GEOM_MESH, fileName=_parts_file(body.asset), meshScale=scale))
     vertices = (library.hull(body.asset) * body.size).tolist()
     return int(bullet.createCollisionShape(bullet.GEOM_MESH, vertices=vertices))
 
 
+def turned(body: Body) -> Quaternion:
+    """The body's orientation in Bullet, w last."""
+    if len(library.parts(body.asset)) == 1:
+        return xyzw(body.orientation)
+    x, y, z, w = (Rotation.from_quat(xyzw(body.orientation)) * _principal(body.asset)).as_quat().tolist()
+    return x, y, z, w
+
+
+def _orientations(body: Body, xyzw_S4: np.ndarray) -> np.ndarray:
+    """Orientations (S, 4) of the body, w first, of those that it has in Bullet, w last."""
+    if len(library.parts(body.asset)) > 1:
+        xyzw_S4 = (Rotation.from_quat(xyzw_S4) * _principal(body.asset).inv()).as_quat()
+    return np.roll(xyzw_S4, 1, axis=-1)
+
+
 def _add(bullet: ModuleType, body: Body) -> int:
     mass = 0.0 if body.role == "moved" else body.mass
-    handle = bullet.createMultiBody(
-        mass, shape(bullet, body), basePosition=body.position, baseOrientation=xyzw(body.orientation)
-    )
+    handle = bullet.createMultiBody(mass, shape(bullet, body), basePosition=body.position, baseOrientation=turned(body))
     surface = {"lateralFriction": body.friction, "restitution": body.restitution, "collisionMargin": 0}
     bullet.changeDynamics(handle, -1, **surface, linearDamping=0, angularDamping=0)
+    if mass and len(library.parts(body.asset)) > 1:
+        moments = library.inertia(body.asset)[0] * mass * body.size**2
+        bullet.changeDynamics(handle, -1, localInertiaDiagonal=moments.tolist())
     return int(handle)
 
 
@@ -159,9 +210,11 @@ def simulate(scene: Scene, interventions: Sequence[Intervention] = (), config: C
     spin_SN3 = _rotate_back(poses_SN7[..., 3:], velocities_SN6[..., 3:])
     energy_SN = mass_N * ((linear_SN3**2).sum(-1) / 2 - poses_SN7[..., :3] @ gravity)
     energy_SN += (inertia_N3 * spin_SN3**2).sum(-1) / 2
+    turns_TN4 = poses_SN7[::per_frame, :, 3:]
+    turns = [_orientations(body, turns_TN4[:, i]) for i, body in enumerate(scene.bodies)]
     return Trajectory(
         positions_TN3=poses_SN7[::per_frame, :, :3],
-        quaternions_TN4=np.roll(poses_SN7[::per_frame, :, 3:], 1, axis=-1),
+        quaternions_TN4=np.stack(turns, axis=1) if turns else turns_TN4,
         contacts=tuple(Contact(*contact) for contact in sorted(contacts)),
         energy=energy_SN.sum(-1),
     )
@@ -189,7 +242,7 @@ def _hook(bullet: ModuleType, handles: list[int], scene: Scene, step: float, int
                 position, surface = (0.0, 0.0, -depth), (scene.floor_friction, scene.floor_restitution)
             else:
                 body = scene.bodies[index]
-                (x, y, z), turn = body.position, xyzw(body.orientation)
+                (x, y, z), turn = body.position, turned(body)
                 copied, position, surface = shape(bullet, body), (x, y, z - depth), (body.friction, body.restitution)
             copy = bullet.createMultiBody(0, copied, basePosition=position, baseOrientation=turn)
             bullet.changeDynamics(copy, -1, lateralFriction=surface[0], restitution=surface[1])
@@ -261,7 +314,10 @@ def settle(scene: Scene, seconds: float = 6.0) -> list[tuple[Vector, Quaternion]
         still = still + 1 if speed < STILL else 0
         if still == 3:
             poses = [bullet.getBasePositionAndOrientation(handle) for handle in handles]
-            return [(tuple(position), (q[3], q[0], q[1], q[2])) for position, q in poses]
+            return [
+                (tuple(position), tuple(_orientations(body, np.array([q]))[0].tolist()))
+                for body, (position, q) in zip(scene.bodies, poses, strict=True)
+            ]
     return None
 
 
