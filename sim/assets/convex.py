@@ -15,7 +15,7 @@ from scipy.spatial import ConvexHull, KDTree, QhullError
 
 MOST = 64  # parts
 FLAT = 1e-9  # a distance that is none
-THIN = 1e-6  # a hull's volume below which it counts as flat, with a longest side of 1
+THIN = 1e-8  # a hull's volume below which it counts as flat, with a longest side of 1
 # What cuts: planes along the axes and those between two of them.
 DIAGONALS = [(1, 1, 0), (1, -1, 0), (1, 0, 1), (1, 0, -1), (0, 1, 1), (0, 1, -1)]
 NORMALS = np.array([(1, 0, 0), (0, 1, 0), (0, 0, 1), *DIAGONALS], float)

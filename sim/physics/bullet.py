@@ -4,10 +4,9 @@ Departures from Bullet's defaults. Damping is 0. Dropped bodies start with a vel
 cancels the deviation g t dt / 2 of semi-implicit Euler from the parabola. A step is 1/960 s. Contacts begin at 0.5 mm
 instead of 2 cm, since earlier ones lose their bounce. Penetration is corrected slowly, since correction adds speed: a
 ball keeps 0.005 more of its speed than its restitution (with 1/240 s, 2 mm and ten times the correction it was 0.035
-more, and contacts were 2 ms late). Bodies are the convex parts of library.parts without Bullet's margin, with
-which they would touch 1 mm above what is drawn; balls are spheres. A body of one part has the inertia of its bounding
-box, Bullet's rule for hulls; a body of several parts has the inertia of its mesh, and its frame in Bullet lies along
-its principal axes.
+more, and contacts were 2 ms late). Bodies collide as the convex parts of library.parts without Bullet's margin, with
+which they would touch 1 mm above what is drawn; balls are spheres. A body has the inertia of what is drawn, where
+Bullet takes that of its bounding box; so its frame in Bullet lies along its principal axes.
 
 Shape letters: S records, T frames, N bodies, V hull vertices.
 """
@@ -17,7 +16,6 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -76,21 +74,14 @@ def records_per_frame(fps: float) -> int:
 
 
 @cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    """Where the parts of this process's bodies lie, until it ends."""
-    return tempfile.TemporaryDirectory(prefix="sim-parts-")
-
-
-@cache
 def _principal(asset: str) -> Rotation:
     """From the frame that a body has in Bullet to that of its mesh."""
-    return Rotation.from_matrix(library.inertia(asset)[1] if len(library.parts(asset)) > 1 else np.eye(3))
+    return Rotation.from_matrix(library.inertia(asset)[1])
 
 
 @cache
-def _parts_file(asset: str) -> str:
-    """An OBJ file with an object per part, in the frame that a body has in Bullet."""
-    path = Path(_folder().name) / f"{asset.replace('/', '-')}.obj"
+def _obj(asset: str) -> str:
+    """What collides as an OBJ file with an object per convex part, in the frame that a body has in Bullet."""
     lines, count = [], 0
     for i, points in enumerate(library.parts(asset)):
         lines.append(f"o {i}")
@@ -98,45 +89,37 @@ def _parts_file(asset: str) -> str:
         corners = np.resize(np.arange(count, count + len(points)) + 1, -(-len(points) // 3) * 3)  # each at least once
         lines += ["f {} {} {}".format(*face) for face in corners.reshape(-1, 3)]
         count += len(points)
-    path.write_text("\n".join(lines) + "\n")
-    return str(path)
-
-
-def shape(bullet: ModuleType, body: Body) -> int:
-    """The body's collision shape: a sphere, its convex hull or its convex parts."""
-    if library.is_round(body.asset):
-        return int(bullet.createCollisionShape(bullet.GEOM_SPHERE, radius=body.size / 2))
-    if len(library.parts(body.asset)) > 1:
-        scale = [body.size] * 3
-        return int(bullet.createCollisionShape(bullet.GEOM_MESH, fileName=_parts_file(body.asset), meshScale=scale))
-    vertices = (library.hull(body.asset) * body.size).tolist()
-    return int(bullet.createCollisionShape(bullet.GEOM_MESH, vertices=vertices))
-
-
-def turned(body: Body) -> Quaternion:
-    """The body's orientation in Bullet, w last."""
-    if len(library.parts(body.asset)) == 1:
-        return xyzw(body.orientation)
-    x, y, z, w = (Rotation.from_quat(xyzw(body.orientation)) * _principal(body.asset)).as_quat().tolist()
-    return x, y, z, w
+    return "\n".join(lines) + "\n"
 
 
 def _orientations(body: Body, xyzw_S4: np.ndarray) -> np.ndarray:
     """Orientations (S, 4) of the body, w first, of those that it has in Bullet, w last."""
-    if len(library.parts(body.asset)) > 1:
-        xyzw_S4 = (Rotation.from_quat(xyzw_S4) * _principal(body.asset).inv()).as_quat()
-    return np.roll(xyzw_S4, 1, axis=-1)
+    return np.roll((Rotation.from_quat(xyzw_S4) * _principal(body.asset).inv()).as_quat(), 1, axis=-1)
+
+
+def _create(bullet: ModuleType, body: Body, mass: float, position: Vector) -> int:
+    """The handle of a new body of Bullet: a sphere, or convex parts, which Bullet takes from a file alone."""
+    turn = (Rotation.from_quat(xyzw(body.orientation)) * _principal(body.asset)).as_quat().tolist()
+    with tempfile.NamedTemporaryFile("w", suffix=".obj") as file:
+        if library.is_round(body.asset):
+            shape = bullet.createCollisionShape(bullet.GEOM_SPHERE, radius=body.size / 2)
+        else:
+            file.write(_obj(body.asset))
+            file.flush()
+            shape = bullet.createCollisionShape(bullet.GEOM_MESH, fileName=file.name, meshScale=[body.size] * 3)
+        handle = int(bullet.createMultiBody(mass, shape, basePosition=position, baseOrientation=turn))
+    bullet.changeDynamics(handle, -1, lateralFriction=body.friction, restitution=body.restitution, collisionMargin=0)
+    return handle
 
 
 def _add(bullet: ModuleType, body: Body) -> int:
     mass = 0.0 if body.role == "moved" else body.mass
-    handle = bullet.createMultiBody(mass, shape(bullet, body), basePosition=body.position, baseOrientation=turned(body))
-    surface = {"lateralFriction": body.friction, "restitution": body.restitution, "collisionMargin": 0}
-    bullet.changeDynamics(handle, -1, **surface, linearDamping=0, angularDamping=0)
-    if mass and len(library.parts(body.asset)) > 1:
+    handle = _create(bullet, body, mass, body.position)
+    bullet.changeDynamics(handle, -1, linearDamping=0, angularDamping=0)
+    if mass:
         moments = library.inertia(body.asset)[0] * mass * body.size**2
         bullet.changeDynamics(handle, -1, localInertiaDiagonal=moments.tolist())
-    return int(handle)
+    return handle
 
 
 def _load(scene: Scene, steps: int, gap: float, mending: float) -> tuple[ModuleType, list[int], float]:
@@ -154,6 +137,7 @@ def _load(scene: Scene, steps: int, gap: float, mending: float) -> tuple[ModuleT
     bullet.setPhysicsEngineParameter(
         fixedTimeStep=step, deterministicOverlappingPairs=1, contactBreakingThreshold=gap, contactERP=mending
     )
+    bullet.setPhysicsEngineParameter(enableFileCaching=0)  # each shape's file has a new name
     floor = bullet.createMultiBody(0, bullet.createCollisionShape(bullet.GEOM_PLANE))
     bullet.changeDynamics(floor, -1, lateralFriction=scene.floor_friction, restitution=scene.floor_restitution)
     return bullet, [_add(bullet, body) for body in scene.bodies], step
@@ -238,14 +222,13 @@ def _hook(bullet: ModuleType, handles: list[int], scene: Scene, step: float, int
         for index in through:
             bullet.setCollisionFilterPair(handle, 0 if index == FLOOR else handles[index], -1, -1, 0)
             if index == FLOOR:
-                copied, turn = bullet.createCollisionShape(bullet.GEOM_PLANE), (0.0, 0.0, 0.0, 1.0)
-                position, surface = (0.0, 0.0, -depth), (scene.floor_friction, scene.floor_restitution)
+                plane = bullet.createCollisionShape(bullet.GEOM_PLANE)
+                copy = bullet.createMultiBody(0, plane, basePosition=(0.0, 0.0, -depth))
+                surface = {"lateralFriction": scene.floor_friction, "restitution": scene.floor_restitution}
+                bullet.changeDynamics(copy, -1, **surface)
             else:
-                body = scene.bodies[index]
-                (x, y, z), turn = body.position, turned(body)
-                copied, position, surface = shape(bullet, body), (x, y, z - depth), (body.friction, body.restitution)
-            copy = bullet.createMultiBody(0, copied, basePosition=position, baseOrientation=turn)
-            bullet.changeDynamics(copy, -1, lateralFriction=surface[0], restitution=surface[1])
+                x, y, z = scene.bodies[index].position
+                copy = _create(bullet, scene.bodies[index], 0.0, (x, y, z - depth))
             for other in handles:
                 if other != handle:
                     bullet.setCollisionFilterPair(copy, other, -1, -1, 0)
