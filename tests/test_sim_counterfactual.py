@@ -30,7 +30,18 @@ from sim.worlds.counterfactual import Violation
 
 TIMES = np.arange(33) / 16
 HEIGHT = 0.6
+SLOW = (
+    "bear",
+    "bowl",
+    "bunny",
+    "duck",
+    "dumbbell",
+    "mug",
+    "plastic brick",
+    "ring",
+)  # to divide into parts
 OBJECTS, BACKGROUNDS = (library.split(ids)[0] for ids in (library.object_ids(), surfaces.background_ids()))
+OBJECTS = [asset for asset in OBJECTS if library.category(asset) not in SLOW]
 POCKET = {"width": 64, "height": 64, "frames": 33, "studio": True, "texture": 0.0, "size": (0.25, 0.35)}
 
 
