@@ -5,8 +5,8 @@ from functools import cache
 
 import numpy as np
 import pytest
+from helpers.worlds import BACKGROUNDS, OBJECTS
 from pydantic import ValidationError
-from test_sim_counterfactual import BACKGROUNDS, OBJECTS
 
 from posttrain.core.errors import UserError
 from sim import geometry

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.worlds import body, world
 from scipy.spatial import KDTree
 from scipy.spatial.transform import Rotation
 
@@ -15,38 +16,12 @@ from sim.assets import library
 from sim.assets.convex import scattered
 from sim.physics import analytic, bullet
 from sim.physics.base import energy_gain
-from sim.scene import FLOOR, Background, Body, Camera, Light, Material, Scene, Trajectory
+from sim.scene import FLOOR, Body, Scene, Trajectory
 from sim.worlds import drop
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SCENES = [("pocket/toys_drop", 4), ("pocket/toys_drop", 29), ("sim/pisa", 7)]  # as hulls 37, 26 and 15 mm apart
 SHAPES = ["ball/00", "bottle/00", "toy/017", "soccer ball/00", "cone/00"]
-
-
-def world(*bodies: Body, fps: float = 16.0, frames: int = 33) -> Scene:
-    grey = Material("plain", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 1.0, 0)
-    return Scene(
-        bodies=bodies,
-        camera=Camera((0.0, -3.0, 0.5)),
-        light=Light((0.0, 0.0, 1.0), (1.0, 1.0, 1.0), (0.3, 0.3, 0.3)),
-        background=Background("plain", grey, None, 5.0, (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)),
-        floor_friction=0.8,
-        floor_restitution=1.0,
-        gravity=(0.0, 0.0, -9.81),
-        frames=frames,
-        fps=fps,
-        target=0,
-        caption="",
-        seed=0,
-    )
-
-
-def body(asset: str, height: float, restitution: float = 0.0, turn: int = 0) -> Body:
-    """One kilogram, turned anyhow, its lowest point at `height`."""
-    q = np.random.default_rng(turn).normal(size=4)
-    w, x, y, z = (q / np.linalg.norm(q)).tolist()
-    plain = Body(asset, "thing", 0.3, 1.0, 0.6, restitution, (0.0, 0.0, 0.0), (w, x, y, z), "dropped", None)
-    return replace(plain, position=(0.0, 0.0, height - float(geometry.outline(plain)[:, 2].min())))
 
 
 def test_closed_form_by_hand():
