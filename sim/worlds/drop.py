@@ -148,7 +148,7 @@ def stage(draw: Draw, config: Config, heights: np.ndarray, piles: np.ndarray) ->
         bodies=(),
         camera=Camera(viewpoint, width=config.width, height=config.height),
         light=light,
-        background=_seamless(background, light) if config.studio else background,
+        background=seamless(background, light) if config.studio else background,
         floor_friction=float(rng.uniform(*config.floor_friction)),
         floor_restitution=float(rng.uniform(*config.floor_restitution)),
         gravity=(0.0, 0.0, -config.gravity),
@@ -331,7 +331,7 @@ def _background(rng: np.random.Generator, config: Config, backgrounds: list[str]
     return replace(full, floor=_faded(full.floor, config.texture), wall=wall)
 
 
-def _seamless(background: Background, light: Light) -> Background:
+def seamless(background: Background, light: Light) -> Background:
     """The background with only the floor, and a sky of the colour that the floor has in that light."""
     radiance = np.array(background.floor.color) * (np.array(light.ambient) + np.array(light.color) * light.direction[2])
     r, g, b = radiance.tolist()
