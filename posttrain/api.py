@@ -1,9 +1,10 @@
 """What `import posttrain` offers: the functions behind the commands. See docs/python.md.
 
-They work in the current folder as the commands do: runs are in runs/, shared results in runs/cache/. What is done is not
-done again, and what was cut off continues. Progress goes to standard error; `show=True` also prints the tables and paths
-that the command prints. What a user can mend is raised as UserError; where its message names an option of the command,
-the argument of that name is meant. Under torchrun every process calls the function, and the first has the results.
+They work in the current folder as the commands do: runs are in runs/, shared results in runs/cache/. What is done is
+not done again, and what was cut off continues. Progress goes to standard error; `show=True` also prints the tables and
+paths that the command prints. What a user can mend is raised as UserError; where its message names an option of the
+command, the argument of that name is meant. Under torchrun every process calls the function, and the first has the
+results.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -221,8 +222,8 @@ def sample(
             raise UserError(f"{name}: {printable(values)} is too small; give {least:g} or more", "value", name)
     if not seeds:
         raise UserError("seeds: is empty; name one for each clip", "value", "seeds")
-    picture = image if isinstance(image, np.ndarray) else image and Path(image)
-    return sampling.sample(str(model), picture, wishes, scale, output and Path(output), family, show)
+    picture = image if isinstance(image, np.ndarray) else _path(image)
+    return sampling.sample(str(model), picture, wishes, scale, _path(output), family, show)
 
 
 def score(
@@ -264,7 +265,7 @@ def score(
     """
     asked = {"model": model, "frames": frames, "url": url, "rate": rate, "side": side, "tracker": tracker}
     given = {name: value for name, value in asked.items() if value is not None}
-    return scoring.score(Path(folder), judge, clips and Path(clips), split, given, show)
+    return scoring.score(Path(folder), judge, _path(clips), split, given, show)
 
 
 def evaluate_videos(
@@ -294,8 +295,12 @@ def evaluate_videos(
         UserError: the benchmark or a folder is not what it should be, or a video does not begin as its clip.
     """
     rows = [(name, Path(path)) for name, path in clips.items()]
-    records = scoring.evaluate_videos(benchmark, rows, (), tracker, fps, output, None, truth_fps, show)
+    records = scoring.evaluate_videos(benchmark, rows, (), tracker, fps, truth_fps, output, show=show)
     return [summary(record) for record in records]
+
+
+def _path(given: Path | str | None) -> Path | None:
+    return None if given is None else Path(given)
 
 
 def _checked(plan: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:

@@ -112,8 +112,10 @@ def _do(options: argparse.Namespace) -> int:
             raise UserError(f"{name}: is only for the videos that --run makes; leave it out", "conflict", name)
         tracker = options.tracker or "pocket"
         rows = [named_folder(text) for text in options.clips]
-        given = tracker, options.fps, options.out, asked, options.truth_fps
-        scoring.evaluate_videos(options.target, rows, options.run, *given, show=True)
+        rates = {"fps": options.fps, "truth_fps": options.truth_fps}
+        scoring.evaluate_videos(
+            options.target, rows, options.run, tracker, **rates, out=options.out, asked=asked, show=True
+        )
     else:
         _stages(options)
     return 0

@@ -1,7 +1,7 @@
 """What `import sim` offers: build a scene by hand, simulate it, film it, write a video; film a whole dataset.
 
-Lengths are metres, times seconds, masses kilograms. World: z up, the floor at z = 0. The camera is level and looks along
-+y with x to the right. What a user can mend is raised as posttrain.UserError.
+Lengths are metres, times seconds, masses kilograms. World: z up, the floor at z = 0. The camera is level and looks
+along +y with x to the right. What a user can mend is raised as posttrain.UserError.
 """
 
 from collections.abc import Sequence
@@ -87,7 +87,9 @@ def make_body(
     asset = next((name for name in library.object_ids() if name in (shape, f"{shape}/00", f"{shape}/000")), shape)
     if asset not in library.object_ids():
         known = ", ".join(sorted({library.category(name) for name in library.object_ids()}))
-        raise UserError(f"shape: {printable(repr(shape))} does not exist; choose from: {known}", "unknown_name", "shape")
+        raise UserError(
+            f"shape: {printable(repr(shape))} does not exist; choose from: {known}", "unknown_name", "shape"
+        )
     if role not in get_args(Role):
         raise UserError(f"role: {printable(repr(role))} is none of {', '.join(get_args(Role))}", "value", "role")
     for name, value, most in (("size", size, 100), ("density", density, 1e5)):
@@ -204,6 +206,8 @@ def write_video(path: Path | str, rgb: np.ndarray, fps: float) -> Path:
     """
     if rgb.dtype != np.uint8 or rgb.ndim != 4 or rgb.shape[3] != 3 or min(rgb.shape) < 1 or min(rgb.shape[1:3]) < 2:
         raise UserError(f"rgb: is {rgb.dtype} {rgb.shape}; give uint8 (frames, height, width, 3)", "value", "rgb")
+    if not 1e-3 <= fps <= 1e6:
+        raise UserError(f"fps: {fps:g} is no rate; give frames per second", "value", "fps")
     write_bytes(Path(path), playable(rgb, fps, crf=10))
     return Path(path)
 
@@ -233,5 +237,7 @@ def _plain(color: str) -> Material:
         rgb = surfaces.color(surfaces.HUES[color], 0.8, 0.9)
     else:
         known = ", ".join([*surfaces.HUES, *GREYS])
-        raise UserError(f"color: {printable(repr(color))} has no meaning; choose from: {known}", "unknown_name", "color")
+        raise UserError(
+            f"color: {printable(repr(color))} has no meaning; choose from: {known}", "unknown_name", "color"
+        )
     return Material("plain", rgb, rgb, 1.0, 0)

@@ -31,8 +31,8 @@ def sample(
 
     Args:
         target: a run, as in `open_run`, or a value of `model.path`.
-        image: the picture, a file or uint8 (H, W, 3). A run needs one if it was trained with pictures (`model.conditioning`) and refuses one if
-            not; a model without a run may need one.
+        image: the picture, a file or uint8 (H, W, 3). A run needs one if it was trained with pictures
+            (`model.conditioning`) and refuses one if not; a model without a run may need one.
         wishes: fields of `gallery.Wish`; the others are as the run was trained and measured.
         scale: factor of a run's adapter.
         output: the folder; None: samples/asked in the run's folder, or runs/samples/<model>.

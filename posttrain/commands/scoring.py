@@ -59,9 +59,9 @@ def evaluate_videos(
     runs: Sequence[str] = (),
     tracker: str = "pocket",
     fps: float | None = None,
+    truth_fps: float | None = None,
     out: Path | str | None = None,
     asked: Mapping[str, Any] | None = None,
-    truth_fps: float | None = None,
     show: bool = False,
 ) -> list[Record]:
     """Measure videos against a benchmark, one row of the table per folder, and write the report.
@@ -72,10 +72,10 @@ def evaluate_videos(
         runs: runs, as in `open_run`, whose base and tuned model make videos first.
         tracker: the network that follows the object, see `load_tracker`.
         fps: of the videos in `clips`; None: as their files say.
+        truth_fps: of the benchmark's clips; None: as their files say.
         out: the folder for scores and report; None: runs/eval-<benchmark>.
         asked: steps, guidance and seeds for the videos of `runs`; the others are as in the run's recipe or, if that has
             no `eval`, the model's defaults and one seed.
-        truth_fps: of the benchmark's clips; None: as their files say.
         show: print the tables, and the path of the report.
 
     Returns:
