@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from falling import write_dataset
-from tiny import wan_folder
+from helpers.falling import write_dataset
+from helpers.project import ROOT
+from helpers.tiny import wan_folder
 
 import posttrain
 import posttrain.api
@@ -20,7 +21,6 @@ import sim
 import sim.api
 from posttrain.core import files
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "docs" / "examples"
 TINY = ["model.path=wan", "data.make=null", "data.clips=drops", "train.steps=1", "train.batch=1"]
 MEASURED = ["eval.clips=drops", "eval.every=0", "eval.seeds=1", "eval.limit=1", "eval.sampler.steps=1"]

@@ -15,6 +15,7 @@ import torch
 import yaml
 from helpers import ranks
 from helpers.falling import write_dataset, write_groups
+from helpers.optional import needs
 from helpers.tiny import wan_folder
 from safetensors.torch import load_file
 
@@ -138,6 +139,7 @@ def test_two_processes_share_the_sampling(home):
     assert len(list((home / "made").glob("*.mp4"))) == 3
 
 
+@needs("deepspeed")
 def test_zero_2_takes_winner_and_losers_in_turn(home):
     """No gradient is lost or stepped with before all members gave theirs."""
     write_groups(home / "groups", groups=4, losers=2)
@@ -157,6 +159,7 @@ def test_zero_2_takes_winner_and_losers_in_turn(home):
             assert zero[key] == pytest.approx(alone[key], rel=1e-3), (key, alone["step"])
 
 
+@needs("deepspeed")
 def test_zero_2_killed_and_continued_trains_as_one_process_which_can_take_over(home):
     log = home / "runs" / "zero2" / "log.jsonl"
     first = launch(home, "zero2", "zero2")
@@ -212,6 +215,7 @@ def test_what_a_launcher_asks_in_vain_is_said(monkeypatch, name, value, line):
         distributed.process()
 
 
+@needs("deepspeed")
 @pytest.mark.parametrize(
     ("name", "value", "line"),
     [

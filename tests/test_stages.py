@@ -19,9 +19,9 @@ from diffusers import WanTransformer3DModel
 from helpers.commands import command, contents
 from helpers.falling import write_dataset
 from helpers.forked import launch
+from helpers.optional import events, needs
 from helpers.tiny import wan_folder
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -140,15 +140,16 @@ def test_the_table_shows_one_evaluation(home, finished):
     assert {row["split"] for row in rows} == {"seen"}
 
 
+@needs("tensorboard")
 def test_a_tracker_shows_the_log_and_the_videos_and_changes_nothing(home, finished):
     arguments = ("train", "recipe.yaml", "run=shown", "train.trackers=[tensorboard]")
     assert command(home, *arguments)[0] == 0
     shown = home / "runs" / "shown"
     assert contents(shown / "adapter") == {k: v for k, v in contents(finished / "adapter").items() if k != "README.md"}
-    events = EventAccumulator(str(shown / "tensorboard" / "posttrain")).Reload()
+    reader = events(shown / "tensorboard" / "posttrain")
     expected = {row["step"]: row["val_l2"] for row in files.read_jsonl(shown / "log.jsonl") if "val_l2" in row}
-    assert {event.step: event.value for event in events.Scalars("val_l2")} == pytest.approx(expected)
-    assert [event.step for event in events.Images("validation/00002")] == [6, 12]
+    assert {event.step: event.value for event in reader.Scalars("val_l2")} == pytest.approx(expected)
+    assert [event.step for event in reader.Images("validation/00002")] == [6, 12]
     assert command(home, *arguments[:-1])[0] == 0  # and without it, the run is the same one
 
 

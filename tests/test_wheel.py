@@ -9,9 +9,9 @@ from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
+from helpers.project import ROOT
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 PYTHON = [sys.executable, "-P"]  # without the current folder
 
