@@ -147,6 +147,18 @@ def test_a_recipe_that_was_loaded_takes_no_overrides(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())  # loading writes nothing
 
 
+def test_a_shipped_recipe_gives_way_to_one_s_own(tmp_path: Path) -> None:
+    path = tmp_path / "recipes" / "pocket" / "psft.yaml"
+    with contextlib.chdir(tmp_path):
+        recipe = posttrain.load_recipe("recipes/pocket/psft.yaml")
+        assert recipe == posttrain.load_recipe(posttrain.RECIPES / "pocket" / "psft.yaml")
+        path.parent.mkdir(parents=True)
+        path.write_text((posttrain.RECIPES / "pocket" / "psft.yaml").read_text().replace("pocket-psft", "own"))
+        assert (recipe.run, posttrain.load_recipe("recipes/pocket/psft.yaml").run) == ("pocket-psft", "own")
+        with pytest.raises(posttrain.UserError):
+            posttrain.load_recipe("recipes/../api.py")
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.rglob("*.py")))
 def test_the_page_shows_the_examples_as_they_are(name: str) -> None:
     [path] = EXAMPLES.rglob(name)

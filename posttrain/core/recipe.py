@@ -173,8 +173,9 @@ def _text(path: Path) -> str:
 
 def shipped(path: Path) -> Path:
     """The file that `path` means: itself, or if there is no such file and it begins with recipes/, a shipped one."""
-    own = SHIPPED.joinpath(*path.parts[1:])
-    return own if path.parts[:1] == (SHIPPED.name,) and not path.exists() and own.is_file() else path
+    if path.parts[:1] != (SHIPPED.name,) or ".." in path.parts or path.exists():
+        return path
+    return own if (own := SHIPPED.joinpath(*path.parts[1:])).is_file() else path
 
 
 def _parse(text: str, keys: Keys, where: Callable[[int], str], origins: dict[Keys, str], field: str) -> Any:
