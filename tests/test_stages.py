@@ -25,6 +25,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+import posttrain
 from posttrain import cli
 from posttrain.commands import stages
 from posttrain.commands.experiment import Recipe, members, open_run
@@ -336,6 +337,8 @@ def test_a_sweep_is_a_run_for_each_value_and_one_report(home):
     report = files.read_json(folder / "report.json")
     assert [row["model"] for row in report["rows"]] == ["truth", "truth_vae", "frozen", "base", "psft 3", "psft 1"]
     assert [row["model"] for row in report["differences"]] == ["psft 3", "psft 1"]
+    with contextlib.chdir(home):
+        assert posttrain.evaluate("sizes") == report["rows"]  # nothing is measured again
     alone = [files.read_json(folder / str(value) / "report.json")["rows"][-1] for value in (3, 1)]
     assert [row["l2"] for row in report["rows"][-2:]] == [row["l2"] for row in alone]
     assert contents(folder / "3" / "adapter") != contents(folder / "1" / "adapter")
