@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from falling import write_dataset, write_groups
+from helpers.falling import write_dataset, write_groups
+from helpers.tiny_opensora import opensora_folder, transformer
 from safetensors.torch import load_file
-from tiny_opensora import opensora_folder, transformer
 
 from posttrain import cli
 from posttrain.commands.experiment import Recipe
