@@ -1,19 +1,16 @@
 """recipes/open-sora-v1.2 with a tiny Open-Sora: each trains three steps, is measured, handed out, and counted."""
 
-import contextlib
-import io
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.commands import command
 from helpers.falling import write_dataset, write_groups
 from helpers.tiny_opensora import opensora_folder, transformer
 from safetensors.torch import load_file
 
-from posttrain import cli
 from posttrain.commands.experiment import Recipe
 from posttrain.core.files import read_json, read_jsonl
 from posttrain.core.recipe import load
@@ -39,7 +36,7 @@ SMALLER = {
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The working folder: clips with all that the rewards compare with, a tiny Open-Sora, and a run of psft.yaml."""
     home = tmp_path_factory.mktemp("home")
     write_dataset(home / "drops", ["train", "test_unseen"], clips=2, frames=5)
@@ -50,17 +47,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         np.savez(path, instances=instances, flow=flow, depth=np.where(instances, 4, 6).astype(np.float16))
     write_groups(home / "pairs", losers=2)
     opensora_folder(home / "model", published=True)
-    with contextlib.chdir(home):
-        code, _, said = command("run", "psft")
-        assert code == 0, said
-        yield home
+    code, _, said = command(home, "run", *tiny("psft"))
+    assert code == 0, said
+    return home
 
 
-def command(name: str, recipe: str, *more: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of `posttrain NAME RECIPE` with a tiny model, in this process."""
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = cli.main([name, str(RECIPES / f"{recipe}.yaml"), *SMALL, *SMALLER[recipe], *more])
-    return code, out.getvalue(), err.getvalue()
+def tiny(recipe: str) -> list[str]:
+    """The recipe, and what makes it small."""
+    return [str(RECIPES / f"{recipe}.yaml"), *SMALL, *SMALLER[recipe]]
 
 
 def trained(run: Path) -> None:
@@ -79,14 +73,14 @@ def test_psft_leaves_the_published_layout(home: Path) -> None:
     assert {name: tensor.shape for name, tensor in weights.items()} == {n: t.shape for n, t in before.items()}
     frozen = {name for name in weights if name.startswith("y_embedder.") or name == "rope.freqs"}
     assert {name for name in weights if torch.equal(weights[name], before[name])} == frozen
-    code, out, said = command("export", "psft", "--check")
+    code, out, said = command(home, "export", *tiny("psft"), "--check")
     assert code == 0, said
     assert "check:" in out
 
 
 @pytest.mark.parametrize("name", ORO)
 def test_oro_goes_on_from_psft(home: Path, name: str) -> None:
-    code, _, said = command("run", f"oro_{name}")
+    code, _, said = command(home, "run", *tiny(f"oro_{name}"))
     assert code == 0, said
     run = home / "runs" / f"open-sora-v1.2-oro-{name}"
     trained(run)
@@ -102,7 +96,7 @@ def test_oro_goes_on_from_psft(home: Path, name: str) -> None:
 
 
 def test_gdpo_trains_self_attention(home: Path) -> None:
-    code, _, said = command("run", "gdpo")
+    code, _, said = command(home, "run", *tiny("gdpo"))
     assert code == 0, said
     run = home / "runs" / "open-sora-v1.2-gdpo"
     trained(run)
@@ -111,7 +105,7 @@ def test_gdpo_trains_self_attention(home: Path) -> None:
     kinds = [f"{kind}_blocks.{i}.attn.{layer}" for kind in ("spatial", "temporal") for i in (0, 1)
              for layer in ("qkv", "proj")]  # fmt: skip
     assert layers == set(kinds)  # self-attention alone, in the published names
-    code, out, said = command("export", "gdpo", "--check")
+    code, out, said = command(home, "export", *tiny("gdpo"), "--check")
     assert code == 0, said
     assert "check:" in out
 
@@ -121,7 +115,7 @@ def test_the_doctor_counts_a_step(home: Path, recipe: str) -> None:
     """Also of clips that are not filmed yet: their format is read from the recipe that would."""
     filmed = recipe == "oro_flow"
     make = [] if filmed else [f"data.make={ROOT / 'recipes' / 'sim' / 'pisa_32.yaml'}", "data.clips=nowhere"]
-    code, out, said = command("doctor", recipe, *make)
+    code, out, said = command(home, "doctor", *tiny(recipe), *make)
     assert code in (0, 1), said
     (line,) = [line for line in out.splitlines() if " recipe " in line]
     assert ("5 x 32 x 32 (8 tokens each)" if filmed else "32 x 256 x 256 (2,304 tokens each)") in line
