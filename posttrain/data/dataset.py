@@ -28,6 +28,9 @@ from posttrain.data.views import View
 from posttrain.types import Batch
 
 
+MOST_ANNOTATIONS = 3 * 2**30  # bytes of the arrays beside a clip; 81 frames of 720 x 1280 have 1 GiB
+
+
 class ClipFormat(NamedTuple):
     """What all clips of a training or a test have in common; size is [height, width] in pixels, as in JSON."""
 
@@ -180,11 +183,21 @@ def read_annotations(path: Path | str, keys: Sequence[str] | None = None) -> dic
     """The arrays beside a clip (all, or only `keys`): instances uint8 (F, H, W), depth, flow, poses.
 
     Raises:
-        UserError: the file is missing or torn.
+        UserError: the file is missing or torn, or its arrays are larger than MOST_ANNOTATIONS or the memory.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in (arrays.files if keys is None else keys)}
+            wanted = list(arrays.files if keys is None else keys)
+            unpacked = sum(arrays.zip.getinfo(f"{key}.npy").file_size for key in wanted)
+            if unpacked > MOST_ANNOTATIONS:
+                size = f"{unpacked / 2**30:.1f} GiB, more than {MOST_ANNOTATIONS / 2**30:.0f}"
+                raise UserError(f"{path}: its arrays unpack to {size}; make smaller or shorter clips", "format")
+            return {key: arrays[key] for key in wanted}
+    except UserError:
+        raise
+    except MemoryError as error:
+        message = "there is too little memory for its arrays; free memory, or make smaller or shorter clips"
+        raise UserError(f"{path}: {message}", "memory") from error
     except Exception as error:  # zipfile, zlib, numpy and the system each raise their own types
         raise UserError(f"{path}: is missing or torn; delete it and make it again", "damaged") from error
 
