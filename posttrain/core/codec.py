@@ -161,9 +161,15 @@ def pictures(path: Path, frames: Collection[int], marked: bool) -> Iterator[tupl
     Raises:
         UserError: the file is torn or damaged before the last of them, or is not the one that was inspected.
     """
+    turn: Turn | None = None
     for mark, frame, stream in _decode(path, frames, marked):
-        picture = frame.to_ndarray(format="rgb24", width=_width(frame, stream), height=frame.height)
-        yield mark, _turn(frame, path)(picture)
+        # of the first alone: a frame that was asked holds itself, and its memory, until Python collects its garbage
+        turn = _turn(frame, path) if turn is None else turn
+        try:
+            picture = frame.to_ndarray(format="rgb24", width=_width(frame, stream), height=frame.height)
+        except MemoryError as error:
+            raise _memory(path) from error
+        yield mark, turn(picture)
 
 
 def _decode(path: Path, frames: Collection[int], marked: bool, threads: str = "AUTO") -> Iterator[tuple[int, Any, Any]]:
@@ -357,6 +363,9 @@ def _stream(container: Any, path: Path | str, options: dict[str, str] | None = N
     if stream is None or stream.codec_context is None:
         raise UserError(f"{path}: cannot be read: no pictures in it", "format")
     height, width = stream.codec_context.height, stream.codec_context.width
+    if not height * width:
+        most = f"{MOST_PIXELS / 1e6:.0f} million pixels"
+        raise UserError(f"{path}: cannot be read: it is torn, or its pictures have more than {most}", "damaged")
     if height * width > MOST_PIXELS:
         raise UserError(
             f"{path}: cannot be read: its pictures have {height} x {width} pixels, more than {MOST_PIXELS / 1e6:.0f} "
