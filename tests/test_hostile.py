@@ -30,7 +30,9 @@ READERS: tuple[Callable[[Path], Any], ...] = (
     codec.gif,
     lambda path: list(codec.pictures(path, (0, 1, 2), False)),
 )
-SDP = "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 40004 RTP/AVP 96\na=rtpmap:96 H264/90000\n"
+SDP = (
+    "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 40004 RTP/AVP 96\na=rtpmap:96 H264/90000\n"
+)
 HLS = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nreal.ts\n#EXT-X-ENDLIST\n"
 CONCAT = "ffconcat version 1.0\nfile real.ts\n"
 
@@ -79,7 +81,9 @@ def test_pictures_that_are_too_large_are_refused_before_they_are_decoded(tmp_pat
     huge = motion_jpeg(tmp_path / "huge.mp4", [(64, 64)] * 3, [(8192, 8192)] * 3)
     growing = motion_jpeg(tmp_path / "growing.mkv", [(64, 64)] * 3, [(64, 64), (64, 64), (8192, 8192)])
     gif = tmp_path / "huge.gif"
-    gif.write_bytes(b"GIF89a" + struct.pack("<HHBBB", 60000, 60000, 0, 0, 0) + b",\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;")
+    gif.write_bytes(
+        b"GIF89a" + struct.pack("<HHBBB", 60000, 60000, 0, 0, 0) + b",\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for path, readers in ((huge, READERS), (gif, READERS), (growing, (READERS[1], READERS[3], READERS[4]))):
         for read in readers:

@@ -27,7 +27,6 @@ from posttrain.data.schema import ClipRow
 from posttrain.data.views import View
 from posttrain.types import Batch
 
-
 MOST_ANNOTATIONS = 3 * 2**30  # bytes of the arrays beside a clip; 81 frames of 720 x 1280 have 1 GiB
 
 
