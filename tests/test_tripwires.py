@@ -211,12 +211,12 @@ def test_too_few_clips_are_refused() -> None:
 
 def test_what_the_rows_say(tmp_path: Path) -> None:
     measured = [(0, 0.1, []), (4, 0.3, []), (8, 0.2, []), (12, 0.5, ["iou"]), (16, 0.3, [])]
-    looks = [Look(step, wires, {"reward": [mean] * 2}) for step, mean, wires in measured]
+    looks = [Look(step, wires, {"reward": [mean] * 2}, {}) for step, mean, wires in measured]
     assert best_look(looks).step == 4
     assert best_look(looks[:1]).step == 0
     back, on = TripwiresConfig(on_trip="roll_back"), TripwiresConfig()
     assert not ended(tmp_path, back, 16)
-    files.write_jsonl(tmp_path / LOOKS, [asdict(look) for look in looks])
+    files.write_jsonl(tmp_path / LOOKS, [files.seal(asdict(look)) for look in looks])
     assert [ended(tmp_path, back, step) for step in (0, 8, 11, 12)] == [False, False, False, True]
     assert not ended(tmp_path, on, 16)
 

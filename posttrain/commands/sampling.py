@@ -8,8 +8,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from posttrain.commands.experiment import RUNS, Recipe, need_training, open_run
+from posttrain.commands.experiment import BUSY, RUNS, Recipe, need_training, open_run
 from posttrain.commands.loading import base_model, device, load_model, main_process, memory, tuned_model
+from posttrain.core import files
 from posttrain.core.errors import UserError
 from posttrain.data.dataset import Clips
 from posttrain.models.base import ModelConfig, sampler
@@ -90,10 +91,9 @@ def sample(
     if main_process():
         pixels, done = fit(picture, wish.size) if picture else blank(wish.size)
         print(f"{image or 'text'}: {done}; {wish.frames} frames, {wish.steps} steps, guidance {wish.guidance:g}")
-        print(
-            "samples:",
-            *sample_side_by_side(models, pixels, wish, output / (image.stem if image else slug(wish.prompt))),
-        )
+        with files.alone(output, BUSY, "--output"):
+            stem = output / (image.stem if image else slug(wish.prompt))
+            print("samples:", *sample_side_by_side(models, pixels, wish, stem))
 
 
 def alone(path: str, pictured: bool, device: torch.device, family: str = FAMILY) -> ModelConfig:

@@ -257,10 +257,10 @@ def read_video(path: Path | str, content: bytes | None = None) -> np.ndarray:
     except MemoryError as error:
         raise _memory(path) from error
     except av.FFmpegError as error:
-        raise UserError(f"{path}: is torn or no video; delete it and make it again", "damaged") from error
+        raise UserError(f"{path}: is torn or no video; delete it and start again what wrote it", "damaged") from error
     if not frames or len(frames) < promised or any(frame.shape != frames[0].shape for frame in frames):
         complaint = f"{len(frames)} of {promised} frames, or of several sizes"
-        raise UserError(f"{path}: is torn ({complaint}); delete it and make it again", "damaged")
+        raise UserError(f"{path}: is torn ({complaint}); delete it and start again what wrote it", "damaged")
     return np.stack(frames)
 
 
@@ -316,7 +316,7 @@ def gif(path: Path | str) -> tuple[bytes, tuple[int, int]]:
         with _open(path) as container:
             rate = float(_stream(container, path).average_rate or 10)
     except av.FFmpegError as error:
-        raise UserError(f"{path}: is torn or no video; delete it and make it again", "damaged") from error
+        raise UserError(f"{path}: is torn or no video; delete it and start again what wrote it", "damaged") from error
     frames = [Image.fromarray(frame) for frame in read_video(path)]
     buffer = io.BytesIO()
     # GIF counts time in hundredths of a second

@@ -47,7 +47,8 @@ def curves(log: list[dict[str, Any]], metrics: Sequence[Metric]) -> list[Figure]
     keys = dict.fromkeys(key for row in log for key in row if key not in ("step", "lr", "seconds"))
     figures = []
     for key in sorted(keys, key=lambda key: (key != "loss", not key.startswith("val_"))):
-        points = [(float(row["step"]), float(row[key])) for row in log if row.get(key) is not None]
+        numbers = [(row.get("step"), row[key]) for row in log if key in row]
+        points = [(float(x), float(y)) for x, y in numbers if isinstance(x, int) and isinstance(y, int | float)]
         if len(points) > 1:
             figures.append((titles.get(key, key), curve(points)))
     return figures

@@ -52,7 +52,7 @@ def report(run: Path | str, runs: Mapping[str, Sequence[Path]] | None = None) ->
     records = gather(runs) if runs else read_records(run)
     folders = [folder for each in runs.values() for folder in each] if runs else [run]
     recipe = yaml.safe_load((run / "recipe.yaml").read_text()) if (run / "recipe.yaml").exists() else {}
-    logs = [files.read_jsonl(path) for folder in folders if (path := folder / "log.jsonl").exists()]
+    logs = [files.read_log(path) for folder in folders if (path := folder / "log.jsonl").exists()]
     falls = [] if runs else read_apart(run)
     facts = summarise(run.name, records, recipe, [line for log in logs for line in log], falls)
     files.write_json(run / "report.json", facts)

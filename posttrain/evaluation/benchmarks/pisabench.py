@@ -232,7 +232,7 @@ def _stored(archive: Path, target: int, objects: int, n: int) -> np.ndarray:
     masks = masks[:, None] if masks.ndim == 3 else masks
     if masks.ndim != 4 or masks.shape[1] < objects:
         shape = f"(frames, {objects} or more objects, H, W)"
-        raise UserError(f"{archive}: mask is {masks.shape}, not {shape}; make it again")
+        raise UserError(f"{archive}: mask is {masks.shape}, not {shape}; unpack PisaBench again")
     return masks[:n, target] > 0
 
 
