@@ -20,7 +20,7 @@ from scipy.stats import permutation_test
 from torch import Tensor
 
 from posttrain.commands import loading, stages
-from posttrain.commands.experiment import ADAPTER, TRAINED, Recipe, is_trained
+from posttrain.commands.experiment import ADAPTER, TRAINED, Recipe, is_trained, resolved
 from posttrain.core import files, recipe
 from posttrain.core.errors import UserError
 from posttrain.core.recipe import Plugin
@@ -30,6 +30,7 @@ from posttrain.evaluation.benchmarks import pisa
 from posttrain.evaluation.evaluate import EvalConfig
 from posttrain.flow import SamplerConfig
 from posttrain.methods import oro
+from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.rewards.base import RewardConfig
 from posttrain.training.optim import TrainConfig
@@ -41,6 +42,7 @@ from posttrain.training.tripwires import (
     Look,
     TripwiresConfig,
     appearance,
+    best,
     best_look,
     card,
     chance,
@@ -347,6 +349,25 @@ def test_the_best_weights_are_those_of_their_look(home: Path) -> None:
     model.restore(run / BEST)
     told = {row["step"]: row["val_distance"] for row in log(run) if "val_distance" in row}
     assert distance(start, trainable(model)) == pytest.approx(told[best_look(read_looks(run)).step])
+
+
+def test_looks_and_best_weights_are_what_was_written(home: Path) -> None:
+    run = Path(shutil.copytree(hack(home, "warned"), home / "runs" / "torn"))
+    start = ModelConfig(path="pocket", start=str(run / BEST))
+    assert best(run)[1] == run / BEST
+    assert resolved(start).start == str(run / BEST / lora.FILE)
+    weights, rows = run / BEST / lora.FILE, (run / LOOKS).read_text()
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    for refused in (lambda: best(run), lambda: resolved(start)):
+        with pytest.raises(UserError) as error:
+            refused()
+        assert error.value.code == "damaged"
+    for text, code in ((rows.replace('"step": 2', '"step": 3'), "damaged"), (rows + '{"step": 9}\n', "format")):
+        (run / LOOKS).write_text(text)
+        with pytest.raises(UserError) as error:
+            read_looks(run)
+        assert error.value.code == code
+    shutil.rmtree(run)
 
 
 def test_other_wires_are_another_run(home: Path) -> None:

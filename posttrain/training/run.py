@@ -335,9 +335,7 @@ class Run:
         clips = ", ".join(self.data.ids[index] for index in order)
         broken = [self.data.ids[index] for index in order if not _finite(self.data.load([index]))]
         if broken:
-            remedy = (
-                f"what is read of {broken[0]} is not finite itself: delete its cached latents, or leave the clip out"
-            )
+            remedy = f"what is read of {broken[0]} is not finite: delete its cached latents, or leave it out"
         else:
             remedy = "all that is read of these clips is finite, so it is not they: lower train.lr"
         return UserError(
