@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from falling import write_dataset
+from helpers.falling import write_dataset
 from PIL import Image
 
 from posttrain import cli

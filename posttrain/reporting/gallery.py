@@ -35,8 +35,16 @@ class Wish:
     negative: str = ""
 
 
-def open_picture(path: Path | str) -> Image.Image:
-    """A picture file, or a video's first picture, upright and in RGB. Raises UserError if it is none."""
+def open_picture(path: Path | str | np.ndarray) -> Image.Image:
+    """A picture file, or a video's first picture, upright and in RGB, or one of uint8 (H, W, 3).
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if isinstance(path, np.ndarray):
+        if path.dtype != np.uint8 or path.ndim != 3 or path.shape[2] != 3 or not path.size:
+            raise UserError(f"image: is {path.dtype} {path.shape}; give uint8 (height, width, 3)", "value", "image")
+        return Image.fromarray(path)
     if Path(path).suffix.lower() in SUFFIXES - {".gif"} and Path(path).is_file():
         return Image.fromarray(codec.first_picture(Path(path)))
     return codec.picture(path)
