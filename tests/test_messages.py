@@ -94,5 +94,5 @@ def test_folders_that_are_written_are_held(
         assert capsys.readouterr().err.splitlines()[-1].endswith("[busy]")
     write_dataset(tmp_path / "data", frames=9)
     with files.alone(tmp_path / "out", "works"), pytest.raises(UserError) as error:
-        scoring.evaluate_videos("data", ["videos"], out="out")
+        scoring.evaluate_videos("data", [("other", Path("videos"))], out="out")
     assert (error.value.code, error.value.field) == ("busy", "--out")
