@@ -47,7 +47,7 @@ from posttrain.core.files import (
     write_jsonl,
     write_text,
 )
-from posttrain.core.recipe import Plugin, PluginFrom, Strict, flat
+from posttrain.core.recipe import Plugin, PluginFrom, Seed, Strict, flat
 from sim.assets import library, surfaces
 from sim.worlds.base import Draw, Take
 
@@ -74,7 +74,7 @@ class Job(Strict):
     world: Annotated[Plugin, PluginFrom("sim.worlds")]
     physics: Annotated[Plugin, PluginFrom("sim.physics")] = Field({"name": "bullet"}, validate_default=True)
     renderer: Annotated[Plugin, PluginFrom("sim.render")] = Field({"name": "gl"}, validate_default=True)
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
     def describe(self) -> dict[str, Any]:
         """The content of recipe.json without the splits."""

@@ -343,8 +343,8 @@ def test_a_sweep_is_a_run_for_each_value_and_one_report(home):
     assert [row["l2"] for row in report["rows"][-2:]] == [row["l2"] for row in alone]
     assert contents(folder / "3" / "adapter") != contents(folder / "1" / "adapter")
     page = (folder / "report.html").read_text()
-    (figures,) = re.findall(r'<section id="sweep"><h2>Over data.limit</h2>(.*?)</section>', page)
-    assert re.findall(r'<span class="x[^>]*>(\d+)</span>', figures) == ["3", "1"] * 2
+    (figures,) = re.findall(r'<section id="sweep"><h2>Over data.limit</h2>(.*?)</section>', page, re.S)
+    assert re.findall(r'<text class="x[^>]*>(\d+)</text>', figures) == ["3", "1"] * 2
     assert "report: runs/sizes/report.html" in out.splitlines()[-1]
 
     code, out, said = command(home, "compare", "sizes/3", "sizes/1")

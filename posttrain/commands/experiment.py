@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from posttrain.core import distributed, files, recipe
 from posttrain.core.errors import UserError, printable
-from posttrain.core.recipe import Plugin, PluginFrom, Strict
+from posttrain.core.recipe import Plugin, PluginFrom, Seed, Strict
 from posttrain.data.config import DataConfig
 from posttrain.evaluation.evaluate import EvalConfig
 from posttrain.methods.base import method_of
@@ -27,7 +27,7 @@ from posttrain.models import lora
 from posttrain.models.base import Defaults, Merged, ModelConfig, family, is_video, sampler
 from posttrain.pocket import FAMILY
 from posttrain.training.optim import TrainConfig
-from posttrain.training.tripwires import TripwiresConfig, chooses_by_the_test
+from posttrain.training.tripwires import BEST, LOOKS, TripwiresConfig, best, chooses_by_the_test
 
 RUNS = Path("runs")
 TAKEN = ("cache", "samples")  # folders in it that are no runs
@@ -62,7 +62,7 @@ class Table(Strict):
 
     rows: Annotated[dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], dict[str, Any]], Field(min_length=1)]
     # of training; a row is their mean, clip by clip. None: the recipe's own
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None
 
     @field_validator("seeds")
     @classmethod
@@ -398,6 +398,8 @@ def _weights(field: str, source: str, merge: tuple[Merged, ...]) -> Path:
             if (found / "config.json").is_file():
                 return found
             if found.is_file():
+                if found.parent.name == BEST and (found.parent.parent / LOOKS).is_file():
+                    best(found.parent.parent)
                 _check_base(field, source, found.parent.parent, merge)
                 return found
     raise UserError(f"{field}: {source} is no run, adapter file or transformer folder; name one that exists")

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from posttrain.commands.experiment import RUNS, Recipe, need_training, open_run
+from posttrain.commands.experiment import BUSY, RUNS, Recipe, need_training, open_run
 from posttrain.commands.loading import base_model, device, load_model, main_process, memory, tuned_model
+from posttrain.core import files
 from posttrain.core.errors import UserError
 from posttrain.data.dataset import Clips
 from posttrain.models.base import ModelConfig, sampler
@@ -99,7 +100,8 @@ def sample(
         if show:
             source = file or ("picture" if picture else "text")
             print(f"{source}: {done}; {wish.frames} frames, {wish.steps} steps, guidance {wish.guidance:g}")
-        written = sample_side_by_side(models, pixels, wish, output / (file.stem if file else slug(wish.prompt)))
+        with files.alone(output, BUSY, "--output"):
+            written = sample_side_by_side(models, pixels, wish, output / (file.stem if file else slug(wish.prompt)))
         if show:
             print("samples:", *written)
     return written

@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from posttrain.commands.experiment import ADAPTER, RUNS, TRAINED, need_training, open_run
+from posttrain.commands.experiment import ADAPTER, BUSY, RUNS, TRAINED, need_training, open_run
 from posttrain.commands.loading import (
     CACHE,
     TRACKED,
@@ -107,25 +108,28 @@ def evaluate_videos(
             f"the embedded tracker was trained on {TRACKED} x {TRACKED} pixels; name a SAM 2 with --tracker",
             file=sys.stderr,
         )
-    for target in runs:
-        rows += _sample_run(target, truths, folder / "videos", asked or {})
-    if len(dict(rows)) < len(rows) or any(not name or "/" in name for name, _ in rows):
-        raise UserError(
-            "--clips: each row of the table needs a name of its own; give one, as in kling=videos/k",
-            "duplicate",
-            "--clips",
-        )
-    if main_process():
-        made = [name for name, _ in rows[len(clips) :]]
-        records = score(folder, truths, dict(rows), follower, fps, device(), made)
-        if show:
-            print_table(records)
-            print("\nas the published code counts (PISA, table 1), cut where the shorter of video and true clip ends:")
-            print_table(records, released=True)
-        page = report(folder)[1]
-        if show:
-            print("report:", page)
-    wait()
+    with files.alone(folder, BUSY, "--out") if main_process() else nullcontext():
+        for target in runs:
+            rows += _sample_run(target, truths, folder / "videos", asked or {})
+        if len(dict(rows)) < len(rows) or any(not name or "/" in name for name, _ in rows):
+            raise UserError(
+                "--clips: each row of the table needs a name of its own; give one, as in kling=videos/k",
+                "duplicate",
+                "--clips",
+            )
+        if main_process():
+            made = [name for name, _ in rows[len(clips) :]]
+            records = score(folder, truths, dict(rows), follower, fps, device(), made)
+            if show:
+                print_table(records)
+                print(
+                    "\nas the published code counts (PISA, table 1), cut where the shorter of video and true clip ends:"
+                )
+                print_table(records, released=True)
+            page = report(folder)[1]
+            if show:
+                print("report:", page)
+        wait()
     return records
 
 
@@ -167,7 +171,8 @@ def score(
         raise UserError(f"--{missing[0]}: is missing; --judge {by} needs it", "required", f"--{missing[0]}")
     videos, path = find(folder, clips, split)
     if main_process():
-        rows = score_videos(videos, path, *_ready(folder, by, clips, split, asked))
+        with files.alone(path.parent, BUSY, "FOLDER"):
+            rows = score_videos(videos, path, *_ready(folder, by, clips, split, asked))
         if show:
             sa, pc = (float(np.mean([row[key] for row in rows])) for key in ("sa", "pc"))
             print(f"scores: {len(rows)} videos, on average sa {sa:.3f}, pc {pc:.3f}; they are in {path}")

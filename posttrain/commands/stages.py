@@ -60,7 +60,7 @@ from posttrain.methods.base import Source, fingerprints, method_of, sampler
 from posttrain.reporting.gallery import contact_sheet
 from posttrain.rewards import base
 from posttrain.training.run import Run
-from posttrain.training.tripwires import BEST, best_look, ended, read_looks, watching
+from posttrain.training.tripwires import best, ended, watching
 
 CLIPS, SHEET, SHOWN = "clips.jsonl", "clips.jpg", 24  # clips in the contact sheet
 
@@ -196,10 +196,10 @@ def train(plan: Recipe, folder: Path) -> None:
     model.module = run.finish()
     if main_process():
         if ends and ends(run.steps):
-            step = best_look(read_looks(folder)).step
+            step, weights = best(folder)
             print(f"training: rolled back from step {run.steps} to step {step}", file=sys.stderr)
             with files.replacing(folder / ADAPTER) as temporary:
-                shutil.copytree(folder / BEST, temporary)
+                shutil.copytree(weights, temporary)
         else:
             model.save(folder / ADAPTER)
         files.write_json(folder / TRAINED, {**run.meaning, "sha256": trained_files(folder)})
@@ -272,11 +272,7 @@ def evaluate(plan: Recipe, folder: Path, show: bool = False) -> list[Record]:
 
     records: list[Record] = []
     if plan.eval is None:
-        raise UserError(
-            f"{folder / 'recipe.yaml'}: eval: is missing; say what to measure, as in eval.clips=data/drops",
-            "required",
-            "eval",
-        )
+        raise _no_eval(folder)
     check_tracker(plan.eval)
     need_training(folder)
     if main_process():
@@ -307,6 +303,8 @@ def report(plan: Recipe, folder: Path, show: bool = False) -> Path:
     from posttrain.evaluation.records import comparable, gather, print_differences, print_table, wide
     from posttrain.reporting.report import report
 
+    if plan.eval is None and not plan.divided and not is_measured(folder):
+        raise _no_eval(folder)
     if main_process():
         runs = measured(plan, folder)
         if runs and show:
@@ -328,6 +326,11 @@ def measured(plan: Recipe, folder: Path) -> dict[str, list[Path]]:
         else:
             print(f"{place}: is left out, for it was not measured; `posttrain run` continues", file=sys.stderr)
     return runs
+
+
+def _no_eval(folder: Path) -> UserError:
+    message = f"{folder / 'recipe.yaml'}: eval: is missing; say what to measure, as in eval.clips=data/drops"
+    return UserError(message, "required", "eval")
 
 
 def is_measured(folder: Path) -> bool:

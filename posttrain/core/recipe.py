@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Never, NoReturn, TypeVar, get_args
+from typing import Annotated, Any, Never, NoReturn, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError, core_schema
 
 from posttrain.core import files
@@ -28,6 +28,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch's generators and numpy's both take
 Schema = TypeVar("Schema", bound=BaseModel)
 Keys = tuple[str | int, ...]  # the path to a value: ("data", "clips", 0)
 SHIPPED = Path(__file__).parents[1] / "recipes"  # those of the package; in a checkout, a link to recipes/
@@ -299,6 +300,8 @@ def _explain(error: ValidationError, values: Any, schema: type[BaseModel], origi
             code = first["type"]
         elif first["type"] != "part":
             message = SHORTER.get(first["type"], message) + f", not {printable(repr(first['input']))}"
+            if first["type"] in ("list_type", "tuple_type") and isinstance(first["input"], str):
+                message = f"should be a list; write [{printable(first['input'])}]"
     origin = next(origins[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in origins)
     raise UserError(": ".join(filter(None, (origin, _dotted(keys), message))), code, _dotted(keys)) from error
 
