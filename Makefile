@@ -38,6 +38,7 @@ test: setup # all tests
 lint: setup # style and types
 	@$(python) -m ruff check .
 	@$(python) -m mypy
+	@$(python) -m mypy docs/examples # as a user's scripts
 
 docs: setup # docs/ as a site, in site/; broken links are errors
 	@$(python) -c 'import material' 2>/dev/null || $(python) -m pip install -q -e '.[docs]' -c constraints.txt

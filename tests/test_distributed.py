@@ -11,12 +11,13 @@ from typing import Any
 
 import psutil
 import pytest
-import ranks
 import torch
 import yaml
-from falling import write_dataset, write_groups
+from helpers import ranks
+from helpers.falling import write_dataset, write_groups
+from helpers.optional import needs
+from helpers.tiny import wan_folder
 from safetensors.torch import load_file
-from tiny import wan_folder
 
 from posttrain import cli
 from posttrain.core import distributed
@@ -96,7 +97,7 @@ KINDS = ("gradients", "rewarded")  # of PSFT, of ORO
 def test_two_processes_have_the_gradients_and_the_curve_of_one(tmp_path, home):
     torchrun = start(
         home, "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        str(ROOT / "tests" / "ranks.py"), str(tmp_path), "wan",
+        str(ROOT / "tests" / "helpers" / "ranks.py"), str(tmp_path), "wan",
     )  # fmt: skip
     alone = {kind: ranks.gradients(tmp_path / kind, home / "wan", kind == "rewarded") for kind in KINDS}
     ranks.curve(tmp_path / "alone-curve")
@@ -138,6 +139,7 @@ def test_two_processes_share_the_sampling(home):
     assert len(list((home / "made").glob("*.mp4"))) == 3
 
 
+@needs("deepspeed")
 def test_zero_2_takes_winner_and_losers_in_turn(home):
     """No gradient is lost or stepped with before all members gave theirs."""
     write_groups(home / "groups", groups=4, losers=2)
@@ -157,6 +159,7 @@ def test_zero_2_takes_winner_and_losers_in_turn(home):
             assert zero[key] == pytest.approx(alone[key], rel=1e-3), (key, alone["step"])
 
 
+@needs("deepspeed")
 def test_zero_2_killed_and_continued_trains_as_one_process_which_can_take_over(home):
     log = home / "runs" / "zero2" / "log.jsonl"
     first = launch(home, "zero2", "zero2")
@@ -212,6 +215,7 @@ def test_what_a_launcher_asks_in_vain_is_said(monkeypatch, name, value, line):
         distributed.process()
 
 
+@needs("deepspeed")
 @pytest.mark.parametrize(
     ("name", "value", "line"),
     [

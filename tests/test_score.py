@@ -17,10 +17,10 @@ import pytest
 import torch
 import yaml
 from diffusers import WanTransformer3DModel
-from falling import FPS, GRAVITY, SIDE, SIZE, Oracle, RedTracker, film, rows_of, write_dataset
+from helpers.commands import command
+from helpers.falling import FPS, GRAVITY, SIDE, SIZE, Oracle, RedTracker, film, rows_of, write_dataset
+from helpers.tiny import wan_folder
 from PIL import Image
-from test_stages import command
-from tiny import wan_folder
 from transformers import Sam2VideoConfig
 
 from posttrain.core import files
@@ -436,7 +436,7 @@ def test_what_is_wrong_with_a_benchmark_is_named(tmp_path) -> None:
     info.write_text(json.dumps(good))
     (real / "0000" / "00001.jpg").write_bytes(b"x")
     tracker = ClickTracker()
-    with pytest.raises(UserError, match=r"00001\.jpg: is torn or no picture"):
+    with pytest.raises(UserError, match=r"00001\.jpg: cannot be read as a picture"):
         open_real(real, tracker, tmp_path / "cache")["real"][0].masks(9)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty: holds no clips to compare with"):
