@@ -25,11 +25,12 @@ BLOCKS = 16  # the change of a frame is that of the block which changes most, of
 STILL = 4.0  # of 255: where no block changes by more, nothing moves
 HELD = 0.4  # of the changes nearby: a frame that changes by less shows a picture again
 RATES = np.array([*range(2, 121), 7.5, 12.5])  # frames per second that films have
-PHASES = 40
+PHASES, MIDDLE = 40, -0.4  # of the phases above
 APART = 1.1  # rates that fit equally well may differ by so much
 RIGHT = 0.95  # of all changes, seen or missing as they should be at a steady rate
+UNSEEN = 0.3  # so much less wrong than a change where there should be none is a new picture like the one before
 STUCK = 0.1  # the same, where there is no steady rate to agree with
-LEAST = 3  # times that a picture is shown again while things move before and after
+LEAST = 2  # times that a picture is shown again while things move before and after
 
 
 class Pictures(NamedTuple):
@@ -58,7 +59,7 @@ def pictures(video_FHWC: np.ndarray, times_F: np.ndarray) -> Pictures:
         return Pictures(all_F, times_F, None)
     change = changes(video_FHWC)  # of frame 1, 2 ...
     step = float(times_F[-1] - times_F[0]) / (frames - 1)
-    fits: list[tuple[float, float, float]] = []  # share that is right, rate, phase
+    fits: list[tuple[float, float, float]] = []  # share that is wrong, rate, phase
     for rate in RATES[RATES * step < 0.97]:
         near = nearby(change, math.ceil(1 / (rate * step)))
         weight, held = np.where(near > STILL, near, 0), (near > STILL) & (change < HELD * near)
@@ -66,15 +67,16 @@ def pictures(video_FHWC: np.ndarray, times_F: np.ndarray) -> Pictures:
             continue
         for phase in (np.arange(PHASES) + 0.5) / PHASES - 0.85:
             new = np.diff(numbers(times_F, rate, phase)) > 0
-            right = float(np.average(new != held, weights=weight))
-            if right > RIGHT and runs(held & ~new) >= LEAST:
-                fits.append((right, rate, phase))
+            stray, unseen = (float(weight[part].sum() / weight.sum()) for part in (~new & ~held, new & held))
+            if 1 - stray - unseen > RIGHT and runs(held & ~new) >= LEAST:
+                fits.append((stray + UNSEEN * unseen, rate, phase))
     if fits:
-        best = max(right for right, _, _ in fits) - 1e-9
-        equal = sorted((rate, phase) for right, rate, phase in fits if right >= best)
+        best = min(wrong for wrong, _, _ in fits) + 1e-9
+        equal = sorted((rate, phase) for wrong, rate, phase in fits if wrong <= best)
         if equal[-1][0] > APART * equal[0][0]:
             return Pictures(all_F, None, None)
-        rate, phase = equal[len(equal) // 2]
+        rate = equal[len(equal) // 2][0]
+        phase = min((phase for each, phase in equal if each == rate), key=lambda phase: abs(phase - MIDDLE))
         number_P, first_P = np.unique(numbers(times_F, rate, phase), return_index=True)
         return Pictures(first_P, (number_P - number_P[0]) / rate, float(rate))
     near = nearby(change, 1)

@@ -203,7 +203,7 @@ def read_looks(run: Path) -> list[Look]:
             raise UserError(f"{path}:{number}: is no look; delete {run} and train again", "format")
         if files.seal(line) != line:
             raise UserError(f"{path}:{number}: is not what was written; delete {run} and train again", "damaged")
-        looks.append(Look(**{field.name: line[field.name] for field in fields(Look) if field.name in line}))
+        looks.append(Look(**{field.name: line[field.name] for field in fields(Look)}))
     return looks
 
 
