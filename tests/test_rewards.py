@@ -34,6 +34,7 @@ from sim.worlds import counterfactual
 
 ROOT = Path(__file__).parent.parent
 NAMES = plugins("rewards")
+RANKED_BY_BOTH = (matrix.TRUE, *set(segmentation.RANKS).intersection(trajectory.RANKS))
 KINDS = {kind for name in NAMES for kind in resolve("rewards", name).RANKS}
 FIELDS = ("instances_BFHW", "target_B", "flow_BFCHW", "depth_BFHW")
 WEIGHTS = (("depth", 2.0), ("flow", -0.5))
@@ -400,7 +401,7 @@ def repeated(batch: Batch, count: int) -> Batch:
 
 
 def test_every_declared_kind_is_ranked(filmed: Split, rewards: dict[str, Reward]) -> None:
-    """In each group at three severities or more beside the truth."""
+    """In each group at three severities or more beside the truth. `object` is the sum of two others, see below."""
     judged: dict[str, list[matrix.Judged]] = {name: [] for name in NAMES}
     for group in matrix.group_numbers(filmed):
         batch = matrix.truth(filmed, group)
@@ -408,12 +409,15 @@ def test_every_declared_kind_is_ranked(filmed: Split, rewards: dict[str, Reward]
         clips += matrix.violated(filmed, group)
         for kind in KINDS:
             assert len({clip.severity for clip in clips if clip.kind == kind}) >= 3, kind
-        for name in NAMES:
+        for name in (name for name in NAMES if name != "object"):
             asked = [clip for clip in clips if clip.kind in (matrix.TRUE, *resolve("rewards", name).RANKS)]
             with torch.no_grad():
                 values = rewards[name](torch.cat([clip.video_BCFHW for clip in asked]), repeated(batch, len(asked)))
             pairs = zip(asked, values.tolist(), strict=True)
             judged[name] += [matrix.Judged(group, clip.kind, clip.severity, value) for clip, value in pairs]
+    weights = {"segmentation": 1.0, "trajectory": resolve("rewards", "object").Config().distance}
+    ranked = {name: [clip for clip in judged[name] if clip.kind in RANKED_BY_BOTH] for name in weights}
+    judged["object"] = matrix.total(ranked, weights)
     for name in NAMES:
         orders = {kind: matrix.rho(judged[name], kind) for kind in resolve("rewards", name).RANKS}
         assert all(order <= 1e-6 - matrix.ASKED for order in orders.values()), (name, orders)
