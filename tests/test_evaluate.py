@@ -66,7 +66,7 @@ def models(base: Any = HOVER, psft: Any = LATE) -> dict[str, Callable[[], Abstra
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("falling")
-    write_dataset(folder, clips=CLIPS, frames=FRAMES)
+    write_dataset(folder, clips=CLIPS, frames=FRAMES, scorecard=False)
     return folder
 
 

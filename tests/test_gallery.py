@@ -186,7 +186,7 @@ def test_the_second_expert_has_its_own_guidance(tmp_path: Path) -> None:
 def test_a_run_is_sampled_as_it_was_measured(home: Path) -> None:
     plan, _ = open_run(str(home / "runs" / "try"))
     measured = plan.model_copy(update={"eval": EvalConfig(clips="x", sampler={"steps": 3, "guidance_low": 2.0})})
-    assert sampling._usual(measured) == {"steps": 3, "guidance": 1.0, "guidance_low": 2.0}
+    assert sampling.as_evaluated(measured) == {"steps": 3, "guidance": 1.0, "guidance_low": 2.0}
 
 
 @pytest.mark.parametrize(("path", "device", "dtype"), [("wan", "cpu", "fp32"), ("wan", "cuda", "bf16"),

@@ -252,7 +252,7 @@ def test_training_proceeds_from_an_adapter_like_its_own_alone(folder: Path, tmp_
     for alpha in (4, 2):  # trained with another alpha than the file's, from the same velocity
         other = start(rank=4, alpha=alpha)
         assert torch.equal(velocity(other), velocity(wan))
-        assert {layer.scaling[lora.NAME] for layer in lora._adapted(other.module)} == {alpha / 4}
+        assert {layer.scaling[lora.NAME] for layer in lora.adapted_layers(other.module)} == {alpha / 4}
     with pytest.raises(UserError) as error:
         start(rank=8)
     assert (error.value.code, error.value.field) == ("mismatch", "model.adapter.rank")
@@ -325,7 +325,7 @@ def test_an_rslora_keeps_its_strength_from_start_to_file(folder: Path, tmp_path:
     wan = adapted(folder, rank=16)
     disturb(wan)
     with torch.no_grad():
-        for layer in lora._adapted(wan.module):
+        for layer in lora.adapted_layers(wan.module):
             layer.lora_B[lora.NAME].weight.mul_(0.1)
     (plain,) = wan.save(tmp_path)
     rs = written(plain, r=16, lora_alpha=16, use_rslora=True, target_modules=list(TARGETS))

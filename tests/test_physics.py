@@ -81,7 +81,7 @@ def test_a_bouncing_ball(share: float, release: float, restitution: float) -> No
 
 
 def test_the_fit_is_exact_without_pixels() -> None:
-    fall = physics._fit(times(), -bounce(release=0.11, restitution=0.6), 1 / FPS, PIXEL, SIZE)
+    fall = physics.fit_fall(times(), -bounce(release=0.11, restitution=0.6), 1 / FPS, PIXEL, SIZE)
     speed = math.sqrt(2 * G * DROP)
     expected = [0.0, G, 0.11, 0.11 + fall_time(DROP), 0.6 * speed, -G]
     assert fall.parameters == pytest.approx(expected, rel=1e-4, abs=1e-5)
@@ -93,7 +93,7 @@ def test_uncertainty_is_that_of_the_noise() -> None:
     noise = physics.NOISE * PIXEL
     errors = []
     for _ in range(100):
-        fall = physics._fit(times(), -bounce() + rng.normal(scale=noise, size=FRAMES), 1 / FPS, PIXEL, SIZE)
+        fall = physics.fit_fall(times(), -bounce() + rng.normal(scale=noise, size=FRAMES), 1 / FPS, PIXEL, SIZE)
         errors.append((fall.parameters[:3] - (0, G, 0)) / np.sqrt(np.diag(fall.covariance)[:3]))
     assert np.std(errors, axis=0) == pytest.approx(np.ones(3), abs=0.3)
     assert np.abs(np.mean(errors, axis=0)).max() < 0.5
