@@ -11,6 +11,7 @@ import pytest
 from chaos import attack, flips, kills, make_home, result, start
 
 
+@pytest.mark.slow
 def test_nothing_that_is_read_ends_in_a_traceback() -> None:
     counts = attack(0.05, seed=0, runs=False)
     assert {"recipes", "manifests", "server"} == counts.keys()
@@ -18,6 +19,7 @@ def test_nothing_that_is_read_ends_in_a_traceback() -> None:
     assert all(found["refused"] for found in counts.values())
 
 
+@pytest.mark.slow
 def test_undisturbed_killed_and_damaged_runs_end_byte_equal(tmp_path: Path) -> None:
     """Losers, training, evaluation, report and export, videos included."""
     first, second = (make_home(tmp_path / name / "home") for name in "ab")

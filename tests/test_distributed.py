@@ -99,6 +99,7 @@ def assert_same_training(home: Path, run: str) -> None:
 KINDS = ("gradients", "rewarded")  # of PSFT, of ORO
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_and_the_curve_of_one(tmp_path, home):
     together(home, two_ranks(), ranks.train, tmp_path, Path("wan"))
     alone = {kind: ranks.gradients(tmp_path / kind, home / "wan", kind == "rewarded") for kind in KINDS}
@@ -121,12 +122,14 @@ def test_two_processes_have_the_gradients_and_the_curve_of_one(tmp_path, home):
             assert one["step"] == 1 or abs(one["margin"]) > 1e-5
 
 
+@pytest.mark.slow
 def test_accelerate_launches_two_that_train_as_one(home):
     code, said = finish(launch(home, "ddp", "ddp"))
     assert code == 0, said
     assert_same_training(home, "ddp")
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_sampling(home):
     """Of three clips one makes two samples, the other one; one process shows the groups."""
     groups = "data.groups={losers: 1, samples: [made], samples_each: 1, sampler: {steps: 1, guidance: 1}}"
@@ -161,6 +164,7 @@ def with_a_port(ranks: list[dict[str, str]]) -> list[dict[str, str]]:
     return [names | {"MASTER_PORT": now["MASTER_PORT"]} for names, now in zip(ranks, two_ranks(), strict=True)]
 
 
+@pytest.mark.slow
 def test_zero_2_takes_winner_and_losers_in_turn(home, zero2):
     """No gradient is lost or stepped with before all members gave theirs."""
     write_groups(home / "groups", groups=4, losers=2)
@@ -178,6 +182,7 @@ def test_zero_2_takes_winner_and_losers_in_turn(home, zero2):
             assert zero[key] == pytest.approx(alone[key], rel=1e-3), (key, alone["step"])
 
 
+@pytest.mark.slow
 def test_zero_2_killed_and_continued_trains_as_one_process_which_can_take_over(home, zero2):
     said = together(home, with_a_port(zero2), posttrain, "run", "recipe.yaml", "run=zero2")
     assert "runs/zero2: continues from step" in said
@@ -202,6 +207,7 @@ def test_zero_2_killed_and_continued_trains_as_one_process_which_can_take_over(h
     assert_same_training(home, "zero2")
 
 
+@pytest.mark.slow
 def test_two_that_would_be_one_are_refused(home):
     command = ("--cpu", "-m", "posttrain", "train", "recipe.yaml", "run=cpu")
     code, said = finish(start(home, *ACCELERATE, *command))

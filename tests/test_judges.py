@@ -292,6 +292,7 @@ def test_samples_are_judged_by_the_clip_that_is_meant(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- a model, here and behind a server
 
 
+@pytest.mark.slow
 def test_a_model_and_its_server_agree(llava: Path, port: int, home: Path) -> None:
     """A plain forward pass there, `generate` here; the likeliest 20 of 55 tokens there, all here."""
     here = asking(vlm.load(str(llava), CPU), frames=3)
@@ -697,6 +698,7 @@ def scored(home: Path, command: list[str]) -> None:
     raise SystemExit(cli.main(command))
 
 
+@pytest.mark.slow
 def test_a_killed_scoring_continues(home: Path, port: int) -> None:
     """SIGKILL after the second row of eight; then only what is missing is asked, at most one clip's answers twice."""
     command = ["score", "drops", "--judge", "endpoint", "--model", "tiny", "--url", url(port, "slow"), "--frames", "2"]

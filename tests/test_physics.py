@@ -87,6 +87,7 @@ def test_the_fit_is_exact_without_pixels() -> None:
     assert fall.parameters == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_uncertainty_is_that_of_the_noise() -> None:
     """Paths with NOISE on every frame: errors are as large as the fit's sigma says, SCALE aside."""
     rng = np.random.default_rng(0)
@@ -327,6 +328,7 @@ def test_tables() -> None:
     assert cells["size"] == "0 0 0"
 
 
+@pytest.mark.slow
 def test_figure(tmp_path: Path) -> None:
     """A kind whose g follows its severity and whose contact most clips lack; true clips count at severity 0."""
     card: dict[str, Measure | None] = dict.fromkeys(QUANTITIES, Measure(0.0, 1.0))

@@ -10,6 +10,7 @@ from posttrain.models.wan.shapes import of_configs
 from posttrain.studies.preference_cost import GROUPS, ROWS, main, shape_of, table
 
 
+@pytest.mark.slow
 def test_rows_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
     """A transformer of one head and one block; in turn is 10/3 of the work, and 6 of what stays forward."""
     words = ["--heads", "1", "--blocks", "1", "--geometry", "5x32x32", "--steps", "2", "--device", "cpu"]
