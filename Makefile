@@ -44,6 +44,7 @@ release-check: setup # compare what `make psft oro gdpo` gave with the README's 
 lint: setup # style and types
 	@$(python) -m ruff check .
 	@$(python) -m mypy
+	@$(python) -m mypy docs/examples # as a user's scripts
 
 docs: setup # docs/ as a site, in site/; broken links are errors
 	@$(python) -c 'import material' 2>/dev/null || $(python) -m pip install -q -e '.[docs]' -c constraints.txt

@@ -84,7 +84,8 @@ def _do(options: argparse.Namespace) -> int:
         return _doctor(options.recipe, options.overrides, options.processes)
     if options.command == "bench":
         return _bench()
-    from posttrain.commands import sampling, scoring  # takes a second, for torch
+    from posttrain import api  # takes seconds, for torch
+    from posttrain.commands import scoring
 
     if options.command == "compare":
         scoring.compare([options.first, *options.others])
@@ -94,9 +95,11 @@ def _do(options: argparse.Namespace) -> int:
             raise UserError("--height, --width: give both or neither", "required", "--height")
         if options.height is not None:
             wishes["size"] = options.height, options.width
-        sampling.sample(options.target, options.image, wishes, options.scale, options.output, options.family)
+        given = {"scale": options.scale, "output": options.output, "family": options.family}
+        api.sample(options.target, image=options.image, **wishes, **given, show=True)
     elif options.command == "score":
-        scoring.score(options.folder, options.judge, options.clips, options.split, _given(options, JUDGING))
+        given = {"clips": options.clips, "split": options.split, **_given(options, JUDGING)}
+        api.score(options.folder, options.judge, **given, show=True)
     elif options.command == "eval" and (options.clips or options.run):
         if options.overrides:
             word = printable(options.overrides[0])
@@ -108,8 +111,11 @@ def _do(options: argparse.Namespace) -> int:
             name = f"--{next(iter(asked))}"
             raise UserError(f"{name}: is only for the videos that --run makes; leave it out", "conflict", name)
         tracker = options.tracker or "pocket"
-        given = tracker, options.fps, options.out, asked, options.truth_fps
-        scoring.evaluate_videos(options.target, options.clips, options.run, *given)
+        rows = [named_folder(text) for text in options.clips]
+        rates = {"fps": options.fps, "truth_fps": options.truth_fps}
+        scoring.evaluate_videos(
+            options.target, rows, options.run, tracker, **rates, out=options.out, asked=asked, show=True
+        )
     else:
         _stages(options)
     return 0
@@ -122,8 +128,7 @@ def _given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 def _stages(options: argparse.Namespace) -> None:
     """Do one stage of a recipe, or all; for a sweep or a table, for one run after the other."""
-    from posttrain.commands import sampling, stages
-    from posttrain.commands.experiment import alone, members, open_run, resolved
+    from posttrain import api
 
     if options.command == "eval" and (ignored := list(_given(options, SCORING))):
         name = f"--{ignored[0].replace('_', '-')}"
@@ -132,32 +137,19 @@ def _stages(options: argparse.Namespace) -> None:
             "conflict",
             name,
         )
-    whole = open_run(options.target, options.overrides)
-    runs = members(*whole)
-    if options.command in ("run", "train"):
-        for plan, _ in runs:
-            resolved(plan.model)  # so a mistake in the last run is found before the first is trained
-    for plan, folder in runs:
-        with alone(plan, folder):
-            if options.command == "run":
-                stages.run(plan, folder)
-            elif options.command == "train":
-                stages.prepare(plan)
-                stages.train(plan, folder)
-            elif options.command == "groups":
-                if plan.data.groups or not whole[0].divided:  # a run of a table may have none
-                    stages.prepare(plan)
-                    sampling.groups(plan, folder)
-            elif options.command == "eval":
-                stages.evaluate(plan, folder)
-            elif options.command == "report":
-                if folder == whole[1] or stages.is_measured(folder):
-                    stages.report(plan, folder)
-            else:
-                stages.export(plan, folder, options.check)
-    if whole[0].divided and (options.command == "report" or (options.command == "run" and whole[0].eval)):
-        with alone(*whole):
-            stages.report(*whole)
+    if options.command == "train":
+        api.train(options.target, *options.overrides)
+    elif options.command == "export":
+        api.export(options.target, *options.overrides, check=options.check, show=True)
+    else:
+        do = {"run": api.run, "eval": api.evaluate, "report": api.report, "groups": api.groups}[options.command]
+        do(options.target, *options.overrides, show=True)
+
+
+def named_folder(text: str) -> tuple[str, Path]:
+    """The name of a row and its folder: of NAME=FOLDER both, of FOLDER the folder's own name."""
+    name, equals, folder = text.partition("=")
+    return (name, Path(folder or name)) if equals else (Path(text).resolve().name, Path(text))
 
 
 def _scoring(command: argparse.ArgumentParser) -> None:

@@ -4,7 +4,6 @@ Clips of one group (worlds/counterfactual.py, worlds/ambiguous.py) are together,
 """
 
 import base64
-import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,22 +12,18 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from posttrain.core import pages
 from posttrain.core.codec import read_video
 from posttrain.core.errors import UserError, printable
 from posttrain.core.files import inside, read_jsonl, replacing, write_text
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-body {{ font: 14px/1.4 system-ui, sans-serif; margin: 1rem; color: #222; background: #fff }}
-section {{ display: flex; flex-wrap: wrap; gap: .5rem; margin-bottom: 1.5rem }}
-h2 {{ font-size: 1rem; margin: 0 0 .4rem }}
-figure {{ margin: 0; width: 128px }}
-img {{ width: 128px; image-rendering: pixelated; display: block }}
-figcaption {{ font-size: 12px }}
-</style>
-<h1>{title}</h1>
-{body}
+STYLE = """
+body { font: 14px/1.4 system-ui, sans-serif; margin: 1rem; color: #222; background: #fff }
+section { display: flex; flex-wrap: wrap; gap: .5rem; margin-bottom: 1.5rem }
+h2 { font-size: 1rem; margin: 0 0 .4rem }
+figure { margin: 0; width: 128px }
+img { width: 128px; image-rendering: pixelated; display: block }
+figcaption { font-size: 12px }
 """
 
 
@@ -112,17 +107,14 @@ def sheet(clips: Sequence[tuple[Path, dict[str, Any]]], columns: int = 8) -> Ima
 
 def page(title: str, groups: Sequence[Sequence[tuple[Path, dict[str, Any]]]]) -> str:
     """A complete HTML page: a section per group, its clips playing side by side."""
-    body = ""
-    for group in groups:
-        path, first = group[0]
-        figures = "".join(
-            f'<figure><img alt="" src="data:image/webp;base64,{moving(read_video(clip), row["fps"])}">'
-            f"<figcaption>{html.escape(words(row))}</figcaption></figure>"
-            for clip, row in group
-        )
-        name = f"{path.parent.name}/{path.stem}: {first['caption']}"
-        body += f"<h2>{html.escape(name)}</h2><section>{figures}</section>\n"
-    return PAGE.format(title=html.escape(title), body=body)
+    sections = [
+        {
+            "heading": f"{group[0][0].parent.name}/{group[0][0].stem}: {group[0][1]['caption']}",
+            "clips": [(moving(read_video(clip), row["fps"]), words(row)) for clip, row in group],
+        }
+        for group in groups
+    ]
+    return pages.render("sim", "show.html", STYLE, media="img-src data:", title=title, sections=sections)
 
 
 def moving(frames_FHWC: np.ndarray, fps: float) -> str:

@@ -16,6 +16,7 @@ import yaml
 from helpers import ranks
 from helpers.falling import write_dataset, write_groups
 from helpers.forked import together, two_ranks
+from helpers.optional import needs
 from helpers.tiny import wan_folder
 from safetensors.torch import load_file
 
@@ -165,6 +166,7 @@ def with_a_port(ranks: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
+@needs("deepspeed")
 def test_zero_2_takes_winner_and_losers_in_turn(home, zero2):
     """No gradient is lost or stepped with before all members gave theirs."""
     write_groups(home / "groups", groups=4, losers=2)
@@ -183,6 +185,7 @@ def test_zero_2_takes_winner_and_losers_in_turn(home, zero2):
 
 
 @pytest.mark.slow
+@needs("deepspeed")
 def test_zero_2_killed_and_continued_trains_as_one_process_which_can_take_over(home, zero2):
     said = together(home, with_a_port(zero2), posttrain, "run", "recipe.yaml", "run=zero2")
     assert "runs/zero2: continues from step" in said
@@ -229,6 +232,7 @@ def test_what_a_launcher_asks_in_vain_is_said(monkeypatch, name, value, line):
         distributed.process()
 
 
+@needs("deepspeed")
 @pytest.mark.parametrize(
     ("name", "value", "line"),
     [

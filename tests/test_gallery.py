@@ -281,7 +281,7 @@ def test_base_and_tuned_stand_side_by_side(home: Path) -> None:
     assert "first.png: 60 x 40, its middle 40 x 40 kept, resized to 32 x 32; 5 frames, 2 steps, guidance 1\n" in out
     folder = home / "runs" / "try" / "samples" / "asked"
     clips = [f"first-s{seed}-{label}.mp4" for seed in (3, 4) for label in ("base", "psft-x0.5")]
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*clips, "first.gif", "first.png"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([".lock", *clips, "first.gif", "first.png"])
     with av.open(str(folder / clips[0])) as container:
         assert container.streams.video[0].average_rate == 7.5
     assert Image.open(folder / "first.gif").size == (2 * 128, 2 * 128 + 14)

@@ -434,7 +434,11 @@ def test_samples_of_another_model_are_refused_also_where_none_are_made(
     assert "another model;" in said
     assert "or delete made/samples.json" in said
     assert said.endswith("[mismatch]")
-    (home / "made" / "samples.json").unlink()
+    note = home / "made" / "samples.json"
+    note.write_text(note.read_text().replace('"steps": 1', '"steps": 2'))
+    assert cli.main(used) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith("[damaged]")
+    note.unlink()
     assert cli.main([*used, "model.revision=two"]) == 0
     assert not (home / "made" / "samples.json").exists()
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, T5EncoderModel
 
+from posttrain.commands.experiment import resolved
 from posttrain.core.errors import UserError
 from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, Merged, ModelConfig
@@ -83,6 +84,30 @@ def test_every_layout_is_read(copy: Path, layout: str) -> None:
         case "diffusers":
             save_file(weights, place / "diffusion_pytorch_model.safetensors")
     assert same(bare(config(copy)).state_dict(), weights)
+
+
+def test_a_whole_training_checkpoint(copy: Path) -> None:
+    """As ColossalAI leaves it, with more than weights, and without a config, which means the published shape."""
+    weights = load_file(copy / "transformer" / "model.safetensors")
+    shutil.rmtree(copy / "transformer")
+    shards(weights, copy / "model", "bin")
+    shards({"0": torch.zeros(3), "1": torch.zeros(3)}, copy / "optimizer", "bin")
+    torch.save({"step": 7}, copy / "lr_scheduler")
+    (copy / "running_states.json").write_text('{"epoch": 0, "step": 7}')
+    averaged = {name: tensor + 1 for name, tensor in weights.items() if name != NULL}
+    torch.save(averaged, copy / "ema.pt")
+    with pytest.raises(UserError, match=r"spatial_blocks\.10") as error:  # it has 28 pairs of blocks
+        load(config(copy))
+    assert error.value.code == "damaged"
+
+    (copy / "config.json").write_text(json.dumps(TRANSFORMER))  # now it is told
+    model = load(config(copy))
+    assert same(model.transformer.state_dict(), weights)
+    chosen = resolved(config(copy, start=str(copy / "ema.pt")))
+    assert same(load(chosen).transformer.state_dict(), averaged | {NULL: weights[NULL]})
+    with pytest.raises(UserError) as error:
+        load(config(copy / "ema.pt"))
+    assert (error.value.code, error.value.field) == ("format", "model.path")
 
 
 def test_a_folder_of_the_transformer_alone(folder: Path) -> None:

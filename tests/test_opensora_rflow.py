@@ -11,6 +11,7 @@ from torch import Tensor
 from posttrain.core.errors import UserError
 from posttrain.models.opensora.conditioning import (
     IMAGE_SIZES,
+    MASK_RATIOS,
     apply_mask_strategy,
     choose_bucket,
     draw_frame_mask,
@@ -253,6 +254,15 @@ def test_masks_are_drawn_by_their_ratios() -> None:
     drawn = [tuple(draw_frame_mask(ratios, 5, rng).tolist()) for _ in range(4000)]
     head, tail, none = (False, True, True, True, True), (True, True, True, True, False), (True,) * 5
     assert [drawn.count(mask) / 4000 for mask in (head, tail, none)] == pytest.approx([0.2, 0.3, 0.5], abs=0.03)
+
+
+def test_a_quarter_of_the_clips_is_masked_as_published() -> None:
+    assert sum(MASK_RATIOS.values()) == pytest.approx(0.25)
+    rng = np.random.default_rng(0)
+    drawn = [draw_frame_mask(MASK_RATIOS, 9, rng) for _ in range(4000)]
+    assert sum(not mask.all() for mask in drawn) / 4000 == pytest.approx(0.25, abs=0.02)
+    head = torch.tensor([False] + [True] * 8)  # image_head, now and then quarter_head
+    assert sum(torch.equal(mask, head) for mask in drawn) / 4000 == pytest.approx(0.221, abs=0.02)
 
 
 # ------------------------------------------------------------------------------------------------ tables

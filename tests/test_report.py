@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from PIL import Image, ImageSequence
 from playwright.sync_api import Page, sync_playwright
 
 from posttrain.core import files
-from posttrain.core.codec import playable
+from posttrain.core.codec import lossless, playable
 from posttrain.core.errors import UserError
 from posttrain.evaluation.evaluate import EvalConfig, evaluate
 from posttrain.evaluation.records import comparable, gather
@@ -27,6 +27,7 @@ from posttrain.reporting import report as room
 from posttrain.reporting.charts import nice_ticks, path_d
 from posttrain.reporting.gallery import LINE
 from posttrain.reporting.report import report
+from sim.show import show
 
 CHROMIUM = Path("/usr/bin/chromium")
 QUIET = ("quic", "background-networking", "component-update", "sync", "gpu")
@@ -89,6 +90,12 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def page(browser: Any, run: Path) -> Iterator[Page]:
     """The open page; whatever it complains of, or asks the network for, fails the test."""
+    with opened(browser, run / "report.html") as page:
+        yield page
+
+
+@contextmanager
+def opened(browser: Any, path: Path) -> Iterator[Page]:
     with browser.new_context(viewport={"width": 1200, "height": 800}) as context:
         page, complaints = context.new_page(), []
         page.on(
@@ -97,7 +104,7 @@ def page(browser: Any, run: Path) -> Iterator[Page]:
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url[:80]}"))
         page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else complaints.append(r.url))
-        page.goto((run / "report.html").as_uri())
+        page.goto(path.as_uri())
         yield page
         assert complaints == []
 
@@ -241,6 +248,87 @@ def test_page_fits_the_screen(page: Page, width: int) -> None:
     assert all(box is not None and box["width"] >= min(width - 32, 320) for box in boxes)
 
 
+HOSTILE = ("test_<svg onload=alert(1)>", "<img src=x onerror=alert(1)>", "\"><script>alert(1)<\\script>'{{ 7 * 7 }}")
+
+
+def test_names_from_elsewhere_are_shown_as_text(browser: Any, run: Path, tmp_path: Path) -> None:
+    """Of the run's folder, a model, a split, a clip, a caption and the recipe; the page works as any other."""
+    folder = Path(shutil.copytree(run, tmp_path / HOSTILE[0]))
+    (folder / "samples" / "psft").rename(folder / "samples" / HOSTILE[1])
+    for path in folder.glob("evaluation/*.json"):
+        record = json.loads(path.read_text())
+        if record["model"] == "psft":
+            record["model"] = HOSTILE[1]
+        record["split"] = record["split"].replace("unseen", HOSTILE[2])
+        for clip in record["clips"]:
+            old, clip["id"], clip["caption"] = clip["id"], f"{clip['id']}{HOSTILE[1]}", f"{EVIL} {HOSTILE[2]}"
+            for video in folder.glob(f"samples/*/*/{old}-s0.mp4"):
+                video.rename(video.with_name(f"{clip['id']}-s0.mp4"))
+        files.write_sealed(path, record)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text()) | {"sweep": {"data.<b onclick=alert(1)>": [1, 2]}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    path = report(folder)[1]
+    said: list[str] = []
+    with opened(browser, path) as page:
+        page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
+        assert page.inner_text("h1") == HOSTILE[0]
+        rows = page.locator("#table tr:not(.split) td:first-child").all_inner_texts()
+        assert HOSTILE[1] in rows
+        assert HOSTILE[2] in page.inner_text("#table")
+        first = page.locator(".card").first
+        assert first.locator("p span").first.inner_text() == f"{EVIL} {HOSTILE[2]}"
+        assert HOSTILE[1] in first.locator("p span").last.inner_text()
+        assert HOSTILE[1] in first.locator("input").get_attribute("aria-label")
+        assert "onclick=alert(1)" in page.inner_text("#sweep h2")
+        assert page.locator("img, b[onclick], svg[onload]").count() == 0
+        assert page.locator("script").count() == 2
+        first.locator("video").scroll_into_view_if_needed()
+        wait(page, "document.querySelector('video').currentTime > 0.2")
+        first.locator("input").fill("5")
+        wait(page, "!document.querySelector('video').seeking")
+        assert first.locator("video").evaluate("v => v.currentTime") == pytest.approx(5.5 / FPS, abs=1e-3)
+    assert said == []
+
+
+def test_what_is_put_into_a_page_after_all_does_not_run(browser: Any, run: Path, tmp_path: Path) -> None:
+    """The page's policy, were something not escaped: no handlers, scripts, styles within tags, pictures or requests."""
+    text = (run / "report.html").read_text()
+    attack = (
+        "<svg onload='window.ran = 1'></svg><img src=x onerror='window.ran = 2'><script>window.ran = 3</script>"
+        "<p id=painted style='color: rgb(1, 2, 3)'>x</p><img src='data:image/gif;base64,R0lGODlhAQABAAAAACw='>"
+        "<base href='https://example.invalid/'><a id=link href='javascript:window.ran = 4'>x</a>"
+    )
+    (tmp_path / "a.html").write_text(text.replace("<main>", f"<main>{attack}", 1))
+    with browser.new_context() as context:
+        page, asked = context.new_page(), []
+        page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else asked.append(r.url))
+        page.goto((tmp_path / "a.html").as_uri())
+        page.locator("#link").click()
+        wait(page, "document.querySelector('video').readyState > 1")
+        assert page.evaluate("window.ran === undefined")
+        assert page.evaluate("getComputedStyle(document.getElementById('painted')).color !== 'rgb(1, 2, 3)'")
+        assert page.evaluate("document.baseURI.startsWith('file:')")
+        assert page.inner_text("#play") in ("Play", "Pause")
+        assert asked == []
+
+
+def test_the_page_of_a_dataset_shows_its_clips(browser: Any, tmp_path: Path) -> None:
+    """`sim show` of clips whose folder, captions and violations come from elsewhere."""
+    split = tmp_path / HOSTILE[0] / HOSTILE[1]
+    split.mkdir(parents=True)
+    (split / "a.mp4").write_bytes(lossless(film(rows_of(2, FRAMES), 8, 220)[0], FPS))
+    row = {"file_name": "a.mp4", "caption": f"{EVIL} {HOSTILE[2]}", "fps": FPS, "motion": HOSTILE[1]}
+    (split / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    show(tmp_path / HOSTILE[0], None, 1, tmp_path / "page.html")
+    with opened(browser, tmp_path / "page.html") as page:
+        assert page.inner_text("h1") == HOSTILE[0]
+        assert page.inner_text("h2") == f"{HOSTILE[1]}/a: {EVIL} {HOSTILE[2]}"
+        assert page.inner_text("figcaption") == HOSTILE[1]
+        wait(page, "document.querySelector('img').naturalWidth > 0")
+        assert page.locator("img").count() == 1
+        assert page.evaluate("getComputedStyle(document.querySelector('section')).display") == "flex"
+
+
 def test_video_keeps_its_colours() -> None:
     """Encoded and decoded again, a small moving square keeps its place and colour."""
     video = film(rows_of(2, FRAMES), 8, 220)[0].repeat(2, 1).repeat(2, 2)
@@ -307,8 +395,8 @@ def test_a_sweeps_rows_are_named_by_its_values(run: Path, tmp_path: Path) -> Non
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (as_json, as_html) = report(tmp_path, each)
     assert json.loads(as_json.read_text())["times"]["train"] == pytest.approx(3 * trained(run), abs=0.2)
-    (figures,) = re.findall(r'<section id="sweep"><h2>Over data.limit</h2>(.*?)</section>', as_html.read_text())
-    assert re.findall(r'<span class="x[^>]*>(\d+)</span>', figures) == ["30", "100", "7"] * 2
+    (figures,) = re.findall(r'<section id="sweep"><h2>Over data.limit</h2>(.*?)</section>', as_html.read_text(), re.S)
+    assert re.findall(r'<text class="x[^>]*>(\d+)</text>', figures) == ["30", "100", "7"] * 2
     assert figures.count('class="base"') == 2
 
 

@@ -431,7 +431,7 @@ def test_what_is_wrong_with_a_benchmark_is_named(tmp_path) -> None:
     info.write_text(json.dumps(good))
     (real / "0000" / "00001.jpg").write_bytes(b"x")
     tracker = ClickTracker()
-    with pytest.raises(UserError, match=r"00001\.jpg: is torn or no picture"):
+    with pytest.raises(UserError, match=r"00001\.jpg: cannot be read as a picture"):
         open_real(real, tracker, tmp_path / "cache")["real"][0].masks(9)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty: holds no clips to compare with"):

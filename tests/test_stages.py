@@ -19,12 +19,13 @@ from diffusers import WanTransformer3DModel
 from helpers.commands import command, contents
 from helpers.falling import write_dataset
 from helpers.forked import launch
+from helpers.optional import events, needs
 from helpers.tiny import wan_folder
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+import posttrain
 from posttrain import cli
 from posttrain.commands import stages
 from posttrain.commands.experiment import Recipe, members, open_run
@@ -143,15 +144,16 @@ def test_the_table_shows_one_evaluation(home, finished):
 
 
 @pytest.mark.slow
+@needs("tensorboard")
 def test_a_tracker_shows_the_log_and_the_videos_and_changes_nothing(home, finished):
     arguments = ("train", "recipe.yaml", "run=shown", "train.trackers=[tensorboard]")
     assert command(home, *arguments)[0] == 0
     shown = home / "runs" / "shown"
     assert contents(shown / "adapter") == {k: v for k, v in contents(finished / "adapter").items() if k != "README.md"}
-    events = EventAccumulator(str(shown / "tensorboard" / "posttrain")).Reload()
+    reader = events(shown / "tensorboard" / "posttrain")
     expected = {row["step"]: row["val_l2"] for row in files.read_jsonl(shown / "log.jsonl") if "val_l2" in row}
-    assert {event.step: event.value for event in events.Scalars("val_l2")} == pytest.approx(expected)
-    assert [event.step for event in events.Images("validation/00002")] == [6, 12]
+    assert {event.step: event.value for event in reader.Scalars("val_l2")} == pytest.approx(expected)
+    assert [event.step for event in reader.Images("validation/00002")] == [6, 12]
     assert command(home, *arguments[:-1])[0] == 0  # and without it, the run is the same one
 
 
@@ -344,12 +346,14 @@ def test_a_sweep_is_a_run_for_each_value_and_one_report(home):
     report = files.read_json(folder / "report.json")
     assert [row["model"] for row in report["rows"]] == ["truth", "truth_vae", "frozen", "base", "psft 3", "psft 1"]
     assert [row["model"] for row in report["differences"]] == ["psft 3", "psft 1"]
+    with contextlib.chdir(home):
+        assert posttrain.evaluate("sizes") == report["rows"]  # nothing is measured again
     alone = [files.read_json(folder / str(value) / "report.json")["rows"][-1] for value in (3, 1)]
     assert [row["l2"] for row in report["rows"][-2:]] == [row["l2"] for row in alone]
     assert contents(folder / "3" / "adapter") != contents(folder / "1" / "adapter")
     page = (folder / "report.html").read_text()
-    (figures,) = re.findall(r'<section id="sweep"><h2>Over data.limit</h2>(.*?)</section>', page)
-    assert re.findall(r'<span class="x[^>]*>(\d+)</span>', figures) == ["3", "1"] * 2
+    (figures,) = re.findall(r'<section id="sweep"><h2>Over data.limit</h2>(.*?)</section>', page, re.S)
+    assert re.findall(r'<text class="x[^>]*>(\d+)</text>', figures) == ["3", "1"] * 2
     assert "report: runs/sizes/report.html" in out.splitlines()[-1]
 
     code, out, said = command(home, "compare", "sizes/3", "sizes/1")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.falling import film, rows_of
+from helpers.optional import events, needs
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from posttrain.core import recipe
@@ -84,21 +84,23 @@ def wandb_records(path: Path) -> Iterator[Any]:
             message = b""
 
 
+@needs("tensorboard")
 def test_tensorboard_has_each_step_of_a_killed_run_once(tmp_path: Path) -> None:
     train(tmp_path, ["tensorboard"], until=5)  # the last checkpoint is of step 3
     train(tmp_path, ["tensorboard"])
     rows = read_jsonl(tmp_path / "log.jsonl")
-    events = EventAccumulator(str(tmp_path / "tensorboard" / "posttrain")).Reload()
+    reader = events(tmp_path / "tensorboard" / "posttrain")
     for key in ("loss", "lr", "grad_norm", "seconds", "val_l2"):
-        shown = curve([{"step": event.step, key: event.value} for event in events.Scalars(key)], key)
+        shown = curve([{"step": event.step, key: event.value} for event in reader.Scalars(key)], key)
         assert shown == pytest.approx(curve(rows, key), rel=1e-6), key
     assert list(curve(rows, "loss")) == list(range(1, 9))
 
 
+@needs("tensorboard")
 def test_tensorboard_plays_the_videos(tmp_path: Path) -> None:
     train(tmp_path, ["tensorboard"])
-    events = EventAccumulator(str(tmp_path / "tensorboard" / "posttrain")).Reload()
-    shown = events.Images("validation/a")
+    reader = events(tmp_path / "tensorboard" / "posttrain")
+    shown = reader.Images("validation/a")
     assert [event.step for event in shown] == [3, 6, 8]
     gif = Image.open(BytesIO(shown[0].encoded_image_string))
     assert (gif.format, gif.size) == ("GIF", (32, 32))
@@ -110,6 +112,7 @@ def test_tensorboard_plays_the_videos(tmp_path: Path) -> None:
     assert shown_for == FRAMES * 120  # ms, the nearest to 1 / FPS that a GIF has
 
 
+@needs("tensorboard")
 def test_a_finished_run_started_again_shows_nothing_twice(tmp_path: Path) -> None:
     train(tmp_path, ["tensorboard"])
     before = sorted((tmp_path / "tensorboard").rglob("*"))
@@ -117,11 +120,12 @@ def test_a_finished_run_started_again_shows_nothing_twice(tmp_path: Path) -> Non
     assert sorted((tmp_path / "tensorboard").rglob("*")) == before
 
 
+@needs("tensorboard")
 def test_a_run_may_go_on_with_other_trackers(tmp_path: Path) -> None:
     train(tmp_path, [], until=5)
     train(tmp_path, ["tensorboard"])
-    events = EventAccumulator(str(tmp_path / "tensorboard" / "posttrain")).Reload()
-    assert [event.step for event in events.Scalars("loss")] == [4, 5, 6, 7, 8]
+    reader = events(tmp_path / "tensorboard" / "posttrain")
+    assert [event.step for event in reader.Scalars("loss")] == [4, 5, 6, 7, 8]
 
 
 def test_wandb_offline_has_the_run_and_its_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from scipy.stats import permutation_test
 from torch import Tensor
 
 from posttrain.commands import loading, stages
-from posttrain.commands.experiment import ADAPTER, TRAINED, Recipe, is_trained
+from posttrain.commands.experiment import ADAPTER, TRAINED, Recipe, is_trained, resolved
 from posttrain.core import files, recipe
 from posttrain.core.errors import UserError
 from posttrain.core.recipe import Plugin
@@ -30,6 +30,7 @@ from posttrain.evaluation.benchmarks import pisa
 from posttrain.evaluation.evaluate import EvalConfig
 from posttrain.flow import SamplerConfig
 from posttrain.methods import oro
+from posttrain.models import lora
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.rewards.base import RewardConfig
 from posttrain.training.optim import TrainConfig
@@ -41,6 +42,7 @@ from posttrain.training.tripwires import (
     Look,
     TripwiresConfig,
     appearance,
+    best,
     best_look,
     card,
     chance,
@@ -212,12 +214,12 @@ def test_too_few_clips_are_refused() -> None:
 
 def test_what_the_rows_say(tmp_path: Path) -> None:
     measured = [(0, 0.1, []), (4, 0.3, []), (8, 0.2, []), (12, 0.5, ["iou"]), (16, 0.3, [])]
-    looks = [Look(step, wires, {"reward": [mean] * 2}) for step, mean, wires in measured]
+    looks = [Look(step, wires, {"reward": [mean] * 2}, {}) for step, mean, wires in measured]
     assert best_look(looks).step == 4
     assert best_look(looks[:1]).step == 0
     back, on = TripwiresConfig(on_trip="roll_back"), TripwiresConfig()
     assert not ended(tmp_path, back, 16)
-    files.write_jsonl(tmp_path / LOOKS, [asdict(look) for look in looks])
+    files.write_jsonl(tmp_path / LOOKS, [files.seal(asdict(look)) for look in looks])
     assert [ended(tmp_path, back, step) for step in (0, 8, 11, 12)] == [False, False, False, True]
     assert not ended(tmp_path, on, 16)
 
@@ -353,6 +355,26 @@ def test_the_best_weights_are_those_of_their_look(home: Path) -> None:
     model.restore(run / BEST)
     told = {row["step"]: row["val_distance"] for row in log(run) if "val_distance" in row}
     assert distance(start, trainable(model)) == pytest.approx(told[best_look(read_looks(run)).step])
+
+
+def test_looks_and_best_weights_are_what_was_written(home: Path) -> None:
+    run = Path(shutil.copytree(hack(home, "warned"), home / "runs" / "torn"))
+    (run / TRAINED).unlink()  # with it the recipe would be read too
+    start = ModelConfig(path="pocket", start=str(run / BEST))
+    assert best(run)[1] == run / BEST
+    assert resolved(start).start == str(run / BEST / lora.FILE)
+    weights, rows = run / BEST / lora.FILE, (run / LOOKS).read_text()
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    for refused in (lambda: best(run), lambda: resolved(start)):
+        with pytest.raises(UserError) as error:
+            refused()
+        assert error.value.code == "damaged"
+    for text, code in ((rows.replace('"step": 2', '"step": 3'), "damaged"), (rows + '{"step": 9}\n', "format")):
+        (run / LOOKS).write_text(text)
+        with pytest.raises(UserError) as error:
+            read_looks(run)
+        assert error.value.code == code
+    shutil.rmtree(run)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from posttrain.core import distributed, files, recipe
 from posttrain.core.errors import UserError, printable
-from posttrain.core.recipe import Plugin, PluginFrom, Strict
+from posttrain.core.recipe import Plugin, PluginFrom, Seed, Strict
 from posttrain.data.config import DataConfig
 from posttrain.evaluation.evaluate import EvalConfig
 from posttrain.methods.base import method_of
@@ -27,7 +27,7 @@ from posttrain.models import lora
 from posttrain.models.base import Defaults, Merged, ModelConfig, family, is_video, sampler
 from posttrain.pocket import FAMILY
 from posttrain.training.optim import TrainConfig
-from posttrain.training.tripwires import TripwiresConfig, chooses_by_the_test
+from posttrain.training.tripwires import BEST, LOOKS, TripwiresConfig, best, chooses_by_the_test
 
 RUNS = Path("runs")
 TAKEN = ("cache", "samples")  # folders in it that are no runs
@@ -62,7 +62,7 @@ class Table(Strict):
 
     rows: Annotated[dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], dict[str, Any]], Field(min_length=1)]
     # of training; a row is their mean, clip by clip. None: the recipe's own
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None
 
     @field_validator("seeds")
     @classmethod
@@ -219,23 +219,46 @@ def _samples(method: Any) -> bool:
         return False
 
 
-def open_run(target: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
-    """The recipe and folder of a run, which is given as a recipe file, as the run's folder or as its name in runs/.
+def load_recipe(target: Path | str, *overrides: str) -> Recipe:
+    """The recipe of an experiment, read and checked; nothing is written.
+
+    Args:
+        target: a recipe file, a run's folder, or its name in runs/. A path that begins with recipes/ and does not exist
+            here is that of a shipped recipe.
+        overrides: as on the command line: "train.steps=20", "data.clips=my_videos".
 
     Raises:
-        UserError: there is no such thing, the recipe is wrong, or the folder holds a run of another recipe.
+        UserError: there is no such thing, or the recipe is wrong; `field` is the key, as in "train.steps".
     """
+    return recipe.load(_recipe_and_folder(target)[0], overrides, Recipe)
+
+
+def _recipe_and_folder(target: Path | str) -> tuple[Path, Path | None]:
+    """The recipe file that `target` means, and the run's folder where it means that of a run."""
     for folder in (Path(target), RUNS / target):
         if folder.is_dir():
             path = folder / "recipe.yaml"
             if not path.exists():
                 raise UserError(f"{path}: does not exist; {folder} is no run: give a recipe or a folder below {RUNS}")
-            plan = recipe.load(path, overrides, Recipe)
-            claim(plan, folder, str(path))
-            return plan, folder
-    plan = recipe.load(target, overrides, Recipe)
-    folder = RUNS / plan.run
-    claim(plan, folder, target)
+            return path, folder
+    return Path(target), None
+
+
+def open_run(target: Recipe | Path | str, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
+    """The recipe and folder of a run, given as for `load_recipe` or as a recipe that was loaded.
+
+    Raises:
+        UserError: there is no such thing, the recipe is wrong, or the folder holds a run of another recipe.
+    """
+    if isinstance(target, Recipe):
+        if overrides:
+            raise UserError(f"{printable(overrides[0])}: give it to load_recipe, which checks it", "conflict")
+        plan, folder, name = target, None, f"the recipe {target.run}"
+    else:
+        path, folder = _recipe_and_folder(target)
+        plan, name = recipe.load(path, overrides, Recipe), str(path)
+    folder = folder or RUNS / plan.run
+    claim(plan, folder, name)
     return plan, folder
 
 
@@ -375,6 +398,8 @@ def _weights(field: str, source: str, merge: tuple[Merged, ...]) -> Path:
             if (found / "config.json").is_file():
                 return found
             if found.is_file():
+                if found.parent.name == BEST and (found.parent.parent / LOOKS).is_file():
+                    best(found.parent.parent)
                 _check_base(field, source, found.parent.parent, merge)
                 return found
     raise UserError(f"{field}: {source} is no run, adapter file or transformer folder; name one that exists")

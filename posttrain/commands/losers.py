@@ -105,7 +105,12 @@ def claim_samples(folder: Path, model: ModelConfig, made: Mapping[str, Any] | No
         "model": model.model_dump(mode="json", include=MODEL_KEYS),
         "weights": {path: weights(Path(path)) for path in adapters},
     }
-    kept = files.read_json(path) if path.exists() else wanted
+    kept = files.read_object(path) if path.exists() else wanted
+    if "sha256" in kept and files.seal(kept) != kept:  # a note of another program has no digest
+        message = (
+            f"{path}: is damaged (its content is not what was written); delete {folder}, and its samples are made anew"
+        )
+        raise UserError(message, "damaged", "data.groups.samples")
     if other := [name for name in wanted if kept.get(name) != wanted[name]]:
         remedy = str(folder) if made is not None else f"{path} to use them anyway"
         raise UserError(
@@ -115,7 +120,7 @@ def claim_samples(folder: Path, model: ModelConfig, made: Mapping[str, Any] | No
             "data.groups.samples",
         )
     if made is not None:
-        files.write_json(path, wanted)
+        files.write_sealed(path, wanted)
 
 
 def weights(path: Path) -> str:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from posttrain.commands.experiment import RUNS, Recipe, need_training, open_run
+from posttrain.commands.experiment import BUSY, RUNS, Recipe, need_training, open_run
 from posttrain.commands.loading import base_model, device, load_model, main_process, memory, tuned_model
+from posttrain.core import files
 from posttrain.core.errors import UserError
 from posttrain.data.dataset import Clips
 from posttrain.models.base import ModelConfig, sampler
@@ -20,22 +21,28 @@ from posttrain.pocket import FAMILY
 @memory("sampling", "ask for fewer pixels (--height, --width) or --frames")
 def sample(
     target: str,
-    image: Path | None,
+    image: Path | np.ndarray | None,
     wishes: dict[str, Any],
     scale: float = 1.0,
     output: Path | None = None,
     family: str | None = None,
-) -> None:
+    show: bool = False,
+) -> list[Path]:
     """Sample with a run (base and tuned model side by side) or with one model: continue a picture, or follow a text.
 
     Args:
         target: a run, as in `open_run`, or a value of `model.path`.
-        image: the picture. A run needs one if it was trained with pictures (`model.conditioning`) and refuses one if
-            not; a model without a run may need one.
+        image: the picture, a file or uint8 (H, W, 3). A run needs one if it was trained with pictures
+            (`model.conditioning`) and refuses one if not; a model without a run may need one.
         wishes: fields of `gallery.Wish`; the others are as the run was trained and measured.
         scale: factor of a run's adapter.
         output: the folder; None: samples/asked in the run's folder, or runs/samples/<model>.
         family: of a model that is no run; None: that of the embedded model.
+        show: print what was done to the picture, and the paths.
+
+    Returns:
+        The paths of the clips, seed by seed of each model, of the contact sheet and of the GIF; of several processes,
+        those of all but the first get none.
 
     Raises:
         UserError: the run or model does not exist, the picture cannot be read, is missing or is not used, or the wishes
@@ -44,7 +51,7 @@ def sample(
     from posttrain.models import lora
     from posttrain.reporting.gallery import Wish, blank, fit, natural_size, open_picture, sample_side_by_side, slug
 
-    picture, run = image and open_picture(image), Path(target).suffix == ".yaml"
+    picture, run = None if image is None else open_picture(image), Path(target).suffix == ".yaml"
     models: dict[str, Callable[[], AbstractContextManager[Any]]]
     if run or any((parent / "recipe.yaml").is_file() for parent in (Path(target), RUNS / target)):
         plan, folder = open_run(target)
@@ -79,21 +86,25 @@ def sample(
         config, name, usual = alone(target, image is not None, device(), family or FAMILY), Path(target).name, {}
         models = {name: lambda: nullcontext(load_model(config))}
         output = output or RUNS / "samples" / name
-    if image and any((output / f"{image.stem}{s}").resolve() == image.resolve() for s in (".png", ".gif")):
-        raise UserError(f"--output: in {output} the sheet would replace {image}; name another", "conflict", "--output")
+    file = image if isinstance(image, Path) else None
+    if file and any((output / f"{file.stem}{s}").resolve() == file.resolve() for s in (".png", ".gif")):
+        raise UserError(f"--output: in {output} the sheet would replace {file}; name another", "conflict", "--output")
     of_model = family_of(config.family)
     defaults = of_model.defaults(config.path)
     asked = {**defaults._asdict(), **usual, **wishes, **sampler(defaults, usual, wishes)}
     if picture and config.path != "pocket" and "size" not in {**usual, **wishes}:
         asked["size"] = natural_size(picture, asked["size"], of_model.SIDE)
-    wish = Wish(**asked)
+    wish, written = Wish(**asked), list[Path]()
     if main_process():
         pixels, done = fit(picture, wish.size) if picture else blank(wish.size)
-        print(f"{image or 'text'}: {done}; {wish.frames} frames, {wish.steps} steps, guidance {wish.guidance:g}")
-        print(
-            "samples:",
-            *sample_side_by_side(models, pixels, wish, output / (image.stem if image else slug(wish.prompt))),
-        )
+        if show:
+            source = file or ("picture" if picture else "text")
+            print(f"{source}: {done}; {wish.frames} frames, {wish.steps} steps, guidance {wish.guidance:g}")
+        with files.alone(output, BUSY, "--output"):
+            written = sample_side_by_side(models, pixels, wish, output / (file.stem if file else slug(wish.prompt)))
+        if show:
+            print("samples:", *written)
+    return written
 
 
 def alone(path: str, pictured: bool, device: torch.device, family: str = FAMILY) -> ModelConfig:
@@ -114,8 +125,8 @@ def as_evaluated(plan: Recipe) -> dict[str, Any]:
     return usual | {"size": clips.size, "frames": clips.frames, "fps": clips.fps}
 
 
-def groups(plan: Recipe, folder: Path, shown: int = 8) -> Path:
-    """Write a sheet of the first `shown` groups of a recipe, on one process; return its path.
+def groups(plan: Recipe, folder: Path, shown: int = 8, show: bool = False) -> Path:
+    """Write a sheet of the first `shown` groups of a recipe, on one process; return its path, and `show` it.
 
     Raises:
         UserError: the recipe has no groups, or they are not comparable.
@@ -141,5 +152,6 @@ def groups(plan: Recipe, folder: Path, shown: int = 8) -> Path:
             violation = members.row(index).violation
             rows[f"{name} {violation.kind if violation else ''}"] = members.read(index)[0]
     contact_sheet(path, rows)
-    print(f"groups: {len(all_groups)} of {wanted.losers} losers each; {path} shows the first")
+    if show:
+        print(f"groups: {len(all_groups)} of {wanted.losers} losers each; {path} shows the first")
     return path

@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from posttrain.commands.experiment import ADAPTER, RUNS, TRAINED, need_training, open_run
+from posttrain.commands.experiment import ADAPTER, BUSY, RUNS, TRAINED, need_training, open_run
 from posttrain.commands.loading import (
     CACHE,
     TRACKED,
@@ -21,10 +22,11 @@ from posttrain.commands.loading import (
 )
 from posttrain.commands.losers import simulator_judge
 from posttrain.core import files
-from posttrain.core.errors import UserError
+from posttrain.core.errors import UserError, printable
 from posttrain.data.config import DataConfig
 from posttrain.data.dataset import Clips, open_splits
 from posttrain.evaluation.evaluate import EvalConfig
+from posttrain.evaluation.records import Record
 from posttrain.models.base import family, sampler
 
 FRAMES = 16  # pictures of a video that a judge sees
@@ -53,27 +55,32 @@ def compare(targets: Sequence[str]) -> None:
 
 
 def evaluate_videos(
-    benchmark: str,
-    clips: Sequence[str] = (),
+    benchmark: Path | str,
+    clips: Sequence[tuple[str, Path]] = (),
     runs: Sequence[str] = (),
     tracker: str = "pocket",
     fps: float | None = None,
-    out: str | None = None,
-    asked: Mapping[str, Any] | None = None,
     truth_fps: float | None = None,
-) -> None:
-    """Measure videos against a benchmark, one row of the table per folder; print the tables and write the report.
+    out: Path | str | None = None,
+    asked: Mapping[str, Any] | None = None,
+    show: bool = False,
+) -> list[Record]:
+    """Measure videos against a benchmark, one row of the table per folder, and write the report.
 
     Args:
         benchmark: PisaBench's folder, or a dataset folder.
-        clips: folders of videos, each FOLDER or NAME=FOLDER.
+        clips: folders of videos, each with the name of its row.
         runs: runs, as in `open_run`, whose base and tuned model make videos first.
         tracker: the network that follows the object, see `load_tracker`.
         fps: of the videos in `clips`; None: as their files say.
+        truth_fps: of the benchmark's clips; None: as their files say.
         out: the folder for scores and report; None: runs/eval-<benchmark>.
         asked: steps, guidance and seeds for the videos of `runs`; the others are as in the run's recipe or, if that has
             no `eval`, the model's defaults and one seed.
-        truth_fps: of the benchmark's clips; None: as their files say.
+        show: print the tables, and the path of the report.
+
+    Returns:
+        The records; of several processes, those of all but the first get none.
 
     Raises:
         UserError: the benchmark, a folder or a run is not what it should be.
@@ -84,8 +91,7 @@ def evaluate_videos(
     from posttrain.evaluation.score import score
     from posttrain.reporting.report import report
 
-    named = [text.partition("=") for text in clips]
-    rows = [(name if equals else Path(name).resolve().name, Path(path or name)) for name, equals, path in named]
+    rows, records = [*clips], list[Record]()
     for _, path in rows:
         if not path.is_dir():
             raise UserError(f"{path}: does not exist; --clips names folders of videos", "missing", "--clips")
@@ -102,22 +108,29 @@ def evaluate_videos(
             f"the embedded tracker was trained on {TRACKED} x {TRACKED} pixels; name a SAM 2 with --tracker",
             file=sys.stderr,
         )
-    for target in runs:
-        rows += _sample_run(target, truths, folder / "videos", asked or {})
-    if len(dict(rows)) < len(rows) or any(not name or "/" in name for name, _ in rows):
-        raise UserError(
-            "--clips: each row of the table needs a name of its own; give one, as in kling=videos/k",
-            "duplicate",
-            "--clips",
-        )
-    if main_process():
-        made = [name for name, _ in rows[len(clips) :]]
-        records = score(folder, truths, dict(rows), follower, fps, device(), made)
-        print_table(records)
-        print("\nas the published code counts (PISA, table 1), cut where the shorter of video and true clip ends:")
-        print_table(records, released=True)
-        print("report:", report(folder)[1])
-    wait()
+    with files.alone(folder, BUSY, "--out") if main_process() else nullcontext():
+        for target in runs:
+            rows += _sample_run(target, truths, folder / "videos", asked or {})
+        if len(dict(rows)) < len(rows) or any(not name or "/" in name for name, _ in rows):
+            raise UserError(
+                "--clips: each row of the table needs a name of its own; give one, as in kling=videos/k",
+                "duplicate",
+                "--clips",
+            )
+        if main_process():
+            made = [name for name, _ in rows[len(clips) :]]
+            records = score(folder, truths, dict(rows), follower, fps, device(), made)
+            if show:
+                print_table(records)
+                print(
+                    "\nas the published code counts (PISA, table 1), cut where the shorter of video and true clip ends:"
+                )
+                print_table(records, released=True)
+            page = report(folder)[1]
+            if show:
+                print("report:", page)
+        wait()
+    return records
 
 
 JUDGES = {  # the options that each may have, and those that it must have
@@ -128,30 +141,43 @@ JUDGES = {  # the options that each may have, and those that it must have
 
 
 @memory("scoring", "take a smaller --model, or fewer --frames")
-def score(folder: Path, by: str, clips: Path | None, split: str, asked: Mapping[str, Any]) -> None:
+def score(
+    folder: Path, by: str, clips: Path | None, split: str, asked: Mapping[str, Any], show: bool = False
+) -> list[dict[str, Any]]:
     """Score the videos of a folder that have no scores yet, into scores.jsonl beside them, which groups read.
 
     Args:
         by: the judge, one of JUDGES, see posttrain/judges.
         clips: the dataset whose clips the videos continue; None: `folder` has captions itself.
         asked: options of the judge; by default the embedded tracker, 16 frames at full size, any rate.
+        show: print the mean scores and the path.
+
+    Returns:
+        The rows of scores.jsonl, see judges/folder.py; of several processes, those of all but the first get none.
 
     Raises:
         UserError: the folder, the dataset, the judge or its options are not what they should be.
     """
     from posttrain.judges.folder import find, score_videos
 
-    may, must = JUDGES[by]
+    if by not in JUDGES:
+        raise UserError(
+            f"--judge: {printable(by)} is no judge; choose from: {', '.join(JUDGES)}", "unknown_name", "--judge"
+        )
+    rows, (may, must) = list[dict[str, Any]](), JUDGES[by]
     if wrong := [name for name in asked if name not in may]:
         raise UserError(f"--{wrong[0]}: has no meaning for --judge {by}; leave it out", "conflict", f"--{wrong[0]}")
     if missing := [name for name in must if name not in asked]:
         raise UserError(f"--{missing[0]}: is missing; --judge {by} needs it", "required", f"--{missing[0]}")
     videos, path = find(folder, clips, split)
     if main_process():
-        rows = score_videos(videos, path, *_ready(folder, by, clips, split, asked))
-        sa, pc = (float(np.mean([row[key] for row in rows])) for key in ("sa", "pc"))
-        print(f"scores: {len(rows)} videos, on average sa {sa:.3f}, pc {pc:.3f}; they are in {path}")
+        with files.alone(path.parent, BUSY, "FOLDER"):
+            rows = score_videos(videos, path, *_ready(folder, by, clips, split, asked))
+        if show:
+            sa, pc = (float(np.mean([row[key] for row in rows])) for key in ("sa", "pc"))
+            print(f"scores: {len(rows)} videos, on average sa {sa:.3f}, pc {pc:.3f}; they are in {path}")
     wait()
+    return rows
 
 
 def _ready(folder: Path, by: str, clips: Path | None, split: str, asked: Mapping[str, Any]) -> tuple[Any, str]:

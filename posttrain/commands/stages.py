@@ -55,24 +55,25 @@ from posttrain.data import listing
 from posttrain.data.config import GroupsConfig
 from posttrain.data.dataset import Clips, Split, check_same_format, open_split, open_splits
 from posttrain.evaluation.evaluate import EvalConfig
+from posttrain.evaluation.records import Record
 from posttrain.methods.base import Source, fingerprints, method_of, sampler
 from posttrain.reporting.gallery import contact_sheet
 from posttrain.rewards import base
 from posttrain.training.run import Run
-from posttrain.training.tripwires import BEST, best_look, ended, read_looks, watching
+from posttrain.training.tripwires import best, ended, watching
 
 CLIPS, SHEET, SHOWN = "clips.jsonl", "clips.jpg", 24  # clips in the contact sheet
 
 
-def run(plan: Recipe, folder: Path) -> None:
-    """Every stage that the recipe lists."""
+def run(plan: Recipe, folder: Path, show: bool = False) -> None:
+    """Every stage that the recipe lists; `show` prints the tables and paths of each."""
     prepare(plan)
     train(plan, folder)
     if plan.eval:
-        evaluate(plan, folder)
-        report(plan, folder)
+        evaluate(plan, folder, show)
+        report(plan, folder, show)
     if plan.export:
-        export(plan, folder)
+        export(plan, folder, show)
 
 
 def prepare(plan: Recipe) -> None:
@@ -195,10 +196,10 @@ def train(plan: Recipe, folder: Path) -> None:
     model.module = run.finish()
     if main_process():
         if ends and ends(run.steps):
-            step = best_look(read_looks(folder)).step
+            step, weights = best(folder)
             print(f"training: rolled back from step {run.steps} to step {step}", file=sys.stderr)
             with files.replacing(folder / ADAPTER) as temporary:
-                shutil.copytree(folder / BEST, temporary)
+                shutil.copytree(weights, temporary)
         else:
             model.save(folder / ADAPTER)
         files.write_json(folder / TRAINED, {**run.meaning, "sha256": trained_files(folder)})
@@ -254,8 +255,14 @@ def tell(clips: Clips, folder: Path) -> None:
 
 
 @memory("evaluation", "lower eval.batch, or measure smaller or shorter clips (eval.clips)")
-def evaluate(plan: Recipe, folder: Path) -> None:
-    """Measure the references, the base and the trained model, and print the table.
+def evaluate(plan: Recipe, folder: Path, show: bool = False) -> list[Record]:
+    """Measure the references, the base and the trained model.
+
+    Args:
+        show: print the table.
+
+    Returns:
+        The records; of several processes, those of all but the first get none.
 
     Raises:
         UserError: the recipe has no `eval` or too small a tracker, or training is not complete.
@@ -263,12 +270,9 @@ def evaluate(plan: Recipe, folder: Path) -> None:
     from posttrain.evaluation.evaluate import evaluate
     from posttrain.evaluation.records import print_table, read_records
 
+    records: list[Record] = []
     if plan.eval is None:
-        raise UserError(
-            f"{folder / 'recipe.yaml'}: eval: is missing; say what to measure, as in eval.clips=data/drops",
-            "required",
-            "eval",
-        )
+        raise _no_eval(folder)
     check_tracker(plan.eval)
     need_training(folder)
     if main_process():
@@ -277,35 +281,70 @@ def evaluate(plan: Recipe, folder: Path) -> None:
             plan.method.name: lambda: tuned_model(plan, folder),
         }
         evaluate(folder, plan.eval, models, load_tracker(plan.eval.tracker), CACHE / "evaluation")
-        print_table(read_records(folder))
+        records = read_records(folder)
+        if show:
+            print_table(records)
     wait()
+    return records
 
 
-def report(plan: Recipe, folder: Path) -> None:
-    """Write report.json and report.html from what was measured; of several runs, those of all of them together."""
+def report(plan: Recipe, folder: Path, show: bool = False) -> Path:
+    """Write report.json and report.html from what was measured; of several runs, those of all of them together.
+
+    Args:
+        show: print the path, and of several runs the table.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        UserError: unfinished: nothing was measured.
+    """
     from posttrain.evaluation.records import comparable, gather, print_differences, print_table, wide
     from posttrain.reporting.report import report
 
+    if plan.eval is None and not plan.divided and not is_measured(folder):
+        raise _no_eval(folder)
     if main_process():
-        runs: dict[str, list[Path]] = {}
-        for _, place in members(plan, folder) if plan.divided else ():
-            if is_measured(place):
-                runs.setdefault(place.relative_to(folder).parts[0], []).append(place)
-            else:
-                print(f"{place}: is left out, for it was not measured; `posttrain run` continues", file=sys.stderr)
-        if runs:
+        runs = measured(plan, folder)
+        if runs and show:
             print_table(records := gather(runs), wide())
             if plan.table and len(runs) > 1:
                 print_differences(comparable(records, list(runs)), wide())
-        print("report:", report(folder, runs)[1])
+        written = report(folder, runs)[1]
+        if show:
+            print("report:", written)
+    return folder / "report.html"
+
+
+def measured(plan: Recipe, folder: Path) -> dict[str, list[Path]]:
+    """The measured runs of a sweep or a table: the folders of each value or row; of a single run there are none."""
+    runs: dict[str, list[Path]] = {}
+    for _, place in members(plan, folder) if plan.divided else ():
+        if is_measured(place):
+            runs.setdefault(place.relative_to(folder).parts[0], []).append(place)
+        else:
+            print(f"{place}: is left out, for it was not measured; `posttrain run` continues", file=sys.stderr)
+    return runs
+
+
+def _no_eval(folder: Path) -> UserError:
+    message = f"{folder / 'recipe.yaml'}: eval: is missing; say what to measure, as in eval.clips=data/drops"
+    return UserError(message, "required", "eval")
 
 
 def is_measured(folder: Path) -> bool:
     return any((folder / "evaluation").glob("*.json"))
 
 
-def export(plan: Recipe, folder: Path, checked: bool = False) -> None:
+def export(plan: Recipe, folder: Path, show: bool = False, checked: bool = False) -> list[Path]:
     """Write the weights as others load them, with a model card; `checked` loads them so and compares.
+
+    Args:
+        show: print the paths, and a line about each file that was checked.
+
+    Returns:
+        The paths, the model card's last; of several processes, those of all but the first get none.
 
     Raises:
         UserError: training is not complete, or a file does not give the trained model's velocity.
@@ -313,11 +352,15 @@ def export(plan: Recipe, folder: Path, checked: bool = False) -> None:
     from posttrain.commands.export import check, export
 
     need_training(folder)
+    written: list[Path] = []
     if main_process():
         config = resolved(plan.model)
         written = export(folder, plan.export, config)
-        print("export:", *written)
+        if show:
+            print("export:", *written)
         if checked:
             with tuned_model(plan, folder) as model:
                 for line in check(written[:-1], model, config):
-                    print("check:", line)
+                    if show:
+                        print("check:", line)
+    return written

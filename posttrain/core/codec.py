@@ -1,4 +1,7 @@
-"""Read and write video files. No other module opens one.
+"""Read and write video files, and read picture files. No other module opens one.
+
+Files come from anywhere, so FFmpeg and Pillow may only try the formats listed here (others open network ports or other
+files, or run programs), and a file is refused before its pictures are decoded if they are larger than any use of them.
 
 Shape letters: F frames, H W pixels, C channels. Pictures are uint8 RGB, upright, with square pixels.
 """
@@ -6,6 +9,7 @@ Shape letters: F frames, H W pixels, C channels. Pictures are uint8 RGB, upright
 import io
 import math
 import struct
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +21,16 @@ from typing import Any, NamedTuple
 import av
 import av.logging
 import numpy as np
+from PIL import Image, ImageOps
 
 from posttrain.core import files
 from posttrain.core.errors import UserError
 
+# FFmpeg's names of what the suffixes of data/listing.py stand for: MP4 and MOV, MKV and WebM, AVI, WMV, FLV, MPEG, ...
+CONTAINERS = ("mov", "matroska", "avi", "asf", "flv", "mpeg", "mpegvideo", "mpegts", "ogg", "gif", "mxf", "dv")
+PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow's names
+MOST_PIXELS = 8192 * 4320  # of a video's picture: 8K
+MOST_IN_MEMORY = 2**29  # pixels of a video that is held whole, 1.6 GB: 259 pictures of 1080 x 1920
 ENCODERS = ("libx264", "libx264rgb")  # for files to look at, and for files without loss
 
 
@@ -63,7 +73,8 @@ def inspect(path: Path) -> Facts:
     """What is in the video file `path`. For most files only the first picture is decoded.
 
     Raises:
-        UserError: it is no video, it is torn, or its picture is rotated by another angle than a multiple of 90 degrees.
+        UserError: it is no video of a known format, it is torn or too large, or its picture is rotated by another
+            angle than a multiple of 90 degrees.
     """
     return _inspect(path, *_state(path))
 
@@ -87,6 +98,8 @@ def _inspect(path: Path, size: int, changed: int) -> Facts:
                 shown = [picture.pts, *(frame.pts for frame in frames)]
                 if None in shown or shown != sorted(shown):
                     stamps = [None]
+    except MemoryError as error:
+        raise _memory(path) from error
     except (av.FFmpegError, StopIteration) as error:
         raise UserError(f"{path}: cannot be read: torn or no video", "damaged") from error
     if len(packets) < promised:
@@ -148,19 +161,24 @@ def pictures(path: Path, frames: Collection[int], marked: bool) -> Iterator[tupl
     Raises:
         UserError: the file is torn or damaged before the last of them, or is not the one that was inspected.
     """
+    turn: Turn | None = None
     for mark, frame, stream in _decode(path, frames, marked):
-        picture = frame.to_ndarray(format="rgb24", width=_width(frame, stream), height=frame.height)
-        yield mark, _turn(frame, path)(picture)
+        # of the first alone: a frame that was asked holds itself, and its memory, until Python collects its garbage
+        turn = _turn(frame, path) if turn is None else turn
+        try:
+            picture = frame.to_ndarray(format="rgb24", width=_width(frame, stream), height=frame.height)
+        except MemoryError as error:
+            raise _memory(path) from error
+        yield mark, turn(picture)
 
 
 def _decode(path: Path, frames: Collection[int], marked: bool, threads: str = "AUTO") -> Iterator[tuple[int, Any, Any]]:
     """As `pictures`, but yields (frame, PyAV's frame, its stream)."""
-    missing, number, last = set(frames), 0, None
+    missing, number, last, size = set(frames), 0, None, None
     try:
         with _open(path) as container:
-            stream = _stream(container, path)
+            stream = _stream(container, path, {"err_detect": "crccheck+bitstream+buffer+explode"})
             stream.thread_type = threads
-            stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
             decoded = container.decode(stream)
             while missing:
                 with av.logging.Capture() as messages:
@@ -172,11 +190,17 @@ def _decode(path: Path, frames: Collection[int], marked: bool, threads: str = "A
                     raise UserError(f"{path}: damaged: the decoder says: {reason}; mend or remove it", "damaged")
                 if marked and None not in (last, frame.pts) and frame.pts < last:
                     raise UserError(f"{path}: damaged: its time stamps go back; mend or remove it", "damaged")
+                size = size or (frame.height, frame.width)
+                if (frame.height, frame.width) != size:
+                    change = f"its pictures change from {size[0]} x {size[1]} pixels to {frame.height} x {frame.width}"
+                    raise UserError(f"{path}: damaged: {change}; mend or remove it", "damaged")
                 mark, last = frame.pts if marked else number, frame.pts
                 if mark in missing:
                     missing.remove(mark)
                     yield mark, frame, stream
                 number += 1
+    except MemoryError as error:
+        raise _memory(path) from error
     except av.FFmpegError as error:
         raise UserError(f"{path}: damaged: {error.strerror}; mend or remove it", "damaged") from error
     if missing:
@@ -189,6 +213,28 @@ def first_picture(path: Path) -> np.ndarray:
     return next(pictures(path, (0,), False))[1]
 
 
+def picture(path: Path | str) -> Image.Image:
+    """The picture in a file (of several the first), upright and in RGB.
+
+    Raises:
+        UserError: missing; format: it is none, or of another format than PICTURES, or too large; memory.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=PICTURES) as opened:
+                return ImageOps.exif_transpose(opened).convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{path}: does not exist; name a picture", "missing") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        most = f"{(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels"
+        raise UserError(f"{path}: is larger than {most}; scale the picture down", "format") from error
+    except MemoryError as error:
+        raise _memory(path) from error
+    except Exception as error:  # of a torn file Pillow raises whatever its reading stumbles over
+        raise UserError(f"{path}: cannot be read as a picture; give a PNG, JPEG or WebP file", "format") from error
+
+
 def read_video(path: Path | str, content: bytes | None = None) -> np.ndarray:
     """All frames of a file that this module wrote, (F, H, W, 3).
 
@@ -196,17 +242,25 @@ def read_video(path: Path | str, content: bytes | None = None) -> np.ndarray:
         content: the file's bytes, if they were read already.
 
     Raises:
-        UserError: the file is missing, torn, or not a video.
+        UserError: the file is missing, torn, not a video, or larger than MOST_IN_MEMORY.
     """
+    frames: list[np.ndarray] = []
     try:
-        with av.open(io.BytesIO(files.read_bytes(path) if content is None else content), "r") as container:
-            promised = container.streams.video[0].frames
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (av.FFmpegError, IndexError) as error:
-        raise UserError(f"{path}: is torn or no video; delete it and make it again", "damaged") from error
-    if not frames or len(frames) < promised:
-        complaint = f"{len(frames)} of {promised} frames"
-        raise UserError(f"{path}: is torn ({complaint}); delete it and make it again", "damaged")
+        with _open(path, io.BytesIO(files.read_bytes(path) if content is None else content)) as container:
+            stream = _stream(container, path)
+            for frame in container.decode(stream):
+                if (len(frames) + 1) * frame.height * frame.width > MOST_IN_MEMORY:
+                    most = f"{MOST_IN_MEMORY // (frame.height * frame.width)} pictures of its size"
+                    raise UserError(f"{path}: is longer than {most}; cut it, or scale it down", "format")
+                frames.append(frame.to_ndarray(format="rgb24"))
+            promised = stream.frames
+    except MemoryError as error:
+        raise _memory(path) from error
+    except av.FFmpegError as error:
+        raise UserError(f"{path}: is torn or no video; delete it and start again what wrote it", "damaged") from error
+    if not frames or len(frames) < promised or any(frame.shape != frames[0].shape for frame in frames):
+        complaint = f"{len(frames)} of {promised} frames, or of several sizes"
+        raise UserError(f"{path}: is torn ({complaint}); delete it and start again what wrote it", "damaged")
     return np.stack(frames)
 
 
@@ -257,10 +311,13 @@ def _encode(
 
 
 def gif(path: Path | str) -> tuple[bytes, tuple[int, int]]:
-    """A video file as an endless GIF, and its height and width."""
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        rate, frames = float(stream.average_rate or 10), [frame.to_image() for frame in container.decode(stream)]
+    """A video file that this module wrote as an endless GIF, and its height and width. Raises as `read_video`."""
+    try:
+        with _open(path) as container:
+            rate = float(_stream(container, path).average_rate or 10)
+    except av.FFmpegError as error:
+        raise UserError(f"{path}: is torn or no video; delete it and start again what wrote it", "damaged") from error
+    frames = [Image.fromarray(frame) for frame in read_video(path)]
     buffer = io.BytesIO()
     # GIF counts time in hundredths of a second
     duration = round(100 / rate) * 10
@@ -268,9 +325,20 @@ def gif(path: Path | str) -> tuple[bytes, tuple[int, int]]:
     return buffer.getvalue(), (frames[0].height, frames[0].width)
 
 
-def _open(path: Path) -> Any:
-    """Open a video file for reading. Metadata in other encodings than Unicode do no harm."""
-    return av.open(str(path), metadata_errors="replace")
+def _open(path: Path | str, content: io.BytesIO | None = None) -> Any:
+    """Open a video file, or its content, for reading. Metadata in other encodings than Unicode do no harm."""
+    allowed = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
+    limits = {"max_pixels": str(MOST_PIXELS)}  # for the decoders that look into the file while it is opened
+    try:
+        return av.open(content or f"file:{path}", "r", metadata_errors="replace", options=allowed | limits)
+    except av.error.ArgumentError as error:
+        remedy = "make it an MP4, MOV, MKV, WebM or AVI"
+        raise UserError(f"{path}: cannot be read: its format is none of a video file's; {remedy}", "format") from error
+
+
+def _memory(path: Path | str) -> UserError:
+    message = "there is too little memory to decode it; the file may be whole: free memory, or scale its pictures down"
+    return UserError(f"{path}: {message}", "memory")
 
 
 def _turn(frame: Any, path: Path) -> Turn:
@@ -289,10 +357,23 @@ def _turn(frame: Any, path: Path) -> Turn:
     raise UserError(f"{path}: is not upright: its picture is rotated by {angle:.0f} degrees or stretched", "format")
 
 
-def _stream(container: Any, path: Path) -> Any:
+def _stream(container: Any, path: Path | str, options: dict[str, str] | None = None) -> Any:
+    """The pictures of an open file, with options for their decoder. Raises UserError where they are too large."""
     stream = container.streams.best("video")
-    if stream is None:
+    if stream is None or stream.codec_context is None:
         raise UserError(f"{path}: cannot be read: no pictures in it", "format")
+    height, width = stream.codec_context.height, stream.codec_context.width
+    if not height * width:
+        most = f"{MOST_PIXELS / 1e6:.0f} million pixels"
+        raise UserError(f"{path}: cannot be read: it is torn, or its pictures have more than {most}", "damaged")
+    if height * width > MOST_PIXELS:
+        raise UserError(
+            f"{path}: cannot be read: its pictures have {height} x {width} pixels, more than {MOST_PIXELS / 1e6:.0f} "
+            "million; scale it down",
+            "format",
+        )
+    # pictures may grow later in the file; then the decoder itself refuses
+    stream.codec_context.options = {**(options or {}), "max_pixels": str(MOST_PIXELS)}
     return stream
 
 

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -245,6 +246,27 @@ def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
     return rows
 
 
+def read_log(path: Path | str) -> list[dict[str, Any]]:
+    """The same of a file to which lines are appended, as to a run's log: what holds no object is left out, with a line.
+
+    Raises:
+        UserError: missing.
+    """
+    rows, torn = [], []
+    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
+        try:
+            value = _parsed(line.decode()) if line.strip() else {}
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            rows += [value] if value else []
+        else:
+            torn.append(number)
+    if torn:
+        print(f"{path}:{torn[0]}: is torn, and left out ({len(torn)} such lines)", file=sys.stderr)
+    return rows
+
+
 def read_text(path: Path | str) -> str:
     """The text of a file in UTF-8, or in UTF-16 or UTF-32 that is recognised by its first bytes, without its mark.
 
@@ -356,11 +378,14 @@ def read_sealed(path: Path | str) -> dict[str, Any]:
         value = read_object(path)
     except UserError as error:
         if error.code == "format":
-            raise UserError(f"{path}: is damaged ({error}); delete it and make it again", "damaged") from error
+            raise UserError(
+                f"{path}: is damaged ({error}); delete it and start again what wrote it", "damaged"
+            ) from error
         raise
     if value.get("sha256") != seal(value)["sha256"]:
         raise UserError(
-            f"{path}: is damaged (its content is not what was written); delete it and make it again", "damaged"
+            f"{path}: is damaged (its content is not what was written); delete it and start again what wrote it",
+            "damaged",
         )
     return value
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Never, NoReturn, TypeVar, get_args
+from typing import Annotated, Any, Never, NoReturn, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError, core_schema
 
 from posttrain.core import files
@@ -28,8 +28,10 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch's generators and numpy's both take
 Schema = TypeVar("Schema", bound=BaseModel)
 Keys = tuple[str | int, ...]  # the path to a value: ("data", "clips", 0)
+SHIPPED = Path(__file__).parents[1] / "recipes"  # those of the package; in a checkout, a link to recipes/
 LARGEST = 2**20  # characters of a recipe
 MOST = 20_000  # keys and values of a recipe, after its anchors are written out
 # what PyYAML raises for a control character, for 2026-13-01, for {[a]: 1}, for !!timestamp x, for !!bool x, for &a [*a]
@@ -136,6 +138,8 @@ class PluginFrom:
 def load(path: Path | str, overrides: Sequence[str], schema: type[Schema]) -> Schema:
     """Read the recipe at `path`, apply overrides such as "train.steps=20", and check it against `schema`.
 
+    A `path` that begins with recipes/ and does not exist here is that of a shipped recipe.
+
     Raises:
         UserError: one line with file, line, key and remedy, e.g.
             "recipes/x.yaml:7: data.clps: unknown key, did you mean 'clips'?"; its field is the key, "data.clps".
@@ -156,7 +160,7 @@ def load(path: Path | str, overrides: Sequence[str], schema: type[Schema]) -> Sc
 
 def _text(path: Path) -> str:
     try:
-        text = files.read_text(path)
+        text = files.read_text(shipped(path))
     except UserError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
@@ -166,6 +170,13 @@ def _text(path: Path) -> str:
     if len(text) > LARGEST:
         raise UserError(f"{path}: is longer than {LARGEST} characters; name a recipe, or shorten it", "format")
     return text
+
+
+def shipped(path: Path) -> Path:
+    """The file that `path` means: itself, or if there is no such file and it begins with recipes/, a shipped one."""
+    if path.parts[:1] != (SHIPPED.name,) or ".." in path.parts or path.exists():
+        return path
+    return own if (own := SHIPPED.joinpath(*path.parts[1:])).is_file() else path
 
 
 def _parse(text: str, keys: Keys, where: Callable[[int], str], origins: dict[Keys, str], field: str) -> Any:
@@ -289,6 +300,8 @@ def _explain(error: ValidationError, values: Any, schema: type[BaseModel], origi
             code = first["type"]
         elif first["type"] != "part":
             message = SHORTER.get(first["type"], message) + f", not {printable(repr(first['input']))}"
+            if first["type"] in ("list_type", "tuple_type") and isinstance(first["input"], str):
+                message = f"should be a list; write [{printable(first['input'])}]"
     origin = next(origins[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in origins)
     raise UserError(": ".join(filter(None, (origin, _dotted(keys), message))), code, _dotted(keys)) from error
 

@@ -27,6 +27,9 @@ from posttrain.data.schema import ClipRow
 from posttrain.data.views import View
 from posttrain.types import Batch
 
+FILM = "film the clips with `python -m sim make RECIPE`, or get the dataset again"
+MOST_ANNOTATIONS = 3 * 2**30  # bytes of the arrays beside a clip; 81 frames of 720 x 1280 have 1 GiB
+
 
 class ClipFormat(NamedTuple):
     """What all clips of a training or a test have in common; size is [height, width] in pixels, as in JSON."""
@@ -135,7 +138,7 @@ def open_split(folder: Path | str, split: str) -> Split:
         raise UserError(f"{folder}: {problem}; {remedy}", "missing")
     listed, rows = files.read_jsonl(metadata), list[ClipRow]()
     if not listed:
-        raise UserError(f"{metadata}: has no clips; film them with `python -m sim make RECIPE`", "no_clips")
+        raise UserError(f"{metadata}: has no clips; {FILM}", "no_clips")
     for line, written in enumerate(listed, 1):
         if missing := [
             k
@@ -149,7 +152,7 @@ def open_split(folder: Path | str, split: str) -> Split:
         row = schema.from_json(written, f"{metadata}:{line}")
         for name in (row.file_name, row.annotations or ""):
             if not files.inside(path, name).is_file():
-                raise UserError(f"{metadata}:{line}: {name}: does not exist; make the dataset again", "missing")
+                raise UserError(f"{metadata}:{line}: {name}: does not exist; {FILM}", "missing")
         rows.append(row)
         _agree(f"{metadata}:{line}: {row.file_name}", _clip_format(row), _clip_format(rows[0]), rows[0].file_name)
     return Split(path, rows, [None] * len(rows))
@@ -180,13 +183,23 @@ def read_annotations(path: Path | str, keys: Sequence[str] | None = None) -> dic
     """The arrays beside a clip (all, or only `keys`): instances uint8 (F, H, W), depth, flow, poses.
 
     Raises:
-        UserError: the file is missing or torn.
+        UserError: the file is missing or torn, or its arrays are larger than MOST_ANNOTATIONS or the memory.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in (arrays.files if keys is None else keys)}
+            wanted = list(arrays.files if keys is None else keys)
+            unpacked = sum(arrays.zip.getinfo(f"{key}.npy").file_size for key in wanted)
+            if unpacked > MOST_ANNOTATIONS:
+                size = f"{unpacked / 2**30:.1f} GiB, more than {MOST_ANNOTATIONS / 2**30:.0f}"
+                raise UserError(f"{path}: its arrays unpack to {size}; make smaller or shorter clips", "format")
+            return {key: arrays[key] for key in wanted}
+    except UserError:
+        raise
+    except MemoryError as error:
+        message = "there is too little memory for its arrays; free memory, or make smaller or shorter clips"
+        raise UserError(f"{path}: {message}", "memory") from error
     except Exception as error:  # zipfile, zlib, numpy and the system each raise their own types
-        raise UserError(f"{path}: is missing or torn; delete it and make it again", "damaged") from error
+        raise UserError(f"{path}: is missing or torn; delete it, and {FILM}", "damaged") from error
 
 
 class Clips:
@@ -295,20 +308,18 @@ class Clips:
         if video.shape[:3] != (row.frames, *row.size):
             raise UserError(
                 f"{path}: has {len(video)} frames of {video.shape[1:3]}, but its metadata say {row.frames} of "
-                f"{row.size}; delete it and make it again",
+                f"{row.size}; delete it, and {FILM}",
                 "damaged",
             )
         if files.sha256_bytes(content) != row.sha256:
-            raise UserError(f"{path}: was changed since it was made (sha256); delete it and make it again", "damaged")
+            raise UserError(f"{path}: was changed since it was made (sha256); delete it, and {FILM}", "damaged")
         annotations = split.annotations(number)
         if (sha256 := row.annotations_sha256) and files.sha256(annotations) != sha256:
-            raise UserError(
-                f"{annotations}: was changed since it was made (sha256); delete it and make it again", "damaged"
-            )
+            raise UserError(f"{annotations}: was changed since it was made (sha256); delete it, and {FILM}", "damaged")
         instances = read_annotations(annotations, ["instances"])["instances"]
         if instances.shape != video.shape[:3]:
             raise UserError(
-                f"{annotations}: instances are {instances.shape}, the video {video.shape[:3]}; make it again",
+                f"{annotations}: instances are {instances.shape}, the video {video.shape[:3]}; delete it, and {FILM}",
                 "damaged",
             )
         if view is not None:
@@ -326,7 +337,7 @@ class Clips:
         for name, array in arrays.items():
             if array.shape[:3] != (split.frames, *split.size):
                 raise UserError(
-                    f"{path}: {name} is {array.shape}, the video {split.frames, *split.size}; make it again",
+                    f"{path}: {name} is {array.shape}, the video {split.frames, *split.size}; delete it, and {FILM}",
                     "damaged",
                 )
         return arrays

@@ -156,7 +156,9 @@ def _finished(run: Path) -> list[Record]:
     records = [from_json(files.read_sealed(path), path) for path in sorted(folder.glob("*.json"))]
     records = [record for record in records if len(record.clips) == record.total]
     if not records:
-        raise UserError(f"{folder}: has no finished evaluation; run `posttrain eval` first", "unfinished")
+        what = "its evaluation was cut off" if any(folder.glob("*.json")) else "it was not measured yet"
+        remedy = f"`posttrain eval {run}` does it, where its recipe says by eval: what to measure"
+        raise UserError(f"{folder}: {what}; {remedy}", "unfinished")
     first = records[0]
     if any((record.benchmark, record.settings) != (first.benchmark, first.settings) for record in records):
         raise UserError(

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
 from posttrain.core.errors import UserError
-from posttrain.core.recipe import Strict, resolve
+from posttrain.core.recipe import Seed, Strict, resolve
 from posttrain.flow import Scheduler
 from posttrain.pocket import FAMILY
 
@@ -53,7 +53,7 @@ class ModelConfig(Strict):
     init: Literal["pretrained", "random"] = "pretrained"  # random: the same architecture, drawn anew from `seed`
     dtype: Literal["fp32", "bf16"] = "fp32"  # of frozen weights and the text encoder; an adapter is always fp32
     adapter: AdapterConfig | None = None  # None: all weights are trained
-    seed: int = 0  # of the adapter's and of random weights
+    seed: Seed = 0  # of the adapter's and of random weights
     conditioning: Literal["image", "text"] = "image"  # image: the first picture of a clip is given
     expert: Literal["high", "low"] | None = None  # which of two (Wan2.2-A14B) is trained: that of much or little noise
     other_adapter: str | None = None  # folder of the adapter of the expert that is not trained, for sampling

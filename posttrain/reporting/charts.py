@@ -1,8 +1,8 @@
-"""The report's charts: SVG that stretches with the page, with labels that do not."""
+"""The report's charts: SVG that stretches with the page, with labels that do not. report.html draws them."""
 
-import html
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,23 +19,42 @@ TITLES = {
 Point = tuple[float, float]
 
 
-def curves(log: list[dict[str, Any]], metrics: Sequence[Metric]) -> str:
+@dataclass(frozen=True)
+class Chart:
+    """Lines in a box, as SVG wants them.
+
+    Attributes:
+        lines: CSS class and path data of each.
+        x: of each label where it stands (percent from the left), its CSS class and its text.
+        y: of each label where it stands (percent from the top), and its text.
+        side: of the box, in which the lines are drawn.
+    """
+
+    grid: str
+    lines: list[tuple[str, str]]
+    x: list[tuple[str, str, str]]
+    y: list[tuple[str, str]]
+    side: int
+
+
+Figure = tuple[str, Chart]  # with its caption
+
+
+def curves(log: list[dict[str, Any]], metrics: Sequence[Metric]) -> list[Figure]:
     """Loss, validation and whatever else the method logged, over steps; `metrics` are the benchmark's."""
     known = {f"val_{m.key}": f"Validation: {m.title}{m.unit and f', {m.unit}'}" for m in (*QUANTITIES, *metrics)}
     titles = TITLES | known
     keys = dict.fromkeys(key for row in log for key in row if key not in ("step", "lr", "seconds"))
-    figures = ""
+    figures = []
     for key in sorted(keys, key=lambda key: (key != "loss", not key.startswith("val_"))):
-        points = [(float(row["step"]), float(row[key])) for row in log if row.get(key) is not None]
+        numbers = [(row.get("step"), row[key]) for row in log if key in row]
+        points = [(float(x), float(y)) for x, y in numbers if isinstance(x, int) and isinstance(y, int | float)]
         if len(points) > 1:
-            figures += f"<figure><figcaption>{html.escape(titles.get(key, key))}</figcaption>{curve(points)}</figure>"
-    if not figures:
-        return ""
-    note = '<p class="note">Over training steps. Bold: running mean over 5% of the steps.</p>'
-    return f'<section id="curves"><h2>Learning curves</h2>{note}<div class="curves">{figures}</div></section>'
+            figures.append((titles.get(key, key), curve(points)))
+    return figures
 
 
-def curve(points: Sequence[Point]) -> str:
+def curve(points: Sequence[Point]) -> Chart:
     """One quantity over steps: every value faintly and their running mean, or the values alone where they are few."""
     steps, values = np.array(points).T
     low, high = np.quantile(values, [0.0, 0.995])
@@ -73,8 +92,7 @@ def chart(
     y_range: Point,
     x_ticks: Sequence[tuple[float, str]],
     y_ticks: Sequence[tuple[float, str]],
-    extra: str = "",
-) -> str:
+) -> Chart:
     """Lines (class, points; None breaks a line) in a box that stretches while its strokes and labels do not."""
     size = 1000
 
@@ -86,17 +104,13 @@ def chart(
         return [None if p is None else (size * at(p[0], x_range), size * (1 - at(p[1], y_range))) for p in points]
 
     grid = "".join(f"M0 {size * (1 - at(y, y_range)):.0f}H{size}" for y, _ in y_ticks) + f"M0 {size}H{size}"
-    lines = "".join(f'<path class="{style}" d="{path_d(place(points), 0)}"/>' for style, points in series)
-    labels = ""
-    for y, text in y_ticks:
-        labels += f'<span class="y" style="top:{100 * (1 - at(y, y_range)):.1f}%">{text}</span>'
-    for i, (x, text) in enumerate(x_ticks):
-        end = " first" if i == 0 else " last" if at(x, x_range) > 0.95 else ""
-        labels += f'<span class="x{end}" style="left:{100 * at(x, x_range):.1f}%">{text}</span>'
-    return (
-        f'<div class="chart"><svg viewBox="0 0 {size} {size}" preserveAspectRatio="none" aria-hidden="true">'
-        f'<path class="grid" d="{grid}"/>{lines}</svg>{labels}{extra}</div>'
-    )
+    lines = [(style, path_d(place(points), 0)) for style, points in series]
+    y = [(f"{100 * (1 - at(value, y_range)):.1f}", text) for value, text in y_ticks]
+    x = []
+    for i, (value, text) in enumerate(x_ticks):
+        end = " first" if i == 0 else " last" if at(value, x_range) > 0.95 else ""
+        x.append((f"{100 * at(value, x_range):.1f}", f"x{end}", text))
+    return Chart(grid, lines, x, y, size)
 
 
 def path_d(points: Sequence[Point | None], decimals: int) -> str:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps
 
-from posttrain.core.codec import first_picture
+from posttrain.core import codec
 from posttrain.core.errors import UserError
 from posttrain.core.files import replacing
 from posttrain.core.progress import track
@@ -35,17 +35,19 @@ class Wish:
     negative: str = ""
 
 
-def open_picture(path: Path | str) -> Image.Image:
-    """A picture file, or a video's first picture, upright and in RGB. Raises UserError if it is none."""
+def open_picture(path: Path | str | np.ndarray) -> Image.Image:
+    """A picture file, or a video's first picture, upright and in RGB, or one of uint8 (H, W, 3).
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if isinstance(path, np.ndarray):
+        if path.dtype != np.uint8 or path.ndim != 3 or path.shape[2] != 3 or not path.size:
+            raise UserError(f"image: is {path.dtype} {path.shape}; give uint8 (height, width, 3)", "value", "image")
+        return Image.fromarray(path)
     if Path(path).suffix.lower() in SUFFIXES - {".gif"} and Path(path).is_file():
-        return Image.fromarray(first_picture(Path(path)))
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{path}: does not exist; name a picture") from None
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{path}: cannot be read as a picture; give a PNG, JPEG or WebP file") from error
+        return Image.fromarray(codec.first_picture(Path(path)))
+    return codec.picture(path)
 
 
 def natural_size(picture: Image.Image, size: tuple[int, int], side: int) -> tuple[int, int]:

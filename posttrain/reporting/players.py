@@ -1,7 +1,6 @@
 """The report's players: each model's video of a clip side by side in one film, and the heights over time below it."""
 
 import base64
-import html
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from posttrain.core.codec import playable, read_video
 from posttrain.core.errors import UserError
 from posttrain.evaluation.benchmarks.base import ClipScore
 from posttrain.evaluation.records import Record, named
-from posttrain.reporting.charts import chart, number, path_d
+from posttrain.reporting.charts import Point, chart, number, path_d
 
 PLAYERS = {"unseen": 8}  # cards per split, 4 for others: the first clips, not chosen ones
 BUDGET = 4_000_000  # bytes of video in the page
@@ -28,7 +27,7 @@ Shown = tuple[list[Record], list[ClipScore], list[np.ndarray]]
 
 
 def heading(split: str) -> str:
-    return SPLITS.get(split, html.escape(split))
+    return SPLITS.get(split, split)
 
 
 def side_by_side(run: Path, records: Sequence[Record]) -> list[Shown]:
@@ -45,74 +44,62 @@ def side_by_side(run: Path, records: Sequence[Record]) -> list[Shown]:
     return chosen
 
 
-def players(chosen: Sequence[Shown], styles: dict[str, str]) -> tuple[str, list[dict[str, Any]]]:
-    """Cards of side-by-side clips over their trajectories, and the data that drive them."""
+def players(
+    chosen: Sequence[Shown], styles: dict[str, str]
+) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    """Cards of side-by-side clips over their trajectories, by split, and the data that drive them."""
     films = [film(pictures) for _, _, pictures in chosen]
     for crf in range(16, 52, 5):
         videos = [playable(frames, each[0][0].fps or 1.0, crf) for frames, each in zip(films, chosen, strict=True)]
         if sum(map(len, videos)) <= BUDGET:
             break
-    cards: dict[str, str] = {}
-    data, widest = [], max((len(shown) for shown, _, _ in chosen), default=1)
+    cards: dict[str, list[dict[str, Any]]] = {}
+    data = []
     for (shown, clips, pictures), video in zip(chosen, videos, strict=True):
         first, frames = shown[0], len(pictures[0])
-        cards[first.split] = cards.get(first.split, "") + card(shown, clips, video, styles, frames)
+        cards.setdefault(heading(first.split), []).append(card(shown, clips, video, styles, frames))
         paths = [clip.paths[0] if clip.paths else [] for clip in clips]
         data.append({"fps": first.fps, "frames": frames, "width": first.size[1], "paths": paths})
-    speeds = "".join(
-        f'<button value="{speed}" aria-pressed="{str(speed == 1).lower()}">{name}</button>'
-        for speed, name in ((1, "1×"), (0.5, "½×"), (0.25, "¼×"))
-    )
-    note = (
-        "The first clips of each split, not chosen ones, and the first of their samples. White line: the true path; "
-        "dot: the object as the tracker sees it. Below each: its height in the picture over time, all samples. Click a "
-        "picture to pause it, drag over the plot to scrub."
-    )
-    groups = "".join(f'<h3>{heading(split)}</h3><div class="cards">{group}</div>' for split, group in cards.items())
-    return (
-        f'<section id="players" style="--panels:{widest}"><h2>Side by side</h2><p class="note">{note}</p>'
-        f'<div class="transport"><button id="play">Play</button><span class="speeds">{speeds}</span>'
-        f'<label><input type="checkbox" id="trace" checked> paths</label></div>{groups}</section>',
-        data,
-    )
+    return cards, data
 
 
-def card(shown: Sequence[Record], clips: Sequence[ClipScore], video: bytes, styles: dict[str, str], frames: int) -> str:
+def card(
+    shown: Sequence[Record], clips: Sequence[ClipScore], video: bytes, styles: dict[str, str], frames: int
+) -> dict[str, Any]:
     """One player: caption, film with traced paths, names, and the heights over time as its scrubber.
 
     `frames` is how many the film has.
     """
     record, (height, width) = shown[0], shown[0].size
-    n, fps, name = len(shown), record.fps, html.escape(clips[0].id)
+    fps = record.fps
     assert fps is not None
     benchmark = named(record.benchmark)
     first, truth = benchmark.metrics[0], benchmark.rows[0].name
-    overlay, true_path = "", max((clip.true_path for clip in clips), key=len)  # a short video has not all of it
-    for i in range(n):
-        d = path_d([None if p is None else (p[0] + 0.5 + i * width, p[1] + 0.5) for p in true_path], 1)
-        overlay += f'<path class="under" d="{d}"/><path class="over" d="{d}"/><circle r="{height / 40:.2f}"/>'
-        overlay += f'<line x1="{i * width}" x2="{i * width}" y1="0" y2="{height}"/>' if i else ""
-    names, series = "", []
-    for each, clip in zip(shown, clips, strict=True):
+    true_path = max((clip.true_path for clip in clips), key=len)  # a short video has not all of it
+    shown_panels: list[dict[str, Any]] = []
+    series: list[tuple[str, list[Point | None]]] = []
+    for i, (each, clip) in enumerate(zip(shown, clips, strict=True)):
         style, value = styles[each.row], number(clip.numbers[first.key], first.decimals)
-        error = "" if each.row == truth else f" <small>{first.title} {value}</small>"
-        names += f'<span><span class="key {style}"></span>{html.escape(each.row)}{error}</span>'
-        for seed, path in enumerate([clip.true_path] if each.row == truth else clip.paths):
-            points = [None if p is None else (float(k), p[1]) for k, p in enumerate(path)]
+        error = "" if each.row == truth else f"{first.title} {value}"
+        path = path_d([None if p is None else (p[0] + 0.5 + i * width, p[1] + 0.5) for p in true_path], 1)
+        shown_panels.append({"model": each.row, "style": style, "error": error, "path": path})
+        for seed, heights in enumerate([clip.true_path] if each.row == truth else clip.paths):
+            points = [None if p is None else (float(k), p[1]) for k, p in enumerate(heights)]
             series.append((f"{style} thin" if seed else style, points))
     seconds = (frames - 1) / fps
     every = 0.5 if seconds <= 3 else math.ceil(seconds / 6)
     ticks = [(k * every * fps, f"{k * every:g} s") for k in range(int(seconds / every + 1e-6) + 1)]
-    source = base64.b64encode(video).decode()
-    slider = f'<input type="range" min="0" max="{frames - 1}" value="0" aria-label="frame of clip {name}">'
-    return (
-        f'<figure class="card"><p><span>{html.escape(clips[0].caption)}</span><span>{name}</span></p>'
-        f'<div class="stage"><video muted loop playsinline preload="auto" src="data:video/mp4;base64,{source}"></video>'
-        f'<svg viewBox="0 0 {n * width} {height}" preserveAspectRatio="none">{overlay}</svg></div>'
-        f'<div class="names" style="grid-template-columns:repeat({n},1fr)">{names}</div>'
-        + chart(list(reversed(series)), (0, frames - 1), (height, 0), ticks, [], slider)
-        + "</figure>"
-    )
+    return {
+        "clip": clips[0].id,
+        "caption": clips[0].caption,
+        "video": base64.b64encode(video).decode(),
+        "width": width,
+        "height": height,
+        "radius": f"{height / 40:.2f}",
+        "panels": shown_panels,
+        "last": frames - 1,
+        "plot": chart(list(reversed(series)), (0, frames - 1), (height, 0), ticks, []),
+    }
 
 
 def panels(run: Path, shown: Sequence[Record], name: str) -> list[np.ndarray]:

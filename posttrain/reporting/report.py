@@ -3,11 +3,8 @@
 report.html is one file that needs no network: table with intervals, players, trajectories, learning curves, recipe.
 """
 
-import html
-import json
 import os
 import platform
-import string
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files as resources
@@ -18,7 +15,7 @@ import numpy as np
 import torch
 import yaml
 
-from posttrain.core import files
+from posttrain.core import files, pages
 from posttrain.evaluation.benchmarks import distribution
 from posttrain.evaluation.benchmarks.base import BASE, Benchmark, Metric
 from posttrain.evaluation.records import (
@@ -34,7 +31,7 @@ from posttrain.evaluation.records import (
     unequal,
 )
 from posttrain.reporting import fall_times
-from posttrain.reporting.charts import Point, chart, curves, nice_ticks, number
+from posttrain.reporting.charts import Figure, Point, chart, curves, nice_ticks, number
 from posttrain.reporting.gallery import animation
 from posttrain.reporting.players import Shown, heading, players, side_by_side
 
@@ -55,7 +52,7 @@ def report(run: Path | str, runs: Mapping[str, Sequence[Path]] | None = None) ->
     records = gather(runs) if runs else read_records(run)
     folders = [folder for each in runs.values() for folder in each] if runs else [run]
     recipe = yaml.safe_load((run / "recipe.yaml").read_text()) if (run / "recipe.yaml").exists() else {}
-    logs = [files.read_jsonl(path) for folder in folders if (path := folder / "log.jsonl").exists()]
+    logs = [files.read_log(path) for folder in folders if (path := folder / "log.jsonl").exists()]
     falls = [] if runs else read_apart(run)
     facts = summarise(run.name, records, recipe, [line for log in logs for line in log], falls)
     files.write_json(run / "report.json", facts)
@@ -145,25 +142,27 @@ def page(
     styles = {row.name: row.name for row in benchmark.rows if row.shown}
     styles |= {name: f"c{i % 5}" for i, name in enumerate(tuned)}
     cards, data = players(shown, styles)
-    body = [
-        headline(facts, tuned, benchmark),
-        table(facts, styles, benchmark),
-        scorecard(facts, styles, benchmark.scorecard),
-        fall_times.section(falls, facts["falls"], styles),
-        sweep(facts, benchmark.headlines[:2]),
-        cards,
-        curves(log, benchmark.metrics),
-        details(facts),
-    ]
     root = resources("posttrain.reporting")
-    return string.Template((root / "report.html").read_text()).substitute(
-        title=html.escape(facts["run"]),
+    widest = max((len(models) for models, _, _ in shown), default=1)
+    return pages.render(
+        "posttrain.reporting",
+        "report.html",
+        style=(root / "report.css").read_text() + f":root {{ --panels: {widest}; }}\n",
+        script=(root / "report.js").read_text(),
+        media="media-src data:",
+        title=facts["run"],
         lead=lead(facts, records),
-        body="\n".join(part for part in body if part),
-        css=(root / "report.css").read_text(),
-        js=(root / "report.js").read_text(),
-        data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
-        footer="One file, no network. Numbers: report.json beside it.",
+        benchmark=benchmark,
+        headline=headline(facts, tuned, benchmark),
+        table=table(facts, styles, benchmark),
+        scorecard=scorecard(facts, styles, benchmark.scorecard),
+        falls=fall_times.section(falls, facts["falls"], styles),
+        sweep=sweep(facts, benchmark.headlines[:2]),
+        players=cards,
+        curves=curves(log, benchmark.metrics),
+        details=details(facts),
+        recipe=yaml.safe_dump(facts["recipe"], sort_keys=False, allow_unicode=True) if facts["recipe"] else "",
+        data=data,
     )
 
 
@@ -195,82 +194,67 @@ def lead(facts: dict[str, Any], records: Sequence[Record]) -> str:
         f"Measured on {' and '.join(f'{n} {split}' for split, n in counts.items())} clips, "
         f"{sampled.seeds} samples each{steps}."
     )
-    return html.escape(" ".join(sentences))
+    return " ".join(sentences)
 
 
-def headline(facts: dict[str, Any], tuned: Sequence[str], benchmark: Benchmark) -> str:
+def headline(facts: dict[str, Any], tuned: Sequence[str], benchmark: Benchmark) -> list[dict[str, str]]:
     """The figures that answer whether it worked: the tuned model against its base on the hardest split."""
     split = facts["rows"][0]["split"]
     rows = {row["model"]: row for row in facts["rows"] if row["split"] == split}
     if not tuned or not {BASE.name, tuned[-1]} <= rows.keys():
-        return ""
-    after, before, figures = rows[tuned[-1]], rows[BASE.name], ""
+        return []
+    after, before, figures = rows[tuned[-1]], rows[BASE.name], list[dict[str, str]]()
     for metric in benchmark.headlines:
         values = (each[metric.key]["mean"] for each in (after, before))
         now, then = (percent(value) if metric.share else number(value, metric.decimals) for value in values)
         text = metric.headline + ("" if figures else f", {split} clips")
-        figures += f"<div><b>{now}</b><span>{text}<br>{then} before</span></div>"
-    return f'<div class="headline">{figures}</div>'
+        figures.append({"now": now, "then": then, "text": text})
+    return figures
 
 
-def table(facts: dict[str, Any], styles: dict[str, str], benchmark: Benchmark) -> str:
+def table(facts: dict[str, Any], styles: dict[str, str], benchmark: Benchmark) -> dict[str, Any]:
     """Rows by split; means over clips, 95% intervals below them, the first metric also drawn."""
     rows, first, reference_names = facts["rows"], benchmark.metrics[0], {row.name for row in benchmark.references}
     longest = max((row[first.key]["high"] or 0 for row in rows), default=0) or 1
-    heads = [f'<th class="{column(m, first)}">{m.title}<small>{hint(m)}</small></th>' for m in benchmark.metrics]
-    out = [f'<tr><th>Model</th>{heads[0]}<th class="bar"></th>{"".join(heads[1:])}</tr>']
+    columns = [{"style": column(m, first), "title": m.title, "hint": hint(m)} for m in benchmark.metrics]
+    splits = []
     for split in dict.fromkeys(row["split"] for row in rows):
         chosen = [row for row in rows if row["split"] == split]
-        out.append(f'<tr class="split"><th colspan="{len(benchmark.metrics) + 2}">{heading(split)}</th></tr>')
+        shown = []
         for row, following in zip(chosen, [*chosen[1:], None], strict=True):
-            style = styles.get(row["model"], "")
             reference = row["model"] in reference_names
             last = reference and following is not None and following["model"] not in reference_names
-            marks = " ".join(name for name, on in (("reference", reference), ("last", last)) if on)
-            clips = row[first.key]["n"]
-            cells = [cell(column(m, first), row[m.key], m.decimals, clips) for m in benchmark.metrics]
-            name = html.escape(row["model"])
-            out.append(
-                f'<tr class="{marks}"><td><span class="key {style}"></span>{name}</td>{cells[0]}'
-                f'<td class="bar">{forest(row[first.key], longest, style)}</td>{"".join(cells[1:])}</tr>'
+            shown.append(
+                {
+                    "marks": " ".join(name for name, on in (("reference", reference), ("last", last)) if on),
+                    "model": row["model"],
+                    "style": styles.get(row["model"], ""),
+                    "cells": [
+                        cell(column(m, first), row[m.key], m.decimals, row[first.key]["n"]) for m in benchmark.metrics
+                    ],
+                    "forest": forest(row[first.key], longest),
+                }
             )
-    rows_said = ", ".join(
-        f"<i>{row.name}</i> {'is ' if i == 0 else ''}{row.note}" for i, row in enumerate(benchmark.references)
-    )
-    note = f"{benchmark.note} Means over clips; below them their 95% bootstrap intervals. {rows_said}."
-    note += "".join(f" {html.escape(line)}" for line in facts["unequal"])
+        splits.append({"heading": heading(split), "rows": shown})
     gaps = facts["differences"]  # of a table's many rows only the first split's, the rest is in the figures
-    gains = "".join(f" {gain(row, first)}" for row in gaps if len(gaps) <= 4 or row["split"] == gaps[0]["split"])
-    return (
-        f'<section id="table"><h2>{benchmark.heading}</h2><p class="note">{note}{gains}</p>'
-        f'<div class="wide"><table>{"".join(out)}</table></div></section>'
-    )
+    gains = [gain(row, first) for row in gaps if len(gaps) <= 4 or row["split"] == gaps[0]["split"]]
+    return {"columns": columns, "splits": splits, "lines": [line for line in (*facts["unequal"], *gains) if line]}
 
 
-def scorecard(facts: dict[str, Any], styles: dict[str, str], quantities: Sequence[Metric]) -> str:
+def scorecard(facts: dict[str, Any], styles: dict[str, str], quantities: Sequence[Metric]) -> dict[str, Any] | None:
     """What the hardest split's masks say in SI units: medians over the clips that tell, 95% intervals, how many."""
     rows = [row for row in facts["rows"] if row["split"] == facts["rows"][0]["split"] and row.get("physics")]
     if not rows:
-        return ""
-    names = "".join(
-        f'<th><span class="key {styles.get(row["model"], "")}"></span>{html.escape(row["model"])}</th>' for row in rows
-    )
-    out = [f"<tr><th></th>{names}</tr>"]
+        return None
+    shown = []
     for quantity in quantities:
-        cells = ""
-        for found in (row["physics"][quantity.key] for row in rows):
-            below = ", ".join(part for part in (interval(found, quantity.decimals), f"n {found['n']}") if part)
-            cells += f"<td>{number(found['median'], quantity.decimals)}<small>{below}</small></td>"
-        out.append(f"<tr><td>{quantity.title}<small>{quantity.unit}</small></td>{cells}</tr>")
-    note = (
-        f"{heading(rows[0]['split'])}: what the tracked masks and the known camera say in SI units, to be held against "
-        "<i>truth</i>. Medians over clips with 95% intervals; of drift and jump the magnitudes. What a clip does not "
-        "have, as the contact of what never lands, does not count: n is in how many clips it was measured."
-    )
-    return (
-        f'<section id="scorecard"><h2>In metres and seconds</h2><p class="note">{note}</p>'
-        f'<div class="wide"><table>{"".join(out)}</table></div></section>'
-    )
+        cells = []
+        for measured in (row["physics"][quantity.key] for row in rows):
+            parts = (interval(measured, quantity.decimals), f"n {measured['n']}")
+            cells.append((number(measured["median"], quantity.decimals), ", ".join(part for part in parts if part)))
+        shown.append({"title": quantity.title, "unit": quantity.unit, "cells": cells})
+    models = [(row["model"], styles.get(row["model"], "")) for row in rows]
+    return {"split": heading(rows[0]["split"]), "models": models, "quantities": shown}
 
 
 def gain(row: dict[str, Any], metric: Metric) -> str:
@@ -282,8 +266,8 @@ def gain(row: dict[str, Any], metric: Metric) -> str:
     span = sorted((sign * low, sign * high))
     gap, least, most = (number(value, metric.decimals) for value in (sign * mean, *span))
     return (
-        f"On {row['split']} clips the {metric.title} of {html.escape(row['model'])} is {gap} ({least} to {most}, "
-        f"paired) {side} that of {html.escape(row['against'])}."
+        f"On {row['split']} clips the {metric.title} of {row['model']} is {gap} ({least} to {most}, "
+        f"paired) {side} that of {row['against']}."
     )
 
 
@@ -297,31 +281,30 @@ def column(metric: Metric, first: Metric) -> str:
     return "first" if metric is first else "main" if metric.headline else "aside"
 
 
-def cell(style: str, value: dict[str, Any], decimals: int, clips: int) -> str:
+def cell(style: str, value: dict[str, Any], decimals: int, clips: int) -> dict[str, str]:
     """The mean, and below it the interval and, where it is not of all clips, of how many it is."""
     below = ", ".join(part for part in (interval(value, decimals), f"n {value['n']}" * (value["n"] < clips)) if part)
-    return f'<td class="{style}">{number(value["mean"], decimals)}<small>{below}</small></td>'
+    return {"style": style, "value": number(value["mean"], decimals), "below": below}
 
 
-def forest(value: dict[str, Any], longest: float, style: str) -> str:
-    """A dot at the mean on a bar from low to high."""
+def forest(value: dict[str, Any], longest: float) -> dict[str, str] | None:
+    """A dot at the mean on a bar from low to high, in percent of the longest."""
     if value["mean"] is None:
-        return ""
+        return None
     low, middle, high = (100 * value[key] / longest for key in ("low", "mean", "high"))
-    line = f'<i style="left:{low:.1f}%;width:{high - low:.1f}%"></i>'
-    return f'<span class="forest {style}">{line}<b style="left:{middle:.1f}%"></b></span>'
+    return {"low": f"{low:.1f}", "middle": f"{middle:.1f}", "length": f"{high - low:.1f}"}
 
 
-def sweep(facts: dict[str, Any], metrics: Sequence[Metric]) -> str:
+def sweep(facts: dict[str, Any], metrics: Sequence[Metric]) -> dict[str, Any] | None:
     """Metrics over the values of a sweep, evenly spaced: their means and intervals, and the mean of the base."""
     if not facts["recipe"].get("sweep"):
-        return ""
+        return None
     (key,), split = facts["recipe"]["sweep"], facts["rows"][0]["split"]
     prefix = f"{facts['recipe']['method']['name']} "
     rows = [row for row in facts["rows"] if row["split"] == split]
     base = next((row for row in rows if row["model"] == BASE.name), None)
     swept = [row for row in rows if row["model"].startswith(prefix)]
-    last, figures = float(max(len(swept) - 1, 1)), ""
+    last, figures = float(max(len(swept) - 1, 1)), list[Figure]()
     for metric in metrics:
         lines: list[tuple[str, list[Point | None]]] = []
         for style, bound in (("c0 faint", "low"), ("c0 faint", "high"), ("c0", "mean")):
@@ -330,21 +313,17 @@ def sweep(facts: dict[str, Any], metrics: Sequence[Metric]) -> str:
         if base is not None and (mean := base[metric.key]["mean"]) is not None:
             lines.append(("base", [(0.0, mean), (last, mean)]))
         top = max((point[1] for _, points in lines for point in points if point), default=0.0) or 1.0
-        x_ticks = [(float(i), html.escape(row["model"].removeprefix(prefix))) for i, row in enumerate(swept)]
+        x_ticks = [(float(i), row["model"].removeprefix(prefix)) for i, row in enumerate(swept)]
         plot = chart(lines, (0.0, last), (0.0, top), x_ticks, [(y, f"{y:g}") for y in nice_ticks(0.0, top)])
-        figures += f"<figure><figcaption>{metric.title}, {split} clips ({hint(metric)})</figcaption>{plot}</figure>"
-    note = "A run for each value. Faint: 95% intervals. Level line: the base."
-    return (
-        f'<section id="sweep"><h2>Over {html.escape(key)}</h2><p class="note">{note}</p>'
-        f'<div class="curves">{figures}</div></section>'
-    )
+        figures.append((f"{metric.title}, {split} clips ({hint(metric)})", plot))
+    return {"key": key, "figures": figures}
 
 
-def details(facts: dict[str, Any]) -> str:
-    """Machine, versions, times, recipe."""
+def details(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Machine, versions, times."""
     hardware = facts["machine"]
     times = {"training": facts["times"]["train"]} | facts["times"]["evaluate"]
-    lists = {
+    return {
         "Machine": {
             "processor": hardware["processor"],
             "cores": hardware["cores"],
@@ -355,17 +334,6 @@ def details(facts: dict[str, Any]) -> str:
         "Versions": facts["versions"],
         "Times": {name: duration(seconds) for name, seconds in times.items() if seconds},
     }
-    columns = "".join(
-        f"<div><h3>{title}</h3><dl>"
-        + "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in entries.items() if v)
-        + "</dl></div>"
-        for title, entries in lists.items()
-    )
-    recipe = ""
-    if facts["recipe"]:
-        text = yaml.safe_dump(facts["recipe"], sort_keys=False, allow_unicode=True)
-        recipe = f'<h3 class="recipe">Recipe</h3><pre>{html.escape(text)}</pre>'
-    return f'<section id="details"><h2>How it was made</h2><div class="facts">{columns}</div>{recipe}</section>'
 
 
 def interval(value: dict[str, Any], decimals: int) -> str:

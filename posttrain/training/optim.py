@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from posttrain.core import distributed
 from posttrain.core.errors import UserError
-from posttrain.core.recipe import Strict
+from posttrain.core.recipe import Seed, Strict
 from posttrain.core.trackers import TrackerName
 
 
@@ -27,7 +27,7 @@ class TrainConfig(Strict):
     steps: int = Field(ge=1)
     batch: int = Field(ge=1)
     lr: float = Field(gt=0)
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     accumulate: int = Field(1, ge=1)  # micro-batches per step
     precision: Literal["fp32", "bf16"] = "fp32"  # of the arithmetic; weights keep their own
     schedule: Literal["constant", "cosine"] = "constant"

@@ -333,10 +333,15 @@ class Run:
         kept = checkpoints.kept(self._checkpoints)
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         clips = ", ".join(self.data.ids[index] for index in order)
+        broken = [self.data.ids[index] for index in order if not _finite(self.data.load([index]))]
+        if broken:
+            remedy = f"what is read of {broken[0]} is not finite: delete its cached latents, or leave it out"
+        else:
+            remedy = "all that is read of these clips is finite, so it is not they: lower train.lr"
         return UserError(
-            f"{self.folder}: {what} at step {self.steps + 1}, clips {clips}; {last}; "
-            "lower train.lr or mend these clips",
+            f"{self.folder}: {what} at step {self.steps + 1}, clips {clips}; {last}; {remedy}",
             "not_finite",
+            "" if broken else "train.lr",
         )
 
     @contextmanager
@@ -420,6 +425,12 @@ class Run:
 
 def _numbers(metric: Metric) -> tuple[float, ...]:
     return tuple(float(torch.as_tensor(v).detach()) for v in (metric if isinstance(metric, tuple) else (metric,)))
+
+
+def _finite(batch: Batch) -> bool:
+    """Whether all its numbers are."""
+    tensors = [value for value in vars(batch).values() if isinstance(value, Tensor) and value.is_floating_point()]
+    return all(bool(value.isfinite().all()) for value in tensors)
 
 
 def _silent(note: str) -> None: ...

@@ -35,7 +35,7 @@ writes them with its own, so that a run that was killed goes on as if it had not
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -77,11 +77,12 @@ Values = dict[str, list[float | None]]  # by quantity, clip by clip
 
 @dataclass(frozen=True)
 class Look:
-    """What was measured at one step: the wires that are tripped by then, and all values."""
+    """What was measured at one step: the wires that are tripped by then, all values, and which files best/ then had."""
 
     step: int
     tripped: list[str]
     values: Values
+    best: dict[str, str]  # their digests, see files.sums
 
 
 class TripwiresConfig(Strict):
@@ -161,11 +162,11 @@ def watching(
             print(f"{run}: tripwires over {len(clips)} clips: {said}", file=sys.stderr)
         first = earlier[0].values if earlier else values
         wires = tripped(first, values, config.tolerance, known, looks)
-        now = Look(step, wires, values)
-        best = best_look([*earlier, now])
-        if best is now:
+        best = best_look([*earlier, Look(step, wires, values, {})])
+        if best.step == step:
             model.save(run / BEST)
-        files.write_jsonl(run / LOOKS, [asdict(look) for look in (*earlier, now)])
+        now = Look(step, wires, values, files.sums(run / BEST))
+        files.write_jsonl(run / LOOKS, [files.seal(asdict(look)) for look in (*earlier, now)])
         if wires:
             changes = (change(name, first, values) for name in wires)
             print(
@@ -184,13 +185,29 @@ def read_looks(run: Path) -> list[Look]:
     """Every look of a run.
 
     Raises:
-        UserError: a line of the file is no look.
+        UserError: a line of the file is no look (format), or not what was written (damaged).
     """
-    path = run / LOOKS
-    try:
-        return [Look(**line) for line in files.read_jsonl(path)] if path.exists() else []
-    except TypeError as error:
-        raise UserError(f"{path}: has a line that is no look; delete it and train again", "format") from error
+    path, looks = run / LOOKS, []
+    for number, line in enumerate(files.read_jsonl(path) if path.exists() else (), 1):
+        if not isinstance(line.get("step"), int) or not line.keys() >= {field.name for field in fields(Look)}:
+            raise UserError(f"{path}:{number}: is no look; delete {run} and train again", "format")
+        if files.seal(line) != line:
+            raise UserError(f"{path}:{number}: is not what was written; delete {run} and train again", "damaged")
+        looks.append(Look(**{field.name: line[field.name] for field in fields(Look)}))
+    return looks
+
+
+def best(run: Path) -> tuple[int, Path]:
+    """The step of a run's best look, and the folder with its weights.
+
+    Raises:
+        UserError: as `read_looks`; damaged: the weights are not those that were written.
+    """
+    looks = read_looks(run)
+    if wrong := files.changed(run / BEST, looks[-1].best):
+        message = f"{run / BEST / wrong[0]}: is missing or not what was written; delete {run} and train again"
+        raise UserError(message, "damaged")
+    return best_look(looks).step, run / BEST
 
 
 def ended(run: Path, config: TripwiresConfig, step: int) -> bool:

@@ -148,7 +148,7 @@ def stage(draw: Draw, config: Config, heights: np.ndarray, piles: np.ndarray) ->
         bodies=(),
         camera=Camera(viewpoint, width=config.width, height=config.height),
         light=light,
-        background=_seamless(background, light) if config.studio else background,
+        background=seamless(background, light) if config.studio else background,
         floor_friction=float(rng.uniform(*config.floor_friction)),
         floor_restitution=float(rng.uniform(*config.floor_restitution)),
         gravity=(0.0, 0.0, -config.gravity),
@@ -177,7 +177,9 @@ def stage(draw: Draw, config: Config, heights: np.ndarray, piles: np.ndarray) ->
         z = floor + height - points_V3[:, 2].min()
         dropped.append(replace(body, position=(float(spot[0]), float(spot[1]), float(z))))
     scene = replace(scene, bodies=(*dropped, *waiting), caption=sentence([body.name for body in dropped]))
-    return scene if _stands_out(scene, config) and bullet.clearance(scene) >= TOUCH else None
+    if not _stands_out(scene, config):
+        return None
+    return scene if len(scene.bodies) == 1 or bullet.clearance(scene) >= TOUCH else None  # one alone hangs in the air
 
 
 def place_camera(draw: Draw, config: Config, scene: Scene, trajectory: Trajectory) -> Scene | None:
@@ -209,7 +211,7 @@ def alone(
     """
     near = config.model_copy(update={"camera_gap": depth})
     scene = stage(draw, near, np.array([height]), np.zeros(1, int))
-    if scene is None:
+    if scene is None or not _large_enough(scene, near):
         return None
     trajectory = simulate(scene)
     framed = place_camera(draw, near, scene, trajectory) if _sound(scene, trajectory) else None
@@ -329,7 +331,7 @@ def _background(rng: np.random.Generator, config: Config, backgrounds: list[str]
     return replace(full, floor=_faded(full.floor, config.texture), wall=wall)
 
 
-def _seamless(background: Background, light: Light) -> Background:
+def seamless(background: Background, light: Light) -> Background:
     """The background with only the floor, and a sky of the colour that the floor has in that light."""
     radiance = np.array(background.floor.color) * (np.array(light.ambient) + np.array(light.color) * light.direction[2])
     r, g, b = radiance.tolist()

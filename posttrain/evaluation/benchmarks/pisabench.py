@@ -28,9 +28,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
-from posttrain.core import files
+from posttrain.core import codec, files
 from posttrain.core.errors import UserError
 from posttrain.data.config import DataConfig
 from posttrain.data.dataset import Clips, read_annotations
@@ -186,8 +185,7 @@ def _published(scene: Path, fps: float, clicks: Clicks | None, follower: str, ca
     pictures = sorted(scene.glob("*.jpg"))
     if not pictures:
         raise UserError(f"{scene}: has no pictures (.jpg); unpack PisaBench again")
-    with Image.open(pictures[0]) as picture:
-        width, height = picture.size
+    height, width = _picture(pictures[0]).shape[:2]
     real = "points" in info
     target = _dropped(path, info["points"], (height, width)) if real else -1
     first, context = partial(_picture, pictures[0]), CONTEXT if real else ""
@@ -234,7 +232,7 @@ def _stored(archive: Path, target: int, objects: int, n: int) -> np.ndarray:
     masks = masks[:, None] if masks.ndim == 3 else masks
     if masks.ndim != 4 or masks.shape[1] < objects:
         shape = f"(frames, {objects} or more objects, H, W)"
-        raise UserError(f"{archive}: mask is {masks.shape}, not {shape}; make it again")
+        raise UserError(f"{archive}: mask is {masks.shape}, not {shape}; unpack PisaBench again")
     return masks[:n, target] > 0
 
 
@@ -242,10 +240,10 @@ def _clicked(pictures: list[Path], clicked: dict[str, Any], clicks: Clicks, kept
     """The first n masks, from the file `kept`, or from SAM 2 if that has fewer."""
     n = min(n, len(pictures))
     if kept.exists():
-        with np.load(kept, allow_pickle=False) as arrays:
-            count, height, width = arrays["shape"]
-            if count >= n:
-                return np.unpackbits(arrays["bits"], count=count * height * width).reshape(count, height, width)[:n] > 0
+        arrays = read_annotations(kept, ["shape", "bits"])
+        count, height, width = arrays["shape"]
+        if count >= n:
+            return np.unpackbits(arrays["bits"], count=count * height * width).reshape(count, height, width)[:n] > 0
     positive, negative = clicked["positive"], clicked.get("negative", [])
     labels = np.array([1] * len(positive) + [0] * len(negative))
     shown = (_picture(path) for path in pictures[:n])
@@ -256,8 +254,4 @@ def _clicked(pictures: list[Path], clicked: dict[str, Any], clicks: Clicks, kept
 
 
 def _picture(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except OSError as error:
-        raise UserError(f"{path}: is torn or no picture; unpack PisaBench again") from error
+    return np.asarray(codec.picture(path))

@@ -3,8 +3,12 @@
 See `Family` in posttrain/models/base.py. The rest are the published model's own parts, in its own terms.
 """
 
+from posttrain.models.opensora.conditioning import IMAGE_SIZES as IMAGE_SIZES
+from posttrain.models.opensora.conditioning import MASK_RATIOS as MASK_RATIOS
+from posttrain.models.opensora.conditioning import NUM_FRAMES as NUM_FRAMES
 from posttrain.models.opensora.conditioning import apply_mask_strategy as apply_mask_strategy
 from posttrain.models.opensora.conditioning import choose_bucket as choose_bucket
+from posttrain.models.opensora.conditioning import draw_frame_mask as draw_frame_mask
 from posttrain.models.opensora.conditioning import frame_mask as frame_mask
 from posttrain.models.opensora.conditioning import image_size as image_size
 from posttrain.models.opensora.conditioning import num_frames as num_frames

@@ -103,6 +103,20 @@ def apply_mask_strategy(
 
 # ---------------------------------------------------------------------------------------------- training masks
 
+# With which probability a clip gets which `frame_mask` in stage 3 of the published training; the others are identity.
+# PISA's is {"image_head": 1.0}, the first picture of every clip, which `model.conditioning: image` means too.
+MASK_RATIOS = {
+    "random": 0.01,
+    "intepolate": 0.002,
+    "quarter_random": 0.002,
+    "quarter_head": 0.002,
+    "quarter_tail": 0.002,
+    "quarter_head_tail": 0.002,
+    "image_head": 0.22,
+    "image_tail": 0.005,
+    "image_head_tail": 0.005,
+}
+
 
 def frame_mask(kind: str, T: int, rng: np.random.Generator) -> Tensor:
     """A training mask (T,) bool, True where a latent frame is noised and predicted.

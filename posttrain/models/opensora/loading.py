@@ -3,8 +3,9 @@
 `model.path` is one of
 - a folder with transformer/, vae/, text_encoder/ and tokenizer/; model_index.json may say {"fps": ...},
 - a folder with the transformer itself, as hpcai-tech/OpenSora-STDiT-v3 has it, or that hub id,
-- a training checkpoint of Open-Sora or PISA (see weights.py).
-What is not in the folder is the published part, from the hub.
+- the folder of a training checkpoint of Open-Sora or PISA (see weights.py), of which model/ is read, else ema.pt.
+What is not in the folder is the published part, from the hub. `model.start` may name ema.pt alone, as any file of
+weights, and its model in `model.path`.
 """
 
 from collections.abc import Callable
@@ -75,6 +76,12 @@ def folder_of(path: str, revision: str | None = None) -> Path:
                 "model.revision",
             )
         return Path(path).absolute()
+    if Path(path).is_file():
+        raise UserError(
+            f"model.path: {path} is a file; name the model's folder or hub id, and the file in model.start",
+            "format",
+            "model.path",
+        )
     if len(Path(path).parts) != 2 or path.startswith((".", "/", "~")):
         raise UserError(f"model.path: {path} does not exist; give a folder or a hub id", "missing", "model.path")
     return _fetch(path, revision, "*", "transformer/*", "vae/*", "text_encoder/*", "tokenizer/*")

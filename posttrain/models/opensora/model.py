@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
 from posttrain.core.errors import UserError
-from posttrain.core.files import replacing
 from posttrain.models import lora
 from posttrain.models.base import text_lengths
 from posttrain.models.opensora import text
@@ -251,11 +250,10 @@ class OpenSora:
         return self._key
 
     def save(self, path: Path) -> list[Path]:
-        """`path`/pytorch_lora_weights.safetensors, or `path`/transformer when all weights are trained."""
+        """`path`/pytorch_lora_weights.safetensors; when all weights are trained, `path`/transformer as published."""
         if lora.attached(self.transformer):
             return [lora.save(self.transformer, path)]
-        with replacing(path / "transformer") as temporary:
-            lora.unwrap(self.transformer).save_pretrained(temporary)
+        lora.unwrap(self.transformer).save_published(path / "transformer")
         return [path / "transformer"]
 
     def restore(self, path: Path) -> None:

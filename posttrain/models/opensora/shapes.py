@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from posttrain.models import lora
@@ -50,7 +51,8 @@ def of_configs(
 ) -> Outline:
     """The same of the configs of these parts; what they do not say is as published."""
     with torch.device("meta"):
-        body = STDiT3(**transformer).to(DTYPES[config.dtype]).eval()
+        body = STDiT3(**transformer).eval()
+        nn.Module.to(body, DTYPES[config.dtype])  # diffusers' own warns of parts to keep in float32, and there are none
         freeze(body, config.dtype == "fp32")
         if config.adapter is not None:
             adapter = config.adapter
