@@ -67,7 +67,7 @@ def models(base: Any = HOVER, psft: Any = LATE) -> dict[str, Callable[[], Abstra
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("falling")
-    write_dataset(folder, clips=CLIPS, frames=FRAMES)
+    write_dataset(folder, clips=CLIPS, frames=FRAMES, scorecard=False)
     return folder
 
 
@@ -84,6 +84,7 @@ def by_row(records: list[Record], split: str = "unseen") -> dict[str, Record]:
     return {record.row: record for record in records if record.split == split}
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_videos(tmp_path: Path, config: EvalConfig) -> None:
     records = evaluate(tmp_path, config, models(), RedTracker())
     assert [(r.split, r.row) for r in records[:6]] == [
@@ -122,6 +123,7 @@ def test_numbers_are_those_of_the_videos(tmp_path: Path, config: EvalConfig) -> 
     assert video.shape == (FRAMES, SIZE, SIZE, 3)
 
 
+@pytest.mark.slow
 def test_a_lost_object_is_charged(tmp_path: Path, config: EvalConfig) -> None:
     """A model that lets the square disappear after frame 0."""
     empty = oracle(lambda start: [start] * FRAMES)
@@ -134,6 +136,7 @@ def test_a_lost_object_is_charged(tmp_path: Path, config: EvalConfig) -> None:
     assert clip.paths[0][1:] == [None] * (FRAMES - 1)
 
 
+@pytest.mark.slow
 def test_a_grid_is_two_splits(tmp_path: Path, data: Path, config: EvalConfig) -> None:
     grid = tell(data, tmp_path / "grid", lambda i: {"id": i != 1})
     run, both = (
@@ -154,6 +157,7 @@ def test_a_grid_is_two_splits(tmp_path: Path, data: Path, config: EvalConfig) ->
     assert (error.value.code, error.value.field) == ("mismatch", "eval.benchmark.grid")
 
 
+@pytest.mark.slow
 def test_falls_are_kept_apart_with_their_impact_frames(tmp_path: Path, data: Path, config: EvalConfig) -> None:
     folder = tell(data, tmp_path / "ambiguous", lambda i: AMBIGUOUS)
     asked = {"splits": ("test_unseen",), "benchmark": with_pisa(falls={"clips": str(folder), "seeds": 3})}
@@ -178,6 +182,7 @@ def test_clip_seed_depends_on_seed_and_clip() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_the_batch(tmp_path: Path, data: Path) -> None:
     """The real model: other batches and fewer clips give the same video of a clip, other seeds another one."""
     model = load(ModelConfig(path="pocket", init="random"))
@@ -193,6 +198,7 @@ def test_samples_do_not_depend_on_the_batch(tmp_path: Path, data: Path) -> None:
     assert np.abs(other[0].astype(int) - alone[0]).max() > 20
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_continues(tmp_path: Path, config: EvalConfig) -> None:
     whole = evaluate(tmp_path / "whole", config, models(), RedTracker())
     dying = RedTracker(give_up_after=23)  # references take 2 x 9 clips; the base dies in its second batch
@@ -207,6 +213,7 @@ def test_a_killed_evaluation_continues(tmp_path: Path, config: EvalConfig) -> No
         assert replace(a, seconds=0) == replace(b, seconds=0)
 
 
+@pytest.mark.slow
 def test_rows_are_reused_only_when_nothing_changed(
     tmp_path: Path, config: EvalConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,6 +259,7 @@ def test_a_tracker_that_is_named_changes_no_key(tmp_path: Path, config: EvalConf
     assert one.settings != two.settings  # rows of both are not shown together
 
 
+@pytest.mark.slow
 def test_a_model_is_gone_before_the_next_is_loaded(tmp_path: Path, config: EvalConfig) -> None:
     """Two of them may be more than the device holds."""
     loaded: list[weakref.ref[Any]] = []
@@ -267,6 +275,7 @@ def test_a_model_is_gone_before_the_next_is_loaded(tmp_path: Path, config: EvalC
     assert len(loaded) == 3
 
 
+@pytest.mark.slow
 def test_other_clips_make_other_rows(tmp_path: Path, data: Path, config: EvalConfig) -> None:
     evaluate(tmp_path / "run", config, models(), RedTracker())
     changed = tmp_path / "data"
@@ -293,6 +302,7 @@ def test_an_adapter_that_adds_nothing_does_not_change_the_fingerprint_of_the_bas
     assert weights_fingerprint(adapted, base=True) != weights_fingerprint(bare, base=True)
 
 
+@pytest.mark.slow
 def test_table_shows_the_headline(tmp_path: Path, config: EvalConfig) -> None:
     records = evaluate(tmp_path, config, models(psft=FALL), RedTracker())
     console = Console(width=80, file=io.StringIO())

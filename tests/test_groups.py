@@ -338,6 +338,7 @@ def home(folder: Path, tmp_path: Path) -> Iterator[Path]:
         yield tmp_path
 
 
+@pytest.mark.slow
 def test_a_recipe_runs(home: Path) -> None:
     assert cli.main(["run", "recipe.yaml"]) == 0
     rows = read_jsonl(home / "runs" / "try" / "log.jsonl")
@@ -393,6 +394,7 @@ def test_preferences_by_hand() -> None:
     assert preferences.row("try", "abbb", thrice, again) == preferences.row("try", "ab", tuned, base)
 
 
+@pytest.mark.slow
 def test_preferences_of_a_run(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Trained with a large rate on these groups it prefers their winners; a base has the same errors as itself."""
     assert cli.main(["run", "recipe.yaml", "train.steps=12", "method.beta_T=10"]) == 0
@@ -414,6 +416,7 @@ def test_preferences_of_a_run(home: Path, capsys: pytest.CaptureFixture[str]) ->
 # ---------------------------------------------------------------- looked at, and sampled for
 
 
+@pytest.mark.slow
 def test_groups_are_sampled_for_and_shown(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The base makes what is missing and nothing twice; the samples have the shape of the true clips."""
     words = "model.conditioning=text"  # what the tiny autoencoder gives back is nothing like a first picture
@@ -441,6 +444,7 @@ def test_groups_are_sampled_for_and_shown(home: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.splitlines()[-1].endswith("[mismatch]")
 
 
+@pytest.mark.slow
 def test_samples_of_another_model_are_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     groups = "data.groups={losers: 2, samples: [made], samples_each: 2}"
     command = ["groups", "recipe.yaml", groups, "run=shown", "model.conditioning=text"]
@@ -582,6 +586,7 @@ def test_counterfactuals_are_shown(home: Path, capsys: pytest.CaptureFixture[str
     assert Image.open(home / "runs" / "try" / "groups.png").height == 2 * 4 * (128 + 14)
 
 
+@pytest.mark.slow
 def test_videos_of_any_kind_win_against_samples(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without masks or a metadata.jsonl, retimed and cropped; the model is told the caption alone. And are measured."""
     (home / "own").mkdir()

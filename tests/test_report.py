@@ -171,6 +171,7 @@ def test_page_is_one_small_file_without_network(run: Path) -> None:
     assert text.count("<video") == 6
 
 
+@pytest.mark.slow
 def test_page_plays(page: Page) -> None:
     """Videos run, the dots follow the tracker's paths, and pause, scrub and speed do what they say."""
     first = page.locator("video").first
@@ -239,6 +240,7 @@ def test_page_shows_the_law_of_the_falls_and_what_models_do(page: Page, run: Pat
     assert section.locator("figure").first.locator("path").count() == 1 + 1 + 2  # grid, law, two models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 768, 1600])
 def test_page_fits_the_screen(page: Page, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 800})
@@ -372,6 +374,7 @@ def test_a_run_without_training_has_a_report(run: Path, tmp_path: Path) -> None:
     assert room.duration(3723) == "1 h 2 min"
 
 
+@pytest.mark.slow
 def test_a_sweeps_rows_are_named_by_its_values(run: Path, tmp_path: Path) -> None:
     """What is the same in all its runs is a row once; what differs, also a base, is one for each."""
     runs = {value: Path(shutil.copytree(run, tmp_path / value)) for value in ("30", "100", "7")}

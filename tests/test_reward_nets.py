@@ -140,6 +140,7 @@ def test_flow_and_depth_are_read_when_they_are_asked_for(tmp_path: Path) -> None
     assert (error.value.code, error.value.field) == ("mismatch", "data.frames")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["raft", "depth"])
 def test_training_lowers_the_loss_and_what_is_saved_loads(family: str, tmp_path: Path) -> None:
     """Through the command, on drawn squares."""

@@ -139,6 +139,7 @@ def unsaid(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_benchmark_says_its_rate_or_is_asked_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A set of one's own at 16 frames per second, in PisaBench's layout, against itself."""
     mine, tracker = unsaid(write_real(tmp_path / "mine", [rows_of(2, 17).tolist()])), ClickTracker()
@@ -450,6 +451,7 @@ def test_pickles_in_masks_are_refused(tmp_path) -> None:
         open_benchmark(sim)["seen"][0].masks(1)
 
 
+@pytest.mark.slow
 def test_the_command_scores_real_clips_through_sam2(tmp_path) -> None:
     """From clicks and videos to tables and report, with a random Sam2VideoModel of the embedded architecture."""
     write_real(tmp_path / "bench" / "real", [LINE[:8]])
@@ -541,6 +543,7 @@ def calls() -> Iterator[list[str]]:
         hook.remove()
 
 
+@pytest.mark.slow
 def test_the_command_lets_a_run_make_the_videos(tmp_path) -> None:
     wan_folder(tmp_path / "wan")
     write_dataset(tmp_path / "drops", ["train"], clips=1, frames=5)

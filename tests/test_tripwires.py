@@ -187,6 +187,7 @@ def run_of(random: np.random.Generator, clips: int, shift: float = 0.0, rises: b
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("clips", "rises"), [(12, True), (16, True), (16, False)])
 def test_chance_trips_as_seldom_as_is_said(clips: int, rises: bool) -> None:
     """An exact null: at most 5% of runs of 6 looks at 12 wires; of 200 at most 10 and three binomial deviations."""
@@ -293,6 +294,7 @@ def same(a: Path, b: Path) -> bool:
     return all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_hacked_reward_trips_wires(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """While the rate warms up, a look is quiet; then the picture is brighter and the rest of it is lost."""
     run = hack(home, "warned")
@@ -313,10 +315,12 @@ def test_a_hacked_reward_trips_wires(home: Path, capsys: pytest.CaptureFixture[s
     assert not same(run / ADAPTER, run / BEST)
 
 
+@pytest.mark.slow
 def test_looks_change_nothing_that_is_trained(home: Path) -> None:
     assert same(hack(home, "warned") / ADAPTER, hack(home, "unwatched", None) / ADAPTER)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(home: Path) -> None:
     """It dies in step 5, after the look of step 4 and before its checkpoint, and begins again at step 3."""
     whole = hack(home, "warned")
@@ -344,6 +348,7 @@ def test_looks_of_another_version_are_not_compared_with(home: Path, capsys: pyte
     assert found[2].tripped == []  # the first of its version
 
 
+@pytest.mark.slow
 def test_it_rolls_back(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Training ends with the look that trips, and leaves the best look's weights; so it does when cut off meanwhile."""
     run, whole = hack(home, "back", "roll_back"), hack(home, "warned")
@@ -357,6 +362,7 @@ def test_it_rolls_back(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert same(run / ADAPTER, whole / BEST)
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_those_of_their_look(home: Path) -> None:
     """They lie as far from the start as the log says of that step."""
     run = hack(home, "warned")
@@ -387,6 +393,7 @@ def test_looks_and_best_weights_are_what_was_written(home: Path) -> None:
     shutil.rmtree(run)
 
 
+@pytest.mark.slow
 def test_other_wires_are_another_run(home: Path) -> None:
     hack(home, "warned")
     with pytest.raises(UserError, match="another tripwires"):
