@@ -20,7 +20,7 @@ from posttrain.core import files
 from posttrain.core.errors import UserError, printable
 from posttrain.core.progress import progress
 from posttrain.data import listing
-from posttrain.data.groups import SCORES, sample_of
+from posttrain.data.groups import SCORES, sample_of, score_rows
 from posttrain.judges.questions import Judge
 
 
@@ -79,7 +79,7 @@ def score_videos(found: Sequence[Video], path: Path, ready: Callable[[], Judge],
     Raises:
         UserError: other_run: `path` has scores of another judge; or what the judge raises.
     """
-    rows = {str(row.get("file_name")): row for row in files.read_jsonl(path)} if path.exists() else {}
+    rows = score_rows(path) if path.exists() else {}
     if other := next((row for row in rows.values() if row.get("judge") != name), None):
         had = printable(other.get("judge", "an unknown judge"))
         raise UserError(f"{path}: has scores by {had}, not by {name}; move it away to score anew", "other_run")
