@@ -3,6 +3,7 @@
     recipe      a recipe of a run or of clips; one of clips that is taken makes its first scene
     clips       rows of metadata.jsonl, and its bytes; then the clips are read
     scores      rows of scores.jsonl, and its bytes; then groups are made
+    model       a config, vocabulary or index of a model's folder; then it is loaded and encodes
     server      a judge's server that answers anything, slowly, without end, or from elsewhere
 
 Each is refused in one line (UserError), or right, which is that it is done without another error, in time, and of a
@@ -295,14 +296,13 @@ def server(home: Path, seed: int, number: int = 15) -> Iterator[str]:
 
     top = [{"token": "yes", "logprob": -0.1}, {"token": "No", "logprob": -3.0}]
     good = {"choices": [{"logprobs": {"content": [{"top_logprobs": top}]}}]}
-    bodies = changed(good).map(lambda value: json.dumps(value).encode())
+    bodies = changed(good, 1).map(lambda value: json.dumps(value).encode()) | st.just(json.dumps(good).encode())
     bodies |= st.sampled_from([b"\xff\xfe", b"null", b"[" * 10_000, b"x" * 2**21, b"", json.dumps(good).encode()])
     bodies |= st.just(json.dumps({"error": {"message": f"\x1b]0;own\x07 {KEY}\n\r"}}).encode()) | st.binary(max_size=50)
-    extras = st.sampled_from(
-        [{}, {}, {"Retry-After": "999999999"}, {"Content-Encoding": "gzip"}, {"X-a": "b" * 10_000}]
-    )
-    ways = st.sampled_from(["whole", "whole", "whole", "slowly", "without end", "too short"])
-    statuses = st.sampled_from([200, 200, 200, 301, 307, 401, 404, 429, 500, 599])
+    headers = {"Retry-After": "999999999"}, {"Content-Encoding": "gzip"}, {"X-a": "b" * 10_000}
+    extras = st.sampled_from([*[{}] * 6, *headers])
+    ways = st.sampled_from([*["whole"] * 6, "slowly", "without end", "too short"])
+    statuses = st.sampled_from([*[200] * 8, 301, 307, 401, 404, 429, 500, 599])
     picture = np.zeros((1, 16, 16, 3), np.uint8)
     given_: dict[str, Any] = {}
     leaked: list[str] = []
@@ -377,4 +377,35 @@ def server(home: Path, seed: int, number: int = 15) -> Iterator[str]:
             os.environ["OPENAI_API_KEY"] = before
 
 
-ATTACKS = {"recipe": recipes, "clips": clips, "scores": scores, "server": server}
+def models(home: Path, seed: int, number: int = 8) -> Iterator[str]:
+    import torch
+
+    from posttrain.commands.loading import load_model
+    from posttrain.models.base import AdapterConfig, ModelConfig
+
+    paths = sorted((home / "wan").rglob("*.json"))
+    contents = {path: path.read_bytes() for path in paths}
+
+    def other(path: Path) -> st.SearchStrategy[tuple[Path, bytes]]:
+        value = changed(json.loads(contents[path]), 1).map(lambda value: json.dumps(value).encode())
+        return st.tuples(st.just(path), value | value | torn(contents[path]))
+
+    def attempt(what: tuple[Path, bytes]) -> str:
+        path, content = what
+
+        def load() -> None:
+            model = load_model(ModelConfig(path=str(home / "wan"), adapter=AdapterConfig(rank=2)))
+            with torch.no_grad():
+                model.encode_text(["a ball falls."])
+                model.decode(model.encode(torch.zeros(1, 3, 5, 32, 32)))
+            model.scheduler()
+
+        path.write_bytes(content)
+        found = tried(f"{path.relative_to(home)} {content[:600]!r}", load)
+        path.write_bytes(contents[path])
+        return found
+
+    yield from examples(st.sampled_from(paths).flatmap(other), attempt, number, seed)
+
+
+ATTACKS = {"recipe": recipes, "model": models, "clips": clips, "scores": scores, "server": server}

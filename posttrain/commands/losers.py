@@ -105,7 +105,7 @@ def claim_samples(folder: Path, model: ModelConfig, made: Mapping[str, Any] | No
         "model": model.model_dump(mode="json", include=MODEL_KEYS),
         "weights": {path: weights(Path(path)) for path in adapters},
     }
-    kept = files.read_json(path) if path.exists() else wanted
+    kept = files.read_object(path) if path.exists() else wanted
     if other := [name for name in wanted if kept.get(name) != wanted[name]]:
         remedy = str(folder) if made is not None else f"{path} to use them anyway"
         raise UserError(

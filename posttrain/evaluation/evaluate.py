@@ -210,14 +210,14 @@ def complete(
     path, settings = run / "evaluation" / file_name(record.model, record.folder), record.settings
     samples = run / "samples" / record.model / record.folder
     kept = records.read_whole(path)
-    if kept is not None and kept.key == record.key and whole(samples):
+    if kept is not None and kept.key == record.key and whole(samples, kept):
         record = replace(kept, settings=settings)
         records.write(path, record)
     elif (
         shared is not None
         and (kept := records.read_whole(shared / "record.json")) is not None
         and kept.key == record.key
-        and whole(shared / "samples")
+        and whole(shared / "samples", kept)
     ):
         with files.replacing(samples) as temporary:
             shutil.copytree(shared / "samples", temporary)
@@ -261,11 +261,12 @@ def complete(
     return record
 
 
-def whole(samples: Path) -> bool:
-    """Whether the samples in a folder are what was written; where not, a line is said, and they are made again."""
-    damaged = [path for path in sorted(samples.glob("*.mp4")) if not files.intact(path)]
+def whole(samples: Path, record: Record) -> bool:
+    """Whether a record's samples are there as they were written; where not, a line is said: they are made again."""
+    paths = [samples / f"{clip.id}-s{seed}.mp4" for clip in record.clips for seed in range(record.seeds)]
+    damaged = [path for path in paths if not (path.is_file() and files.intact(path))]
     if damaged:
-        print(f"{damaged[0]}: is damaged; measured again", file=sys.stderr)
+        print(f"{damaged[0]}: is missing or damaged; measured again", file=sys.stderr)
     return not damaged
 
 

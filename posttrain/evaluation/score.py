@@ -204,7 +204,7 @@ def padded(picture_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _claim(out: Path, protocol: dict[str, Any]) -> None:
     """Refuse a folder whose scores cannot be compared with those to come."""
     path = out / "protocol.json"
-    kept = files.read_json(path) if path.exists() else protocol
+    kept = files.read_object(path) if path.exists() else protocol
     if other := [name for name in protocol if kept.get(name) != protocol[name]]:
         raise UserError(
             f"{path}: its scores are of another {', '.join(other)}; choose another --out or delete {out}",

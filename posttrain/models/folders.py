@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from posttrain.core.errors import UserError
-from posttrain.core.files import read_json
+from posttrain.core.files import read_object
 from posttrain.models.base import ModelConfig
 from posttrain.pocket import whole
 
@@ -97,11 +97,11 @@ def _reason(error: Exception) -> str:
 
 def check_files(part: Path) -> None:
     """Refuse a part whose weights are missing, torn, quantised, or lack a shard; their headers alone are read."""
-    config = read_json(part / "config.json") if (part / "config.json").is_file() else {}
+    config = read_object(part / "config.json") if (part / "config.json").is_file() else {}
     if "quantization_config" in config:
         raise _quantised(part, str(config["quantization_config"].get("quant_method", "see its config.json")))
     indexes = part.glob("*.safetensors.index.json")
-    shards = {str(name) for index in indexes for name in read_json(index).get("weight_map", {}).values()}
+    shards = {str(name) for index in indexes for name in read_object(index).get("weight_map", {}).values()}
     names = sorted(shards or {path.name for path in part.glob("*.safetensors")})
     if not names:
         raise UserError(f"{part}: has no .safetensors file; get this part of the model in that format", "missing")

@@ -384,7 +384,9 @@ class Run:
             log = self.folder / "log.jsonl"
             with files.explain(log), open(log, "rb+") as stream:
                 os.fsync(stream.fileno())
-                meta = {"step": self.steps, "log_bytes": stream.seek(0, os.SEEK_END), **self.meaning}
+                content = stream.read()
+            noted = {"log_bytes": len(content), "log_sha256": files.sha256_bytes(content)}
+            meta = {"step": self.steps, **noted, **self.meaning}
             checkpoints.save(self._checkpoints, meta, self._optimizer.weights(), state)
         self.accelerator.wait_for_everyone()
 
@@ -397,6 +399,10 @@ class Run:
         self.steps = int(checkpoint.meta["step"])
         if self.accelerator.is_main_process:
             print(f"{self.folder}: continues from step {self.steps} of {self.train.steps}", file=sys.stderr)
+            log, noted = self.folder / "log.jsonl", checkpoint.meta.get("log_sha256")
+            content = log.read_bytes()[: checkpoint.meta["log_bytes"]] if log.is_file() else b""
+            if noted and files.sha256_bytes(content) != noted:  # the weights do not depend on it
+                print(f"{log}: is missing or not what was written; do not trust the report's curves", file=sys.stderr)
         return int(checkpoint.meta["log_bytes"])
 
     def _log(self, row: dict[str, Any]) -> None:

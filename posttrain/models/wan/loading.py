@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from posttrain.core.errors import UserError
-from posttrain.core.files import read_json, replacing
+from posttrain.core.files import read_object, replacing
 from posttrain.models import lora
 from posttrain.models.base import ModelConfig
 from posttrain.models.folders import check_files, load_part, load_tokenizer
@@ -103,7 +103,7 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
         UserError: no such model, or a part is missing, broken or does not fit the others.
     """
     root = diffusers_folder(config.path, config.revision)
-    index = read_json(root / "model_index.json")
+    index = read_object(root / "model_index.json")
     two = index.get("transformer_2", [None])[0] is not None
     boundary = index.get("boundary_ratio") or 0.0
     if two != bool(boundary):
