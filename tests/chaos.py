@@ -226,7 +226,7 @@ class Attacks:
                 wrong = f"exit code {process.exitcode}: {last}"
             return f"{value}: {wrong}" if wrong else "right"
 
-        yield from mutated.examples(mutated.changed(RECIPE, 1), do, 3, draws.getrandbits(32))
+        yield from mutated.examples(mutated.changed(RECIPE, 1), do, 2, draws.getrandbits(32))
 
 
 def struck(home: Path, hit: Hit) -> str:
@@ -251,7 +251,8 @@ def kinds(home: Path) -> dict[str, list[Path]]:
         name = path.relative_to(home).as_posix()
         if path.is_file() and path.stat().st_size and not name.endswith((".html", ".jpg", ".gif", ".png", ".lock")):
             name = re.sub(r"(base|frozen|gdpo|truth_vae|truth)(?=[-/])", "*", name)
-            name = re.sub(r"(train|test_unseen)|(?<=/)[0-9a-f]{2}(?=/)|[0-9a-f]{16,}|(?<![a-z])[0-9]+", "*", name)
+            name = re.sub(r"(train|test_unseen)|(?<=/)[0-9a-f]{2}(?=/)|[0-9a-f]{16,}", "*", name)
+            name = re.sub(r"(?<![a-z0-9])[0-9]+|(?<=-s)[0-9]+", "*", name)
             found.setdefault(name, []).append(path)
     return found
 
@@ -280,7 +281,7 @@ def attack(minutes: float, seed: int, runs: bool = True) -> dict[str, Counter[st
             for name, attempt in mutated.ATTACKS.items():
                 for found in attempt(home, draws.getrandbits(32)):
                     count(name, found)
-            for _ in range(3 if attacks else 0):
+            for _ in range(4 if attacks else 0):
                 assert attacks is not None
                 if time.monotonic() < until:
                     count(f"kill {(stage := next(stages))}", attacks.kill(stage, draws))

@@ -218,7 +218,7 @@ def examples(strategy: st.SearchStrategy[Any], attempt: Callable[[Any], str], nu
     yield from wrong[-1:]
 
 
-def recipes(home: Path, seed: int, number: int = 40) -> Iterator[str]:
+def recipes(home: Path, seed: int, number: int = 20) -> Iterator[str]:
     import sim.cli
     from posttrain.commands.experiment import Recipe
     from sim.dataset import takes
@@ -249,7 +249,7 @@ def recipes(home: Path, seed: int, number: int = 40) -> Iterator[str]:
     yield from examples(written(WORLD), film, number, seed)
 
 
-def clips(home: Path, seed: int, number: int = 40) -> Iterator[str]:
+def clips(home: Path, seed: int, number: int = 30) -> Iterator[str]:
     from posttrain.data.config import DataConfig
     from posttrain.data.dataset import Clips
 
@@ -264,7 +264,7 @@ def clips(home: Path, seed: int, number: int = 40) -> Iterator[str]:
     yield from _rows(path, before, read, number, seed)
 
 
-def scores(home: Path, seed: int, number: int = 40) -> Iterator[str]:
+def scores(home: Path, seed: int, number: int = 30) -> Iterator[str]:
     from posttrain.data.config import DataConfig
     from posttrain.data.dataset import Clips
     from posttrain.data.groups import gather
@@ -291,7 +291,7 @@ def _rows(path: Path, before: bytes, read: Callable[[], Any], number: int, seed:
         path.write_bytes(before)
 
 
-def server(home: Path, seed: int, number: int = 15) -> Iterator[str]:
+def server(home: Path, seed: int, number: int = 8) -> Iterator[str]:
     from posttrain.judges.endpoint import connect
 
     top = [{"token": "yes", "logprob": -0.1}, {"token": "No", "logprob": -3.0}]
@@ -377,7 +377,7 @@ def server(home: Path, seed: int, number: int = 15) -> Iterator[str]:
             os.environ["OPENAI_API_KEY"] = before
 
 
-def models(home: Path, seed: int, number: int = 8) -> Iterator[str]:
+def models(home: Path, seed: int, number: int = 6) -> Iterator[str]:
     import torch
 
     from posttrain.commands.loading import load_model

@@ -667,6 +667,10 @@ def test_samples_by_the_embedded_tracker(home: Path) -> None:
     rows = read_jsonl(home / "made" / "scores.jsonl")
     assert len(rows) == 4
     assert all(0 <= row[key] <= 1 for row in rows for key in ("sa", "pc"))
+    damaged = [rows[0], {**rows[1], "file_name": "00009-s0.mp4"}, {**rows[2], "judge": "who"}, {**rows[3], "sa": 0.5}]
+    (home / "made" / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in damaged))
+    assert cli.main(["score", "made", "--clips", "drops", "--judge", "simulator"]) == 0
+    assert read_jsonl(home / "made" / "scores.jsonl") == rows
 
 
 def test_what_changed_is_scored_again_and_judges_are_not_mixed(

@@ -257,6 +257,8 @@ def test_torn_files_are_made_again(made: Path, copy: Path):
     os.truncate(clip, 100)
     annotations.unlink()
     row.write_text(row.read_text()[:50])
+    other = copy / ".rows/train/00003.json"
+    other.write_text(other.read_text().replace("fall", "rise", 1))  # not torn, and its clip is whole
     (copy / "train/metadata.jsonl").write_text('{"file_name": "00')
     remake(copy)
     assert files(copy) == files(made)

@@ -227,6 +227,8 @@ def complete(
         return record
     if len(record.clips) == record.total:
         say(record, f"reused from {path}")
+        if shared is not None and not (shared / "record.json").is_file():  # it was killed before it came to that
+            share(shared, record, samples)
         return record
 
     benchmark: Benchmark = config.benchmark.module.BENCHMARK
@@ -255,10 +257,15 @@ def complete(
             record = replace(record, clips=(*record.clips, *measured), seconds=seconds)
             records.write(path, record)
     if shared is not None:
-        with files.replacing(shared) as temporary:
-            shutil.copytree(samples, temporary / "samples")
-            records.write(temporary / "record.json", record)
+        share(shared, record, samples)
     return record
+
+
+def share(folder: Path, record: Record, samples: Path) -> None:
+    """Write a record and its samples where other runs find them."""
+    with files.replacing(folder) as temporary:
+        shutil.copytree(samples, temporary / "samples")
+        records.write(temporary / "record.json", record)
 
 
 def whole(samples: Path, record: Record) -> bool:
