@@ -13,6 +13,7 @@ itself), which is told. Draws depend on the seed alone, though not what the mach
 """
 
 import contextlib
+import os
 import random
 import re
 import shutil
@@ -35,6 +36,7 @@ from posttrain.core import files, recipe
 from posttrain.core.errors import UserError
 from posttrain.pocket import folder
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # a changed name shall not be asked for
 LIMIT = 600  # seconds, after which a command hangs
 # What each stage leaves; before a hit, all is removed that the stage and those after it leave.
 LEFT = {
