@@ -60,6 +60,7 @@ UNDONE = {
 # What no run can make again: damage to it is refused.
 GIVEN = r"wan/|(recipe|film)\.yaml|drops/recipe|made/(samples|scores)\.|runs/try/(adapter/pytorch|trained|recipe|log)"
 UNREAD = r"runs/(cache|try/checkpoints|try/samples/validation)/|.*/\.sha256/"  # may stay damaged where it is not read
+MISSED = "missed"  # a hit that came after the end
 LONG = ("steps", "batch", "seeds", "samples_each", "losers", "accumulate", "rank")  # numbers that ask for time
 OFTEN = {signal.SIGKILL: 4, signal.SIGTERM: 1, signal.SIGINT: 1}
 
@@ -178,7 +179,7 @@ class Attacks:
         home = self.home([name for later in stages[stages.index(stage) :] for name in LEFT[later]])
         hit = self.aim(stage, draws)
         if wrong := struck(home, hit):
-            return f"{wrong}, by {hit}"
+            return wrong if wrong == MISSED else f"{wrong}, by {hit}"
         found = verdict(home, self.expected)
         return found if found == "right" else f"{found}, after {hit}"
 
@@ -232,7 +233,7 @@ class Attacks:
 
 
 def struck(home: Path, hit: Hit) -> str:
-    """What a run that is hit does wrong; "" if it ends by the signal, or just before it."""
+    """What a run that is hit does wrong; "" if it ends by the signal, MISSED if before it."""
     process = start(home, "run", "recipe.yaml", hit=hit)
     if wrong := ended(home, process):
         return wrong
@@ -243,7 +244,7 @@ def struck(home: Path, hit: Hit) -> str:
             return "ends without a line"
         return ""
     late = hit.seconds and not process.exitcode
-    return "" if late else f"exit code {process.exitcode}: {(output(home).splitlines() or [''])[-1]}"
+    return MISSED if late else f"exit code {process.exitcode}: {(output(home).splitlines() or [''])[-1]}"
 
 
 def kinds(home: Path) -> dict[str, list[Path]]:
@@ -268,6 +269,8 @@ def attack(minutes: float, seed: int, runs: bool = True) -> dict[str, Counter[st
     until = time.monotonic() + 60 * minutes
 
     def count(name: str, found: str) -> None:
+        if found == MISSED:
+            return
         good = found in ("refused", "right")
         counts.setdefault(name, Counter())[found if good else "wrong"] += 1
         if not good:

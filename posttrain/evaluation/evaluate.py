@@ -243,8 +243,7 @@ def complete(
             for seed in range(record.seeds):
                 videos = sample_row(shown, model, batch, rows, seed, config.sampler, texts)
                 for name, video in zip(batch.ids, videos, strict=True):
-                    sample.write_video(video_path := samples / f"{name}-s{seed}.mp4", video, fps)
-                    files.note_digest(video_path)
+                    sample.write_video(samples / f"{name}-s{seed}.mp4", video, fps, noted=True)
                 times_F = even_times(videos.shape[1], fps)
                 scores.append(benchmark.score(videos, batch, rows, times_F, tracker))
                 for _ in indices:

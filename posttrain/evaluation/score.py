@@ -177,8 +177,7 @@ def sample_missing(
                 ready, pictures, captions, noise, frames, steps, guidance, negative, guidance_low, texts
             )
             for (_, _, path), video in zip(part, made, strict=True):
-                sample.write_video(path, video, fps)
-                files.note_digest(path)
+                sample.write_video(path, video, fps, noted=True)
                 advance("")
     return len(wanted)
 

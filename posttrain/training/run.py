@@ -42,6 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from posttrain.core import distributed, files
 from posttrain.core.errors import UserError
 from posttrain.core.progress import progress
+from posttrain.core.signals import Interrupted
 from posttrain.core.trackers import check_trackers, log_videos, tracking
 from posttrain.training import checkpoints
 from posttrain.training.optim import Optimizer, TrainConfig
@@ -231,7 +232,7 @@ class Run:
         every, before = self.train.checkpoint_every, self.steps - self._updates
         if self.done or (between and (stop or self.steps // every > before // every)):
             self._save()
-        if stop and between and not self.done:
+        if stop and between:
             name = signal.Signals(stop).name
             print(f"{name}: saved step {self.steps} of {self.train.steps}; start again to continue", file=sys.stderr)
             raise Stopped(128 + stop)
@@ -356,6 +357,8 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        if self._stop:  # since the last step asked
+            raise Interrupted(self._stop)
 
     def _asked_to_stop(self) -> int:
         """The signal that came, 0 for none; every rank answers the same."""
