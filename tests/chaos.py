@@ -38,6 +38,7 @@ from posttrain.pocket import folder
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a changed name shall not be asked for
 LIMIT = 600  # seconds, after which a command hangs
+ROWS = ("truth", "truth_vae", "frozen", "base", "gdpo")
 # What each stage leaves; before a hit, all is removed that the stage and those after it leave.
 LEFT = {
     "filming": ["drops"],
@@ -45,7 +46,7 @@ LEFT = {
     "scoring losers": ["made/scores.jsonl"],
     "latents": ["runs/cache/latents"],
     "training": ["runs/try/adapter", "runs/try/trained.json", "runs/try/checkpoints", "runs/try/log.jsonl"],
-    "evaluation": ["runs/try/evaluation", "runs/try/samples", "runs/cache/evaluation"],
+    "evaluation": ["runs/try/evaluation", *(f"runs/try/samples/{row}" for row in ROWS), "runs/cache/evaluation"],
     "report": ["runs/try/report.json", "runs/try/report.html", "runs/try/report.gif"],
     "export": ["runs/try/adapter/README.md", "runs/try/adapter/try_comfyui.safetensors"],
     "merging": ["runs/try/merged"],
@@ -55,7 +56,7 @@ UNDONE = {
     "nothing": [],
     "weights": ["runs/try/adapter", "runs/try/trained.json"],
     "training": LEFT["training"],
-    "measurement": ["runs/try/evaluation", "runs/try/samples"],  # what runs share stays
+    "measurement": LEFT["evaluation"][:-1],  # what runs share stays
 }
 # What no run can make again: damage to it is refused.
 GIVEN = r"wan/|(recipe|film)\.yaml|drops/recipe|made/(samples|scores)\.|runs/try/(adapter/pytorch|trained|recipe|log)"
@@ -253,7 +254,7 @@ def kinds(home: Path) -> dict[str, list[Path]]:
     for path in sorted(home.rglob("*")):
         name = path.relative_to(home).as_posix()
         if path.is_file() and path.stat().st_size and not name.endswith((".html", ".jpg", ".gif", ".png", ".lock")):
-            name = re.sub(r"(base|frozen|gdpo|truth_vae|truth)(?=[-/])", "*", name)
+            name = re.sub(rf"({'|'.join(ROWS)})(?=[-/])", "*", name)
             name = re.sub(r"(train|test_unseen)|(?<=/)[0-9a-f]{2}(?=/)|[0-9a-f]{16,}", "*", name)
             name = re.sub(r"(?<![a-z0-9])[0-9]+|(?<=-s)[0-9]+", "*", name)
             found.setdefault(name, []).append(path)
