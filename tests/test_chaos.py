@@ -8,31 +8,37 @@ import time
 from pathlib import Path
 
 import pytest
-from chaos import attack, flips, kills, make_home, result, start
+from chaos import Attacks, attack, ended, remove, result, verdict
+from helpers.killed import STAGES, Hit, start
 
 
 @pytest.mark.slow
 def test_nothing_that_is_read_ends_in_a_traceback() -> None:
-    counts = attack(0.05, seed=0, runs=False)
-    assert {"recipes", "manifests", "server"} == counts.keys()
+    counts = attack(0.1, seed=0, runs=False)
+    assert {"recipe", "model", "clips", "scores", "server"} == counts.keys()
     assert not any(found["wrong"] for found in counts.values())
     assert all(found["refused"] for found in counts.values())
 
 
 @pytest.mark.slow
 def test_undisturbed_killed_and_damaged_runs_end_byte_equal(tmp_path: Path) -> None:
-    """Losers, training, evaluation, report and export, videos included."""
-    first, second = (make_home(tmp_path / name / "home") for name in "ab")
-    process, began = start(first, "run", "recipe.yaml"), time.monotonic()
-    process.join()
-    assert process.exitcode == 0, (first / "output").read_text()
-    expected = result(first)
-    assert any(name.endswith(".mp4") for name in expected)
-    draws, seconds = random.Random(0), time.monotonic() - began
-    for name in ("runs", "made"):
-        (second / name).mkdir()
-    assert set(kills(second, expected, seconds, draws, most=2)) == {"right"}
-    assert set(flips(first, expected, draws)) <= {"right", "refused"}
+    """A run that is killed in the middle of each of its stages, one after the other, videos included."""
+    attacks, draws = Attacks(tmp_path), random.Random(0)
+    made = [name for name in attacks.expected if name.endswith(".mp4")]
+    assert {name.split("/")[0] for name in made} == {"drops", "made", "runs"}
+    home = attacks.home(["drops", "made", "runs"])
+    assert not result(home)
+    for stage in STAGES:
+        middle = len(attacks.gaps[stage]) // 2
+        seconds = attacks.gaps[stage][0] / 2 if stage == "filming" else 0.0
+        process = start(home, "run", "recipe.yaml", hit=Hit(stage, middle, seconds, signal.SIGKILL))
+        assert not ended(home, process)
+        assert process.exitcode == -signal.SIGKILL, stage
+        assert result(home) != attacks.expected
+    assert verdict(home, attacks.expected) == "right"
+    remove(home, ["drops", "made", "runs"])
+    assert verdict(home, attacks.expected) == "right"  # undisturbed, for the second time
+    assert attacks.damage("made/*-s*.mp4", draws) == "right"
 
 
 @pytest.mark.parametrize("module", ["posttrain", "sim"])

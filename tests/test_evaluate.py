@@ -224,6 +224,16 @@ def test_rows_are_reused_only_when_nothing_changed(
     assert again.calls == 0
     assert "psft on unseen clips: reused from" in capsys.readouterr().err
 
+    shutil.rmtree(tmp_path / "cache")  # as where it was killed before it shared them
+    evaluate(tmp_path / "a", config, models(), RedTracker(), tmp_path / "cache")
+    lost = RedTracker()  # a sample is gone: its row is made again, or taken from what runs share
+    for row in ("psft", "base"):
+        (tmp_path / "a" / "samples" / row / "test_unseen" / "00002-s1.mp4").unlink()
+    assert by_row(evaluate(tmp_path / "a", config, models(), lost, tmp_path / "cache"))["base"] == first["base"]
+    assert lost.calls == CLIPS * 2
+    assert "psft/test_unseen/00002-s1.mp4: is missing or damaged" in capsys.readouterr().err
+    assert (tmp_path / "a" / "samples" / "base" / "test_unseen" / "00002-s1.mp4").exists()
+
     trained = RedTracker()  # the tuned model went on training: only its own row is made again
     rows = by_row(evaluate(tmp_path / "a", config, models(psft=FALL), trained, tmp_path / "cache"))
     assert trained.calls == 2 * CLIPS * 2

@@ -259,6 +259,17 @@ def test_scores_out_of_range_are_refused(folder: Path, tmp_path: Path, value: An
     assert "00001-0-s0-base.mp4: pc is" in said or "scores.jsonl:3: " in said  # NaN is no JSON
 
 
+@pytest.mark.parametrize("name", [None, ["00000-0-s0-base.mp4"], 3])
+def test_a_score_of_no_video_is_refused(folder: Path, tmp_path: Path, name: Any) -> None:
+    place = samples(tmp_path / "made")
+    rows = read_jsonl(place / "scores.jsonl")
+    rows[2]["file_name"] = name
+    (place / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError) as error:
+        gathered(folder, losers=2, samples=(str(place),))
+    assert (error.value.code, error.value.field) == ("value", "file_name")
+
+
 def test_a_sample_without_a_score_among_scored_ones_is_refused(folder: Path, tmp_path: Path) -> None:
     place = samples(tmp_path / "made")
     rows = read_jsonl(place / "scores.jsonl")[1:]

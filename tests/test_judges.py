@@ -680,6 +680,10 @@ def test_samples_by_the_embedded_tracker(home: Path, capsys: pytest.CaptureFixtu
     said = [line for line in capsys.readouterr().err.splitlines() if "another version" in line]
     assert said == [f"made/scores.jsonl: 2 scores are by another version of {judge}; scored again"]
     assert read_jsonl(path) == rows
+    damaged = [rows[0], {**rows[1], "file_name": "00009-s0.mp4"}, {**rows[2], "judge": "who"}, {**rows[3], "sa": 0.5}]
+    (home / "made" / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in damaged))
+    assert cli.main(["score", "made", "--clips", "drops", "--judge", "simulator"]) == 0
+    assert read_jsonl(home / "made" / "scores.jsonl") == rows
 
 
 def test_what_changed_is_scored_again_and_judges_are_not_mixed(

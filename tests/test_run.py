@@ -425,6 +425,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys)
     assert log(tmp_path / "whole") == log(tmp_path / "cut")
 
 
+@pytest.mark.parametrize("damage", [lambda path: path.write_text(path.read_text().replace("1", "2", 1)), Path.unlink])
+def test_a_damaged_log_is_said(tmp_path, capsys, damage):
+    train(Run(tmp_path, network(), Points(), config()))
+    train(Run(tmp_path, network(), Points(), config()))
+    assert "log.jsonl" not in capsys.readouterr().err
+    damage(tmp_path / "log.jsonl")
+    train(Run(tmp_path, network(), Points(), config()))
+    assert "log.jsonl: is missing or not what was written" in capsys.readouterr().err
+
+
 def test_a_disk_that_does_not_answer_loses_no_checkpoint(tmp_path, monkeypatch):
     train(Run(tmp_path, network(), Points(), config()))
     before = log(tmp_path)

@@ -219,7 +219,7 @@ def _sample_run(target: str, truths: Any, out: Path, asked: Mapping[str, Any]) -
     defaults = family(plan.model.family).defaults(plan.model.path)
     sampler_settings = sampler(defaults, measured.sampler.model_dump() if plan.eval else {}, asked)
     seeds = asked.get("seeds", measured.seeds)
-    initial_weights = files.read_json(folder / TRAINED)["model"]  # model.start and model.merge included
+    initial_weights = files.read_object(folder / TRAINED)["model"]  # model.start and model.merge included
     model = plan.model.model_dump(mode="json")
     prompts = [truth.caption + truth.context for split in truths.values() for truth in split]
     # another name of a key would give other digests, and all videos would be made again

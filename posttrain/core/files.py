@@ -402,9 +402,12 @@ def changed(folder: Path | str, noted: dict[str, str]) -> list[str]:
     return [name for name, path in paths.items() if not path.is_file() or sha256(path) != noted[name]]
 
 
-def note_digest(path: Path) -> None:
-    """Note what the file at `path` is, in the hidden folder .sha256 beside it."""
-    write_text(_note(path), sha256(path) + "\n", flush=False)
+def note_digest(path: Path, written: Path) -> None:
+    """Note, in the hidden folder .sha256 beside it, that `path` is going to be the file that is `written`.
+
+    Before it is, so that wherever a process is killed no file is left of which nothing is noted.
+    """
+    write_text(_note(path), sha256(written) + "\n", flush=False)
 
 
 def _note(path: Path) -> Path:

@@ -23,7 +23,7 @@ import torch
 
 from posttrain.core import codec, files
 from posttrain.core.codec import read_video
-from posttrain.core.errors import UserError
+from posttrain.core.errors import UserError, printable
 from posttrain.core.progress import track
 from posttrain.data import listing, views
 from posttrain.data.config import GroupsConfig
@@ -208,7 +208,7 @@ def _samples(
             "data.groups.samples",
         )
     path = folder / SCORES
-    rows = {row.get("file_name"): row for row in files.read_jsonl(path)} if path.exists() else None
+    rows = score_rows(path) if path.exists() else None
     samples, others, over = list[tuple[int, Path, Scores | None]](), list[Path](), list[Path]()
     for video in listing.videos_in(folder):
         match sample_of(video.stem, clip_of):
@@ -233,7 +233,23 @@ def _samples(
     return samples
 
 
-def _scores(path: Path, name: str, rows: dict[Any, dict[str, Any]]) -> Scores:
+def score_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a file of scores, by their videos' names.
+
+    Raises:
+        UserError: missing; format; value: a row names no video.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for row in files.read_jsonl(path):
+        if not isinstance(name := row.get("file_name"), str):
+            raise UserError(
+                f"{path}: file_name is {printable(name)}, not a video's name; mend the row", "value", "file_name"
+            )
+        rows[name] = row
+    return rows
+
+
+def _scores(path: Path, name: str, rows: dict[str, dict[str, Any]]) -> Scores:
     if name not in rows:
         raise UserError(f"{path}: has no row for {name}; run `posttrain score`, or remove the file", "unfinished")
     if "sha256" in rows[name] and files.seal(rows[name]) != rows[name]:  # scores of other programs have no digest
@@ -242,7 +258,9 @@ def _scores(path: Path, name: str, rows: dict[Any, dict[str, Any]]) -> Scores:
         value = rows[name].get(field)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             raise UserError(
-                f"{path}: {name}: {field} is {value}, not a number from 0 to 1; score it again", "value", field
+                f"{path}: {name}: {field} is {printable(value)}, not a number from 0 to 1; score it again",
+                "value",
+                field,
             )
     return Scores(*(float(rows[name][field]) for field in Scores._fields))
 

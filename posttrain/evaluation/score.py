@@ -190,8 +190,7 @@ def sample_missing(
                 ready, pictures, captions, noise, frames, steps, guidance, negative, guidance_low, texts
             )
             for (_, _, path), video in zip(part, made, strict=True):
-                sample.write_video(path, video, fps)
-                files.note_digest(path)
+                sample.write_video(path, video, fps, noted=True)
                 advance("")
     return len(wanted)
 
@@ -217,7 +216,7 @@ def padded(picture_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _claim(out: Path, protocol: dict[str, Any]) -> None:
     """Refuse a folder whose scores cannot be compared with those to come."""
     path = out / "protocol.json"
-    kept = files.read_json(path) if path.exists() else protocol
+    kept = files.read_object(path) if path.exists() else protocol
     if other := [name for name in protocol if kept.get(name) != protocol[name]]:
         raise UserError(
             f"{path}: its scores are of another {', '.join(other)}; choose another --out or delete {out}",

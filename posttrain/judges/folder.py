@@ -21,7 +21,7 @@ from posttrain.core import files
 from posttrain.core.errors import UserError, printable
 from posttrain.core.progress import progress
 from posttrain.data import listing
-from posttrain.data.groups import SCORES, sample_of
+from posttrain.data.groups import SCORES, sample_of, score_rows
 from posttrain.judges.questions import Judge
 
 
@@ -85,17 +85,19 @@ def score_videos(
     Raises:
         UserError: other_run: `path` has scores of another judge; or what the judge raises.
     """
-    rows = {str(row.get("file_name")): row for row in files.read_jsonl(path)} if path.exists() else {}
+    rows = score_rows(path) if path.exists() else {}
+    # what others wrote has no digest
+    ours = [video for video, row in rows.items() if "sha256" in row or row.get("judge") == name]
+    if damaged := [video for video in ours if files.seal(rows[video]) != rows[video]]:
+        print(f"{path}: the row of {printable(damaged[0])} is not what was written; scored again", file=sys.stderr)
+        rows = {video: row for video, row in rows.items() if video not in damaged}
     if other := next((row for row in rows.values() if row.get("judge") != name), None):
         had = printable(other.get("judge", "an unknown judge"))
         raise UserError(f"{path}: has scores by {had}, not by {name}; move it away to score anew", "other_run")
     keys = {video.name: files.sha256_json([name, version, files.sha256(video.path), video.caption]) for video in found}
     if older := sum(video.name in rows and rows[video.name].get("version") != version for video in found):
         print(f"{path}: {older} scores are by another version of {name}; scored again", file=sys.stderr)
-    damaged = [name for name, row in rows.items() if files.seal(row) != row]
-    if damaged:
-        print(f"{path}: the row of {damaged[0]} is not what was written; scored again", file=sys.stderr)
-    fresh = {name for name, row in rows.items() if row.get("key") == keys.get(name) and name not in damaged}
+    fresh = {video for video, row in rows.items() if row.get("key") == keys.get(video)}
     missing = [video for video in found if video.name not in fresh]
     if not missing:
         return [rows[video.name] for video in found]
