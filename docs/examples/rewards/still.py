@@ -1,6 +1,6 @@
 """How still the background stays: R = -mean |x_t - x_0| over the pixels of t > 0 that no object covers, in [-2, 0].
 
-Which pixels those are, the true clip says. Objects are not seen.
+The true clip's masks say which pixels those are. The reward does not depend on the objects.
 """
 
 import torch
