@@ -6,15 +6,12 @@
 The first four unseen clips and the first sample of each, not chosen ones.
 """
 
-import sys
 from pathlib import Path
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 from posttrain.core.codec import read_video
 from posttrain.reporting.gallery import animation
 
+RUNS = Path(__file__).parent.parent / "runs"
 SAMPLES = {
     "base": "pocket-psft/samples/base",
     "PSFT": "pocket-psft/samples/psft",
@@ -25,6 +22,6 @@ SAMPLES = {
 CLIPS = 4
 
 if __name__ == "__main__":
-    folders = [ROOT / "runs" / folder / "test_unseen" for folder in SAMPLES.values()]
+    folders = [RUNS / folder / "test_unseen" for folder in SAMPLES.values()]
     clips = [[read_video(folder / f"{clip:05d}-s0.mp4") for folder in folders] for clip in range(CLIPS)]
     animation(Path(__file__).with_name("methods.gif"), clips, 16.0, list(SAMPLES))
