@@ -65,7 +65,7 @@ the clip breaks (`kind`), by how much (`value`, `meaning`), how wrong that is (`
 from the truth, as a share of that of the clip in which nothing moves) and in which share of the frames the target is
 `seen`. `drop_height` and `gravity` are the true ones, `contact_time` and `contacts` are the clip's own.
 """
-VERSION = "2"  # of the generator; raised when the same recipe gives other bytes
+VERSION = "3"  # of the generator; raised when the same recipe gives other bytes
 
 
 class Job(Strict):

@@ -325,6 +325,7 @@ def splits_share_no_assets(job: dataset.Job) -> None:
     for split, objects, backgrounds in (
         ("train", train, seen_backgrounds),
         ("test_unseen", unseen, unseen_backgrounds),
+        ("validation", library.validation_ids(), surfaces.validation_ids()),
     ):
         scene = next(dataset.takes(job, split, 0)).scene
         assert {thing.asset for thing in scene.bodies} <= set(objects)

@@ -328,6 +328,12 @@ def test_splits_share_no_assets(made: Path):
             assert row["background"] in backgrounds
     assert not train & unseen
     assert not seen_backgrounds & unseen_backgrounds
+    for split in ("validation", "hard_validation"):
+        draw = dataset.draw(JOB, split, 0)
+        assert not set(draw.objects) & (train | unseen)
+        assert not set(draw.backgrounds) & (seen_backgrounds | unseen_backgrounds)
+    take = next(dataset.takes(JOB, "validation", 0))
+    assert {body.asset for body in take.scene.bodies} <= set(library.validation_ids())
 
 
 def test_each_split_has_clips_of_its_own():
@@ -338,7 +344,7 @@ def test_each_split_has_clips_of_its_own():
 def test_shipped_recipes_load_and_their_worlds_can_be_made():
     from posttrain.core import recipe as recipes
 
-    for name in ("pocket/drop", "pocket/motion", "sim/pisa"):
+    for name in ("pocket/drop", "pocket/fresh", "pocket/motion", "sim/pisa"):
         plan = recipes.load(ROOT / "recipes" / f"{name}.yaml", ["world.width=64", "world.height=64"], cli.Recipe)
         draw = Draw(np.random.default_rng(1), library.object_ids()[:9], surfaces.background_ids(), 0)
         take = next(plan.world.module.takes(draw, plan.world.config, bullet.simulate, gl.render))

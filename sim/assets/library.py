@@ -17,10 +17,13 @@ from PIL import Image
 from scipy.spatial import ConvexHull
 
 from posttrain.core.errors import UserError
-from sim.assets.meshes import centred, read_obj, smooth
-from sim.assets.shapes import SHAPES, sphere_points
+from sim.assets import convex
+from sim.assets.meshes import centred, read_obj, second_moments, smooth
+from sim.assets.shapes import SHAPES
 
-HULL_POINTS = 64  # what PyBullet handles quickly; more would be no better at these sizes
+CONVEX = 1.001  # a hull's volume in that of its mesh, below which one hull is all that collides
+NEAR = 0.02  # of the longest side: how far what collides may stand off the mesh
+DIAGONAL = 1e-6  # of an inertia tensor's trace: products of inertia below it are none
 VARIANTS = 16  # proportions per made category
 VALIDATION = 4  # further proportions per made category, for validation alone
 
@@ -37,7 +40,7 @@ MODELS: dict[str, tuple[str, str | None, str]] = {
     "wheel": ("racecar/meshes/left_front_wheel.obj", "racecar/meshes/wheel.jpg", "y"),
     "wooden box": ("table/table.obj", "table/table.png", "z"),
 }
-ROUND = ("ball", "soccer ball")  # a hull of 64 points would not roll, so engines use a sphere of diameter `size`
+ROUND = ("ball", "soccer ball")  # a hull would not roll, so engines use a sphere of diameter `size`
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,14 +135,35 @@ def mesh(asset: str) -> Mesh:
 
 @cache
 def hull(asset: str) -> np.ndarray:
-    """At most 64 points (P, 3) of the asset's convex hull, in the frame of `mesh`.
-
-    They are the extreme points in evenly spread directions, the six of the bounding box first, so the hull lies
-    inside the true one and touches the same box.
-    """
+    """The points (P, 3) of the asset's convex hull, in the frame of `mesh`."""
     vertices = mesh(asset).vertices
-    points = vertices[ConvexHull(vertices).vertices]
-    if len(points) <= HULL_POINTS:
-        return points
-    directions = np.concatenate([np.eye(3), -np.eye(3), sphere_points(HULL_POINTS - 6)])
-    return points[np.unique((points @ directions.T).argmax(axis=0))]
+    return vertices[ConvexHull(vertices).vertices]
+
+
+@cache
+def parts(asset: str) -> tuple[np.ndarray, ...]:
+    """What collides, as convex parts: the points (P, 3) of each one's hull, in the frame of `mesh`.
+
+    One part is the hull of all where that is near enough; parts stand off the mesh by NEAR or a little more.
+    """
+    made = mesh(asset)
+    if is_round(asset) or ConvexHull(made.vertices).volume <= CONVEX * made.volume:
+        return (hull(asset),)
+    return tuple(convex.parts(made.vertices, made.faces, NEAR))
+
+
+@cache
+def inertia(asset: str) -> tuple[np.ndarray, np.ndarray]:
+    """(moments (3,), axes (3, 3)): principal moments of one kilogram, in m^2 at size 1, and a column per axis.
+
+    The axes are right-handed and those of the mesh where these are principal, so that rounding turns no round body.
+    """
+    if is_round(asset):
+        return np.full(3, 0.1), np.eye(3)  # 2/5 m r^2 of a sphere of diameter 1
+    made = mesh(asset)
+    tensor = second_moments(made.vertices, made.faces)
+    if np.abs(tensor - np.diag(np.diag(tensor))).max() < DIAGONAL * np.trace(tensor):
+        return np.diag(tensor), np.eye(3)
+    moments, axes = np.linalg.eigh(tensor)
+    axes[:, 2] *= np.linalg.det(axes)
+    return moments, axes

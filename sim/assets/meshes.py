@@ -46,6 +46,19 @@ def centred(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, float]
     return vertices - centre, float(sixfold.sum() / 6)
 
 
+def second_moments(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """The inertia tensor (3, 3) around the origin of one kilogram of a mesh, whose density is the same everywhere.
+
+    Over a tetrahedron from the origin to a, b, c the mean of x x^T is (a a^T + b b^T + c c^T + s s^T) / 20 with
+    s = a + b + c (the fourth corner is 0); the tensor is trace(C) I - C of their sum C, weighed by volume.
+    """
+    a, b, c = (vertices[faces[:, i]] for i in range(3))
+    sixfold = np.einsum("fi,fi->f", a, np.cross(b, c))
+    corners = np.stack([a, b, c, a + b + c])
+    covariance = np.einsum("f,kfi,kfj->ij", sixfold, corners, corners) / (20 * sixfold.sum())
+    return np.eye(3) * np.trace(covariance) - covariance
+
+
 def smooth(
     vertices: np.ndarray, faces: np.ndarray, uv: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:

@@ -1,23 +1,26 @@
 """Rigid bodies in PyBullet, set up so that free flight agrees with the closed form to rounding.
 
-Departures from Bullet's defaults. Damping is 0. Released bodies start with a velocity of g dt / 2 against gravity,
-which cancels the g t dt / 2 by which semi-implicit Euler leaves the parabola. A step is 1/960 s. Contacts count from
-0.5 mm on instead of 2 cm, as what is met earlier loses its bounce, and penetration is mended slowly, as mending adds
-speed: of its speed a ball keeps 0.005 more than its restitution (at 1/240 s, 2 mm and ten times the mending it was
-0.035 more, and contacts were 2 ms late). Bodies are convex hulls without Bullet's margin, by which they would touch
-1 mm above what is drawn; balls are spheres.
+Departures from Bullet's defaults. Damping is 0. Dropped bodies start with a velocity of g dt / 2 against gravity, which
+cancels the deviation g t dt / 2 of semi-implicit Euler from the parabola. A step is 1/960 s. Contacts begin at 0.5 mm
+instead of 2 cm, since earlier ones lose their bounce. Penetration is corrected slowly, since correction adds speed: a
+ball keeps 0.005 more of its speed than its restitution (with 1/240 s, 2 mm and ten times the correction it was 0.035
+more, and contacts were 2 ms late). Bodies collide as the convex parts of library.parts without Bullet's margin, with
+which they would touch 1 mm above what is drawn; balls are spheres. A body has the inertia of what is drawn, where
+Bullet takes that of its bounding box; so its frame in Bullet lies along its principal axes.
 
 Shape letters: S records, T frames, N bodies, V hull vertices.
 """
 
 import math
 import os
+import tempfile
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from posttrain.core.recipe import Strict
 from sim.assets import library
@@ -70,22 +73,53 @@ def records_per_frame(fps: float) -> int:
     return math.ceil(RATE / fps)
 
 
-def shape(bullet: ModuleType, body: Body) -> int:
-    """What collides for it: a sphere or its convex hull."""
-    if library.is_round(body.asset):
-        return int(bullet.createCollisionShape(bullet.GEOM_SPHERE, radius=body.size / 2))
-    vertices = (library.hull(body.asset) * body.size).tolist()
-    return int(bullet.createCollisionShape(bullet.GEOM_MESH, vertices=vertices))
+@cache
+def _principal(asset: str) -> Rotation:
+    """From the frame that a body has in Bullet to that of its mesh."""
+    return Rotation.from_matrix(library.inertia(asset)[1])
+
+
+@cache
+def _obj(asset: str) -> str:
+    """What collides as an OBJ file with an object per convex part, in the frame that a body has in Bullet."""
+    lines, count = [], 0
+    for i, points in enumerate(library.parts(asset)):
+        lines.append(f"o {i}")
+        lines += ["v {:.9g} {:.9g} {:.9g}".format(*point) for point in _principal(asset).inv().apply(points)]
+        corners = np.resize(np.arange(count, count + len(points)) + 1, -(-len(points) // 3) * 3)  # each at least once
+        lines += ["f {} {} {}".format(*face) for face in corners.reshape(-1, 3)]
+        count += len(points)
+    return "\n".join(lines) + "\n"
+
+
+def _orientations(body: Body, xyzw_S4: np.ndarray) -> np.ndarray:
+    """Orientations (S, 4) of the body, w first, of those that it has in Bullet, w last."""
+    return np.roll((Rotation.from_quat(xyzw_S4) * _principal(body.asset).inv()).as_quat(), 1, axis=-1)
+
+
+def _create(bullet: ModuleType, body: Body, mass: float, position: Vector) -> int:
+    """The handle of a new body of Bullet: a sphere, or convex parts, which Bullet takes from a file alone."""
+    turn = (Rotation.from_quat(xyzw(body.orientation)) * _principal(body.asset)).as_quat().tolist()
+    with tempfile.NamedTemporaryFile("w", suffix=".obj") as file:
+        if library.is_round(body.asset):
+            shape = bullet.createCollisionShape(bullet.GEOM_SPHERE, radius=body.size / 2)
+        else:
+            file.write(_obj(body.asset))
+            file.flush()
+            shape = bullet.createCollisionShape(bullet.GEOM_MESH, fileName=file.name, meshScale=[body.size] * 3)
+        handle = int(bullet.createMultiBody(mass, shape, basePosition=position, baseOrientation=turn))
+    bullet.changeDynamics(handle, -1, lateralFriction=body.friction, restitution=body.restitution, collisionMargin=0)
+    return handle
 
 
 def _add(bullet: ModuleType, body: Body) -> int:
     mass = 0.0 if body.role == "moved" else body.mass
-    handle = bullet.createMultiBody(
-        mass, shape(bullet, body), basePosition=body.position, baseOrientation=xyzw(body.orientation)
-    )
-    surface = {"lateralFriction": body.friction, "restitution": body.restitution, "collisionMargin": 0}
-    bullet.changeDynamics(handle, -1, **surface, linearDamping=0, angularDamping=0)
-    return int(handle)
+    handle = _create(bullet, body, mass, body.position)
+    bullet.changeDynamics(handle, -1, linearDamping=0, angularDamping=0)
+    if mass:
+        moments = library.inertia(body.asset)[0] * mass * body.size**2
+        bullet.changeDynamics(handle, -1, localInertiaDiagonal=moments.tolist())
+    return handle
 
 
 def _load(scene: Scene, steps: int, gap: float, mending: float) -> tuple[ModuleType, list[int], float]:
@@ -103,6 +137,7 @@ def _load(scene: Scene, steps: int, gap: float, mending: float) -> tuple[ModuleT
     bullet.setPhysicsEngineParameter(
         fixedTimeStep=step, deterministicOverlappingPairs=1, contactBreakingThreshold=gap, contactERP=mending
     )
+    bullet.setPhysicsEngineParameter(enableFileCaching=0)  # each shape's file has a new name
     floor = bullet.createMultiBody(0, bullet.createCollisionShape(bullet.GEOM_PLANE))
     bullet.changeDynamics(floor, -1, lateralFriction=scene.floor_friction, restitution=scene.floor_restitution)
     return bullet, [_add(bullet, body) for body in scene.bodies], step
@@ -159,9 +194,11 @@ def simulate(scene: Scene, interventions: Sequence[Intervention] = (), config: C
     spin_SN3 = _rotate_back(poses_SN7[..., 3:], velocities_SN6[..., 3:])
     energy_SN = mass_N * ((linear_SN3**2).sum(-1) / 2 - poses_SN7[..., :3] @ gravity)
     energy_SN += (inertia_N3 * spin_SN3**2).sum(-1) / 2
+    turns_TN4 = poses_SN7[::per_frame, :, 3:]
+    turns = [_orientations(body, turns_TN4[:, i]) for i, body in enumerate(scene.bodies)]
     return Trajectory(
         positions_TN3=poses_SN7[::per_frame, :, :3],
-        quaternions_TN4=np.roll(poses_SN7[::per_frame, :, 3:], 1, axis=-1),
+        quaternions_TN4=np.stack(turns, axis=1) if turns else turns_TN4,
         contacts=tuple(Contact(*contact) for contact in sorted(contacts)),
         energy=energy_SN.sum(-1),
     )
@@ -185,14 +222,13 @@ def _hook(bullet: ModuleType, handles: list[int], scene: Scene, step: float, int
         for index in through:
             bullet.setCollisionFilterPair(handle, 0 if index == FLOOR else handles[index], -1, -1, 0)
             if index == FLOOR:
-                copied, turn = bullet.createCollisionShape(bullet.GEOM_PLANE), (0.0, 0.0, 0.0, 1.0)
-                position, surface = (0.0, 0.0, -depth), (scene.floor_friction, scene.floor_restitution)
+                plane = bullet.createCollisionShape(bullet.GEOM_PLANE)
+                copy = bullet.createMultiBody(0, plane, basePosition=(0.0, 0.0, -depth))
+                surface = {"lateralFriction": scene.floor_friction, "restitution": scene.floor_restitution}
+                bullet.changeDynamics(copy, -1, **surface)
             else:
-                body = scene.bodies[index]
-                (x, y, z), turn = body.position, xyzw(body.orientation)
-                copied, position, surface = shape(bullet, body), (x, y, z - depth), (body.friction, body.restitution)
-            copy = bullet.createMultiBody(0, copied, basePosition=position, baseOrientation=turn)
-            bullet.changeDynamics(copy, -1, lateralFriction=surface[0], restitution=surface[1])
+                x, y, z = scene.bodies[index].position
+                copy = _create(bullet, scene.bodies[index], 0.0, (x, y, z - depth))
             for other in handles:
                 if other != handle:
                     bullet.setCollisionFilterPair(copy, other, -1, -1, 0)
@@ -261,7 +297,10 @@ def settle(scene: Scene, seconds: float = 6.0) -> list[tuple[Vector, Quaternion]
         still = still + 1 if speed < STILL else 0
         if still == 3:
             poses = [bullet.getBasePositionAndOrientation(handle) for handle in handles]
-            return [(tuple(position), (q[3], q[0], q[1], q[2])) for position, q in poses]
+            return [
+                (tuple(position), tuple(_orientations(body, np.array([q]))[0].tolist()))
+                for body, (position, q) in zip(scene.bodies, poses, strict=True)
+            ]
     return None
 
 
