@@ -31,9 +31,9 @@ from typing import Any
 
 import numpy as np
 import yaml
-from falling import write_dataset
-from forked import launch
-from tiny import wan_folder
+from helpers.falling import write_dataset
+from helpers.forked import launch
+from helpers.tiny import wan_folder
 
 from posttrain.core import files, recipe
 from posttrain.core.errors import UserError

@@ -23,8 +23,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Wan of tiny.py, to be read: a test that changes it takes a copy."""
-    from tiny import wan_folder  # here, as the simulator's tests need no such heavy libraries
+    """The tiny Wan of helpers/tiny.py, to be read: a test that changes it takes a copy."""
+    from helpers.tiny import wan_folder  # here, as the simulator's tests need no such heavy libraries
 
     return wan_folder(tmp_path_factory.mktemp("tiny") / "wan")
 

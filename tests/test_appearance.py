@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
-from tiny import TINY_VAE
+from helpers.tiny import TINY_VAE
 
 from posttrain.pretraining import appearance
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from falling import SIZE, Oracle, RedTracker, film, rows_of, write_dataset
+from helpers.falling import SIZE, Oracle, RedTracker, film, rows_of, write_dataset
 from rich.console import Console
 
 from posttrain.core.errors import UserError

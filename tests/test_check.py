@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from falling import RedTracker, write_dataset
-from tiny import wan_folder
+from helpers.falling import RedTracker, write_dataset
+from helpers.tiny import wan_folder
 
 from posttrain.core.files import read_jsonl, write_jsonl
 from posttrain.data.config import DataConfig

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from falling import SIZE, film, rows_of, write_dataset
+from helpers.falling import SIZE, film, rows_of, write_dataset
 
 from posttrain.core import files
 from posttrain.core.codec import read_video

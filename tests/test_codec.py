@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
-from test_structure import MODULES
+from helpers.project import MODULES
 
 from posttrain.core.codec import gif, lossless, playable, read_video, write_near_lossless
 

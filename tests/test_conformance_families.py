@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from falling import write_groups
 from helpers import toy_family
+from helpers.falling import write_groups
+from helpers.tiny import FAMILIES, wan_folder
+from helpers.tiny_opensora import opensora_folder
 from safetensors.torch import load_file
-from tiny import FAMILIES, wan_folder
-from tiny_opensora import opensora_folder
 from torch import Tensor
 
 import posttrain.models

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from tiny import TINY_VAE, TINY_VAE_21
+from helpers.tiny import TINY_VAE, TINY_VAE_21
 from torch import Tensor
 
 from posttrain.core.meter import Meter

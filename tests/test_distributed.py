@@ -11,12 +11,12 @@ from typing import Any
 
 import psutil
 import pytest
-import ranks
 import torch
 import yaml
-from falling import write_dataset, write_groups
+from helpers import ranks
+from helpers.falling import write_dataset, write_groups
+from helpers.tiny import wan_folder
 from safetensors.torch import load_file
-from tiny import wan_folder
 
 from posttrain import cli
 from posttrain.core import distributed
@@ -96,7 +96,7 @@ KINDS = ("gradients", "rewarded")  # of PSFT, of ORO
 def test_two_processes_have_the_gradients_and_the_curve_of_one(tmp_path, home):
     torchrun = start(
         home, "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        str(ROOT / "tests" / "ranks.py"), str(tmp_path), "wan",
+        str(ROOT / "tests" / "helpers" / "ranks.py"), str(tmp_path), "wan",
     )  # fmt: skip
     alone = {kind: ranks.gradients(tmp_path / kind, home / "wan", kind == "rewarded") for kind in KINDS}
     ranks.curve(tmp_path / "alone-curve")

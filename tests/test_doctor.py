@@ -6,8 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from helpers.tiny import wan_folder
 from rich.console import Console
-from tiny import wan_folder
 
 from posttrain.commands.bench import bench, print_timings
 from posttrain.commands.doctor import (

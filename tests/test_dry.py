@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
-from falling import write_dataset
-from tiny import FAMILIES, TINY_TRANSFORMER, TINY_VAE, wan_folder
+from helpers.falling import write_dataset
+from helpers.tiny import FAMILIES, TINY_TRANSFORMER, TINY_VAE, wan_folder
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from posttrain import cli

@@ -13,10 +13,10 @@ import pytest
 import torch
 import yaml
 from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+from helpers.tiny import wan_folder
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import wan_folder
 
 import posttrain.commands.export
 from posttrain.commands.export import check, export

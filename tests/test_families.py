@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
-from falling import write_dataset
+from helpers.falling import write_dataset
+from helpers.tiny import FAMILIES, wan_folder
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import FAMILIES, wan_folder
 
 from posttrain.core.errors import UserError
 from posttrain.data.config import DataConfig

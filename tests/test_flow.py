@@ -7,8 +7,8 @@ import pytest
 import scipy.stats
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanImageToVideoPipeline
+from helpers.tiny import FAMILIES, wan_folder
 from PIL import Image
-from tiny import FAMILIES, wan_folder
 from torch import Tensor
 
 from posttrain.core.errors import UserError

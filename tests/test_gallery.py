@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from falling import RedTracker, write_dataset
+from helpers.falling import RedTracker, write_dataset
+from helpers.tiny import wan_folder
 from PIL import Image
-from tiny import wan_folder
 
 from posttrain import cli
 from posttrain.commands import sampling

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from falling import FPS, film, rows_of, write_clip, write_dataset, write_groups
+from helpers.falling import FPS, film, rows_of, write_clip, write_dataset, write_groups
+from helpers.tiny import wan_folder
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import wan_folder
 
 from posttrain import cli
 from posttrain.commands.experiment import Recipe

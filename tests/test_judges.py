@@ -24,7 +24,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from falling import FPS, SIZE, RedTracker, film, rows_of, write_clip, write_dataset, write_groups
+from helpers.falling import FPS, SIZE, RedTracker, film, rows_of, write_clip, write_dataset, write_groups
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -100,7 +100,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def port(llava: Path) -> Iterator[int]:
     """Of a server in a process of its own."""
-    command = [sys.executable, str(ROOT / "tests" / "vlm_server.py"), str(llava)]
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "vlm_server.py"), str(llava)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         yield int(server.stdout.readline())

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from falling import write_dataset
-from tiny import wan_folder
+from helpers.falling import write_dataset
+from helpers.tiny import wan_folder
 
 from posttrain.core import files
 from posttrain.core.errors import UserError

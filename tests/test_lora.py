@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline
+from helpers.tiny import TINY_TRANSFORMER
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import TINY_TRANSFORMER
 from torch import Tensor
 
 from posttrain.core.errors import UserError

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from falling import write_dataset
-from tiny import wan_folder
+from helpers.falling import write_dataset
+from helpers.tiny import wan_folder
 
 import posttrain.methods
 from posttrain import cli

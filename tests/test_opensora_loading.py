@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny_opensora import TEXT_TOKENS, TRANSFORMER, opensora_folder, transformer
 from safetensors.torch import load_file, save_file
-from tiny_opensora import TEXT_TOKENS, TRANSFORMER, opensora_folder, transformer
 from torch import Tensor
 from transformers import AutoTokenizer, T5EncoderModel
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_opensora import TEXT_TOKENS, TEXT_WIDTH, opensora_folder
+from helpers.tiny_opensora import TEXT_TOKENS, TEXT_WIDTH, opensora_folder
 from torch import Tensor
 
 from posttrain.core.errors import UserError

@@ -15,7 +15,7 @@ from posttrain.models import lora
 from posttrain.models.opensora.stdit import TARGETS, STDiT3, initialise, position_embedding
 
 TINY: dict[str, Any] = {"hidden_size": 32, "depth": 2, "num_heads": 2, "caption_channels": 12, "model_max_length": 9}
-KEYS = json.loads((Path(__file__).parent / "opensora_keys.json").read_text())
+KEYS = json.loads((Path(__file__).parent / "helpers" / "opensora_keys.json").read_text())
 
 
 def model(dtype: torch.dtype = torch.float64, **changes: Any) -> STDiT3:

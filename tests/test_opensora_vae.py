@@ -23,7 +23,7 @@ def vae(**changes: Any) -> OpenSoraVAE:
 
 
 def test_names_and_shapes_are_the_published_ones() -> None:
-    keys = json.loads((Path(__file__).parent / "opensora_keys.json").read_text())["vae"]
+    keys = json.loads((Path(__file__).parent / "helpers" / "opensora_keys.json").read_text())["vae"]
     with torch.device("meta"):
         made = OpenSoraVAE()
     assert {name: list(tensor.shape) for name, tensor in made.state_dict().items()} == keys

@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
-from falling import write_dataset
+from helpers.falling import write_dataset
+from helpers.tiny import FAMILIES, wan_folder
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, wan_folder
 from torch import Tensor
 
 from posttrain.commands.experiment import Recipe

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import wan_folder
+from helpers.tiny import wan_folder
 from torch import Tensor
 
 from posttrain.core.files import read_jsonl

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from falling import AMBIGUOUS, FPS, SIZE, Oracle, RedTracker, film, rows_of, tell, write_dataset
+from helpers.falling import AMBIGUOUS, FPS, SIZE, Oracle, RedTracker, film, rows_of, tell, write_dataset
 from PIL import Image, ImageSequence
 from playwright.sync_api import Page, sync_playwright
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from falling import SIZE, write_dataset
+from helpers.falling import SIZE, write_dataset
 
 from posttrain import cli
 from posttrain.core.errors import UserError

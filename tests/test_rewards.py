@@ -12,9 +12,9 @@ from typing import Annotated
 import numpy as np
 import pytest
 import torch
+from helpers.unrounded import Unrounded
 from torch import Tensor, nn
 from torch.nn import functional as F
-from unrounded import Unrounded
 
 import posttrain.rewards
 from posttrain.core.recipe import Plugin, PluginFrom, Strict, load, plugins, resolve

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from forked import launch
+from helpers.forked import launch
 from pydantic import ValidationError
 from torch import nn
 

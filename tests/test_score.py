@@ -17,10 +17,10 @@ import pytest
 import torch
 import yaml
 from diffusers import WanTransformer3DModel
-from falling import FPS, GRAVITY, SIDE, SIZE, Oracle, RedTracker, film, rows_of, write_dataset
+from helpers.commands import command
+from helpers.falling import FPS, GRAVITY, SIDE, SIZE, Oracle, RedTracker, film, rows_of, write_dataset
+from helpers.tiny import wan_folder
 from PIL import Image
-from test_stages import command
-from tiny import wan_folder
 from transformers import Sam2VideoConfig
 
 from posttrain.core import files

@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKLWan
-from falling import write_dataset
-from tiny import TINY_VAE
+from helpers.falling import write_dataset
+from helpers.tiny import TINY_VAE
 from torch import Tensor
 from transformers import Sam2VideoConfig
 

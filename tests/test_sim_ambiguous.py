@@ -7,9 +7,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from helpers.worlds import BACKGROUNDS, OBJECTS, POCKET
 from pydantic import ValidationError
 from scipy.stats import kstest
-from test_sim_counterfactual import BACKGROUNDS, OBJECTS, POCKET
 
 from posttrain.core.errors import UserError
 from posttrain.core.files import read_jsonl

@@ -247,7 +247,7 @@ def test_concave_meshes_fall_into_convex_parts():
 
 
 def test_what_the_pocket_films_collides_as_one_hull():
-    for name in ("barrel", "box", "cone", "cylinder", "prism", "pyramid", "stone"):
+    for name in ("barrel", "box", "capsule", "cone", "cylinder", "egg", "prism", "pyramid", "stone"):
         for number in range(library.VARIANTS + library.VALIDATION):
             asset = f"{name}/{number:02d}"
             assert len(library.parts(asset)) == 1

@@ -11,14 +11,13 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from helpers.worlds import BACKGROUNDS, OBJECTS, POCKET, body, world
 from PIL import Image
 from pydantic import ValidationError
-from test_sim_physics import body, world
 
 from posttrain.core.errors import UserError
 from posttrain.core.files import read_jsonl
 from sim import dataset, geometry
-from sim.assets import library, surfaces
 from sim.bench import bench
 from sim.physics import analytic, bullet
 from sim.render import gl
@@ -30,8 +29,6 @@ from sim.worlds.counterfactual import Violation
 
 TIMES = np.arange(33) / 16
 HEIGHT = 0.6
-OBJECTS, BACKGROUNDS = (library.split(ids)[0] for ids in (library.object_ids(), surfaces.background_ids()))
-POCKET = {"width": 64, "height": 64, "frames": 33, "studio": True, "texture": 0.0, "size": (0.25, 0.35)}
 
 
 def violate(scene: Scene, true: Trajectory, violation: Violation) -> Trajectory:

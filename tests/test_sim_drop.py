@@ -5,11 +5,12 @@ from functools import cache
 
 import numpy as np
 import pytest
+from helpers.worlds import BACKGROUNDS, OBJECTS
 from pydantic import ValidationError
 
 from posttrain.core.errors import UserError
 from sim import geometry
-from sim.assets import library, surfaces
+from sim.assets import library
 from sim.physics import analytic, bullet
 from sim.physics.base import energy_gain
 from sim.render import gl
@@ -28,8 +29,6 @@ POCKET = {
     "camera_step": (0.0, 0.1),
     "target_pixels": (6, 20),
 }
-OBJECTS = library.split(library.object_ids())[0]
-BACKGROUNDS = library.split(surfaces.background_ids())[0]
 
 
 def draw(index: int, objects: list[str] = OBJECTS) -> Draw:

@@ -1,10 +1,12 @@
 """The physics engine against the closed form, and the laws it must keep."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.worlds import body, world
 from scipy.spatial import KDTree
 from scipy.spatial.transform import Rotation
 
@@ -14,38 +16,12 @@ from sim.assets import library
 from sim.assets.convex import scattered
 from sim.physics import analytic, bullet
 from sim.physics.base import energy_gain
-from sim.scene import FLOOR, Background, Body, Camera, Light, Material, Scene, Trajectory
+from sim.scene import FLOOR, Body, Scene, Trajectory
 from sim.worlds import drop
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-SCENES = [("pocket/toys_drop.yaml", 1), ("pocket/toys_drop.yaml", 4), ("sim/pisa.yaml", 10)]
-SHAPES = ["ball/00", "duck/00", "toy/017", "soccer ball/00", "cone/00"]
-
-
-def world(*bodies: Body, fps: float = 16.0, frames: int = 33) -> Scene:
-    grey = Material("plain", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 1.0, 0)
-    return Scene(
-        bodies=bodies,
-        camera=Camera((0.0, -3.0, 0.5)),
-        light=Light((0.0, 0.0, 1.0), (1.0, 1.0, 1.0), (0.3, 0.3, 0.3)),
-        background=Background("plain", grey, None, 5.0, (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)),
-        floor_friction=0.8,
-        floor_restitution=1.0,
-        gravity=(0.0, 0.0, -9.81),
-        frames=frames,
-        fps=fps,
-        target=0,
-        caption="",
-        seed=0,
-    )
-
-
-def body(asset: str, height: float, restitution: float = 0.0, turn: int = 0) -> Body:
-    """One kilogram, turned anyhow, its lowest point at `height`."""
-    q = np.random.default_rng(turn).normal(size=4)
-    w, x, y, z = (q / np.linalg.norm(q)).tolist()
-    plain = Body(asset, "thing", 0.3, 1.0, 0.6, restitution, (0.0, 0.0, 0.0), (w, x, y, z), "dropped", None)
-    return replace(plain, position=(0.0, 0.0, height - float(geometry.outline(plain)[:, 2].min())))
+SCENES = [("pocket/toys_drop", 4), ("pocket/toys_drop", 29), ("sim/pisa", 7)]  # as hulls 37, 26 and 15 mm apart
+SHAPES = ["ball/00", "bottle/00", "toy/017", "soccer ball/00", "cone/00"]
 
 
 def test_closed_form_by_hand():
@@ -82,7 +58,7 @@ def test_free_fall_within_a_millimetre_and_contact_within_a_tenth_of_a_milliseco
 
 
 def test_frame_0_is_the_scene_and_nothing_has_moved_yet():
-    scene = world(body("duck/00", 1.0), replace(body("cone/00", 0.6), position=(1.0, 0.0, 0.9)))
+    scene = world(body("bottle/00", 1.0), replace(body("cone/00", 0.6), position=(1.0, 0.0, 0.9)))
     trajectory = bullet.simulate(scene)
     for i, thing in enumerate(scene.bodies):
         np.testing.assert_array_equal(trajectory.positions_TN3[0, i], thing.position)
@@ -116,7 +92,7 @@ def test_obstacles_stay_and_are_hit():
 
 
 def test_settled_bodies_stay_where_they_are():
-    lying = body("duck/00", 0.01)
+    lying = body("bottle/00", 0.01)
     ((position, orientation),) = bullet.settle(world(lying)) or [((0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0))]
     scene = world(replace(lying, position=position, orientation=orientation, role="pile"))
     trajectory = bullet.simulate(scene)
@@ -131,17 +107,18 @@ def test_clearance_sees_air_touch_and_overlap():
 
 
 def test_the_same_scene_moves_the_same():
-    scene = world(body("duck/00", 1.0), replace(body("toy/017", 0.5), position=(0.05, 0.0, 0.2)))
+    scene = world(body("bottle/00", 1.0), replace(body("toy/017", 0.5), position=(0.05, 0.0, 0.2)))
     first, second = bullet.simulate(scene), bullet.simulate(scene)
     np.testing.assert_array_equal(first.positions_TN3, second.positions_TN3)
     np.testing.assert_array_equal(first.energy, second.energy)
     assert first.contacts == second.contacts
 
 
-def drawn(thing: Body) -> np.ndarray:
-    """Points (P, 3) on the mesh that is drawn, in its own frame."""
-    mesh = library.mesh(thing.asset)
-    return scattered(mesh.vertices[mesh.faces], 20_000)[0] * thing.size
+@cache
+def drawn(asset: str) -> np.ndarray:
+    """Points (P, 3) on the mesh that is drawn, in its own frame at size 1."""
+    mesh = library.mesh(asset)
+    return scattered(mesh.vertices[mesh.faces], 20_000)[0]
 
 
 def gaps(scene: Scene) -> list[float]:
@@ -162,13 +139,13 @@ def gaps(scene: Scene) -> list[float]:
             before, here = trajectory.positions_TN3[k - 1 : k + 1, i]
             old, new = Rotation.from_quat(np.roll(trajectory.quaternions_TN4[k - 1 : k + 1, i], -1, axis=-1))
             turn = Rotation.from_rotvec((new * old.inv()).as_rotvec() * on) * new
-            clouds.append(turn.apply(drawn(scene.bodies[i])) + here + (here - before) * on)
+            clouds.append(turn.apply(drawn(scene.bodies[i].asset) * scene.bodies[i].size) + here + (here - before) * on)
         a, *others = clouds
-        result.append(float(KDTree(a).query(others[0])[0].min() if others else a[:, 2].min()))
+        result.append(float(KDTree(a).query(others[0], distance_upper_bound=0.1)[0].min() if others else a[:, 2].min()))
     return result
 
 
-@pytest.mark.parametrize("below", ["bowl/03", "ring/03", "mug/00", "star/03", "cross/03", "toy/010"])
+@pytest.mark.parametrize("below", ["bowl/03", "star/03", "cross/03", "toy/010"])
 def test_what_touches_is_seen_to_touch(below: str):
     """A small stone falls into what lies below: with one hull per body it stopped at a lid (the bowl's: 80 mm up)."""
     lying = replace(body(below, 0.001), size=0.4, role="moved", orientation=(1.0, 0.0, 0.0, 0.0))
@@ -180,7 +157,7 @@ def test_what_touches_is_seen_to_touch(below: str):
 
 @pytest.mark.parametrize(("recipe", "index"), SCENES)
 def test_what_touches_in_drawn_scenes_is_seen_to_touch(recipe: str, index: int):
-    plan = recipes.load(RECIPES / recipe, [], cli.Recipe)
+    plan = recipes.load(RECIPES / f"{recipe}.yaml", [], cli.Recipe)
     scene, _ = drop.make(dataset.draw(plan, "train", index), plan.world.config, bullet.simulate)
     assert max(gaps(scene)) < 10e-3
 

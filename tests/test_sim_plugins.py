@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sim_laws import ENGINE_LAWS, RENDERER_LAWS, WORLD_LAWS, its_clips_can_be_written
+from helpers.sim_laws import ENGINE_LAWS, RENDERER_LAWS, WORLD_LAWS, its_clips_can_be_written
 
 from posttrain.core import recipe
 from posttrain.core.errors import UserError

@@ -1,7 +1,6 @@
 """The whole command: every stage once, again without work, cut off, and refused."""
 
 import contextlib
-import io
 import os
 import random
 import re
@@ -17,11 +16,12 @@ import pytest
 import torch
 import yaml
 from diffusers import WanTransformer3DModel
-from falling import write_dataset
-from forked import launch
+from helpers.commands import command, contents
+from helpers.falling import write_dataset
+from helpers.forked import launch
+from helpers.tiny import wan_folder
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import wan_folder
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -51,19 +51,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_dataset(path / "drops", ["train", "test_seen", "test_unseen"], clips=3, frames=5)
     (path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     return path
-
-
-def command(home: Path, *arguments: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of `posttrain ARGUMENTS`, called in this process."""
-    with contextlib.chdir(home), contextlib.redirect_stdout(io.StringIO()) as out:
-        with contextlib.redirect_stderr(io.StringIO()) as err:
-            code = cli.main(arguments)
-    return code, out.getvalue(), err.getvalue()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    paths = folder.rglob("*") if folder.is_dir() else [folder]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.is_file()}
 
 
 def refused(home: Path, *arguments: str) -> str:

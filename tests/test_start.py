@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from falling import write_dataset
+from helpers.falling import write_dataset
+from helpers.tiny import TINY_TRANSFORMER, wan_folder
 from safetensors.torch import load_file
-from tiny import TINY_TRANSFORMER, wan_folder
 from torch import Tensor
 
 from posttrain import cli

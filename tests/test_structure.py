@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.project import MODULES, ROOT
 
 from posttrain.core.recipe import load
 
-ROOT = Path(__file__).parent.parent
 # Who may import whom, from the ground up: a package may import itself and what stands in its row. Nothing imports
 # upwards, so there is no circle.
 GROUND = ["types", "core", "flow", "pocket", "metrics"]
@@ -43,11 +43,6 @@ MAY_IMPORT = {
     "_torchvision": [],
 }
 
-MODULES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for package in ("posttrain", "sim")
-    for path in sorted((ROOT / package).rglob("*.py"))
-}
 RECIPES = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "recipes").rglob("*.yaml")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from falling import write_dataset
+from helpers.falling import write_dataset
 from safetensors.torch import load_file
 from scipy.stats import permutation_test
 from torch import Tensor

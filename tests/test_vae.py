@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from tiny import wan_folder
+from helpers.tiny import wan_folder
 
 from posttrain.core.errors import UserError
 from posttrain.models.base import ModelConfig

@@ -14,10 +14,10 @@ import av
 import numpy as np
 import pytest
 import torch
-from falling import film, rows_of, write_dataset
+from helpers.commands import command, contents
+from helpers.falling import film, rows_of, write_dataset
+from helpers.tiny import wan_folder
 from PIL import Image
-from test_stages import command, contents
-from tiny import wan_folder
 
 from posttrain.core import files
 from posttrain.core.codec import check, complaints, inspect

@@ -13,8 +13,8 @@ import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
 from diffusers.models.embeddings import TimestepEmbedding
+from helpers.tiny import wan_folder
 from safetensors.torch import load_file, save_file
-from tiny import wan_folder
 from torch import Tensor
 
 from posttrain.core.errors import UserError

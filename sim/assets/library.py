@@ -19,7 +19,7 @@ from scipy.spatial import ConvexHull
 from posttrain.core.errors import UserError
 from sim.assets import convex
 from sim.assets.meshes import centred, read_obj, second_moments, smooth
-from sim.assets.shapes import SHAPES
+from sim.assets.shapes import SHAPES, sphere_points
 
 CONVEX = 1.001  # a hull's volume in that of its mesh, below which one hull is all that collides
 NEAR = 0.02  # of the longest side: how far what collides may stand off the mesh
@@ -135,7 +135,9 @@ def mesh(asset: str) -> Mesh:
 
 @cache
 def hull(asset: str) -> np.ndarray:
-    """The points (P, 3) of the asset's convex hull, in the frame of `mesh`."""
+    """The points (P, 3) of the asset's convex hull, in the frame of `mesh`; of a sphere for balls."""
+    if is_round(asset):
+        return np.concatenate([np.eye(3), -np.eye(3), sphere_points(394)]) / 2
     vertices = mesh(asset).vertices
     return vertices[ConvexHull(vertices).vertices]
 

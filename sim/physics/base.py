@@ -1,7 +1,7 @@
 """The protocol of physics engines, the modules of this package that a recipe names in `physics:`.
 
 An engine has a `Config` and `simulate(scene, interventions, config)`, see `Simulate`. The laws that every engine keeps
-are in tests/sim_laws.py. An engine refuses what it cannot do by `unsupported`.
+are in tests/helpers/sim_laws.py. An engine refuses what it cannot do by `unsupported`.
 """
 
 from collections.abc import Sequence

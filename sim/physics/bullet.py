@@ -100,13 +100,14 @@ def _orientations(body: Body, xyzw_S4: np.ndarray) -> np.ndarray:
 def _create(bullet: ModuleType, body: Body, mass: float, position: Vector) -> int:
     """The handle of a new body of Bullet: a sphere, or convex parts, which Bullet takes from a file alone."""
     turn = (Rotation.from_quat(xyzw(body.orientation)) * _principal(body.asset)).as_quat().tolist()
+    text = "" if library.is_round(body.asset) else _obj(body.asset)  # before the file, since it can take seconds
     with tempfile.NamedTemporaryFile("w", suffix=".obj") as file:
-        if library.is_round(body.asset):
-            shape = bullet.createCollisionShape(bullet.GEOM_SPHERE, radius=body.size / 2)
-        else:
-            file.write(_obj(body.asset))
-            file.flush()
+        file.write(text)
+        file.flush()
+        if text:
             shape = bullet.createCollisionShape(bullet.GEOM_MESH, fileName=file.name, meshScale=[body.size] * 3)
+        else:
+            shape = bullet.createCollisionShape(bullet.GEOM_SPHERE, radius=body.size / 2)
         handle = int(bullet.createMultiBody(mass, shape, basePosition=position, baseOrientation=turn))
     bullet.changeDynamics(handle, -1, lateralFriction=body.friction, restitution=body.restitution, collisionMargin=0)
     return handle

@@ -2,7 +2,7 @@
 
 A world has a `Config` (of WorldConfig) and `takes(draw, config, simulate, render)`, which films the clips of one scene
 with the given engine and renderer. All random numbers come from `draw.rng`, so a scene is a function of its draw. The
-laws that every world keeps are in tests/sim_laws.py.
+laws that every world keeps are in tests/helpers/sim_laws.py.
 """
 
 from dataclasses import dataclass, field

@@ -177,7 +177,9 @@ def stage(draw: Draw, config: Config, heights: np.ndarray, piles: np.ndarray) ->
         z = floor + height - points_V3[:, 2].min()
         dropped.append(replace(body, position=(float(spot[0]), float(spot[1]), float(z))))
     scene = replace(scene, bodies=(*dropped, *waiting), caption=sentence([body.name for body in dropped]))
-    return scene if _stands_out(scene, config) and bullet.clearance(scene) >= TOUCH else None
+    if not _stands_out(scene, config):
+        return None
+    return scene if len(scene.bodies) == 1 or bullet.clearance(scene) >= TOUCH else None  # one alone hangs in the air
 
 
 def place_camera(draw: Draw, config: Config, scene: Scene, trajectory: Trajectory) -> Scene | None:
@@ -209,7 +211,7 @@ def alone(
     """
     near = config.model_copy(update={"camera_gap": depth})
     scene = stage(draw, near, np.array([height]), np.zeros(1, int))
-    if scene is None:
+    if scene is None or not _large_enough(scene, near):
         return None
     trajectory = simulate(scene)
     framed = place_camera(draw, near, scene, trajectory) if _sound(scene, trajectory) else None

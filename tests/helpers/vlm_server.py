@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server of a tiny model, for the tests of judges: python tests/vlm_server.py FOLDER.
+"""An OpenAI-compatible server of a tiny model, for the tests of judges: python tests/helpers/vlm_server.py FOLDER.
 
 It says its port and answers POST <kind>/v1/chat/completions: `good` at once, `slow` after a quarter of a second, `busy`
 with 429, 503 and a torn answer before each good one, `down` with 503 always, and `mute` without logprobs. GET /count is

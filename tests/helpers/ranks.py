@@ -1,4 +1,6 @@
-"""What one process of several trains, and one alone: `torchrun tests/ranks.py OUT WAN`, for test_distributed.py."""
+"""What one process of several trains, and one alone, for test_distributed.py:
+torchrun tests/helpers/ranks.py OUT WAN
+"""
 
 import sys
 from collections.abc import Sequence
