@@ -31,7 +31,6 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from posttrain.core.codec import lossless
 from posttrain.core.errors import UserError
@@ -47,6 +46,7 @@ from posttrain.core.files import (
     write_sealed,
     write_text,
 )
+from posttrain.core.progress import track
 from posttrain.core.recipe import Plugin, PluginFrom, Seed, Strict, flat
 from sim.assets import library, surfaces
 from sim.worlds.base import Draw, Take
@@ -106,7 +106,7 @@ def write(
         if done:
             console.print(f"{out}: {len(done)} of {len(wanted)} scenes exist already")
         if missing:
-            _run(out, job, missing, min(workers or os.cpu_count() or 1, len(missing)), console)
+            _run(out, job, missing, min(workers or os.cpu_count() or 1, len(missing)))
         made = {}
         for split, count in splits.items():
             rows = [row for i in range(count) for row in read_sealed(_row(out, split, i))["clips"]]
@@ -239,19 +239,14 @@ def _begin() -> None:
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
-def _run(out: Path, job: Job, scenes: list[tuple[str, int]], workers: int, console: Console) -> None:
-    times = TimeElapsedColumn(), TimeRemainingColumn()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times
+def _run(out: Path, job: Job, scenes: list[tuple[str, int]], workers: int) -> None:
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin)
     try:
         with _for_workers():
             futures = [pool.submit(make_and_write, out, job, *scene) for scene in scenes]
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task(f"{out}: {job.world.name}", total=len(scenes))
-            for future in as_completed(futures):
-                future.result()
-                progress.advance(task)
+        for future in track(as_completed(futures), f"{out}: {job.world.name}", len(scenes)):
+            future.result()
     except BrokenProcessPool as error:
         raise UserError(
             f"{out}: a worker was killed, perhaps for lack of memory; start again with fewer --workers",

@@ -351,12 +351,15 @@ def validation(
 
     def validate(step: int) -> tuple[dict[str, float], dict[str, Path]]:
         videos, scores = list[np.ndarray](), list[ClipScore]()
-        for first in range(0, len(chosen), config.batch):
-            indices = range(first, min(first + config.batch, len(chosen)))
-            batch, rows = chosen.load(indices).to(model.device), [chosen.row(i) for i in indices]
-            made = sample_row(None, model, batch, rows, 0, config.sampler, texts)
-            scores += benchmark.score(made, batch, rows, even_times(made.shape[1], fps), tracker)
-            videos += [*made]
+        with progress(f"validation at step {step}", len(chosen)) as advance:
+            for first in range(0, len(chosen), config.batch):
+                indices = range(first, min(first + config.batch, len(chosen)))
+                batch, rows = chosen.load(indices).to(model.device), [chosen.row(i) for i in indices]
+                made = sample_row(None, model, batch, rows, 0, config.sampler, texts)
+                scores += benchmark.score(made, batch, rows, even_times(made.shape[1], fps), tracker)
+                videos += [*made]
+                for _ in indices:
+                    advance("")
         paths = {f"validation/{name}": folder / f"step-{step:06d}" / f"{name}.mp4" for name in chosen.ids}
         for path, video in zip(paths.values(), videos, strict=True):
             sample.write_video(path, video, fps)
