@@ -2,7 +2,7 @@
 
 They work in the current folder as the commands do: runs are in runs/, shared results in runs/cache/. What is done is
 not done again, and what was cut off continues. Progress goes to standard error; `show=True` also prints the tables and
-paths that the command prints. What a user can mend is raised as UserError; where its message names an option of the
+paths that the command prints. What a user can fix is raised as UserError; where its message names an option of the
 command, the argument of that name is meant. Under torchrun every process calls the function, and the first has the
 results.
 """

@@ -1,7 +1,7 @@
 """Attacks on tiny runs, for as many minutes as are given: python tests/chaos.py [MINUTES] [SEED], or `make chaos`.
 
     kills      SIGKILL and SIGTERM at random moments of every stage of a recipe, until a start ends by itself
-    flips      a byte of a random file of a finished run is another, or the file is torn or gone; then the run again
+    flips      a byte of a random file of a finished run is another, or the file is damaged or gone; then the run again
     recipes    values of recipes are exchanged, dropped, made huge or of another type
     manifests  likewise the rows of metadata.jsonl, and its bytes
     server     a judge's server answers anything

@@ -325,7 +325,7 @@ def test_what_continues_a_picture_needs_one(home: Path, target: str) -> None:
     code, _, said = sampled(home, target, *SMALL, image=None)
     assert code == 1
     assert said.startswith(f"--image: is missing; {target} ")
-    assert " a first picture; name one" in said
+    assert " a first frame; name one" in said
     assert said.count("\n") == 1
 
 

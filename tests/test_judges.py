@@ -119,7 +119,7 @@ def url(port: int, kind: str = "good") -> str:
 
 
 def samples(out: Path, seeds: int = 2) -> Path:
-    """What a model made of the first pictures of `write_groups`."""
+    """What a model made of the first frames of `write_groups`."""
     for group, seed in itertools.product(range(2), range(seeds)):
         video, _ = film(rows_of(2, 5), 4 + 12 * group, 120 + 40 * seed)
         video[0] = film([2], 4 + 12 * group, 200)[0][0]

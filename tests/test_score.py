@@ -340,7 +340,7 @@ def test_a_video_begins_as_its_clip_does(tmp_path: Path) -> None:
 
 
 def test_a_short_video_no_longer_wins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The first picture frozen into 5 frames and 17: the shorter one is worse, and the table says what it lacks."""
+    """The first frame frozen into 5 frames and 17: the shorter one is worse, and the table says what it lacks."""
     write_dataset(tmp_path / "drops", ["test_unseen"], clips=1, frames=17)
     frozen = np.repeat(film(rows_of(2, 1), 4, 200)[0], 17, 0)
     write_video(tmp_path / "short" / "00000.mp4", frozen[:5])
@@ -440,7 +440,7 @@ def test_what_is_wrong_with_a_benchmark_is_named(tmp_path) -> None:
 def test_pickles_in_masks_are_refused(tmp_path) -> None:
     sim = write_sim(tmp_path / "sim", 1)
     np.savez(sim / "seen" / "00" / "mask.npz", mask=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(UserError, match=r"mask\.npz: is missing or torn"):
+    with pytest.raises(UserError, match=r"mask\.npz: is missing or damaged"):
         open_benchmark(sim)["seen"][0].masks(1)
 
 

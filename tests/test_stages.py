@@ -224,7 +224,7 @@ def test_a_torn_clip_stops_before_training(home):
     os.truncate(home / "torn" / "train" / "00001.mp4", 300)
     code, _, said = command(home, "run", "recipe.yaml", "run=torn", "data.clips=torn", "eval=null")
     assert code == 1
-    assert said.splitlines()[-1].startswith("torn/train/00001.mp4: is torn or no video; delete it and make it again")
+    assert said.splitlines()[-1].startswith("torn/train/00001.mp4: is damaged or not a video; delete it and make it again")
 
 
 def test_clips_that_cannot_be_made_are_said(home):

@@ -720,8 +720,8 @@ def test_what_is_left_out_is_told_with_the_reason(tmp_path) -> None:
             False,
             "too short: it lasts 0.38 s, 5 frames at 8 fps reach 0.50 s: 0.12 s are missing",
         ),
-        ("torn.mp4", False, "cannot be read: torn or no video"),
-        ("text.mp4", False, "cannot be read: torn or no video"),
+        ("torn.mp4", False, "cannot be read: damaged or not a video"),
+        ("text.mp4", False, "cannot be read: damaged or not a video"),
         ("mute.mp4", False, "no caption"),
         ("gone.mp4", False, "does not exist"),
         ("twin.mp4", False, "double: same.mp4 is the same video with the same caption"),
@@ -866,7 +866,7 @@ def test_any_videos_train_psft_and_are_listed_before(home) -> None:
 def test_clips_that_are_given_whole_are_refused_before_they_are_encoded(home) -> None:
     code, out, said = command(home, "train", "recipe.yaml", "run=single", "data.frames=1")
     assert code == 1
-    assert "data.frames: clips of 1 are a first picture alone" in said
+    assert "data.frames: clips of 1 are a first frame alone" in said
     assert "latents:" not in out
     code, _, said = command(home, "train", "recipe.yaml", "run=pictures", "data.frames=1", "model.conditioning=text")
     assert code == 0, said

@@ -219,7 +219,7 @@ def broken(folder: Path) -> Iterator[tuple[str, str]]:
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    yield f"transformer/{weights.name}", "is torn"
+    yield f"transformer/{weights.name}", "is damaged"
     weights.write_bytes(whole)
 
     edit(folder / "transformer" / "config.json", num_layers=3)
@@ -284,7 +284,7 @@ def test_a_missing_or_torn_shard_is_named(sharded: Path) -> None:
     shard = sorted((sharded / "transformer").glob("*.safetensors"))[1]
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100])
-    with pytest.raises(UserError, match=f"{shard}: is torn"):
+    with pytest.raises(UserError, match=f"{shard}: is damaged"):
         load(ModelConfig(path=str(sharded)))
     shard.unlink()
     with pytest.raises(UserError, match=f"{shard}: does not exist; get this file of the model again"):

@@ -265,7 +265,7 @@ def open_run(target: Recipe | Path | str, overrides: Sequence[str] = ()) -> tupl
 def claim(plan: Recipe, folder: Path, name: str) -> None:
     """Refuse a folder in which another recipe was run; note this one in it.
 
-    One that was refused before it trained, for a wrong model.path or the like, left nothing and may be mended.
+    One that was refused before it trained, for a wrong model.path or the like, left nothing and may be fixed.
     """
     path = folder / "recipe.yaml"
     if path.exists() and ((folder / ADAPTER).exists() or any(folder.glob("checkpoints/step-*"))):

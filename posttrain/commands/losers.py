@@ -23,7 +23,7 @@ MODEL_KEYS = {"family", "path", "revision", "conditioning", "merge", "start"}  #
 
 
 class FirstPicture(NamedTuple):
-    """A clip's first picture and caption, as `score.sample_missing` takes them."""
+    """A clip's first frame and caption, as `score.sample_missing` takes them."""
 
     id: str
     caption: str

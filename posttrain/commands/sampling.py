@@ -59,7 +59,7 @@ def sample(
         if plan.model.conditioning == "text" and image is not None:
             raise UserError(f"--image: {target} was trained on text alone (model.conditioning); leave it out")
         if plan.model.conditioning == "image" and image is None:
-            raise UserError(f"--image: is missing; {target} was trained to continue a first picture; name one")
+            raise UserError(f"--image: is missing; {target} was trained to continue a first frame; name one")
         if family is not None:
             raise UserError(
                 "--family: is only for a model without a run; a run's recipe names its own", "conflict", "--family"
@@ -82,7 +82,7 @@ def sample(
         if scale != 1:
             raise UserError(f"--scale: {target} is no run and has no adapter; leave it out or name a run")
         if image is None and family_of(family or FAMILY).needs_picture(target):
-            raise UserError(f"--image: is missing; {target} continues a first picture; name one", "required", "--image")
+            raise UserError(f"--image: is missing; {target} continues a first frame; name one", "required", "--image")
         config, name, usual = alone(target, image is not None, device(), family or FAMILY), Path(target).name, {}
         models = {name: lambda: nullcontext(load_model(config))}
         output = output or RUNS / "samples" / name

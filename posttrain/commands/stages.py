@@ -160,7 +160,7 @@ def train(plan: Recipe, folder: Path) -> None:
         shape = model.latent_shape(clips.splits[0].frames, *clips.splits[0].size)
         if plan.model.conditioning == "image" and shape[1] == 1:
             raise UserError(
-                f"data.frames: clips of {clips.splits[0].frames} are a first picture alone, which is given: nothing is "
+                f"data.frames: clips of {clips.splits[0].frames} are a first frame alone, which is given: nothing is "
                 "left to learn; take longer ones, or set model.conditioning=text",
                 "value",
                 "data.frames",

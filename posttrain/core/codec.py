@@ -70,10 +70,10 @@ class Facts:
 
 
 def inspect(path: Path) -> Facts:
-    """What is in the video file `path`. For most files only the first picture is decoded.
+    """What is in the video file `path`. For most files only the first frame is decoded.
 
     Raises:
-        UserError: it is no video of a known format, it is torn or too large, or its picture is rotated by another
+        UserError: it is no video of a known format, it is damaged or too large, or its picture is rotated by another
             angle than a multiple of 90 degrees.
     """
     return _inspect(path, *_state(path))
@@ -101,9 +101,9 @@ def _inspect(path: Path, size: int, changed: int) -> Facts:
     except MemoryError as error:
         raise _memory(path) from error
     except (av.FFmpegError, StopIteration) as error:
-        raise UserError(f"{path}: cannot be read: torn or no video", "damaged") from error
+        raise UserError(f"{path}: cannot be read: damaged or not a video", "damaged") from error
     if len(packets) < promised:
-        raise UserError(f"{path}: cannot be read: torn, it has {len(packets)} of {promised} frames", "damaged")
+        raise UserError(f"{path}: cannot be read: damaged, it has {len(packets)} of {promised} frames", "damaged")
     # times are rounded to the file's unit: of two frames with one time the first is used
     marks = tuple(sorted(set(stamps))) if stamps and None not in stamps and time_base else None
     if marks is not None and time_base is not None:
@@ -159,7 +159,7 @@ def pictures(path: Path, frames: Collection[int], marked: bool) -> Iterator[tupl
         frames: their timestamps in the file's own unit if `marked`, else their positions in the file.
 
     Raises:
-        UserError: the file is torn or damaged before the last of them, or is not the one that was inspected.
+        UserError: the file is damaged before the last of them, or is not the one that was inspected.
     """
     turn: Turn | None = None
     for mark, frame, stream in _decode(path, frames, marked):
@@ -187,13 +187,13 @@ def _decode(path: Path, frames: Collection[int], marked: bool, threads: str = "A
                     break
                 if messages or frame.is_corrupt:
                     reason = messages[0][2].strip() if messages else f"frame {number} is corrupt"
-                    raise UserError(f"{path}: damaged: the decoder says: {reason}; mend or remove it", "damaged")
+                    raise UserError(f"{path}: damaged: the decoder says: {reason}; fix or remove it", "damaged")
                 if marked and None not in (last, frame.pts) and frame.pts < last:
-                    raise UserError(f"{path}: damaged: its time stamps go back; mend or remove it", "damaged")
+                    raise UserError(f"{path}: damaged: its time stamps go back; fix or remove it", "damaged")
                 size = size or (frame.height, frame.width)
                 if (frame.height, frame.width) != size:
                     change = f"its pictures change from {size[0]} x {size[1]} pixels to {frame.height} x {frame.width}"
-                    raise UserError(f"{path}: damaged: {change}; mend or remove it", "damaged")
+                    raise UserError(f"{path}: damaged: {change}; fix or remove it", "damaged")
                 mark, last = frame.pts if marked else number, frame.pts
                 if mark in missing:
                     missing.remove(mark)
@@ -202,14 +202,14 @@ def _decode(path: Path, frames: Collection[int], marked: bool, threads: str = "A
     except MemoryError as error:
         raise _memory(path) from error
     except av.FFmpegError as error:
-        raise UserError(f"{path}: damaged: {error.strerror}; mend or remove it", "damaged") from error
+        raise UserError(f"{path}: damaged: {error.strerror}; fix or remove it", "damaged") from error
     if missing:
         complaint = f"{len(missing)} of its frames cannot be decoded"
-        raise UserError(f"{path}: damaged: {complaint}; mend or remove it", "damaged")
+        raise UserError(f"{path}: damaged: {complaint}; fix or remove it", "damaged")
 
 
 def first_picture(path: Path) -> np.ndarray:
-    """A video's first picture, (H, W, 3). Raises UserError if the file is no video."""
+    """A video's first frame, (H, W, 3). Raises UserError if the file is no video."""
     return next(pictures(path, (0,), False))[1]
 
 
@@ -231,7 +231,7 @@ def picture(path: Path | str) -> Image.Image:
         raise UserError(f"{path}: is larger than {most}; scale the picture down", "format") from error
     except MemoryError as error:
         raise _memory(path) from error
-    except Exception as error:  # of a torn file Pillow raises whatever its reading stumbles over
+    except Exception as error:  # for a damaged file Pillow raises whatever its reading stumbles over
         raise UserError(f"{path}: cannot be read as a picture; give a PNG, JPEG or WebP file", "format") from error
 
 
@@ -242,7 +242,7 @@ def read_video(path: Path | str, content: bytes | None = None) -> np.ndarray:
         content: the file's bytes, if they were read already.
 
     Raises:
-        UserError: the file is missing, torn, not a video, or larger than MOST_IN_MEMORY.
+        UserError: the file is missing, damaged, not a video, or larger than MOST_IN_MEMORY.
     """
     frames: list[np.ndarray] = []
     try:
@@ -257,10 +257,10 @@ def read_video(path: Path | str, content: bytes | None = None) -> np.ndarray:
     except MemoryError as error:
         raise _memory(path) from error
     except av.FFmpegError as error:
-        raise UserError(f"{path}: is torn or no video; delete it and start again what wrote it", "damaged") from error
+        raise UserError(f"{path}: is damaged or not a video; delete it and make it again", "damaged") from error
     if not frames or len(frames) < promised or any(frame.shape != frames[0].shape for frame in frames):
         complaint = f"{len(frames)} of {promised} frames, or of several sizes"
-        raise UserError(f"{path}: is torn ({complaint}); delete it and start again what wrote it", "damaged")
+        raise UserError(f"{path}: is damaged ({complaint}); delete it and make it again", "damaged")
     return np.stack(frames)
 
 
@@ -316,7 +316,7 @@ def gif(path: Path | str) -> tuple[bytes, tuple[int, int]]:
         with _open(path) as container:
             rate = float(_stream(container, path).average_rate or 10)
     except av.FFmpegError as error:
-        raise UserError(f"{path}: is torn or no video; delete it and start again what wrote it", "damaged") from error
+        raise UserError(f"{path}: is damaged or not a video; delete it and make it again", "damaged") from error
     frames = [Image.fromarray(frame) for frame in read_video(path)]
     buffer = io.BytesIO()
     # GIF counts time in hundredths of a second
@@ -365,7 +365,7 @@ def _stream(container: Any, path: Path | str, options: dict[str, str] | None = N
     height, width = stream.codec_context.height, stream.codec_context.width
     if not height * width:
         most = f"{MOST_PIXELS / 1e6:.0f} million pixels"
-        raise UserError(f"{path}: cannot be read: it is torn, or its pictures have more than {most}", "damaged")
+        raise UserError(f"{path}: cannot be read: it is damaged, or its pictures have more than {most}", "damaged")
     if height * width > MOST_PIXELS:
         raise UserError(
             f"{path}: cannot be read: its pictures have {height} x {width} pixels, more than {MOST_PIXELS / 1e6:.0f} "

@@ -1,11 +1,11 @@
-"""Errors that a user can mend: one line, a stable code, and the recipe key or option that it is about."""
+"""Errors that a user can fix: one line, a stable code, and the recipe key or option that it is about."""
 
 from typing import Any, Literal
 
 # Tests, scripts and docs rely on these; the wording of a message may change at any time.
 Code = Literal[
     "missing",  # a file, folder, split or clip that is named does not exist
-    "damaged",  # a file is torn, or its content is not what was written
+    "damaged",  # a file is damaged, or its content is not what was written
     "format",  # a file is whole, but its format or layout cannot be read
     "outside",  # a path leaves the folder that it has to stay in
     "unknown_key",  # a recipe has a key that nothing reads
@@ -32,7 +32,7 @@ Code = Literal[
 
 
 class UserError(Exception):
-    """Something the user can mend.
+    """Something the user can fix.
 
     Args:
         message: one line: what is wrong, where (file and line, key or option), and what to do.

@@ -207,9 +207,9 @@ def read_json(path: Path | str) -> Any:
     try:
         return _parsed(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: is not JSON ({error.msg}); mend the file", "format") from error
+        raise UserError(f"{path}:{error.lineno}: is not JSON ({error.msg}); fix the file", "format") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({_reason(error)}); mend the file", "format") from error
+        raise UserError(f"{path}: is not JSON ({_reason(error)}); fix the file", "format") from error
 
 
 def read_object(path: Path | str) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def read_object(path: Path | str) -> dict[str, Any]:
     """
     value = read_json(path)
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds {printable(value)}, not an object; mend the file", "format")
+        raise UserError(f"{path}: holds {printable(value)}, not an object; fix the file", "format")
     return value
 
 
@@ -239,9 +239,9 @@ def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
             value = _parsed(line)
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else _reason(error)
-            raise UserError(f"{path}:{number}: is not JSON ({reason}); mend the line", "format") from error
+            raise UserError(f"{path}:{number}: is not JSON ({reason}); fix the line", "format") from error
         if not isinstance(value, dict):
-            raise UserError(f"{path}:{number}: is {printable(value)}, not an object; mend the line", "format")
+            raise UserError(f"{path}:{number}: is {printable(value)}, not an object; fix the line", "format")
         rows.append(value)
     return rows
 
@@ -263,7 +263,7 @@ def read_log(path: Path | str) -> list[dict[str, Any]]:
         else:
             torn.append(number)
     if torn:
-        print(f"{path}:{torn[0]}: is torn, and left out ({len(torn)} such lines)", file=sys.stderr)
+        print(f"{path}:{torn[0]}: is damaged and left out ({len(torn)} such lines)", file=sys.stderr)
     return rows
 
 
@@ -351,9 +351,9 @@ def inside(root: Path | str, name: str) -> Path:
     except FileNotFoundError:
         pass
     except (OSError, ValueError, RuntimeError) as error:  # too long; a NUL; links in a circle
-        raise UserError(f"{root}: the entry {printable(repr(name))} is no file's name; mend it", "outside") from error
+        raise UserError(f"{root}: the entry {printable(repr(name))} is no file's name; fix it", "outside") from error
     if not path.is_relative_to(root):
-        raise UserError(f"{root}: the entry {printable(repr(name))} points outside the folder; mend it", "outside")
+        raise UserError(f"{root}: the entry {printable(repr(name))} points outside the folder; fix it", "outside")
     return path
 
 
@@ -379,12 +379,12 @@ def read_sealed(path: Path | str) -> dict[str, Any]:
     except UserError as error:
         if error.code == "format":
             raise UserError(
-                f"{path}: is damaged ({error}); delete it and start again what wrote it", "damaged"
+                f"{path}: is damaged ({error}); delete it and make it again", "damaged"
             ) from error
         raise
     if value.get("sha256") != seal(value)["sha256"]:
         raise UserError(
-            f"{path}: is damaged (its content is not what was written); delete it and start again what wrote it",
+            f"{path}: is damaged (its content is not what was written); delete it and make it again",
             "damaged",
         )
     return value

@@ -53,7 +53,7 @@ def tracking(accelerator: Any, folder: Path, steps: int, config: Mapping[str, An
     except Exception as error:  # each tracker raises its own types
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         names = ", ".join(map(str, accelerator.log_with))
-        message = f"train.trackers: {names} did not start ({why}); mend it or leave it out"
+        message = f"train.trackers: {names} did not start ({why}); fix it or leave it out"
         raise UserError(message, "not_installed", "train.trackers") from error
     try:
         yield

@@ -183,7 +183,7 @@ def read_annotations(path: Path | str, keys: Sequence[str] | None = None) -> dic
     """The arrays beside a clip (all, or only `keys`): instances uint8 (F, H, W), depth, flow, poses.
 
     Raises:
-        UserError: the file is missing or torn, or its arrays are larger than MOST_ANNOTATIONS or the memory.
+        UserError: the file is missing or damaged, or its arrays are larger than MOST_ANNOTATIONS or the memory.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -199,7 +199,7 @@ def read_annotations(path: Path | str, keys: Sequence[str] | None = None) -> dic
         message = "there is too little memory for its arrays; free memory, or make smaller or shorter clips"
         raise UserError(f"{path}: {message}", "memory") from error
     except Exception as error:  # zipfile, zlib, numpy and the system each raise their own types
-        raise UserError(f"{path}: is missing or torn; delete it, and {FILM}", "damaged") from error
+        raise UserError(f"{path}: is missing or damaged; delete it, and {FILM}", "damaged") from error
 
 
 class Clips:
@@ -211,7 +211,7 @@ class Clips:
         truths: what batches hold in addition: "flow", "depth" or both. Only for clips that are used as they are.
 
     Raises:
-        UserError: a clip is missing, torn, changed since it was made, or in another format than the others.
+        UserError: a clip is missing, damaged, changed since it was made, or in another format than the others.
     """
 
     def __init__(
@@ -284,12 +284,12 @@ class Clips:
         return [] if view is None else [view.key]
 
     def group(self, index: int) -> tuple[Path, Any] | None:
-        """Equal for clips that continue the same first picture; None for a clip without a group."""
+        """Equal for clips that continue the same first frame; None for a clip without a group."""
         split, number = self._entries[index]
         return None if split.rows[number].group is None else (split.folder, split.rows[number].group)
 
     def first(self, index: int) -> np.ndarray:
-        """The clip's first picture alone, uint8 (H, W, 3)."""
+        """The clip's first frame alone, uint8 (H, W, 3)."""
         split, number = self._entries[index]
         view = split.views[number] or View((0,), False, (0, 0, *split.size), split.size)
         return views.read(split.video(number), replace(view, frames=view.frames[:1]))[0]

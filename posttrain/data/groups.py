@@ -1,4 +1,4 @@
-"""Groups for preference methods: a true clip, and m losers that continue the same first picture less truly.
+"""Groups for preference methods: a true clip, and m losers that continue the same first frame less truly.
 
 Losers are clips of a dataset folder that break a law in the true clip's scene (sim/worlds/counterfactual.py), samples
 that a model made with several seeds, or both. Or the best of the samples wins against the others. Samples are files of
@@ -34,7 +34,7 @@ from posttrain.models.base import VideoModel
 from posttrain.types import Batch
 
 SCORES = "scores.jsonl"
-# How much two equal first pictures may differ, of 255: in the mean colour of any of 8 x 8 fields, and of the object.
+# How much two equal first frames may differ, of 255: in the mean colour of any of 8 x 8 fields, and of the object.
 # The pocket's autoencoder and H.264 change fields by up to 19 (120 clips of three datasets, mean 9.5), the object by 7.
 # The most similar of 30 scenes differ by 33 to 64, a clip that starts two frames late (of 16 per second) by 31 to 100.
 # One frame late is 9 to 27, as much as the autoencoder.
@@ -51,7 +51,7 @@ class Group(NamedTuple):
 
     winner: int
     losers: tuple[int, ...]
-    true: int  # the clip whose first picture they continue; it is the winner unless samples win
+    true: int  # the clip whose first frame they continue; it is the winner unless samples win
 
 
 def sample_of(stem: str, clips: Container[str]) -> tuple[str, int] | None:
@@ -117,7 +117,7 @@ class Members:
         return (read_video(sample[1]), None) if sample else self.clips.read(index)
 
     def first(self, index: int) -> np.ndarray:
-        """The first picture, uint8 (H, W, 3)."""
+        """The first frame, uint8 (H, W, 3)."""
         sample = self._sample(index)
         if sample is None:
             return self.clips.first(index)
@@ -141,11 +141,11 @@ def gather(
 
     Args:
         clips: true clips; with config.counterfactuals also clips that break a law (`violated`).
-        pictured: whether the samples' model was given first pictures; if not, they are not compared with the true ones.
+        pictured: whether the samples' model was given first frames; if not, they are not compared with the true ones.
         scored: whether losers are weighted by their scores, so that every sample needs some.
 
     Raises:
-        UserError: no clip has enough losers; members of a group differ in their first picture, size, length or rate, or
+        UserError: no clip has enough losers; members of a group differ in their first frame, size, length or rate, or
             are the same file; two true clips have the same name and there are samples; a score is missing or out of
             range.
     """
@@ -274,7 +274,7 @@ def check_first_picture(
 
     Args:
         path, true: what the video and the true clip are called.
-        picture_HWC, true_HWC: their first pictures, uint8, of one shape.
+        picture_HWC, true_HWC: their first frames, uint8, of one shape.
         object_HW: bool, the object that is followed, where it is known: a small one is lost in the fields.
 
     Raises:
@@ -283,7 +283,7 @@ def check_first_picture(
     apart = float((_fields(picture_HWC, object_HW) - _fields(true_HWC, object_HW)).abs().max())
     if apart > SAME_PICTURE:
         raise UserError(
-            f"{path}: its first picture is not that of {true} (off by {apart:.0f} of 255): it continues another clip, "
+            f"{path}: its first frame is not that of {true} (off by {apart:.0f} of 255): it continues another clip, "
             "or begins later",
             "mismatch",
         )
@@ -344,7 +344,7 @@ class Groups:
         if any(group.winner != group.true for group in chosen):
             best = self._latents.load([group.winner for group in chosen]).z0_BCFHW
             assert best is not None
-            # the first picture as it is given in training
+            # the first frame as it is given in training
             winners = torch.cat([winners[:, :, : self._clean], best[:, :, self._clean :]], dim=2)
         scores = None if self._scores is None else self._scores[list(indices)]
         return replace(

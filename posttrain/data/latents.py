@@ -46,7 +46,7 @@ class Latents:
     """The latents, text embeddings and conditions of `clips` under `model`, cached in `folder`.
 
     Raises:
-        UserError: a clip is torn or changed, or the cache cannot be written.
+        UserError: a clip is damaged or changed, or the cache cannot be written.
     """
 
     def __init__(self, model: VideoModel, clips: Readable, folder: Path | str) -> None:

@@ -205,7 +205,7 @@ def _csv(path: Path) -> list[tuple[int, dict[str, str]]]:
                 raise UserError(f"{path}:{line}: a quote swallows the rows after it; close or double it", "format")
             rows.append((line, dict(zip(columns, cells, strict=False))))
     except csv.Error as error:
-        raise UserError(f"{path}:{line}: cannot be read ({error}); mend its quotes", "format") from error
+        raise UserError(f"{path}:{line}: cannot be read ({error}); fix its quotes", "format") from error
 
 
 def _lists(path: Path) -> list[Entry]:
@@ -320,7 +320,7 @@ def choose(
         first_note = f"{video_notes[0].file}: {'; '.join(video_notes[0].notes)}"
         raise UserError(
             f"{folder}: none of its {len(video_notes)} videos can be used ({count(video_notes)}), for example "
-            f"{first_note}; mend them or data.*",
+            f"{first_note}; fix them or data.*",
             "no_clips",
         )
     return rows, views, video_notes
@@ -339,7 +339,7 @@ def _look(entry: Entry, wanted: Wanted, uncaptioned: str) -> tuple[str, View | N
         if view is not None:
             codec.check(path, view.frames, view.marked)
     except UserError as error:
-        return "", None, [str(error).removeprefix(f"{path}: ").removesuffix("; mend or remove it")]
+        return "", None, [str(error).removeprefix(f"{path}: ").removesuffix("; fix or remove it")]
     if view is not None and entry.captions > 1:
         notes = [*notes, f"several captions: the first of {entry.captions} is taken"]
     return facts.sha256, view, notes

@@ -94,7 +94,7 @@ class ClipRow:
         motion: what the target does.
         drop_height, contact_time: metres and seconds until the target first touches anything, None if it never does. In
             a clip that breaks a law, drop_height is the true clip's.
-        group: clips that continue the same first picture have the same number.
+        group: clips that continue the same first frame have the same number.
         violation: None for a true clip.
         depth, height: of the target in frame 0, metres (grid, ambiguous).
         depths: metres, between which `depth` was drawn (ambiguous).

@@ -152,7 +152,7 @@ def read(path: Path, view: View) -> np.ndarray:
     """The clip that `view` makes of a video file, uint8 (F, H, W, 3). Pictures are decoded and scaled one by one.
 
     Raises:
-        UserError: the file is torn, or is not the one that was inspected.
+        UserError: the file is damaged, or is not the one that was inspected.
     """
     by_mark = {mark: scale(picture, view) for mark, picture in codec.pictures(path, view.frames, view.marked)}
     return np.stack([by_mark[mark] for mark in view.frames])

@@ -111,7 +111,7 @@ def evaluate(
         The records (also in the files), test set by test set, references first.
 
     Raises:
-        UserError: a split is missing, a clip is torn, or the clips do not fit the model.
+        UserError: a split is missing, a clip is damaged, or the clips do not fit the model.
     """
     run = Path(run)
     benchmark: Benchmark = config.benchmark.module.BENCHMARK

@@ -1,4 +1,4 @@
-"""Sample video clips from first pictures and captions, and write clips to files that browsers play."""
+"""Sample video clips from first frames and captions, and write clips to files that browsers play."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence

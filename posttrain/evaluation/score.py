@@ -7,8 +7,8 @@ A folder holds a video for each clip of the benchmark that is to be scored, <cli
 several samples of it; where the benchmark has several splits, in a folder per split (seen/00.mp4, unseen/00-s1.mp4).
 
 Videos may have any size, rate and length; each frame has its own time, by the file's time stamps. What a video lacks of
-the true clip counts as vanished. Its first picture has to be the benchmark's. Models that cannot make the benchmark's
-shape get its first picture padded with black, so the largest centred box of that shape is what is scored, scaled to the
+the true clip counts as vanished. Its first frame has to be the benchmark's. Models that cannot make the benchmark's
+shape get its first frame padded with black, so the largest centred box of that shape is what is scored, scaled to the
 truth's own size, at most 256 pixels on the shorter side (as PisaBench's authors do). The frames that are compared are
 those of metrics/pisa.py.
 
@@ -65,7 +65,7 @@ def score(
         made: rows whose videos `sample_missing` made from the benchmark's pictures. Others have to begin with these.
 
     Raises:
-        UserError: a folder has no video of any clip, a video is torn or does not begin as its clip, or `out` holds
+        UserError: a folder has no video of any clip, a video is damaged or does not begin as its clip, or `out` holds
             scores of another kind.
     """
     if fps is not None and not 0 < fps < math.inf:
@@ -143,7 +143,7 @@ def sample_missing(
     negative: str = "",
     texts_kept: int = 256,
 ) -> int:
-    """Let a model continue the first picture of each clip, as far as `folder` has no video of it; how many it made.
+    """Let a model continue the first frame of each clip, as far as `folder` has no video of it; how many it made.
 
     Args:
         model: gives a context in which the model is ready; asked only if there is something to do.

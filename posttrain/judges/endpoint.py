@@ -107,7 +107,7 @@ def likeliest(answer: Any, who: str) -> list[tuple[str, float]]:
         reason = f"{who} answers without logprobs (top_logprobs), which scores come from; {remedy}"
         raise UserError(reason, "answer", "--url") from error
     if not all(logprob <= 0.01 for _, logprob in top):  # nan as well
-        raise UserError(f"{who} answers logprobs that are none ({printable(top)}); mend the server", "answer", "--url")
+        raise UserError(f"{who} answers logprobs that are none ({printable(top)}); fix the server", "answer", "--url")
     return [(token, logprob) for token, logprob in top if logprob > -math.inf]
 
 
@@ -202,7 +202,7 @@ def _ask(
             if reply.status == 200:
                 try:
                     return json.loads(reply.body)
-                except (ValueError, RecursionError):  # torn, or not UTF-8
+                except (ValueError, RecursionError):  # truncated, or not UTF-8
                     reason = f"what it answers is not JSON: {said}"
             elif reply.status in (400, 422) and _learn(ways, said.lower()):
                 continue

@@ -84,7 +84,7 @@ def pictures(path: Path, wanted: int) -> np.ndarray:
     """`wanted` evenly spread pictures of a video, uint8 (F, H, W, 3).
 
     Raises:
-        UserError: it is torn or no video.
+        UserError: it is damaged or not a video.
     """
     facts = codec.inspect(path)
     places = spread(facts.times, wanted).tolist()

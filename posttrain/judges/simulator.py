@@ -3,7 +3,7 @@
 Both mean the same, a deviation as a share of that of the clip in which nothing moves:
 
     a counterfactual (sim/worlds/counterfactual.py)   pc = 1 - severity                          sa = 1
-    a sample of a true clip's first picture    pc = 1 - min(1, L2 / L2_frozen)            sa = 1 - vanished
+    a sample of a true clip's first frame    pc = 1 - min(1, L2 / L2_frozen)            sa = 1 - vanished
 
 with PISA's L2 (metrics/pisa.py, equation 6; where the object vanished it is 1) of the sample's masks and of the true
 clip's first mask held, and `vanished` the share of frames in which the object that the caption names is not found,
@@ -59,8 +59,8 @@ def samples(clips: Clips, track: Track, device: torch.device) -> Judge:
         track: follows the object in the samples, from its true mask in frame 0; on `device`.
 
     Raises:
-        UserError: the clips have no masks, or two have one name. When asked: a sample is torn, continues none of them
-            or another one's first picture, or its true clip shows no object at first.
+        UserError: the clips have no masks, or two have one name. When asked: a sample is damaged, continues none of them
+            or another one's first frame, or its true clip shows no object at first.
     """
     if not clips.annotated:
         where = clips.splits[0].folder
@@ -79,7 +79,7 @@ def samples(clips: Clips, track: Track, device: torch.device) -> Judge:
         assert target is not None
         true_FHW = instances_FHW == target + 1
         if not true_FHW[0].any():
-            message = f"{clips.video(index)}: shows no object to follow in its first picture; leave it out"
+            message = f"{clips.video(index)}: shows no object to follow in its first frame; leave it out"
             raise UserError(message, "mismatch")
         facts, size = codec.inspect(path), true_FHW.shape[1:]
         frames = facts.marks or tuple(range(len(facts.times)))

@@ -32,7 +32,7 @@ class Source(NamedTuple):
     model: Any  # a VideoModel, or a network of nets/
     clips: Clips
     groups: GroupsConfig | None  # `data.groups` of the recipe, of methods with GROUPS
-    image_conditioned: bool  # whether the base that makes samples is given first pictures
+    image_conditioned: bool  # whether the base that makes samples is given first frames
     cache: Path  # where latents are kept
 
 

@@ -1,7 +1,7 @@
 """ORO: object reward optimisation, the gradient of rewards through the decoder and the sampler into the weights.
 
 Paper: PISA (Li et al. 2025), section 4.3 and appendix C, eq. 9: with x_0' = D(z_0') the clip that the sampler, from its
-noise eps, and the decoder D make of a simulated clip x_0's first picture and caption,
+noise eps, and the decoder D make of a simulated clip x_0's first frame and caption,
 
     J = E_{x_0, eps} [ R(x_0', x_0) ],    dJ / dtheta = E sum_t (dR / dz_t) (dz_t / dtheta),    L = -J,
 

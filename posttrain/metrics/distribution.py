@@ -1,4 +1,4 @@
-"""Does a model cover all falls that its first picture allows? PISA, arXiv 2503.09595, sections 5.1-5.2, appendices D-G.
+"""Does a model cover all falls that its first frame allows? PISA, arXiv 2503.09595, sections 5.1-5.2, appendices D-G.
 
 One picture shows on which ray an object's bottom is, but not at which distance. With a level camera `h` metres up,
 
@@ -29,7 +29,7 @@ from scipy.stats import monte_carlo_test, uniform
 DEPTH = (2.0, 18.0)  # metres, of the ambiguous set
 GRAVITY = 9.81
 
-Heights = tuple[float, float]  # metres, lowest and highest Y that a first picture allows; uniform in between
+Heights = tuple[float, float]  # metres, lowest and highest Y that a first frame allows; uniform in between
 Errors = Mapping[int | None, float]  # share of each (estimated - true impact frame); None: the contact was missed
 
 

@@ -88,7 +88,7 @@ def scorecard(
     drop_height: float | None = None,
     gravity: float = 9.81,
 ) -> dict[str, Measure | None]:
-    """Measure a clip that continues the first picture of a true one.
+    """Measure a clip that continues the first frame of a true one.
 
     Args:
         masks_FHW: bool or 0/1, the body that falls; empty where it is not visible.

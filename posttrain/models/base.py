@@ -54,7 +54,7 @@ class ModelConfig(Strict):
     dtype: Literal["fp32", "bf16"] = "fp32"  # of frozen weights and the text encoder; an adapter is always fp32
     adapter: AdapterConfig | None = None  # None: all weights are trained
     seed: Seed = 0  # of the adapter's and of random weights
-    conditioning: Literal["image", "text"] = "image"  # image: the first picture of a clip is given
+    conditioning: Literal["image", "text"] = "image"  # image: the first frame of a clip is given
     expert: Literal["high", "low"] | None = None  # which of two (Wan2.2-A14B) is trained: that of much or little noise
     other_adapter: str | None = None  # folder of the adapter of the expert that is not trained, for sampling
     start: str | None = None
@@ -146,7 +146,7 @@ class VideoModel(Protocol):
         """
 
     def condition(self, first_BC1HW: Tensor, frames: int) -> dict[str, Tensor]:
-        """What `velocity` wants to know of the first picture besides clean latents, for clips of `frames` pictures."""
+        """What `velocity` wants to know of the first frame besides clean latents, for clips of `frames` pictures."""
 
     def velocity(
         self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor, condition: Mapping[str, Tensor] | None = None
@@ -232,7 +232,7 @@ class Family(Protocol):
         """Of the model that `path` names."""
 
     def needs_picture(self, path: str, revision: str | None = None) -> bool:
-        """Whether the model that `path` names is made to continue a first picture, and is of no use without."""
+        """Whether the model that `path` names is made to continue a first frame, and is of no use without."""
 
     def original_name(self, layer: str) -> str | None:
         """What the original code, and with it ComfyUI, calls a layer of the transformer; None: it has no such name."""

@@ -96,7 +96,7 @@ def _reason(error: Exception) -> str:
 
 
 def check_files(part: Path) -> None:
-    """Refuse a part whose weights are missing, torn, quantised, or lack a shard; their headers alone are read."""
+    """Refuse a part whose weights are missing, damaged, quantised, or lack a shard; their headers alone are read."""
     config = read_json(part / "config.json") if (part / "config.json").is_file() else {}
     if "quantization_config" in config:
         raise _quantised(part, str(config["quantization_config"].get("quant_method", "see its config.json")))
@@ -117,7 +117,7 @@ def check_files(part: Path) -> None:
             raise UserError(f"{part / name}: does not exist; get this file of the model again", "missing") from error
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"{part / name}: is torn ({_reason(error)}); get this file of the model again", "damaged"
+                f"{part / name}: is damaged ({_reason(error)}); get this file of the model again", "damaged"
             ) from error
         if small := sorted(dtype for dtype in dtypes if dtype.startswith(("F8", "F4", "I8", "U8"))):
             raise _quantised(part, small[0])

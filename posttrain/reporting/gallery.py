@@ -36,7 +36,7 @@ class Wish:
 
 
 def open_picture(path: Path | str | np.ndarray) -> Image.Image:
-    """A picture file, or a video's first picture, upright and in RGB, or one of uint8 (H, W, 3).
+    """A picture file, or a video's first frame, upright and in RGB, or one of uint8 (H, W, 3).
 
     Raises:
         UserError: it is none of these.

@@ -5,7 +5,7 @@ true clip:
 
     R = -mean_{t > 0, pixels} [ u |s q + o - 1/z| / r + (1 - u) ],   s, o = argmin sum (s q*_0 + o - 1/z_0)^2
 
-The scale s and the shift o are fitted once, to the true first picture, which is given to the model. They depend on
+The scale s and the shift o are fitted once, to the true first frame, which is given to the model. They depend on
 nothing that is generated, so no clip can change them. One scale for all pictures also keeps the change of depth over
 time, which the paper's normalisation by each picture's range removes. u is the contrast (rewards/base.py).
 

@@ -46,7 +46,7 @@ class TrainConfig(Strict):
     def _ends_below(self) -> "TrainConfig":
         if self.lr_end is not None and (self.schedule != "cosine" or self.lr_end > self.lr):
             raise PydanticCustomError(
-                "part", "lr_end is where a cosine ends, at most at lr; mend both, or leave it out"
+                "part", "lr_end is where a cosine ends, at most at lr; fix both, or leave it out"
             )
         return self
 

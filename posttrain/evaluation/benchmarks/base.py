@@ -82,7 +82,7 @@ TRUTH_VAE = Row(
 )
 FROZEN = Row(
     "frozen",
-    "the first picture held",
+    "the first frame held",
     lambda true_BCFHW, model: true_BCFHW[:, :, :1].expand_as(true_BCFHW),
     shown=False,
 )
@@ -129,7 +129,7 @@ class Score(Protocol):
     """Scores one video for each clip of a batch.
 
     Args:
-        videos_BFHWC: uint8; the first picture is the clip's.
+        videos_BFHWC: uint8; the first frame is the clip's.
         batch: the true clips, in pixels, with instances and target where they are known.
         rows: what is known of them.
         times_F: seconds at which the videos' frames are shown, ascending from 0; a rate says it only of steady ones.

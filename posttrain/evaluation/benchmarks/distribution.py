@@ -1,7 +1,7 @@
 """A measured run's numbers on p(t|y) and on 3D (PISA, section 5.2), from impact frames and masks.
 
 A helper of pisa.py. The formulas are in posttrain/metrics/distribution.py. In an ambiguous set
-(sim/worlds/ambiguous.py), rows say which clips have the same first picture (`group`), along which ray the object is
+(sim/worlds/ambiguous.py), rows say which clips have the same first frame (`group`), along which ray the object is
 (`beta`), and between which `depths`.
 """
 
@@ -20,7 +20,7 @@ LEVEL = 0.05  # a p-value up to this rejects
 
 
 def falls(record: Record, truth: Record | None, rng: np.random.Generator) -> dict[str, Any]:
-    """Test p(t|y) on the videos of a model, first picture by first picture; the paper takes 128 videos of each of 50.
+    """Test p(t|y) on the videos of a model, first frame by first frame; the paper takes 128 videos of each of 50.
 
     Args:
         record: with `impact_frames`, `lifted` and `truth` of each clip.
@@ -76,7 +76,7 @@ def fall_times(
     rng: np.random.Generator,
     errors: distribution.Errors | None = None,
 ) -> dict[str, Any]:
-    """Test p(t|y) on the videos of one first picture.
+    """Test p(t|y) on the videos of one first frame.
 
     Args:
         impact_frames: of its videos; None if nothing lands.

@@ -1,7 +1,7 @@
-"""PisaBench on simulated clips: let a model continue the first picture, follow the object, compare with the truth.
+"""PisaBench on simulated clips: let a model continue the first frame, follow the object, compare with the truth.
 
 PISA, arXiv 2503.09595, section 3 and appendix B. For every clip and seed
-    1. a row of the table makes a video of the clip's first picture and caption,
+    1. a row of the table makes a video of the clip's first frame and caption,
     2. a tracker follows the object that drops, from its true mask in frame 0,
     3. posttrain.metrics.pisa compares the masks with the simulator's,
 and the seeds of a clip are averaged before clips are.
@@ -107,7 +107,7 @@ def score(
     """Score one generated video per clip of `batch`.
 
     Args:
-        videos_BFHWC: uint8, the generated videos; the first picture is the clip's.
+        videos_BFHWC: uint8, the generated videos; the first frame is the clip's.
         batch: the true clips with `instances_BFHW` and `target_B`.
         rows: of them fps, drop_height, gravity, camera and distance.
         times_F: seconds at which the generated videos' frames are shown, ascending from 0.

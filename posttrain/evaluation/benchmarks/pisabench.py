@@ -54,7 +54,7 @@ class Truth:
 
     Attributes:
         row: caption, fps, size, and if known drop_height, gravity, camera and distance.
-        picture: returns its first picture, uint8 (H, W, 3).
+        picture: returns its first frame, uint8 (H, W, 3).
         masks: takes n, returns the first n masks of the scored object (fewer if the clip ends), bool (F, H, W).
         key: changes with everything that the masks depend on.
         context: text that is added to the caption in a model's prompt.

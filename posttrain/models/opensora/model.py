@@ -1,6 +1,6 @@
 """Open-Sora v1.2 as a `VideoModel`: its own time (0 to 1000) and sign (data - noise) are turned into ours in here.
 
-The first picture is a clean latent frame, marked as clean by the transformer's `x_mask`, as in the published
+The first frame is a clean latent frame, marked as clean by the transformer's `x_mask`, as in the published
 model. Texts are encoded as they are, in training and in sampling; what the published sampling script makes of a prompt
 before is `prompt` in text.py. The text "" is the learned one that stands for none: all zeros here, and put in when the
 transformer is asked; where the first half of a batch is without text, it is cut to the lengths of the other half's, as

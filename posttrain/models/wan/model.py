@@ -1,6 +1,6 @@
 """Wan 2.1 / 2.2, every size, from a diffusers folder or a hub id. What a folder is, its data decide:
 
-in_channels = the VAE's            text-to-video and TI2V. The first picture is given the TI2V way: latent frame 0 is
+in_channels = the VAE's            text-to-video and TI2V. The first frame is given the TI2V way: latent frame 0 is
                                    its clean latent and has timestep 0, as in Wan2.2-TI2V-5B (`expand_timesteps` of
                                    WanImageToVideoPipeline). The transformers of text-to-video models take this too and
                                    learn it from post-training.

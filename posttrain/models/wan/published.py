@@ -81,7 +81,7 @@ def read_configs(path: str, revision: str | None = None) -> tuple[dict[str, Any]
 
 
 def needs_picture(path: str, revision: str | None = None) -> bool:
-    """Whether `model.path` takes the first picture as further channels, as the image-to-video models do.
+    """Whether `model.path` takes the first frame as further channels, as the image-to-video models do.
 
     Raises:
         UserError: as read_configs.
