@@ -584,7 +584,7 @@ def test_the_command_refuses_in_one_line(tmp_path) -> None:
         ),
         (
             ("drops", "--clips", "v", "v"),
-            "--clips: each row of the table needs a name of its own; give one, as in kling",
+            "--clips: two rows of the table have the same name; give names, as in kling",
         ),
         (
             ("drops", "--clips", "v", "--steps", "2"),
