@@ -166,14 +166,14 @@ def test_other_annotations_than_those_that_were_made_are_refused(folder):
         clips(folder)
     edit(folder, 0, annotations_sha256=None)
     np.savez(folder / SPLIT / "00000.npz", instances=np.zeros((5, SIZE, SIZE), np.uint8))
-    with pytest.raises(UserError, match=r"00000\.npz: instances are \(5, 32, 32\), the video \(9, 32, 32\)"):
+    with pytest.raises(UserError, match=r"00000\.npz: instances have shape \(5, 32, 32\), the video \(9, 32, 32\)"):
         clips(folder)
 
 
 def test_folders_of_one_name_are_refused(tmp_path):
     for parent in ("a", "b"):
         write_dataset(tmp_path / parent / "drops", [SPLIT], clips=1, frames=5)
-    with pytest.raises(UserError, match="clips share a name"):
+    with pytest.raises(UserError, match="clips with the same name"):
         Clips(DataConfig(clips=[str(tmp_path / parent / "drops") for parent in ("a", "b")]))
 
 

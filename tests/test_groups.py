@@ -131,7 +131,7 @@ def test_the_best_sample_wins_where_samples_do(folder: Path, tmp_path: Path) -> 
     assert "no clip has 1 losers" in refusal(folder, losers=1, samples=(str(place),), winner="sample")  # all alike
     (place / "scores.jsonl").unlink()
     assert "the best sample wins" in refusal(folder, losers=2, samples=(str(place),), winner="sample")
-    with pytest.raises(ValueError, match="samples win against samples"):
+    with pytest.raises(ValueError, match="compares samples with samples"):
         GroupsConfig(losers=2, counterfactuals=True, samples=("made",), winner="sample")
 
 
@@ -319,8 +319,8 @@ def test_a_recipe_runs(home: Path) -> None:
     [
         (["data.groups=null"], "data.groups: is missing, and method gdpo compares true clips"),
         (["method={name: psft}"], "data.groups: is not for psft"),
-        (["data.groups={losers: 3}"], "there are no losers; set counterfactuals: true, or name samples"),
-        (["data.groups={counterfactuals: true, samples_each: 2}"], "name their folder in samples"),
+        (["data.groups={losers: 3}"], "there are no rejected clips; set counterfactuals: true, or samples"),
+        (["data.groups={counterfactuals: true, samples_each: 2}"], "set samples to their folder"),
         (["data.groups={lossers: 3}"], "unknown key, did you mean 'losers'?"),
         (["model.adapter=null"], "model.adapter: is missing"),
     ],

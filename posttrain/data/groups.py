@@ -1,9 +1,10 @@
-"""Groups for preference methods: a true clip, and m losers that continue the same first frame less truly.
+"""Groups for preference methods: a preferred clip (winner) and m rejected clips (losers) with the same first frame.
 
-Losers are clips of a dataset folder that break a law in the true clip's scene (sim/worlds/counterfactual.py), samples
-that a model made with several seeds, or both. Or the best of the samples wins against the others. Samples are files of
-any folder: <clip>-s<seed>.mp4 as a recipe's base model makes them (losers.py), or <clip>-s<seed>-<model>.mp4 as
-`posttrain sample` makes them from <clip>.png. A judge's scores are beside them in scores.jsonl, both from 0 to 1:
+The winner is the true clip. Losers are clips of a dataset folder that break a law in the true clip's scene
+(sim/worlds/counterfactual.py), samples of a model with several seeds, or both. Alternatively the best sample is the
+winner and the other samples are the losers. Samples are files of any folder: <clip>-s<seed>.mp4 as a recipe's base model
+makes them (losers.py), or <clip>-s<seed>-<model>.mp4 as `posttrain sample` makes them from <clip>.png. A judge's scores
+are in scores.jsonl in the same folder, both from 0 to 1:
 
     {"file_name": "00012-s0.mp4", "sa": 0.9, "pc": 0.2}     semantic adherence, physical commonsense
 
@@ -55,9 +56,9 @@ class Group(NamedTuple):
 
 
 def sample_of(stem: str, clips: Container[str]) -> tuple[str, int] | None:
-    """The clip that a sample continues, and its seed; None if the clip is not in `clips`.
+    """(clip, seed) of a sample; None if the clip is not in `clips`.
 
-    `stem` is the file's name without suffix. A clip's own name may end in -s<number> too: the longest that fits counts.
+    `stem` is the file's name without suffix. A clip's own name may also end in -s<number>: the longest match is used.
     """
     for seed in reversed([*re.finditer(r"-s(\d+)(?=-.|\Z)", stem)]):
         if stem[: seed.start()] in clips:
@@ -66,7 +67,7 @@ def sample_of(stem: str, clips: Container[str]) -> tuple[str, int] | None:
 
 
 def names(clips: Clips) -> dict[str, int]:
-    """The index of each true clip by its file's name without suffix, which its samples' names begin with.
+    """The index of each true clip, by its file name without suffix; the names of its samples begin with it.
 
     Raises:
         UserError: two clips have the same name.
@@ -78,14 +79,14 @@ def names(clips: Clips) -> dict[str, int]:
         path = clips.video(index)
         if (other := by_name.setdefault(path.stem, index)) != index:
             raise UserError(
-                f"{path}: has the same name as {clips.video(other)}, so samples cannot name their clip; rename one",
+                f"{path}: has the same name as {clips.video(other)}, so the clip of a sample would be ambiguous; rename one",
                 "duplicate",
             )
     return by_name
 
 
 class Members:
-    """The clips of groups, as `Latents` reads them: those of `clips`, followed by the samples."""
+    """All clips of groups, in the form that `Latents` reads: those of `clips`, then the samples."""
 
     def __init__(self, clips: Clips, samples: Sequence[tuple[int, Path, Scores | None]]) -> None:
         self.clips, self.samples = clips, samples
@@ -141,8 +142,8 @@ def gather(
 
     Args:
         clips: true clips; with config.counterfactuals also clips that break a law (`violated`).
-        pictured: whether the samples' model was given first frames; if not, they are not compared with the true ones.
-        scored: whether losers are weighted by their scores, so that every sample needs some.
+        pictured: whether the samples' model is conditioned on first frames; if not, first frames are not compared.
+        scored: whether losers are weighted by their scores, so that every sample needs scores.
 
     Raises:
         UserError: no clip has enough losers; members of a group differ in their first frame, size, length or rate, or
@@ -191,7 +192,7 @@ def gather(
 
 
 def _merit(members: Members, index: int) -> float:
-    """The score by which the winning sample is chosen; the first of equal ones wins."""
+    """The score by which the preferred sample is chosen; the first one of equals."""
     scores = members.scores(index)
     assert scores is not None  # _samples checked it
     return scores.sa + scores.pc
@@ -239,7 +240,7 @@ def _scores(path: Path, name: str, rows: dict[Any, dict[str, Any]]) -> Scores:
 
 
 def _check(members: Members, group: Group, pictured: bool) -> None:
-    """Refuse a group whose members are not comparable."""
+    """Refuse a group whose clips are not comparable."""
     clips, sums = members.clips, dict[str, int]()
     split, picture = clips.splits[0], members.first(group.winner)
     true = members.video(group.winner)
@@ -270,12 +271,12 @@ def _check(members: Members, group: Group, pictured: bool) -> None:
 def check_first_picture(
     path: Path, picture_HWC: np.ndarray, true_HWC: np.ndarray, true: str, object_HW: np.ndarray | None = None
 ) -> None:
-    """Refuse a video that does not begin as the true clip does that it is compared with.
+    """Refuse a video that does not begin with the first frame of its true clip.
 
     Args:
-        path, true: what the video and the true clip are called.
+        path, true: names of the video and the true clip for the message.
         picture_HWC, true_HWC: their first frames, uint8, of one shape.
-        object_HW: bool, the object that is followed, where it is known: a small one is lost in the fields.
+        object_HW: bool, the object that is followed, if known: it may be too small to change the mean of a field.
 
     Raises:
         UserError: mismatch: it continues another clip, or begins later.
@@ -290,7 +291,7 @@ def check_first_picture(
 
 
 def _fields(picture_HWC: np.ndarray, object_HW: np.ndarray | None) -> torch.Tensor:
-    """The mean colours of its 8 x 8 fields and, where it is known, of the object: (fields, 3)."""
+    """The mean colours of the picture's 8 x 8 fields and, if it is known, of the object: (fields, 3)."""
     picture = torch.tensor(picture_HWC).permute(2, 0, 1).float()
     fields = torch.nn.functional.adaptive_avg_pool2d(picture, 8).flatten(1).T
     if object_HW is None or not object_HW.any():
@@ -326,7 +327,7 @@ class Groups:
 
     @property
     def key(self) -> str:
-        """One hash of everything that the batches depend on."""
+        """A hash of everything that the batches depend on."""
         keys = [[self._latents.keys[index] for index in (g.true, g.winner, *g.losers)] for g in self.groups]
         return files.sha256_json([keys, None if self._scores is None else self._scores.tolist()])
 
