@@ -1,4 +1,4 @@
-"""What every tensor means. Every package obeys this page.
+"""Axes, units and ranges of all tensors. Every package follows these conventions.
 
 Axes    B batch, C channels, F frames, H W pixels (or latent cells), L text tokens, D text width, N bodies, M losers.
 Pixels  float in [-1, 1], (B, C, F, H, W). Latents (B, C, F, H, W), normalised channel by channel.

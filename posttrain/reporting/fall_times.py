@@ -1,4 +1,4 @@
-"""The report's section on p(t|y): whether a model makes all falls that a first frame allows, and no others."""
+"""The report's section on p(t|y): whether a model generates all falls that a first frame allows, and no others."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
