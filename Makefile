@@ -1,6 +1,6 @@
 # Every target is one command. `make psft` goes from an empty machine to a tuned model; `make test` checks everything.
 python := .venv/bin/python
-.PHONY: setup psft oro gdpo sim report bench chaos test lint docs
+.PHONY: setup psft oro gdpo sim report bench chaos test test-fast release-check lint docs
 
 setup: # .venv with everything in it; does only what is missing
 	@./setup.sh
@@ -33,7 +33,13 @@ chaos: setup # kill, damage and mislead tiny runs; nothing may come of it but on
 test: setup # all tests
 	@./setup.sh chromium
 	@./setup.sh extras
-	@OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile # two processes of one thread each
+	@OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder # two processes of one thread each
+
+test-fast: setup # a quick check while you work: what takes a second or less of every package
+	@OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
+
+release-check: setup # compare what `make psft oro gdpo` gave with the README's table and the intervals of docs/results.md
+	@$(python) tests/release_check.py
 
 lint: setup # style and types
 	@$(python) -m ruff check .

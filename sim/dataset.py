@@ -3,7 +3,7 @@
     <out>/recipe.json                what the clips are made of; another recipe in the same folder is refused
     <out>/<split>/metadata.jsonl     a row per clip, written when the split is complete
     <out>/<split>/<id>.mp4, .npz     lossless RGB, and the annotations
-    <out>/.rows/<split>/<id>.json    the rows of a scene's clips; written last, so the clips are complete if it exists
+    <out>/.rows/<split>/<id>.json    the rows of a scene's clips, with a digest; written last, so the clips are complete
 
 Scene i of a split is a function of (seed, split, i) alone, so any process can make it at any time. If a world's labels
 name a `group`, the clips of scene 3 are 00003-0, 00003-1 and so on (worlds/counterfactual.py, the true one first;
@@ -12,7 +12,6 @@ worlds/ambiguous.py).
 
 import hashlib
 import io
-import json
 import multiprocessing
 import os
 import signal
@@ -32,21 +31,22 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from posttrain.core.codec import lossless
 from posttrain.core.errors import UserError
 from posttrain.core.files import (
     alone,
-    read_json,
     read_object,
+    read_sealed,
     sha256,
     sweep,
     write_bytes,
     write_json,
     write_jsonl,
+    write_sealed,
     write_text,
 )
+from posttrain.core.progress import track
 from posttrain.core.recipe import Plugin, PluginFrom, Seed, Strict, flat
 from sim.assets import library, surfaces
 from sim.worlds.base import Draw, Take
@@ -106,10 +106,10 @@ def write(
         if done:
             console.print(f"{out}: {len(done)} of {len(wanted)} scenes exist already")
         if missing:
-            _run(out, job, missing, min(workers or os.cpu_count() or 1, len(missing)), console)
+            _run(out, job, missing, min(workers or os.cpu_count() or 1, len(missing)))
         made = {}
         for split, count in splits.items():
-            rows = [row for i in range(count) for row in read_json(_row(out, split, i))]
+            rows = [row for i in range(count) for row in read_sealed(_row(out, split, i))["clips"]]
             write_jsonl(out / split / "metadata.jsonl", rows)
             made[split] = len(rows)
     console.print(f"{out}: complete, {', '.join(f'{split} {count}' for split, count in made.items())}")
@@ -137,14 +137,14 @@ def takes(job: Job, split: str, index: int) -> Iterator[Take]:
 
 
 def finished(out: Path, split: str, index: int) -> bool:
-    """Whether the scene's clips exist and match the digests in their rows."""
+    """Whether the scene's clips exist and match the digests in their rows, and the rows theirs."""
     try:
         files = ("file_name", "sha256"), ("annotations", "annotations_sha256")
-        rows = json.loads(_row(out, split, index).read_text())
+        rows = read_sealed(_row(out, split, index))["clips"]
         return bool(rows) and all(
             sha256(out / split / row[name]) == row[digest] for row in rows for name, digest in files
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, UserError, KeyError, TypeError):
         return False
 
 
@@ -207,7 +207,7 @@ def make_and_write(out: Path, job: Job, split: str, index: int) -> None:
     for member, take in enumerate(takes(job, split, index)):
         name = f"{index:05d}-{member}" if "group" in take.labels else f"{index:05d}"
         rows.append(write_take(out, job, split, name, take))
-    write_json(_row(out, split, index), rows, flush=False)
+    write_sealed(_row(out, split, index), {"clips": rows}, flush=False)
 
 
 def write_take(out: Path, job: Job, split: str, name: str, take: Take) -> dict[str, Any]:
@@ -239,19 +239,14 @@ def _begin() -> None:
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
-def _run(out: Path, job: Job, scenes: list[tuple[str, int]], workers: int, console: Console) -> None:
-    times = TimeElapsedColumn(), TimeRemainingColumn()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times
+def _run(out: Path, job: Job, scenes: list[tuple[str, int]], workers: int) -> None:
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin)
     try:
         with _for_workers():
             futures = [pool.submit(make_and_write, out, job, *scene) for scene in scenes]
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task(f"{out}: {job.world.name}", total=len(scenes))
-            for future in as_completed(futures):
-                future.result()
-                progress.advance(task)
+        for future in track(as_completed(futures), f"{out}: {job.world.name}", len(scenes)):
+            future.result()
     except BrokenProcessPool as error:
         raise UserError(
             f"{out}: a worker was killed, perhaps for lack of memory; start again with fewer --workers",

@@ -1,370 +1,321 @@
 """Attacks on tiny runs, for as many minutes as are given: python tests/chaos.py [MINUTES] [SEED], or `make chaos`.
 
-    kills      SIGKILL and SIGTERM at random moments of every stage of a recipe, until a start ends by itself
-    flips      a byte of a random file of a finished run is another, or the file is damaged or gone; then the run again
-    recipes    values of recipes are exchanged, dropped, made huge or of another type
-    manifests  likewise the rows of metadata.jsonl, and its bytes
-    server     a judge's server answers anything
+    kill STAGE    SIGKILL, SIGTERM or Ctrl-C at a moment of a stage of `posttrain run`; started again, the run ends
+    damage FILE   a byte of a file of a run, of its clips or its model is another, or the file is torn or gone; then
+                  the run is started again, with all there, or with its last stages still to do
+    run           one value of the recipe is exchanged; taken, it is run to its end
+    recipe, clips, scores, server    see mutated.py
 
-What comes of each is counted: refused (one line, exit code 1), right (done, and equal to what an undisturbed run
-leaves, byte by byte), or wrong (a traceback, a hang, another result, a half-written remnant), which is told. Draws
-depend on the seed alone, though not the moments at which a process is hit.
+What comes of each is counted: refused (one line, exit code 1), right (done, with all that an undisturbed run leaves,
+byte by byte: clips, samples, scores, latents, checkpoints, weights, videos, records, table, exports), or wrong (a
+traceback, a hang, a process or half-written file left behind, another result, or a refusal where the run can go on by
+itself), which is told. Draws depend on the seed alone, though not what the machine does meanwhile.
 """
 
 import contextlib
-import copy
-import io
-import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from helpers.falling import write_dataset
-from helpers.forked import launch
-from helpers.tiny import wan_folder
+from helpers import mutated
+from helpers.killed import STAGES, Hit, gaps, left_behind, start
+from helpers.mutated import RECIPE, WORLD
 
+from posttrain.commands.experiment import Recipe
 from posttrain.core import files, recipe
 from posttrain.core.errors import UserError
+from posttrain.pocket import folder
 
-RECIPE: dict[str, Any] = {
-    "run": "try",
-    "model": {"path": "wan", "conditioning": "text", "adapter": {"rank": 2, "alpha": 4}},
-    "data": {
-        "clips": "drops",
-        "groups": {"losers": 2, "samples": ["made"], "samples_each": 2, "sampler": {"steps": 2, "guidance": 1.0}},
-    },
-    "method": {"name": "gdpo", "mode": "sum", "physics": None},
-    "train": {"steps": 4, "batch": 2, "lr": 0.01, "ema": 0.9, "checkpoint_every": 1},
-    "eval": {
-        "clips": "drops",
-        "splits": ["test_unseen"],
-        "seeds": 1,
-        "batch": 1,
-        "sampler": {"steps": 2, "guidance": 1.0},
-    },
-    "export": ["diffusers", "comfyui", "merged"],
+os.environ["HF_HUB_OFFLINE"] = "1"  # a changed name shall not be asked for
+LIMIT = 600  # seconds, after which a command hangs
+ROWS = ("truth", "truth_vae", "frozen", "base", "gdpo")
+# What each stage leaves; before a hit, all is removed that the stage and those after it leave.
+LEFT = {
+    "filming": ["drops"],
+    "sampling losers": ["made"],
+    "scoring losers": ["made/scores.jsonl"],
+    "latents": ["runs/cache/latents"],
+    "training": ["runs/try/adapter", "runs/try/trained.json", "runs/try/checkpoints", "runs/try/log.jsonl"],
+    "evaluation": ["runs/try/evaluation", *(f"runs/try/samples/{row}" for row in ROWS), "runs/cache/evaluation"],
+    "report": ["runs/try/report.json", "runs/try/report.html", "runs/try/report.gif"],
+    "export": ["runs/try/adapter/README.md", "runs/try/adapter/try_comfyui.safetensors"],
+    "merging": ["runs/try/merged"],
 }
-WORLD: dict[str, Any] = {"out": "x", "splits": {"train": 2}, "world": {"name": "drop", "frames": 9}, "seed": 1}
-LIMIT = 300  # seconds, after which a command hangs
-ODD: list[Any] = [
-    None,
-    True,
-    "",
-    ".",
-    "x" * 300,
-    -1,
-    0,
-    1e308,
-    10**30,
-    float("nan"),
-    float("inf"),
-    [],
-    {},
-    "\x00",
-    "a/b",
-]
-
-
-def child(home: Path, output: Path, arguments: list[str]) -> None:
-    """The command, as `python -m posttrain ARGUMENTS` runs it, with what it prints in a file."""
-    os.chdir(home)
-    opened = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(opened, 1)
-    os.dup2(opened, 2)
-    sys.argv = ["posttrain", *arguments]
-    from posttrain.core.signals import launch as begin
-
-    sys.exit(begin("posttrain.cli"))
-
-
-def start(home: Path, *arguments: str) -> Any:
-    return launch(child, home, home / "output", list(arguments))
+# What may be missing when a file is damaged, so that others are read back.
+UNDONE = {
+    "nothing": [],
+    "weights": ["runs/try/adapter", "runs/try/trained.json"],
+    "training": LEFT["training"],
+    "measurement": LEFT["evaluation"][:-1],  # what runs share stays
+}
+# What no run can make again: damage to it is refused.
+GIVEN = r"wan/|(recipe|film)\.yaml|drops/recipe|made/(samples|scores)\.|runs/try/(adapter/pytorch|trained|recipe|log)"
+UNREAD = r"runs/(cache|try/checkpoints|try/samples/validation)/|.*/\.sha256/"  # may stay damaged where it is not read
+MISSED = "missed"  # a hit that came after the end
+LONG = ("steps", "batch", "seeds", "samples_each", "losers", "accumulate", "rank")  # numbers that ask for time
+OFTEN = {signal.SIGKILL: 4, signal.SIGTERM: 1, signal.SIGINT: 1}
 
 
 def make_home(home: Path) -> Path:
-    """A tiny model, a few clips and a recipe."""
-    wan_folder(home / "wan")
-    write_dataset(home / "drops", ["train", "test_unseen"], clips=2, frames=5)
+    """A copy of the embedded model, a recipe of a run, and one of its clips, which are not filmed yet."""
+    shutil.copytree(folder("wan"), home / "wan")
     (home / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    (home / "film.yaml").write_text(yaml.safe_dump(WORLD))
     return home
 
 
 def result(home: Path) -> dict[str, str]:
-    """Digests of what a run and its losers leave, but for times, and for what is of use to nobody after it."""
+    """Digests of what a run, its clips and losers leave, but for times."""
     found = {}
-    for folder in ("runs/try/adapter", "runs/try/merged", "runs/try/samples", "made"):
-        found |= {f"{folder}/{name}": digest for name, digest in files.sums(home / folder).items()}
-    for path in sorted((home / "runs" / "try" / "evaluation").glob("*.json")):
-        found[path.name] = files.sha256_json(
-            {k: v for k, v in files.read_json(path).items() if k not in ("seconds", "sha256")}
-        )
-    log = files.read_jsonl(home / "runs" / "try" / "log.jsonl")
-    found["log"] = files.sha256_json([{k: v for k, v in row.items() if k != "seconds"} for row in log])
+    for part in ("drops", "made", "runs"):
+        found |= {f"{part}/{name}": digest for name, digest in files.sums(home / part).items()}
+    for name in list(found):
+        path = home / name
+        try:
+            if re.fullmatch(r"runs/(try/evaluation/.*|cache/evaluation/.*/record|try/report)\.json", name):
+                found[name] = files.sha256_json(_timeless(files.read_json(path)))
+            elif name.endswith("log.jsonl"):
+                found[name] = files.sha256_json(_timeless(files.read_jsonl(path)))
+            elif name.endswith("meta.json") or name.endswith("report.html"):  # of digests and times
+                found[name] = "there"
+        except UserError as error:
+            found[name] = str(error)
     return found
 
 
-def verdict(home: Path, process: Any, expected: dict[str, str]) -> str:
-    """What came of a command that was let run to its end: "refused", "right", or what is wrong."""
+def _timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _timeless(part) for key, part in value.items() if key not in ("seconds", "sha256", "times")}
+    return [_timeless(part) for part in value] if isinstance(value, list) else value
+
+
+def remove(home: Path, names: list[str]) -> None:
+    for name in names:
+        path = home / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def ended(home: Path, process: Any) -> str:
+    """What a command that was let run to its end, or was hit, has done wrong; "" if nothing."""
     process.join(LIMIT)
-    said = (home / "output").read_text(errors="replace") if (home / "output").exists() else ""
     if process.exitcode is None:
         process.kill()
         process.join()
         return "hangs"
-    if "Traceback" in said:
-        return "a traceback: " + said.strip().splitlines()[-1]
-    lines = said.strip().splitlines() or [""]
-    if process.exitcode == 1 and lines[-1].endswith("]"):
-        return "refused"
-    if process.exitcode:
-        return f"exit code {process.exitcode}: {lines[-1]}"
+    until = time.monotonic() + 60
+    while (others := left_behind(home)) and time.monotonic() < until:
+        time.sleep(0.05)
+    if others:
+        return f"leaves processes behind: {others[0]}"
+    said = output(home)
+    return f"a traceback: {said.splitlines()[-1]}" if "Traceback" in said else ""
+
+
+def output(home: Path) -> str:
+    path = home.parent / "output"
+    return path.read_text(errors="replace").strip() if path.exists() else ""
+
+
+def verdict(home: Path, expected: dict[str, str], given: bool = False, damage: bool = False) -> str:
+    """What comes of the run in `home`, started until its end: "refused", "right", or what is wrong.
+
+    `given`: it may be refused. `damage`: a damaged checkpoint, put aside, and what nobody reads may stay.
+    """
+    process = start(home, "run", "recipe.yaml")
+    if wrong := ended(home, process):
+        return wrong
+    last = (output(home).splitlines() or [""])[-1]
     if remnants := sorted(home.rglob("*.part")):
         return f"a remnant: {remnants[0].relative_to(home)}"
-    now = result(home)
-    if now != expected:
-        other = sorted(name for name in now.keys() | expected.keys() if now.get(name) != expected.get(name))
-        return f"another result: {', '.join(other[:3])}"
-    return "right"
+    if process.exitcode == 1 and last.endswith("]"):
+        return "refused" if given else f"refused: {last}"
+    if process.exitcode:
+        return f"exit code {process.exitcode}: {last}"
+    now, allowed = result(home), re.compile(UNREAD if damage else r"\Z.")
+    other = [name for name in sorted(now.keys() | expected.keys()) if now.get(name) != expected.get(name)]
+    other = [name for name in other if not allowed.match(name)]
+    return f"another result: {', '.join(other[:3])}" if other else "right"
 
 
-def kills(home: Path, expected: dict[str, str], seconds: float, draws: random.Random, most: int = 12) -> Iterator[str]:
-    """One undisturbed end after up to `most` kills, from nothing."""
-    shutil.rmtree(home / "runs")
-    shutil.rmtree(home / "made")
-    for number in range(most):
-        process = start(home, "run", "recipe.yaml")
-        # stages before the one that is reached are short, so moments are taken from what is left of the time
-        process.join(draws.uniform(0, seconds * max(0.2, 1 - number / most)))
-        if process.exitcode is not None:
-            break
-        number_sent = draws.choice((signal.SIGKILL, signal.SIGTERM))
-        os.kill(process.pid, number_sent)
-        process.join(LIMIT)
-        said = (home / "output").read_text(errors="replace") if (home / "output").exists() else ""
-        if process.exitcode is None:
-            process.kill()
-            yield f"hangs after {number_sent.name}"
-        elif "Traceback" in said:
-            yield f"a traceback after {number_sent.name}: {said.strip().splitlines()[-1]}"
-        elif number_sent == signal.SIGTERM and process.exitcode not in (143, 0, -signal.SIGTERM):
-            yield f"exit code {process.exitcode} after SIGTERM"
+class Attacks:
+    """An undisturbed run in a folder, and attacks on copies of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.whole, self.copy, told = make_home(folder / "whole" / "home"), folder / "copy" / "home", folder / "told"
+        process = start(self.whole, "run", "recipe.yaml", told=told)
+        if wrong := ended(self.whole, process):
+            raise SystemExit(f"undisturbed: {wrong}\n{output(self.whole)}")
+        if process.exitcode:
+            raise SystemExit(f"undisturbed: {output(self.whole)}")
+        self.expected, self.gaps = result(self.whole), gaps(told)
+        assert self.gaps.keys() == STAGES.keys() == LEFT.keys(), self.gaps.keys()
+
+    def home(self, undone: list[str]) -> Path:
+        """A copy of the run without some of its files."""
+        shutil.rmtree(self.copy.parent, ignore_errors=True)
+        shutil.copytree(self.whole, self.copy)
+        remove(self.copy, undone)
+        return self.copy
+
+    def aim(self, stage: str, draws: random.Random) -> Hit:
+        """A hit of a stage: half of them just before one of its moments, the others in the time after it."""
+        number = draws.randrange(len(self.gaps[stage]))
+        seconds = draws.choice((0.0, draws.uniform(0, self.gaps[stage][number])))
+        sent = draws.choices(list(OFTEN), list(OFTEN.values()))[0]
+        return Hit(stage, number, seconds, sent)
+
+    def kill(self, stage: str, draws: random.Random) -> str:
+        """A hit of the stage in a run that has all before it; then the run to its end."""
+        stages = list(LEFT)
+        home = self.home([name for later in stages[stages.index(stage) :] for name in LEFT[later]])
+        hit = self.aim(stage, draws)
+        if wrong := struck(home, hit):
+            return wrong if wrong == MISSED else f"{wrong}, by {hit}"
+        found = verdict(home, self.expected)
+        return found if found == "right" else f"{found}, after {hit}"
+
+    def damage(self, what: str, draws: random.Random) -> str:
+        """A file of a kind, see `kinds`, is damaged; then the run is started again."""
+        undone = draws.choice(list(UNDONE))
+        home = self.home(UNDONE[undone])
+        paths = kinds(home).get(what) or kinds(self.home([]))[what]
+        path = draws.choice(paths)
+        content = bytearray(path.read_bytes())
+        how = draws.choice(("flipped", "flipped", "torn", "gone"))
+        if how == "flipped":
+            content[draws.randrange(len(content))] ^= 1 << draws.randrange(8)
+            path.write_bytes(content)
+        elif how == "torn":
+            path.write_bytes(content[: draws.randrange(len(content))])
         else:
-            yield "right"
-    yield verdict(home, start(home, "run", "recipe.yaml"), expected)
+            path.unlink()
+        name = path.relative_to(home).as_posix()
+        found = verdict(home, self.expected, bool(re.match(GIVEN, name)), damage=True)
+        if found == "refused" and "start again" in output(home):
+            found = verdict(home, self.expected, damage=True)
+        if name.endswith("log.jsonl") and "not what was written" in output(home):
+            found = found.replace("another result: runs/try/log.jsonl", "right")
+        if re.match("recipe|film|wan", name):  # a changed recipe or model is another one, and this is not put back
+            found = found.partition(":")[0].replace("another result", "right")
+        return found if found in ("right", "refused") else f"{name} {how}, {undone} undone: {found}"
+
+    def run(self, draws: random.Random) -> Iterator[str]:
+        """A run of a recipe with another value, where it is taken and asks for little."""
+
+        def do(value: Any) -> str:
+            home = self.home(["runs/try"])
+            (home / "odd.yaml").write_text(yaml.safe_dump(value))
+            try:
+                with contextlib.chdir(home):
+                    asked = recipe.flat(recipe.load("odd.yaml", (), Recipe).model_dump(mode="json"))
+            except UserError:
+                return "refused"
+            if any((asked.get(key) or 0) > 50 for key in asked if key.rpartition(".")[2] in LONG):
+                return "right"  # it may take its time
+            process = start(home, "run", "odd.yaml")
+            wrong, last = ended(home, process), (output(home).splitlines() or [""])[-1]
+            if not wrong and process.exitcode == 1 and last.endswith("]"):
+                return "refused"
+            if not wrong and process.exitcode:
+                wrong = f"exit code {process.exitcode}: {last}"
+            return f"{value}: {wrong}" if wrong else "right"
+
+        yield from mutated.examples(mutated.changed(RECIPE, 1), do, 2, draws.getrandbits(32))
 
 
-def flips(home: Path, expected: dict[str, str], draws: random.Random) -> Iterator[str]:
-    """One damage to a finished run, which is put back afterwards."""
-    kept = home.parent / "kept"
-    shutil.rmtree(kept, ignore_errors=True)
-    shutil.copytree(home, kept)
-    if draws.random() < 0.5:  # so that checkpoints and latents are read back
-        for name in ("adapter", "merged", "trained.json"):
-            path = home / "runs" / "try" / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    folders = [home / "runs", home / "made"]
-    paths = sorted(p for folder in folders for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
-    path = draws.choice([p for p in paths if p.suffix not in (".html", ".jpg", ".gif", ".png")])
-    content = bytearray(path.read_bytes())
-    how = draws.choice(("flipped", "flipped", "torn", "gone"))
-    if how == "flipped":
-        content[draws.randrange(len(content))] ^= 1 << draws.randrange(8)
-        path.write_bytes(content)
-    elif how == "torn":
-        path.write_bytes(content[: draws.randrange(len(content))])
-    else:
-        path.unlink()
-    found = verdict(home, start(home, "run", "recipe.yaml"), expected)
-    yield found if found in ("right", "refused") else f"{path.relative_to(home)} {how}: {found}"
-    shutil.rmtree(home)
-    kept.rename(home)
+def struck(home: Path, hit: Hit) -> str:
+    """What a run that is hit does wrong; "" if it ends by the signal, MISSED if before it."""
+    process = start(home, "run", "recipe.yaml", hit=hit)
+    if wrong := ended(home, process):
+        return wrong
+    by = {-hit.signal, 128 + hit.signal} if hit.signal != signal.SIGKILL else {-signal.SIGKILL}
+    if process.exitcode in by:
+        said = output(home).splitlines()
+        if hit.signal != signal.SIGKILL and not (said and ("continue" in said[-1])):
+            return "ends without a line"
+        return ""
+    late = hit.seconds and not process.exitcode
+    return MISSED if late else f"exit code {process.exitcode}: {(output(home).splitlines() or [''])[-1]}"
 
 
-def mutated(value: Any, draws: random.Random) -> Any:
-    """A deep copy with one of its values dropped, exchanged for another, or put under another name."""
-    value = copy.deepcopy(value)
-    holders = [value]
-    for holder in holders:
-        inner = holder.values() if isinstance(holder, dict) else holder
-        holders += [part for part in inner if isinstance(part, dict | list) and part]
-    holder = draws.choice(holders)
-    key = draws.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
-    match draws.randrange(4):
-        case 0:
-            del holder[key]
-        case 1 if isinstance(holder, dict):
-            holder[f"{key}x"] = holder.pop(key)
-        case 2 if isinstance(holder[key], int | float) and not isinstance(holder[key], bool):
-            holder[key] *= draws.choice((-1, 0.5, 1e9, 1e300))
-        case _:
-            holder[key] = draws.choice(ODD)
-    return value
-
-
-@contextlib.contextmanager
-def within(seconds: int) -> Iterator[None]:
-    def late(number: int, frame: Any) -> None:
-        raise TimeoutError(f"hangs for {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def tried(what: str, attempt: Callable[[], Any]) -> str:
-    """What came of a call in this process."""
-    try:
-        with within(60), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            attempt()
-    except UserError as error:
-        return "refused" if "\n" not in str(error) else f"{what}: several lines: {error}"
-    except Exception as error:
-        return f"{what}: {type(error).__name__}: {str(error)[:200]}"
-    return "right"
-
-
-def recipes(home: Path, draws: random.Random) -> Iterator[str]:
-    """One recipe of a run or of clips, changed up to three times."""
-    import sim.cli
-    from posttrain.commands.experiment import Recipe
-
-    value, schema = draws.choice(((RECIPE, Recipe), (WORLD, sim.cli.Recipe)))
-    for _ in range(draws.randint(1, 3)):
-        value = mutated(value, draws) if value else value
-    text = yaml.safe_dump(value)
-    if draws.random() < 0.2:
-        at = draws.randrange(len(text))
-        text = text[:at] + draws.choice("{}[]:&*!\x00\t\"'-#\n") + text[at + 1 :]
-    (home / "odd.yaml").write_text(text)
-    with contextlib.chdir(home):
-        yield tried(f"recipe {text!r}", lambda: recipe.load("odd.yaml", (), schema))
-
-
-def manifests(home: Path, draws: random.Random) -> Iterator[str]:
-    """A metadata.jsonl of which a row, or a byte, is another; then its clips are read."""
-    from posttrain.data.config import DataConfig
-    from posttrain.data.dataset import Clips
-
-    path = home / "drops" / "train" / "metadata.jsonl"
-    before = path.read_bytes()
-    rows = [json.loads(line) for line in before.splitlines()]
-    rows[0] = mutated(rows[0], draws)
-    content = bytearray("".join(json.dumps(row) + "\n" for row in rows).encode())
-    if draws.random() < 0.3:
-        content[draws.randrange(len(content))] = draws.randrange(256)
-
-    def read() -> None:
-        clips = Clips(DataConfig(clips="drops"), preload=False)
-        clips.load([0, 1])
-        assert clips.key
-
-    path.write_bytes(content)
-    try:
-        with contextlib.chdir(home):
-            yield tried(f"row {json.dumps(rows[0])}", read)
-    finally:
-        path.write_bytes(before)
-
-
-def server(home: Path, draws: random.Random) -> Iterator[str]:
-    """One question to a server that answers anything."""
-    from posttrain.judges.endpoint import connect
-
-    top = [{"token": draws.choice(("yes", "No", "\x1b[2J", "")), "logprob": draws.choice((-0.1, "x", None, 5, -1e999))}]
-    good = {"choices": [{"logprobs": {"content": [{"top_logprobs": top}]}}]}
-    bodies = [json.dumps(mutated(good, draws)).encode(), json.dumps(good).encode(), b"\xff\xfe", b"null", b"[" * 10_000]
-    bodies += [b"x" * 2**21, b"", b'{"error": {"message": "\x1b]0;own\x07\\u001b[31m"}}']
-    status, body = draws.choice((200, 200, 200, 302, 401, 404, 429, 500, 599)), draws.choice(bodies)
-    extra = draws.choice(
-        ({}, {"Retry-After": "999999999"}, {"Location": "http://127.0.0.1:1/"}, {"Content-Encoding": "gzip"})
-    )
-    promised = draws.choice((len(body), len(body), len(body) + 100))
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(status)
-            for name, text in {**extra, "Content-Length": str(promised)}.items():
-                self.send_header(name, text)
-            self.end_headers()
-            with contextlib.suppress(OSError):
-                self.wfile.write(body)
-
-        def log_message(self, *_: Any) -> None: ...
-
-    picture = np.full((1, 16, 16, 3), draws.randrange(256), np.uint8)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as served:
-        threading.Thread(target=served.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{served.server_port}/v1"
-        ask = connect(url, "tiny", home / "answers", tries=2, wait=0.01, timeout=3.0)
-        yield tried(f"server {status} {body[:80]!r} {extra}", lambda: ask(picture, "?"))
-        served.shutdown()
-    shutil.rmtree(home / "answers", ignore_errors=True)
+def kinds(home: Path) -> dict[str, list[Path]]:
+    """The files of a run, its clips and model by kind, which is the path without numbers and digests."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(home.rglob("*")):
+        name = path.relative_to(home).as_posix()
+        if path.is_file() and path.stat().st_size and not name.endswith((".html", ".jpg", ".gif", ".png", ".lock")):
+            name = re.sub(rf"({'|'.join(ROWS)})(?=[-/])", "*", name)
+            name = re.sub(r"(train|test_unseen)|(?<=/)[0-9a-f]{2}(?=/)|[0-9a-f]{16,}", "*", name)
+            name = re.sub(r"(?<![a-z0-9])[0-9]+|(?<=-s)[0-9]+", "*", name)
+            found.setdefault(name, []).append(path)
+    return found
 
 
 def attack(minutes: float, seed: int, runs: bool = True) -> dict[str, Counter[str]]:
-    """Counts of refused, right and wrong by attack, of one round at least; what is wrong is printed.
+    """Counts of tried, refused, right and wrong by attack; what is wrong is printed. Each of `mutated` once at least.
 
-    `runs`: also kills and flips.
+    `runs`: also kills and damage, for which whole runs are started.
     """
     draws, counts = random.Random(seed), dict[str, Counter[str]]()
+    until = time.monotonic() + 60 * minutes
+
+    def count(name: str, found: str) -> None:
+        if found == MISSED:
+            return
+        good = found in ("refused", "right")
+        counts.setdefault(name, Counter())[found if good else "wrong"] += 1
+        if not good:
+            print(f"{name}: {found}", flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
-        home = make_home(Path(folder) / "home")
-        quick = {"recipes": recipes, "manifests": manifests, "server": server}
-        attacks: dict[str, Callable[[], Iterator[str]]] = {
-            name: (lambda each=each: each(home, draws)) for name, each in quick.items()
-        }
-        times = dict.fromkeys(quick, 10)
-        if runs:
-            began = time.monotonic()
-            process = start(home, "run", "recipe.yaml")
-            process.join(LIMIT)
-            if process.exitcode:
-                raise SystemExit(f"undisturbed: {(home / 'output').read_text()}")
-            expected, seconds = result(home), time.monotonic() - began
-            print(f"undisturbed: {seconds:.0f} s, {len(expected)} files")
-            attacks["flips"] = lambda: flips(home, expected, draws)
-            attacks["kills"] = lambda: kills(home, expected, seconds, draws)
-            times |= {"flips": 3, "kills": 1}
-        until, first = time.monotonic() + 60 * minutes, True
+        home = mutated.make_home(Path(folder) / "mutated")
+        attacks = Attacks(Path(folder)) if runs else None
+        stages, files_ = _endless(list(STAGES), draws), _endless(list(kinds(attacks.whole)) if attacks else [""], draws)
+        first = True
         while first or time.monotonic() < until:
-            for name, each in attacks.items():
-                for _ in range(times[name]):
-                    if time.monotonic() >= until and not first:
-                        break
-                    for found in each():
-                        good = found in ("refused", "right")
-                        counts.setdefault(name, Counter())[found if good else "wrong"] += 1
-                        if not good:
-                            print(f"{name}: {found}", flush=True)
             first = False
+            for name, attempt in mutated.ATTACKS.items():
+                for found in attempt(home, draws.getrandbits(32)):
+                    count(name, found)
+            for _ in range(4 if attacks else 0):
+                assert attacks is not None
+                if time.monotonic() < until:
+                    count(f"kill {(stage := next(stages))}", attacks.kill(stage, draws))
+                    for found in attacks.run(draws):
+                        count("run", found)
+                    count(f"damage {(what := next(files_))}", attacks.damage(what, draws))
     return counts
+
+
+def _endless(things: list[str], draws: random.Random) -> Iterator[str]:
+    """All of them in turn, in another order each time."""
+    while True:
+        yield from draws.sample(things, len(things))
 
 
 def main() -> int:
     minutes = float(sys.argv[1]) if len(sys.argv) > 1 else 10.0
     counts = attack(minutes, int(sys.argv[2]) if len(sys.argv) > 2 else 0)
-    print(f"{'':<10}  tried refused   right   wrong")
-    for name, found in counts.items():
-        cells = (sum(found.values()), found["refused"], found["right"], found["wrong"])
-        print(f"{name:<10}" + "".join(f"{cell:>7} " for cell in cells))
+    print(table(counts))
     return int(any(found["wrong"] for found in counts.values()))
+
+
+def table(counts: dict[str, Counter[str]]) -> str:
+    """Markdown; the last line has the sums."""
+    sums = {name: [found.total(), found["refused"], found["right"], found["wrong"]] for name, found in counts.items()}
+    sums = dict(sorted(sums.items())) | {"all": [sum(column) for column in zip(*sums.values(), strict=True)]}
+    lines = [f"| {name} | {' | '.join(map(str, cells))} |" for name, cells in sums.items()]
+    return "\n".join(["| attack | tried | refused | right | wrong |", "|---|---|---|---|---|", *lines])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""What all tests share: no network, GPU tests only where there is a GPU, and a tiny Wan."""
+"""What all tests share: no network, slow files first, GPU tests only where there is a GPU, and a tiny Wan."""
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: a test that r
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` on a machine without one."""
+    """Files with the most slow tests come first, so that of two processes neither waits long for the other in the end.
+
+    Skip what is marked `gpu` on a machine without one.
+    """
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from helpers.tiny import TINY_VAE
@@ -42,6 +43,7 @@ def test_noise_grows_to_its_largest() -> None:
     torch.testing.assert_close(appearance.blur(dot, 0.5)[0, 0], torch.full((3, 3), 0.05) + 0.45 * (dot[0, 0] > 0))
 
 
+@pytest.mark.slow
 def test_a_share_of_clips_is_seen_through_the_autoencoder(tmp_path: Path) -> None:
     """Always the same ones, each decoded once; the others as they were filmed."""
     torch.manual_seed(0)

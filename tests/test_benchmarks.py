@@ -107,11 +107,13 @@ def keeps_the_protocol(run: Path, data: Path, name: str) -> list[Record]:
     return records
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", plugins("evaluation.benchmarks"))
 def test_a_benchmark_keeps_the_protocol(tmp_path: Path, data: Path, name: str) -> None:
     keeps_the_protocol(tmp_path / "run", data, name)
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_the_handbook_is_found_and_measured(tmp_path: Path, data: Path, added: str) -> None:
     """Against values by hand: a square of 6 x 6 of 32 x 32 pixels is 40 darker in a channel, but for frame 0."""
     assert added in plugins("evaluation.benchmarks")

@@ -1,4 +1,4 @@
-"""The fast part of `make chaos` (chaos.py), and what two undisturbed runs and a killed one leave."""
+"""The fast part of `make chaos` (chaos.py), and what an undisturbed run, a killed and a damaged one leave."""
 
 import random
 import signal
@@ -8,29 +8,37 @@ import time
 from pathlib import Path
 
 import pytest
-from chaos import attack, flips, kills, make_home, result, start
+from chaos import Attacks, attack, ended, remove, result, verdict
+from helpers.killed import STAGES, Hit, start
 
 
+@pytest.mark.slow
 def test_nothing_that_is_read_ends_in_a_traceback() -> None:
-    counts = attack(0.2, seed=0, runs=False)
-    assert {"recipes", "manifests", "server"} == counts.keys()
+    counts = attack(0.1, seed=0, runs=False)
+    assert {"recipe", "model", "clips", "scores", "server"} == counts.keys()
     assert not any(found["wrong"] for found in counts.values())
     assert all(found["refused"] for found in counts.values())
 
 
+@pytest.mark.slow
 def test_undisturbed_killed_and_damaged_runs_end_byte_equal(tmp_path: Path) -> None:
-    """Losers, training, evaluation, report and export, videos included."""
-    homes, found = [make_home(tmp_path / name / "home") for name in "ab"], []
-    for home in homes:
-        process, began = start(home, "run", "recipe.yaml"), time.monotonic()
-        process.join()
-        assert process.exitcode == 0, (home / "output").read_text()
-        found.append(result(home))
-    assert found[0] == found[1]
-    assert any(name.endswith(".mp4") for name in found[0])
-    draws, seconds = random.Random(0), time.monotonic() - began
-    assert set(kills(homes[0], found[0], seconds, draws, most=2)) == {"right"}
-    assert set(flips(homes[1], found[1], draws)) <= {"right", "refused"}
+    """A run that is killed in the middle of each of its stages, one after the other, videos included."""
+    attacks, draws = Attacks(tmp_path), random.Random(0)
+    made = [name for name in attacks.expected if name.endswith(".mp4")]
+    assert {name.split("/")[0] for name in made} == {"drops", "made", "runs"}
+    home = attacks.home(["drops", "made", "runs"])
+    assert not result(home)
+    for stage in STAGES:
+        middle = len(attacks.gaps[stage]) // 2
+        seconds = attacks.gaps[stage][0] / 2 if stage == "filming" else 0.0
+        process = start(home, "run", "recipe.yaml", hit=Hit(stage, middle, seconds, signal.SIGKILL))
+        assert not ended(home, process)
+        assert process.exitcode == -signal.SIGKILL, stage
+        assert result(home) != attacks.expected
+    assert verdict(home, attacks.expected) == "right"
+    remove(home, ["drops", "made", "runs"])
+    assert verdict(home, attacks.expected) == "right"  # undisturbed, for the second time
+    assert attacks.damage("made/*-s*.mp4", draws) == "right"
 
 
 @pytest.mark.parametrize("module", ["posttrain", "sim"])

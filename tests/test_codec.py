@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from helpers.project import MODULES
 
 from posttrain.core.codec import gif, lossless, playable, read_video, write_near_lossless
@@ -17,6 +18,7 @@ def ramp(size: int = 64, frames: int = 5) -> np.ndarray:
     return np.stack([np.stack([x, y, (x + y) // 2], -1) + 8 * k for k in range(frames)]).astype(np.uint8)
 
 
+@pytest.mark.slow
 def test_video_files_are_opened_in_one_module() -> None:
     """Whoever else needs PyAV has a new kind of reading, which belongs there."""
     users = [
@@ -57,6 +59,7 @@ for size in (48, 64, 130):
 """
 
 
+@pytest.mark.slow
 def test_what_lies_in_memory_does_not_change_a_byte(tmp_path) -> None:
     """x264's macroblock tree reads what nobody wrote: with it these three sizes gave up to five files each."""
     said = [

@@ -192,6 +192,7 @@ def test_the_decoder_has_the_same_gradient_however_it_remembers(home: Path, name
     torch.testing.assert_close(gradients[0], gradients[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_switched_off_the_adapter_is_the_base(home: Path, name: str) -> None:
     """Bit for bit, and before it is trained too; the scheduler is a fresh one each time."""
@@ -220,6 +221,7 @@ def test_what_is_saved_is_restored(home: Path, tmp_path: Path, name: str, adapte
     assert not adapter or model.save(tmp_path / "again")[0].read_bytes() == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("conditioning", ["image", "text"])
 def test_the_dry_run_has_the_real_shapes(home: Path, name: str, conditioning: str) -> None:
@@ -248,6 +250,7 @@ def test_the_dry_run_has_the_real_shapes(home: Path, name: str, conditioning: st
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_trains(home: Path, name: str, method: str) -> None:
@@ -336,6 +339,7 @@ NAMES_WAN = {  # besides models/wan: how the embedded model was made, its measur
 }
 
 
+@pytest.mark.slow
 def test_nothing_but_the_family_names_it() -> None:
     """In code; docstrings and comments may have it as an example."""
     naming = set()

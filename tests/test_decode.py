@@ -83,6 +83,7 @@ def peak(vae: AutoencoderKLWan, frames: int, how: dict[str, bool]) -> int:
     return meter.peak
 
 
+@pytest.mark.slow
 def test_the_peak_is_one_latent_frame_and_the_caches(vae: AutoencoderKLWan, config: dict[str, Any]) -> None:
     """Six latent frames more cost their caches, their pixels, these pixels' gradients, and little else."""
     pixels = 6 * 4 * 3 * (8 * SIZE[0]) * (8 * SIZE[1]) * 4

@@ -15,6 +15,7 @@ import torch
 import yaml
 from helpers import ranks
 from helpers.falling import write_dataset, write_groups
+from helpers.forked import together, two_ranks
 from helpers.optional import needs
 from helpers.tiny import wan_folder
 from safetensors.torch import load_file
@@ -75,6 +76,11 @@ def launch(home: Path, how: str, run: str) -> subprocess.Popen[str]:
     return start(home, *ACCELERATE, *config, "-m", "posttrain", "run", "recipe.yaml", f"run={run}")
 
 
+def posttrain(*command: str) -> None:
+    """The command, in a process of its own."""
+    raise SystemExit(cli.main(command))
+
+
 def adapter(home: Path, run: str) -> dict[str, torch.Tensor]:
     return load_file(home / "runs" / run / "adapter" / lora.FILE)
 
@@ -94,22 +100,18 @@ def assert_same_training(home: Path, run: str) -> None:
 KINDS = ("gradients", "rewarded")  # of PSFT, of ORO
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_and_the_curve_of_one(tmp_path, home):
-    torchrun = start(
-        home, "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        str(ROOT / "tests" / "helpers" / "ranks.py"), str(tmp_path), "wan",
-    )  # fmt: skip
+    together(home, two_ranks(), ranks.train, tmp_path, Path("wan"))
     alone = {kind: ranks.gradients(tmp_path / kind, home / "wan", kind == "rewarded") for kind in KINDS}
     ranks.curve(tmp_path / "alone-curve")
     ranks.preferences(tmp_path / "alone-preferences", home / "wan")
-    code, said = finish(torchrun)
-    assert code == 0, said
     for kind, gradients in alone.items():
-        together = torch.load(tmp_path / f"{kind}.pt")
-        assert together.keys() == gradients.keys()
+        both = torch.load(tmp_path / f"{kind}.pt")
+        assert both.keys() == gradients.keys()
         assert sum(gradient.abs().max() > 1e-3 for gradient in gradients.values()) > 10, kind
         for name, gradient in gradients.items():
-            torch.testing.assert_close(together[name], gradient, rtol=0, atol=1e-5, msg=f"{kind}: {name}")
+            torch.testing.assert_close(both[name], gradient, rtol=0, atol=1e-5, msg=f"{kind}: {name}")
     one, two = (read_jsonl(tmp_path / name / "log.jsonl") for name in ("alone-curve", "curve"))
     assert len(one) == 10
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=0, abs=1e-9)
@@ -121,26 +123,51 @@ def test_two_processes_have_the_gradients_and_the_curve_of_one(tmp_path, home):
             assert one["step"] == 1 or abs(one["margin"]) > 1e-5
 
 
+@pytest.mark.slow
 def test_accelerate_launches_two_that_train_as_one(home):
     code, said = finish(launch(home, "ddp", "ddp"))
     assert code == 0, said
     assert_same_training(home, "ddp")
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_sampling(home):
     """Of three clips one makes two samples, the other one; one process shows the groups."""
     groups = "data.groups={losers: 1, samples: [made], samples_each: 1, sampler: {steps: 1, guidance: 1}}"
     command = ("groups", "recipe.yaml", groups, "method={name: gdpo}", "model.conditioning=text", "run=shared")
-    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "posttrain")
-    code, said = finish(start(home, *torchrun, *command))
-    assert code == 0, said
+    said = together(home, two_ranks(), posttrain, *command)
     assert said.count("made: 2 samples made, 0 existed") == said.count("made: 1 samples made, 0 existed") == 1
     assert said.count("groups: 3 of 1 losers each") == 1
     assert len(list((home / "made").glob("*.mp4"))) == 3
 
 
+@pytest.fixture(scope="module")
+def zero2(home: Path) -> list[dict[str, str]]:
+    """The environment variables that accelerate gives to each process under ZeRO-2; their run was killed at step 5."""
+    log = home / "runs" / "zero2" / "log.jsonl"
+    launcher = launch(home, "zero2", "zero2")
+    while launcher.poll() is None and (not log.exists() or log.read_text().count("\n") < 5):
+        time.sleep(0.01)
+    processes = psutil.Process(launcher.pid).children(recursive=True)
+    variables = [process.environ() for process in processes]
+    for process in (*processes, launcher):
+        process.kill()
+    code, said = finish(launcher)
+    assert code == -signal.SIGKILL, said
+    assert len(read_jsonl(log)) < 30
+    # without torch's own, by which a process asks the launcher, which is gone
+    ours = [{k: v for k, v in names.items() if not k.startswith("TORCH")} for names in variables if "RANK" in names]
+    return sorted(ours, key=lambda names: names["RANK"])
+
+
+def with_a_port(ranks: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The same at a port that is free now."""
+    return [names | {"MASTER_PORT": now["MASTER_PORT"]} for names, now in zip(ranks, two_ranks(), strict=True)]
+
+
+@pytest.mark.slow
 @needs("deepspeed")
-def test_zero_2_takes_winner_and_losers_in_turn(home):
+def test_zero_2_takes_winner_and_losers_in_turn(home, zero2):
     """No gradient is lost or stepped with before all members gave theirs."""
     write_groups(home / "groups", groups=4, losers=2)
     changes = {"data": {"clips": "groups", "groups": {"losers": 2, "counterfactuals": True}}}
@@ -150,28 +177,17 @@ def test_zero_2_takes_winner_and_losers_in_turn(home):
         (home / f"{run}.yaml").write_text(yaml.safe_dump(RECIPE | changes | {"run": run}))
     with contextlib.chdir(home):
         assert cli.main(["run", "alone-groups.yaml"]) == 0
-    config = ["--config_file", str(ROOT / "recipes" / "launch" / "zero2.yaml")]
-    code, said = finish(start(home, *ACCELERATE, *config, "-m", "posttrain", "run", "zero2-groups.yaml"))
-    assert code == 0, said
+    together(home, with_a_port(zero2), posttrain, "run", "zero2-groups.yaml")
     logs = (read_jsonl(home / "runs" / run / "log.jsonl") for run in ("alone-groups", "zero2-groups"))
     for alone, zero in zip(*logs, strict=True):
         for key in ("loss", "grad_norm", "err_l"):
             assert zero[key] == pytest.approx(alone[key], rel=1e-3), (key, alone["step"])
 
 
+@pytest.mark.slow
 @needs("deepspeed")
-def test_zero_2_killed_and_continued_trains_as_one_process_which_can_take_over(home):
-    log = home / "runs" / "zero2" / "log.jsonl"
-    first = launch(home, "zero2", "zero2")
-    while first.poll() is None and (not log.exists() or log.read_text().count("\n") < 5):
-        time.sleep(0.01)
-    for process in (*psutil.Process(first.pid).children(recursive=True), first):
-        process.kill()
-    code, said = finish(first)
-    assert code == -signal.SIGKILL, said
-    assert len(read_jsonl(log)) < 30
-    code, said = finish(launch(home, "zero2", "zero2"))
-    assert code == 0, said
+def test_zero_2_killed_and_continued_trains_as_one_process_which_can_take_over(home, zero2):
+    said = together(home, with_a_port(zero2), posttrain, "run", "recipe.yaml", "run=zero2")
     assert "runs/zero2: continues from step" in said
     assert_same_training(home, "zero2")
     # what a checkpoint holds does not tell how many processes wrote it
@@ -194,6 +210,7 @@ def test_zero_2_killed_and_continued_trains_as_one_process_which_can_take_over(h
     assert_same_training(home, "zero2")
 
 
+@pytest.mark.slow
 def test_two_that_would_be_one_are_refused(home):
     command = ("--cpu", "-m", "posttrain", "train", "recipe.yaml", "run=cpu")
     code, said = finish(start(home, *ACCELERATE, *command))

@@ -119,6 +119,7 @@ def test_errors_of_the_estimator_are_convolved_in() -> None:
     np.testing.assert_allclose(moved[1:-1], exact[:-2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.1, -0.02])
 def test_it_rejects_its_nominal_5_percent_and_the_continuous_test_does_not(beta: float) -> None:
     rng, heights, pmf, repeats = np.random.default_rng(1), d.drop_heights(beta, CAMERA), law(beta), 400

@@ -26,12 +26,13 @@ from posttrain.data.schema import Camera, ClipRow
 from posttrain.evaluation import evaluate as room
 from posttrain.evaluation import sample
 from posttrain.evaluation.benchmarks import base, pisa
-from posttrain.evaluation.evaluate import EvalConfig, evaluate, validation, weights_fingerprint
+from posttrain.evaluation.evaluate import EvalConfig, evaluate, validation, watched_split, weights_fingerprint
 from posttrain.evaluation.records import Record, print_table, read_apart, read_records, summary
 from posttrain.flow import SamplerConfig
 from posttrain.metrics.pisa import even_times
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan.loading import load
+from posttrain.training.tripwires import TripwiresConfig, chooses_by_the_test
 
 FRAMES, CLIPS = 17, 3
 
@@ -66,7 +67,7 @@ def models(base: Any = HOVER, psft: Any = LATE) -> dict[str, Callable[[], Abstra
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("falling")
-    write_dataset(folder, clips=CLIPS, frames=FRAMES)
+    write_dataset(folder, clips=CLIPS, frames=FRAMES, scorecard=False)
     return folder
 
 
@@ -83,6 +84,7 @@ def by_row(records: list[Record], split: str = "unseen") -> dict[str, Record]:
     return {record.row: record for record in records if record.split == split}
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_videos(tmp_path: Path, config: EvalConfig) -> None:
     records = evaluate(tmp_path, config, models(), RedTracker())
     assert [(r.split, r.row) for r in records[:6]] == [
@@ -121,6 +123,7 @@ def test_numbers_are_those_of_the_videos(tmp_path: Path, config: EvalConfig) -> 
     assert video.shape == (FRAMES, SIZE, SIZE, 3)
 
 
+@pytest.mark.slow
 def test_a_lost_object_is_charged(tmp_path: Path, config: EvalConfig) -> None:
     """A model that lets the square disappear after frame 0."""
     empty = oracle(lambda start: [start] * FRAMES)
@@ -133,6 +136,7 @@ def test_a_lost_object_is_charged(tmp_path: Path, config: EvalConfig) -> None:
     assert clip.paths[0][1:] == [None] * (FRAMES - 1)
 
 
+@pytest.mark.slow
 def test_a_grid_is_two_splits(tmp_path: Path, data: Path, config: EvalConfig) -> None:
     grid = tell(data, tmp_path / "grid", lambda i: {"id": i != 1})
     run, both = (
@@ -153,6 +157,7 @@ def test_a_grid_is_two_splits(tmp_path: Path, data: Path, config: EvalConfig) ->
     assert (error.value.code, error.value.field) == ("mismatch", "eval.benchmark.grid")
 
 
+@pytest.mark.slow
 def test_falls_are_kept_apart_with_their_impact_frames(tmp_path: Path, data: Path, config: EvalConfig) -> None:
     folder = tell(data, tmp_path / "ambiguous", lambda i: AMBIGUOUS)
     asked = {"splits": ("test_unseen",), "benchmark": with_pisa(falls={"clips": str(folder), "seeds": 3})}
@@ -177,6 +182,7 @@ def test_clip_seed_depends_on_seed_and_clip() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_the_batch(tmp_path: Path, data: Path) -> None:
     """The real model: other batches and fewer clips give the same video of a clip, other seeds another one."""
     model = load(ModelConfig(path="pocket", init="random"))
@@ -192,6 +198,7 @@ def test_samples_do_not_depend_on_the_batch(tmp_path: Path, data: Path) -> None:
     assert np.abs(other[0].astype(int) - alone[0]).max() > 20
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_continues(tmp_path: Path, config: EvalConfig) -> None:
     whole = evaluate(tmp_path / "whole", config, models(), RedTracker())
     dying = RedTracker(give_up_after=23)  # references take 2 x 9 clips; the base dies in its second batch
@@ -206,6 +213,7 @@ def test_a_killed_evaluation_continues(tmp_path: Path, config: EvalConfig) -> No
         assert replace(a, seconds=0) == replace(b, seconds=0)
 
 
+@pytest.mark.slow
 def test_rows_are_reused_only_when_nothing_changed(
     tmp_path: Path, config: EvalConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,6 +223,16 @@ def test_rows_are_reused_only_when_nothing_changed(
     evaluate(tmp_path / "a", config, models(), again, tmp_path / "cache")
     assert again.calls == 0
     assert "psft on unseen clips: reused from" in capsys.readouterr().err
+
+    shutil.rmtree(tmp_path / "cache")  # as where it was killed before it shared them
+    evaluate(tmp_path / "a", config, models(), RedTracker(), tmp_path / "cache")
+    lost = RedTracker()  # a sample is gone: its row is made again, or taken from what runs share
+    for row in ("psft", "base"):
+        (tmp_path / "a" / "samples" / row / "test_unseen" / "00002-s1.mp4").unlink()
+    assert by_row(evaluate(tmp_path / "a", config, models(), lost, tmp_path / "cache"))["base"] == first["base"]
+    assert lost.calls == CLIPS * 2
+    assert "psft/test_unseen/00002-s1.mp4: is missing or damaged" in capsys.readouterr().err
+    assert (tmp_path / "a" / "samples" / "base" / "test_unseen" / "00002-s1.mp4").exists()
 
     trained = RedTracker()  # the tuned model went on training: only its own row is made again
     rows = by_row(evaluate(tmp_path / "a", config, models(psft=FALL), trained, tmp_path / "cache"))
@@ -251,6 +269,7 @@ def test_a_tracker_that_is_named_changes_no_key(tmp_path: Path, config: EvalConf
     assert one.settings != two.settings  # rows of both are not shown together
 
 
+@pytest.mark.slow
 def test_a_model_is_gone_before_the_next_is_loaded(tmp_path: Path, config: EvalConfig) -> None:
     """Two of them may be more than the device holds."""
     loaded: list[weakref.ref[Any]] = []
@@ -266,6 +285,7 @@ def test_a_model_is_gone_before_the_next_is_loaded(tmp_path: Path, config: EvalC
     assert len(loaded) == 3
 
 
+@pytest.mark.slow
 def test_other_clips_make_other_rows(tmp_path: Path, data: Path, config: EvalConfig) -> None:
     evaluate(tmp_path / "run", config, models(), RedTracker())
     changed = tmp_path / "data"
@@ -292,6 +312,7 @@ def test_an_adapter_that_adds_nothing_does_not_change_the_fingerprint_of_the_bas
     assert weights_fingerprint(adapted, base=True) != weights_fingerprint(bare, base=True)
 
 
+@pytest.mark.slow
 def test_table_shows_the_headline(tmp_path: Path, config: EvalConfig) -> None:
     records = evaluate(tmp_path, config, models(psft=FALL), RedTracker())
     console = Console(width=80, file=io.StringIO())
@@ -332,6 +353,26 @@ def test_validation_samples_the_model_as_it_is(tmp_path: Path, config: EvalConfi
     assert 0 < first["val_l2"] < validation(tmp_path, config, HOVER, RedTracker(), clips=2)(0)[0]["val_l2"]
     assert videos["validation/00001"] == tmp_path / "samples" / "validation" / "step-000200" / "00001.mp4"
     assert all(path.exists() for path in videos.values())
+
+
+def test_training_looks_at_no_test_clip(tmp_path: Path) -> None:
+    """At `validation` where there is one, whichever splits evaluation measures; else at the last of those."""
+    write_dataset(tmp_path / "drops", ["validation", "test_seen", "test_unseen"])
+    seen: list[tuple[str, list[str]]] = []
+
+    def look(step: int, clips: Any, videos: Any, scores: Any) -> dict[str, float]:
+        seen.append((clips.splits[0].folder.name, [clips.row(i).caption for i in range(len(clips))]))
+        return {}
+
+    for splits in (("test_unseen",), ("test_seen", "test_unseen")):
+        config = EvalConfig(clips=str(tmp_path / "drops"), splits=splits, every=1, seeds=1)
+        validation(tmp_path / "run", config, LATE, RedTracker(), clips=2, look=look)(0)
+        assert not chooses_by_the_test(TripwiresConfig(on_trip="roll_back"), config)
+        assert chooses_by_the_test(TripwiresConfig(on_trip="roll_back", split="test_unseen"), config)
+    assert seen == [("validation", ["square 00 falls.", "square 01 falls."])] * 2
+    shutil.rmtree(tmp_path / "drops" / "validation")
+    assert watched_split(config) == "test_unseen"
+    assert chooses_by_the_test(TripwiresConfig(on_trip="roll_back"), config)
 
 
 def test_nothing_to_measure_is_said(tmp_path: Path, config: EvalConfig) -> None:

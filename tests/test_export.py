@@ -133,6 +133,7 @@ def checked(files: list[Path], run: Path, config: ModelConfig) -> list[str]:
     return lines
 
 
+@pytest.mark.slow
 def test_every_format_gives_the_velocity_that_was_trained(run: Path) -> None:
     """alpha is twice the rank here, so that a file which forgets it is far off."""
     files, config = exported(run, "diffusers", "comfyui", "merged")
@@ -166,6 +167,7 @@ def test_every_format_gives_the_velocity_that_was_trained(run: Path) -> None:
     assert len(checked([lora_file], run, config)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [1e-3, 1.0])
 def test_a_file_without_the_adapter_is_refused_in_coarse_numbers(run: Path, strength: float) -> None:
     """Also where all that the adapter changes is less than bfloat16 rounds the velocity by."""
@@ -187,6 +189,7 @@ def test_a_file_without_the_adapter_is_refused_in_coarse_numbers(run: Path, stre
             checked([run / "wrong.safetensors"], run, config)
 
 
+@pytest.mark.slow
 def test_what_the_stock_pipeline_cannot_load_is_one_line(tmp_path: Path) -> None:
     """diffusers reads ComfyUI's k_img beside v_img alone; its own layout is fine."""
     model = {"path": str(wan_folder(tmp_path / "wan", "wan2.1-i2v"))}
@@ -234,6 +237,7 @@ def test_one_file_per_expert(run: Path) -> None:
     assert len(checked(files, run, config)) == 3
 
 
+@pytest.mark.slow
 def test_the_snippet_of_a_run_on_merged_adapters_gives_what_was_trained(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +275,7 @@ SNIPPETS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "changes"), SNIPPETS)
 def test_the_snippet_makes_our_clip(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, Any]
@@ -354,6 +359,7 @@ def probe(wan: Wan) -> torch.Tensor:
     return wan.velocity(z, torch.full((1, 3), 0.7), wan.encode_text(["a duck falls."]))
 
 
+@pytest.mark.slow
 def test_the_readmes_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ "Use the adapter", with one step in place of twelve, on the embedded model."""
     wan = load(ModelConfig(path="pocket", adapter=AdapterConfig(rank=2)))

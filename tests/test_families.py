@@ -122,6 +122,7 @@ def test_without_a_picture_the_mask_is_empty(folders: dict[str, Path], family: s
     torch.testing.assert_close(one["channels"][:, 4:], wan.encode(torch.zeros(1, 3, 5, 32, 32)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "conditioning"), CASES)
 def test_each_trains(folders: dict[str, Path], drops: Path, tmp_path: Path, family: str, conditioning: str) -> None:
     """From clips to an adapter, with the conditions from the cache; the saved adapter restores the model."""
@@ -186,6 +187,7 @@ def test_times_on_both_sides_are_refused_in_one_batch(folders: dict[str, Path]) 
         wan.velocity(z, torch.tensor([[0.875], [0.874]]), torch.zeros(2, 512, 64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", EXPERTS)
 def test_each_expert_is_sampled_with_its_own_adapter(folders: dict[str, Path], tmp_path: Path, family: str) -> None:
     """Two runs, one per expert, alpha != rank; together they make what the stock pipeline makes of the two files."""
@@ -218,6 +220,7 @@ def test_each_expert_is_sampled_with_its_own_adapter(folders: dict[str, Path], t
     assert (ours(wan, noise) - theirs).abs().max() > 0.01  # the low expert's adapter was left out
 
 
+@pytest.mark.slow
 def test_the_key_follows_the_conditions(folders: dict[str, Path]) -> None:
     """Where a picture is a clean latent, conditioning changes no cached number; where it is channels, it does."""
     keys = {case: model(folders[case[0]], case[0], conditioning=case[1]).cache_key() for case in CASES}

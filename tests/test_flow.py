@@ -359,6 +359,7 @@ def test_the_gradient_is_that_of_plain_autograd(families: dict[str, Path], famil
         assert any(b.norm() > 0 for b in expected)
 
 
+@pytest.mark.slow
 def test_block_checkpointing_inside_a_step_changes_nothing_but_memory(folder: Path, wan: Wan) -> None:
     """The same gradient bit for bit, and at the worst moment less than 0.8 of the bytes."""
     inside = load(ModelConfig(path=str(folder)))

@@ -171,6 +171,7 @@ def test_a_video_plays_as_fast_as_it_should(tmp_path: Path, fps: float) -> None:
     assert float(1 / np.median(np.diff(inspect(tmp_path / "clip.mp4").times))) == pytest.approx(fps, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_second_expert_has_its_own_guidance(tmp_path: Path) -> None:
     wan_folder(tmp_path / "two", "wan2.2-t2v-a14b")
     Image.new("RGB", (32, 32), (90, 120, 30)).save(tmp_path / "first.png")
@@ -186,7 +187,7 @@ def test_the_second_expert_has_its_own_guidance(tmp_path: Path) -> None:
 def test_a_run_is_sampled_as_it_was_measured(home: Path) -> None:
     plan, _ = open_run(str(home / "runs" / "try"))
     measured = plan.model_copy(update={"eval": EvalConfig(clips="x", sampler={"steps": 3, "guidance_low": 2.0})})
-    assert sampling._usual(measured) == {"steps": 3, "guidance": 1.0, "guidance_low": 2.0}
+    assert sampling.as_evaluated(measured) == {"steps": 3, "guidance": 1.0, "guidance_low": 2.0}
 
 
 @pytest.mark.parametrize(("path", "device", "dtype"), [("wan", "cpu", "fp32"), ("wan", "cuda", "bf16"),
@@ -212,6 +213,7 @@ def test_videos_are_made_without_what_the_caller_does_not_want(home: Path, tmp_p
         said.clear()
 
 
+@pytest.mark.slow
 def test_all_texts_are_encoded_before_anything_is_sampled(home: Path, tmp_path: Path) -> None:
     """So that the text encoder and the transformer are not on the device together."""
     write_dataset(tmp_path / "drops", ["test_seen", "test_unseen"], clips=3, frames=5)
@@ -251,6 +253,7 @@ def test_all_texts_are_encoded_before_anything_is_sampled(home: Path, tmp_path: 
         assert order() == ["velocity"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, AdapterConfig(rank=2)])
 def test_a_model_is_gone_before_the_next_is_loaded(home: Path, tmp_path: Path, adapter: AdapterConfig | None) -> None:
     """Two of them may be more than the device holds."""
@@ -271,6 +274,7 @@ def test_a_model_is_gone_before_the_next_is_loaded(home: Path, tmp_path: Path, a
 SMALL = ("--height", "32", "--width", "32", "--frames", "5")
 
 
+@pytest.mark.slow
 def test_base_and_tuned_stand_side_by_side(home: Path) -> None:
     code, out, said = sampled(home, "try", *SMALL, "--seed", "3", "4", "--fps", "7.5", "--scale", "0.5")
     assert code == 0, said
@@ -288,6 +292,7 @@ def test_base_and_tuned_stand_side_by_side(home: Path) -> None:
     assert all(np.abs(first - other).mean() > 1 for other in others)  # another seed, another model
 
 
+@pytest.mark.slow
 def test_a_model_alone_is_the_base_of_its_run_and_scale_0_too(home: Path) -> None:
     """By the contact sheets, which lose nothing; how a video is coded turns on a rounded grey level."""
     for target, more in (("try", ("--scale", "0")), ("wan", ("--steps", "2", "--guidance", "1"))):
@@ -301,6 +306,7 @@ def test_a_model_alone_is_the_base_of_its_run_and_scale_0_too(home: Path) -> Non
         assert np.abs(base - same).max() <= 1
 
 
+@pytest.mark.slow
 def test_what_is_conditioned_on_text_takes_no_picture(home: Path) -> None:
     """Neither a run that was trained so nor its base, which then stands for itself too."""
     shutil.copytree(home / "runs" / "try", home / "runs" / "words")

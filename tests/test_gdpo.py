@@ -145,6 +145,7 @@ def test_at_the_start(m: int) -> None:
     assert pair == pytest.approx(m * gamma[:, 0].mean().item() * math.log(2))
 
 
+@pytest.mark.slow
 def test_the_sum_is_at_least_the_exact_loss() -> None:
     """Inequality 7, group by group, also with the smallest gamma that is allowed and with alpha = gamma = 1."""
     for seed in range(200):
@@ -319,6 +320,7 @@ def test_physics_rewarding_reaches_the_loss(folder: Path, tmp_path: Path) -> Non
     assert rows[0]["loss"] == pytest.approx(gamma.sum(1).mean().item() * math.log(2), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("block_checkpointing", [False, True])
 def test_the_reference_is_the_base_to_the_bit(
@@ -358,6 +360,7 @@ def test_the_losses_gradient_is_the_adapters_alone(folder: Path, tmp_path: Path)
     assert all(torch.equal(p, frozen[name]) for name, p in wan.module.named_parameters() if name in frozen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["pair", "sum", "exact"])
 @pytest.mark.parametrize(
     "options", [{}, {"precision": "bf16", "block_checkpointing": True}, {"accumulate": 2}], ids=str
@@ -388,6 +391,7 @@ def test_in_turn_logs_the_loss_itself(folder: Path, tmp_path: Path) -> None:
     assert rows[0]["loss"] == pytest.approx(math.log(4), rel=1e-7)
 
 
+@pytest.mark.slow
 def test_in_turn_has_the_memory_of_one(folder: Path, tmp_path: Path) -> None:
     """Bytes alive at the worst moment of a step, of four members: less than 0.4 of what they take together."""
     peaks = {}
@@ -442,6 +446,7 @@ def test_a_run_asks_its_cached_reference_once(folder: Path, tmp_path: Path) -> N
     assert calls == [4] * (1 + 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config", [Config(), Config(cached_draws=2), Config(backward="in_turn")], ids=["new draws", "cached", "in turn"]
 )
@@ -475,6 +480,7 @@ def test_a_run_that_was_cut_off_ends_the_same(folder: Path, tmp_path: Path, conf
     assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
 
 
+@pytest.mark.slow
 def test_it_learns_what_to_prefer(folder: Path, tmp_path: Path) -> None:
     rows, _ = trained(tmp_path, adapted(folder), Config(beta_T=100.0), steps=30, batch=4, lr=1e-2, clip=1.0)
     assert rows[-1]["loss"] < rows[0]["loss"] / 2

@@ -4,9 +4,11 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -194,6 +196,39 @@ def test_what_is_not_comparable_is_refused(folder: Path, tmp_path: Path) -> None
     assert "is the same file as" in refusal(folder, losers=2, samples=(same,))
 
 
+def test_every_frame_of_a_sample_has_its_time(folder: Path, tmp_path: Path) -> None:
+    """The mean rate is right, but one frame comes later by 0.6 frames, or by 0.4, which is still the nearest."""
+    made = samples(tmp_path / "made", seeds=1)
+    path = made / "00000-0-s0-base.mp4"
+    pictures = read_video(path)
+
+    def late(frames: float) -> None:
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264rgb", rate=100 * FPS, options={"qp": "0", "bf": "0"})
+            stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "rgb24"
+            for number, picture in enumerate(pictures):
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                frame.pts, frame.time_base = round(100 * (number + frames * (number == 2))), Fraction(1, 100 * FPS)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+
+    late(0.4)
+    assert len(gathered(folder, losers=1, samples=(str(made),))[1]) == 2
+    late(0.6)
+    with pytest.raises(UserError, match="frame 2 ") as error:
+        gathered(folder, losers=1, samples=(str(made),))
+    assert (error.value.code, error.value.field) == ("mismatch", "fps")
+
+
+def test_samples_that_are_left_out_are_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = samples(tmp_path / "made")
+    shutil.copy(made / "00000-0-s0-base.mp4", made / "other-s0.mp4")
+    gathered(folder, losers=1, samples=(str(made),), samples_each=1)
+    said = capsys.readouterr().err
+    assert f"{made}: 1 videos continue no clip here, as other-s0.mp4; left out" in said
+    assert f"{made}: 2 videos have seeds from 1 on (data.groups.samples_each), as 00000-0-s1-base.mp4" in said
+
+
 def test_another_first_picture_is_refused_unless_words_alone_were_given(folder: Path, tmp_path: Path) -> None:
     """The squares of the two scenes stand in other columns."""
     [swapped] = (str(samples(tmp_path / "swapped", scores=False)),)
@@ -222,6 +257,17 @@ def test_scores_out_of_range_are_refused(folder: Path, tmp_path: Path, value: An
     (place / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = refusal(folder, losers=2, samples=(str(place),))
     assert "00001-0-s0-base.mp4: pc is" in said or "scores.jsonl:3: " in said  # NaN is no JSON
+
+
+@pytest.mark.parametrize("name", [None, ["00000-0-s0-base.mp4"], 3])
+def test_a_score_of_no_video_is_refused(folder: Path, tmp_path: Path, name: Any) -> None:
+    place = samples(tmp_path / "made")
+    rows = read_jsonl(place / "scores.jsonl")
+    rows[2]["file_name"] = name
+    (place / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError) as error:
+        gathered(folder, losers=2, samples=(str(place),))
+    assert (error.value.code, error.value.field) == ("value", "file_name")
 
 
 def test_a_sample_without_a_score_among_scored_ones_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -303,6 +349,7 @@ def home(folder: Path, tmp_path: Path) -> Iterator[Path]:
         yield tmp_path
 
 
+@pytest.mark.slow
 def test_a_recipe_runs(home: Path) -> None:
     assert cli.main(["run", "recipe.yaml"]) == 0
     rows = read_jsonl(home / "runs" / "try" / "log.jsonl")
@@ -358,6 +405,7 @@ def test_preferences_by_hand() -> None:
     assert preferences.row("try", "abbb", thrice, again) == preferences.row("try", "ab", tuned, base)
 
 
+@pytest.mark.slow
 def test_preferences_of_a_run(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Trained with a large rate on these groups it prefers their winners; a base has the same errors as itself."""
     assert cli.main(["run", "recipe.yaml", "train.steps=12", "method.beta_T=10"]) == 0
@@ -379,6 +427,7 @@ def test_preferences_of_a_run(home: Path, capsys: pytest.CaptureFixture[str]) ->
 # ---------------------------------------------------------------- looked at, and sampled for
 
 
+@pytest.mark.slow
 def test_groups_are_sampled_for_and_shown(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The base makes what is missing and nothing twice; the samples have the shape of the true clips."""
     words = "model.conditioning=text"  # what the tiny autoencoder gives back is nothing like a first frame
@@ -406,6 +455,7 @@ def test_groups_are_sampled_for_and_shown(home: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.splitlines()[-1].endswith("[mismatch]")
 
 
+@pytest.mark.slow
 def test_samples_of_another_model_are_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     groups = "data.groups={losers: 2, samples: [made], samples_each: 2}"
     command = ["groups", "recipe.yaml", groups, "run=shown", "model.conditioning=text"]
@@ -547,6 +597,7 @@ def test_counterfactuals_are_shown(home: Path, capsys: pytest.CaptureFixture[str
     assert Image.open(home / "runs" / "try" / "groups.png").height == 2 * 4 * (128 + 14)
 
 
+@pytest.mark.slow
 def test_videos_of_any_kind_win_against_samples(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without masks or a metadata.jsonl, retimed and cropped; the model is told the caption alone. And are measured."""
     (home / "own").mkdir()

@@ -8,10 +8,8 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +22,9 @@ import av
 import numpy as np
 import pytest
 import torch
+from helpers import vlm_server
 from helpers.falling import FPS, SIZE, RedTracker, film, rows_of, write_clip, write_dataset, write_groups
+from helpers.forked import launch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -40,6 +40,7 @@ from transformers import (
 )
 
 from posttrain import cli
+from posttrain.core import files
 from posttrain.core.errors import UserError
 from posttrain.core.files import read_jsonl
 from posttrain.data.config import DataConfig, GroupsConfig
@@ -50,7 +51,6 @@ from posttrain.judges import endpoint, simulator, vlm
 from posttrain.judges.folder import find
 from posttrain.judges.questions import MASS, asking, pictures, questions, spread, weigh, word
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 TEMPLATE = (
     "{% for message in messages %}user: {% for part in message['content'] %}"
@@ -100,11 +100,12 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def port(llava: Path) -> Iterator[int]:
     """Of a server in a process of its own."""
-    command = [sys.executable, str(ROOT / "tests" / "helpers" / "vlm_server.py"), str(llava)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        yield int(server.stdout.readline())
-        server.kill()
+    here, there = multiprocessing.Pipe()
+    server = launch(vlm_server.serve, llava, there)
+    there.close()
+    yield here.recv()
+    server.kill()
+    server.join()
 
 
 def count(port: int) -> int:
@@ -292,6 +293,7 @@ def test_samples_are_judged_by_the_clip_that_is_meant(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- a model, here and behind a server
 
 
+@pytest.mark.slow
 def test_a_model_and_its_server_agree(llava: Path, port: int, home: Path) -> None:
     """A plain forward pass there, `generate` here; the likeliest 20 of 55 tokens there, all here."""
     here = asking(vlm.load(str(llava), CPU), frames=3)
@@ -662,11 +664,26 @@ def test_samples_are_scored_where_groups_look(home: Path, llava: Path, port: int
         assert (new["sa"], new["pc"]) == pytest.approx((old["sa"], old["pc"]), abs=1e-6)
 
 
-def test_samples_by_the_embedded_tracker(home: Path) -> None:
-    assert cli.main(["score", "made", "--clips", "drops", "--judge", "simulator"]) == 0
-    rows = read_jsonl(home / "made" / "scores.jsonl")
+def test_samples_by_the_embedded_tracker(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Scores that another version of the judge gave, or an unknown one, are given again, which a line says."""
+    command = ["score", "made", "--clips", "drops", "--judge", "simulator"]
+    assert cli.main(command) == 0
+    path = home / "made" / "scores.jsonl"
+    rows = read_jsonl(path)
     assert len(rows) == 4
     assert all(0 <= row[key] <= 1 for row in rows for key in ("sa", "pc"))
+    assert "another version" not in capsys.readouterr().err
+    judge, older = rows[0]["judge"], [{**row, "sa": 0.123, "key": "other", "version": "other"} for row in rows[:2]]
+    del older[0]["version"]
+    files.write_jsonl(path, [*map(files.seal, older), *rows[2:]])
+    assert cli.main(command) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "another version" in line]
+    assert said == [f"made/scores.jsonl: 2 scores are of another version of {judge}; scored again"]
+    assert read_jsonl(path) == rows
+    damaged = [rows[0], {**rows[1], "file_name": "00009-s0.mp4"}, {**rows[2], "judge": "who"}, {**rows[3], "sa": 0.5}]
+    (home / "made" / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in damaged))
+    assert cli.main(["score", "made", "--clips", "drops", "--judge", "simulator"]) == 0
+    assert read_jsonl(home / "made" / "scores.jsonl") == rows
 
 
 def test_what_changed_is_scored_again_and_judges_are_not_mixed(
@@ -692,17 +709,22 @@ def test_what_changed_is_scored_again_and_judges_are_not_mixed(
     assert read_jsonl(home / "made" / "scores.jsonl") == again
 
 
+def scored(home: Path, command: list[str]) -> None:
+    os.chdir(home)
+    raise SystemExit(cli.main(command))
+
+
+@pytest.mark.slow
 def test_a_killed_scoring_continues(home: Path, port: int) -> None:
     """SIGKILL after the second row of eight; then only what is missing is asked, at most one clip's answers twice."""
     command = ["score", "drops", "--judge", "endpoint", "--model", "tiny", "--url", url(port, "slow"), "--frames", "2"]
     path, before = home / "drops" / "train" / "scores.jsonl", count(port)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-m", "posttrain", *command], env=environment)
+    process = launch(scored, home, command)
     while not path.exists() or len(read_jsonl(path)) < 2:
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     kept = read_jsonl(path)
     assert 2 <= len(kept) < 8
     command[7] = url(port)

@@ -73,6 +73,7 @@ def test_a_second_time_nothing_is_encoded(model, drops, tmp_path, capsys):
     assert torch.equal(first.load([0]).z0_BCFHW, second.load([0]).z0_BCFHW)
 
 
+@pytest.mark.slow
 def test_what_encodes_leaves_memory_once_the_cache_is_full(drops, tmp_path):
     """Nothing of it is read before latents are asked for, nor kept after they were made or found."""
     config = ModelConfig(path=str(wan_folder(tmp_path / "wan")))

@@ -165,6 +165,7 @@ def test_the_file_is_the_same_bytes_for_the_same_weights(folder: Path, tmp_path:
     }
 
 
+@pytest.mark.slow
 def test_files_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> None:
     wan = load(ModelConfig(path=str(folder)))
     with pytest.raises(UserError, match=f"{lora.FILE}: does not exist"):
@@ -208,6 +209,7 @@ def test_an_adapter_of_another_depth_or_width_is_refused(tmp_path: Path, capfd: 
     assert capfd.readouterr().err == ""  # no library has the word besides
 
 
+@pytest.mark.slow
 def test_merged_is_what_attached_was(folder: Path, tmp_path: Path) -> None:
     """Folded into the weights with a scale, several of them as diffusers stacks them; and all weights train then."""
     files = []
@@ -235,6 +237,7 @@ def test_merged_is_what_attached_was(folder: Path, tmp_path: Path) -> None:
     assert {n for n, p in fresh.module.named_parameters() if p.requires_grad and ".lora_" not in n} == set()
 
 
+@pytest.mark.slow
 def test_training_proceeds_from_an_adapter_like_its_own_alone(folder: Path, tmp_path: Path) -> None:
     wan = adapted(folder, rank=4, alpha=8)
     disturb(wan)
@@ -252,7 +255,7 @@ def test_training_proceeds_from_an_adapter_like_its_own_alone(folder: Path, tmp_
     for alpha in (4, 2):  # trained with another alpha than the file's, from the same velocity
         other = start(rank=4, alpha=alpha)
         assert torch.equal(velocity(other), velocity(wan))
-        assert {layer.scaling[lora.NAME] for layer in lora._adapted(other.module)} == {alpha / 4}
+        assert {layer.scaling[lora.NAME] for layer in lora.adapted_layers(other.module)} == {alpha / 4}
     with pytest.raises(UserError) as error:
         start(rank=8)
     assert (error.value.code, error.value.field) == ("mismatch", "model.adapter.rank")
@@ -320,12 +323,13 @@ def test_an_adapter_on_coarse_weights_is_read_as_it_was_written(folder: Path, tm
     assert coarse.save(tmp_path / "b")[0].read_bytes() == file.read_bytes()
 
 
+@pytest.mark.slow
 def test_an_rslora_keeps_its_strength_from_start_to_file(folder: Path, tmp_path: Path) -> None:
     """Rank 16, alpha 16: alpha / sqrt(rank) = 4, not 1."""
     wan = adapted(folder, rank=16)
     disturb(wan)
     with torch.no_grad():
-        for layer in lora._adapted(wan.module):
+        for layer in lora.adapted_layers(wan.module):
             layer.lora_B[lora.NAME].weight.mul_(0.1)
     (plain,) = wan.save(tmp_path)
     rs = written(plain, r=16, lora_alpha=16, use_rslora=True, target_modules=list(TARGETS))
@@ -376,6 +380,7 @@ def test_what_diffusers_writes_is_read_whatever_its_dropout_was(folder: Path, tm
     assert torch.equal(velocity(again), velocity(wan))
 
 
+@pytest.mark.slow
 def test_a_fold_that_rounds_an_adapter_away_is_refused(folder: Path, tmp_path: Path) -> None:
     """Weights of bfloat16 have steps of 2^-8 of their size; a change of less than half of one is lost."""
     wan = adapted(folder)
@@ -400,6 +405,7 @@ def test_a_fold_that_rounds_an_adapter_away_is_refused(folder: Path, tmp_path: P
     load(ModelConfig(path=str(folder), dtype="fp32", merge=(Merged(path=str(file)),)))
 
 
+@pytest.mark.slow
 def test_parts_of_a_file_that_would_not_be_used_are_refused(folder: Path, tmp_path: Path) -> None:
     """diffusers drops changes to norms, time_projection's bias and dora_scale; zeros among them change nothing."""
     wan = adapted(folder)

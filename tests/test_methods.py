@@ -78,6 +78,7 @@ def command(home: Path, *words: str) -> None:
         assert cli.main(words) == 0
 
 
+@pytest.mark.slow
 def test_adding_a_method_is_one_file_and_one_line(home: Path) -> None:
     """With power 2 it is PSFT at times drawn evenly."""
     logs = []
@@ -89,6 +90,7 @@ def test_adding_a_method_is_one_file_and_one_line(home: Path) -> None:
     assert len(set(logs[0])) == 4
 
 
+@pytest.mark.slow
 def test_the_dry_run_and_the_recipe_know_it(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = []
     for name in ("power", "psft"):

@@ -212,6 +212,7 @@ def test_parts_that_do_not_belong_together(copy: Path) -> None:
 # ------------------------------------------------------------------------------------------ what training starts from
 
 
+@pytest.mark.slow
 def test_what_is_trained(folder: Path) -> None:
     def trained(model: Any) -> set[str]:
         return {name for name, parameter in model.transformer.named_parameters() if parameter.requires_grad}
@@ -255,6 +256,7 @@ def test_start_from_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     assert (error.value.code, error.value.field) == ("mismatch", "model.start")
 
 
+@pytest.mark.slow
 def test_adapters_are_saved_merged_and_continued(folder: Path, tmp_path: Path) -> None:
     model = load(config(folder, adapter={"rank": 2, "alpha": 4}))
     with torch.no_grad():

@@ -133,6 +133,7 @@ def test_sizes(folder: Path) -> None:
     assert (error.value.code, error.value.field) == ("mismatch", "data.clips")
 
 
+@pytest.mark.slow
 def test_the_first_pictures_of_a_clip(folder: Path) -> None:
     """A piece of 17 pictures begins with 3 zeros, one of 15 (the second of 32) with one."""
     video = model(folder)
@@ -145,6 +146,7 @@ def test_the_first_pictures_of_a_clip(folder: Path) -> None:
     assert decoded == {1: 1, 2: 5, 5: 17, 6: 20, 7: 24, 9: 32}
 
 
+@pytest.mark.slow
 def test_what_was_encoded_is_decoded_to_its_length(folder: Path) -> None:
     video = model(folder)
     pixels = torch.rand(2, 3, 31, 16, 16) * 2 - 1

@@ -119,6 +119,7 @@ def test_what_is_rewarded_is_what_the_stock_pipeline_makes(wan: Wan, folder: Pat
     torch.testing.assert_close(seen[0], theirs.transpose(1, 2) * 2 - 1, atol=5e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_derivative_is_that_of_finite_differences(tmp_path: Path, family: str) -> None:
     """Through sampler, guidance, decoder and reward in float64, along the gradient: its length, to 1e-3.
@@ -192,6 +193,7 @@ def test_the_first_pictures_alone(wan: Wan) -> None:
     assert (raised.value.code, raised.value.field) == ("mismatch", "method.frames")
 
 
+@pytest.mark.slow
 def test_a_run_depends_on_the_weights_of_its_rewards(tmp_path: Path) -> None:
     """The same SAM 2 under any path, another one where a weight differs; a reward without a network adds nothing."""
     shutil.copytree(embedded("sam2"), tmp_path / "same")
@@ -206,6 +208,7 @@ def test_a_run_depends_on_the_weights_of_its_rewards(tmp_path: Path) -> None:
     assert told("pocket") == told(str(tmp_path / "same")) != told(str(tmp_path / "other"))
 
 
+@pytest.mark.slow
 def test_twenty_steps_cost_the_memory_of_two(wan: Wan) -> None:
     """Bytes alive at once in a whole ORO step, forward and backward; with everything kept it is more than twice."""
     batch, peaks = clips(wan, size=(9, 64, 64)), dict[tuple[str, ...], dict[int, int]]()
@@ -254,6 +257,7 @@ def part(reward: Callable[[Tensor, Batch], Tensor]) -> Plugin:
     return Plugin(reward.__name__, module, RewardConfig())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_it_learns(folder: Path, tmp_path: Path, precision: str) -> None:
     """The reward rises, on noise that was not trained on too, and the step is bit for bit one that keeps everything."""

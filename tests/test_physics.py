@@ -81,19 +81,20 @@ def test_a_bouncing_ball(share: float, release: float, restitution: float) -> No
 
 
 def test_the_fit_is_exact_without_pixels() -> None:
-    fall = physics._fit(times(), -bounce(release=0.11, restitution=0.6), 1 / FPS, PIXEL, SIZE)
+    fall = physics.fit_fall(times(), -bounce(release=0.11, restitution=0.6), 1 / FPS, PIXEL, SIZE)
     speed = math.sqrt(2 * G * DROP)
     expected = [0.0, G, 0.11, 0.11 + fall_time(DROP), 0.6 * speed, -G]
     assert fall.parameters == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_uncertainty_is_that_of_the_noise() -> None:
     """Paths with NOISE on every frame: errors are as large as the fit's sigma says, SCALE aside."""
     rng = np.random.default_rng(0)
     noise = physics.NOISE * PIXEL
     errors = []
     for _ in range(100):
-        fall = physics._fit(times(), -bounce() + rng.normal(scale=noise, size=FRAMES), 1 / FPS, PIXEL, SIZE)
+        fall = physics.fit_fall(times(), -bounce() + rng.normal(scale=noise, size=FRAMES), 1 / FPS, PIXEL, SIZE)
         errors.append((fall.parameters[:3] - (0, G, 0)) / np.sqrt(np.diag(fall.covariance)[:3]))
     assert np.std(errors, axis=0) == pytest.approx(np.ones(3), abs=0.3)
     assert np.abs(np.mean(errors, axis=0)).max() < 0.5
@@ -327,6 +328,7 @@ def test_tables() -> None:
     assert cells["size"] == "0 0 0"
 
 
+@pytest.mark.slow
 def test_figure(tmp_path: Path) -> None:
     """A kind whose g follows its severity and whose contact most clips lack; true clips count at severity 0."""
     card: dict[str, Measure | None] = dict.fromkeys(QUANTITIES, Measure(0.0, 1.0))

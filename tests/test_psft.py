@@ -179,6 +179,7 @@ def test_the_share_explained_does_not_depend_on_how_a_batch_is_split(folder: Pat
     assert [row["explained"] for row in found] == pytest.approx([found[0]["explained"]] * 3, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "lr"),
     [({"init": "random"}, 2e-3), ({"adapter": AdapterConfig(rank=8)}, 2e-2)],

@@ -12,6 +12,7 @@ from posttrain.models.base import ModelConfig
 from posttrain.nets import raft
 
 
+@pytest.mark.slow
 def test_flow_is_torchvisions_with_the_whole_gradient() -> None:
     """The same flow; and the gradient is its derivative, which torchvision's, cut before every update, is not."""
     net = raft.load(ModelConfig(family="raft", path="pocket")).flow

@@ -224,6 +224,7 @@ def posttrain(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[Any]":
     return subprocess.run(command, cwd=cwd, env={"PYTHONPATH": root}, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_command_line_says_a_mistake_in_one_line(tmp_path):
     recipe = Path(__file__).parent.parent / "recipes" / "pocket" / "psft.yaml"
     done = posttrain("run", str(recipe), "train.stpes=3", cwd=tmp_path)

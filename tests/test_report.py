@@ -22,10 +22,11 @@ from posttrain.core import files
 from posttrain.core.codec import lossless, playable
 from posttrain.core.errors import UserError
 from posttrain.evaluation.evaluate import EvalConfig, evaluate
-from posttrain.evaluation.records import comparable, gather
+from posttrain.evaluation.records import Record, comparable, gather
 from posttrain.reporting import report as room
 from posttrain.reporting.charts import nice_ticks, path_d
 from posttrain.reporting.gallery import LINE
+from posttrain.reporting.players import unlike
 from posttrain.reporting.report import report
 from sim.show import show
 
@@ -170,6 +171,7 @@ def test_page_is_one_small_file_without_network(run: Path) -> None:
     assert text.count("<video") == 6
 
 
+@pytest.mark.slow
 def test_page_plays(page: Page) -> None:
     """Videos run, the dots follow the tracker's paths, and pause, scrub and speed do what they say."""
     first = page.locator("video").first
@@ -238,6 +240,7 @@ def test_page_shows_the_law_of_the_falls_and_what_models_do(page: Page, run: Pat
     assert section.locator("figure").first.locator("path").count() == 1 + 1 + 2  # grid, law, two models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 768, 1600])
 def test_page_fits_the_screen(page: Page, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 800})
@@ -371,6 +374,7 @@ def test_a_run_without_training_has_a_report(run: Path, tmp_path: Path) -> None:
     assert room.duration(3723) == "1 h 2 min"
 
 
+@pytest.mark.slow
 def test_a_sweeps_rows_are_named_by_its_values(run: Path, tmp_path: Path) -> None:
     """What is the same in all its runs is a row once; what differs, also a base, is one for each."""
     runs = {value: Path(shutil.copytree(run, tmp_path / value)) for value in ("30", "100", "7")}
@@ -438,3 +442,16 @@ def test_runs_of_a_row_are_pooled(run: Path, tmp_path: Path) -> None:
 def trained(run: Path) -> float:
     """Seconds, by the log."""
     return sum(json.loads(line)["seconds"] for line in (run / "log.jsonl").read_text().splitlines())
+
+
+def test_rows_that_the_players_leave_out_are_named() -> None:
+    def row(name: str, split: str, fps: float, size: list[int]) -> Record:
+        return Record(name, name, split, split, "", size, 1, 1, fps=fps)
+
+    records = [row("truth", "unseen", 16, [64, 64]), row("kling", "unseen", 24, [64, 64])]
+    records.append(row("wan", "unseen", 16, [48, 64]))
+    assert unlike(records[:1]) == []
+    assert unlike([*records, row("truth", "seen", 24, [64, 64])]) == [
+        "unseen: 2 of 3 rows are not shown beside truth's 16 fps, 64 x 64: "
+        "kling (24 fps, 64 x 64), wan (16 fps, 48 x 64)."
+    ]

@@ -34,6 +34,7 @@ from sim.worlds import counterfactual
 
 ROOT = Path(__file__).parent.parent
 NAMES = plugins("rewards")
+RANKED_BY_BOTH = (matrix.TRUE, *set(segmentation.RANKS).intersection(trajectory.RANKS))
 KINDS = {kind for name in NAMES for kind in resolve("rewards", name).RANKS}
 FIELDS = ("instances_BFHW", "target_B", "flow_BFCHW", "depth_BFHW")
 WEIGHTS = (("depth", 2.0), ("flow", -0.5))
@@ -281,6 +282,7 @@ def double(batch: Batch) -> Batch:
     return replace(batch, **wide)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_gradient_in_pixels_is_that_of_finite_differences(name: str, exact: dict[str, Reward]) -> None:
     """Through the embedded network and, of SAM 2, its memory of earlier pictures, along a change of all pictures.
@@ -313,6 +315,7 @@ def pocket() -> Wan:
     return wan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_gradient_in_weights_is_that_of_finite_differences(
     name: str, exact: dict[str, Reward], pocket: Wan
@@ -349,6 +352,7 @@ def test_the_gradient_in_weights_is_that_of_finite_differences(
             assert (moved(1e-6) - moved(-1e-6)) / 2e-6 == pytest.approx(float(length), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_reward_is_the_same_under_autocast(name: str, dtype: torch.dtype) -> None:
@@ -399,8 +403,9 @@ def repeated(batch: Batch, count: int) -> Batch:
     return replace(batch, ids=batch.ids * count, **tensors)
 
 
+@pytest.mark.slow
 def test_every_declared_kind_is_ranked(filmed: Split, rewards: dict[str, Reward]) -> None:
-    """In each group at three severities or more beside the truth."""
+    """In each group at three severities or more beside the truth. `object` is the sum of two others, see below."""
     judged: dict[str, list[matrix.Judged]] = {name: [] for name in NAMES}
     for group in matrix.group_numbers(filmed):
         batch = matrix.truth(filmed, group)
@@ -408,17 +413,21 @@ def test_every_declared_kind_is_ranked(filmed: Split, rewards: dict[str, Reward]
         clips += matrix.violated(filmed, group)
         for kind in KINDS:
             assert len({clip.severity for clip in clips if clip.kind == kind}) >= 3, kind
-        for name in NAMES:
+        for name in (name for name in NAMES if name != "object"):
             asked = [clip for clip in clips if clip.kind in (matrix.TRUE, *resolve("rewards", name).RANKS)]
             with torch.no_grad():
                 values = rewards[name](torch.cat([clip.video_BCFHW for clip in asked]), repeated(batch, len(asked)))
             pairs = zip(asked, values.tolist(), strict=True)
             judged[name] += [matrix.Judged(group, clip.kind, clip.severity, value) for clip, value in pairs]
+    weights = {"segmentation": 1.0, "trajectory": resolve("rewards", "object").Config().distance}
+    ranked = {name: [clip for clip in judged[name] if clip.kind in RANKED_BY_BOTH] for name in weights}
+    judged["object"] = matrix.total(ranked, weights)
     for name in NAMES:
         orders = {kind: matrix.rho(judged[name], kind) for kind in resolve("rewards", name).RANKS}
         assert all(order <= 1e-6 - matrix.ASKED for order in orders.values()), (name, orders)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_but_the_truth_is_liked(name: str, filmed: Split, rewards: dict[str, Reward]) -> None:
     """A blank, a flat and a noisy clip are below the true one and below one that hovers."""
@@ -430,6 +439,7 @@ def test_nothing_but_the_truth_is_liked(name: str, filmed: Split, rewards: dict[
     assert max(got["blank"], got["flat"], got["noise"]) < got["frozen"] < true
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_finite_and_everywhere(name: str, rewards: dict[str, Reward]) -> None:
     """From the true clip to one whose object is gone, every picture after the first gets a gradient."""
@@ -443,6 +453,7 @@ def test_gradients_are_finite_and_everywhere(name: str, rewards: dict[str, Rewar
         assert (gradient[:, :, 1:].abs().sum((0, 1, 3, 4)) > 0).all()
 
 
+@pytest.mark.slow
 def test_a_clip_does_not_depend_on_its_neighbours(exact: dict[str, Reward]) -> None:
     one, other = double(scene(4)), double(scene(4))
     other.video_BCFHW.neg_()

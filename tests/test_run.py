@@ -284,6 +284,7 @@ def test_one_update_is_a_batch(tmp_path):
     assert log(tmp_path / "batches") == log(tmp_path / "rollouts")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 2])
 def test_cut_off_between_any_two_updates_it_ends_the_same(tmp_path, every):
     """Before the gradient of each of the 16 micro-batches, and started again."""
@@ -309,6 +310,7 @@ def asked(folder: Path) -> None:
         run.step(run.module(batch.video_BCFHW).square().mean())
 
 
+@pytest.mark.slow
 def test_asked_to_stop_it_ends_with_the_rollout(tmp_path):
     process = launch(asked, tmp_path / "run")
     process.join()
@@ -343,6 +345,7 @@ def rank(folder: Path, number: int, port: int) -> None:
         torch.save(weights, folder / "end.pt")
 
 
+@pytest.mark.slow
 def test_two_ranks_train_what_one_does(tmp_path):
     net = network()
     net[2].p = 0.0
@@ -371,6 +374,7 @@ def wait_for_steps(process: Any, folder: Path, steps: int) -> None:
         time.sleep(0.001)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_the_same(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     undisturbed = start(whole)
@@ -419,6 +423,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys)
     assert run.steps == 6
     assert_same(whole, train(run))
     assert log(tmp_path / "whole") == log(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_text(path.read_text().replace("1", "2", 1)), Path.unlink])
+def test_a_damaged_log_is_said(tmp_path, capsys, damage):
+    train(Run(tmp_path, network(), Points(), config()))
+    train(Run(tmp_path, network(), Points(), config()))
+    assert "log.jsonl" not in capsys.readouterr().err
+    damage(tmp_path / "log.jsonl")
+    train(Run(tmp_path, network(), Points(), config()))
+    assert "log.jsonl: is missing or not what was written" in capsys.readouterr().err
 
 
 def test_a_disk_that_does_not_answer_loses_no_checkpoint(tmp_path, monkeypatch):

@@ -31,6 +31,7 @@ ROW: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "more"),
     [("drop", []), ("violations", ["world.members=3"]), ("ambiguous", ["world.members=2"]), ("grid", [])],

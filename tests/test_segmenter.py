@@ -155,6 +155,7 @@ def test_perfect_logits_have_no_loss() -> None:
     assert metrics["iou"] == 1
 
 
+@pytest.mark.slow
 def test_the_tracker_learns(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = tracker.Model(tracker.Tracker((8, 16, 16)))

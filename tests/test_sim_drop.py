@@ -151,6 +151,12 @@ def test_ranges_that_leave_no_room_are_refused():
     assert (error.value.code, error.value.field) == ("value", "world")
 
 
+def test_minus_nothing_is_nothing():
+    """numpy refuses to draw from 0.0 to -0.0."""
+    assert str(drop.Config(region=(0.7, -0.0)).region) == "(0.7, 0.0)"
+    assert str(drop.Config(hidden=-0.0).hidden) == "0.0"
+
+
 def test_a_scene_is_a_function_of_its_generator():
     (first, path), (second, again) = made(drop, drop.Config(**POCKET), 5), drops()[5]
     assert first == second

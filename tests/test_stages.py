@@ -100,6 +100,7 @@ def test_what_a_recipe_leaves_out_of_the_sampler_is_as_usual_for_the_model(home)
         recipe.load(home / "recipe.yaml", ["eval.sampler=3"], Recipe)
 
 
+@pytest.mark.slow
 def test_again_it_says_what_it_reuses_and_changes_no_weight(home, finished):
     before = {k: v for k, v in contents(finished).items() if not k.startswith("report")}
     code, out, said = command(home, "run", "recipe.yaml")
@@ -129,6 +130,7 @@ def test_an_adapter_of_another_base_is_not_measured(home, finished):
     assert said.splitlines()[-1].startswith("runs/older/adapter: was trained on other weights than model.path wan has")
 
 
+@pytest.mark.slow
 def test_the_table_shows_one_evaluation(home, finished):
     shutil.copytree(finished, home / "runs" / "fewer")
     path = home / "runs" / "fewer" / "evaluation" / "psft-test_unseen.json"
@@ -141,6 +143,7 @@ def test_the_table_shows_one_evaluation(home, finished):
     assert {row["split"] for row in rows} == {"seen"}
 
 
+@pytest.mark.slow
 @needs("tensorboard")
 def test_a_tracker_shows_the_log_and_the_videos_and_changes_nothing(home, finished):
     arguments = ("train", "recipe.yaml", "run=shown", "train.trackers=[tensorboard]")
@@ -194,6 +197,7 @@ def test_test_clips_of_another_kind_are_refused_before_training(home):
     assert not (home / "runs" / "kinds" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_the_embedded_tracker_takes_no_large_clips(home, finished):
     shutil.copytree(home / "drops", home / "large")
     for path in (home / "large").glob("*/metadata.jsonl"):
@@ -227,11 +231,13 @@ def test_a_torn_clip_stops_before_training(home):
     assert said.splitlines()[-1].startswith("torn/train/00001.mp4: is damaged or not a video; delete it and make it again")
 
 
+@pytest.mark.slow
 def test_clips_that_cannot_be_made_are_said(home):
     said = refused(home, "run", "recipe.yaml", "run=made", "data.make=nowhere.yaml")
     assert said == "nowhere.yaml: its clips could not be made (the line above says why)\n"
 
 
+@pytest.mark.slow
 def test_a_full_gpu_is_one_line_with_its_remedy(home, finished):
     """What CUDA raises comes out of the transformer here; what else may come out of it stays as it is."""
     shutil.copytree(finished, home / "runs" / "measured")
@@ -284,6 +290,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(tmp_path)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_run_continues_to_the_same_end(home, finished, small_disk):
     (home / "runs" / "small").symlink_to(small_disk)
     arguments = ("train", "recipe.yaml", "run=small/run", "eval=null")
@@ -307,6 +314,7 @@ def child(home: Path, run: str) -> None:
     raise SystemExit(cli.main(["train", "recipe.yaml", f"run={run}"]))
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_the_adapter_is_the_same_to_the_bit(home, finished):
     log, moments, kills = home / "runs" / "killed" / "log.jsonl", random.Random(0), 0
     while True:
@@ -326,6 +334,7 @@ def test_killed_and_started_again_the_adapter_is_the_same_to_the_bit(home, finis
     assert contents(home / "runs" / "killed" / "adapter") == expected
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_run_for_each_value_and_one_report(home):
     base = ("recipe.yaml", "run=sizes", "train.steps=2", "eval.every=0", "eval.splits=[test_unseen]", "export=[]")
     code, out, said = command(home, "run", *base, "sweep={data.limit: [3, 1]}")
@@ -380,6 +389,7 @@ def test_a_sweep_is_a_run_for_each_value_and_one_report(home):
     assert "sweep: dictionary should have at most 1 item" in refused(home, "run", *base, "sweep={a: [1], b: [2]}")
 
 
+@pytest.mark.slow
 def test_a_table_is_a_run_for_each_row_and_seed_and_one_report(home):
     base = ("recipe.yaml", "run=rows", "train.steps=1", "eval.every=0", "eval.splits=[test_unseen]", "export=[]")
     table = "table={rows: {few: {data.limit: 1}, fast: {train.lr: 0.5, train.steps: 2}}, seeds: [0, 3]}"

@@ -95,6 +95,7 @@ def known(home: Path, **model: Any) -> Wan:
 FIRST = f"runs/first/adapter/{lora.FILE}"
 
 
+@pytest.mark.slow
 def test_a_run_continues_the_adapter_of_another(home: Path) -> None:
     trained(home, "second", "model.start=first")
     before, after = (load_file(home / "runs" / run / "adapter" / lora.FILE) for run in ("first", "second"))
@@ -108,6 +109,7 @@ def test_a_run_continues_the_adapter_of_another(home: Path) -> None:
     assert kept != without  # so is its row's key
 
 
+@pytest.mark.slow
 def test_the_base_of_coarse_weights_has_the_whole_adapter_that_training_continued(home: Path) -> None:
     """Folded into bf16 weights it would be rounded; here it is on them, and the row is measured anew with another."""
     trained(home, "coarse", "model.start=first", "model.dtype=bf16")
@@ -123,6 +125,7 @@ def test_the_base_of_coarse_weights_has_the_whole_adapter_that_training_continue
     assert kept != without
 
 
+@pytest.mark.slow
 def test_a_run_on_merged_adapters_trains_its_own(home: Path) -> None:
     trained(home, "third", "model.merge=[{path: first, scale: 0.5}]")
     base, tuned = rows(home, "third")
@@ -144,6 +147,7 @@ def test_a_run_on_merged_adapters_trains_its_own(home: Path) -> None:
     assert said.splitlines()[-1].endswith("[mismatch]")
 
 
+@pytest.mark.slow
 def test_whole_weights_are_a_start_with_and_without_an_adapter(home: Path) -> None:
     whole = known(home, start="runs/whole/adapter/transformer")
     assert (velocity(whole) - velocity(known(home))).abs().max() > 1e-2
@@ -172,6 +176,7 @@ def test_a_source_may_be_named_in_several_ways(home: Path, source: str) -> None:
         assert resolved(config) == config
 
 
+@pytest.mark.slow
 def test_another_start_in_the_same_folder_is_refused(home: Path) -> None:
     trained(home, "same", "model.start=first")
     code, said = command(home, "train", "recipe.yaml", "run=same")

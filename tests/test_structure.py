@@ -80,6 +80,7 @@ def package(module: str) -> str:
     return "sim" if below(module, "sim") else module.split(".")[1]
 
 
+@pytest.mark.slow
 def test_imports_follow_the_table() -> None:
     broken = []
     for module, path in MODULES.items():
@@ -109,6 +110,7 @@ def test_nothing_imports_upwards() -> None:
             assert name not in MAY_IMPORT.get(other, []), f"{name} and {other} may import each other"
 
 
+@pytest.mark.slow
 def test_modules_say_what_they_are() -> None:
     trees = {module: ast.parse(path.read_text()) for module, path in MODULES.items() if path.stem != "__main__"}
     assert not [module for module, tree in trees.items() if tree.body and not ast.get_docstring(tree)]
@@ -157,6 +159,7 @@ def unsafe_read(node: ast.Call) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_no_file_is_read_that_could_run_code() -> None:
     found = []
     for path in [*MODULES.values(), *(ROOT / "tests").rglob("*.py")]:

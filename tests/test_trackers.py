@@ -128,6 +128,7 @@ def test_a_run_may_go_on_with_other_trackers(tmp_path: Path) -> None:
     assert [event.step for event in reader.Scalars("loss")] == [4, 5, 6, 7, 8]
 
 
+@pytest.mark.slow
 def test_wandb_offline_has_the_run_and_its_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="W&B is not installed: pip install wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -187,6 +187,7 @@ def run_of(random: np.random.Generator, clips: int, shift: float = 0.0, rises: b
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("clips", "rises"), [(12, True), (16, True), (16, False)])
 def test_chance_trips_as_seldom_as_is_said(clips: int, rises: bool) -> None:
     """An exact null: at most 5% of runs of 6 looks at 12 wires; of 200 at most 10 and three binomial deviations."""
@@ -216,6 +217,8 @@ def test_what_the_rows_say(tmp_path: Path) -> None:
     looks = [Look(step, wires, {"reward": [mean] * 2}, {}) for step, mean, wires in measured]
     assert best_look(looks).step == 4
     assert best_look(looks[:1]).step == 0
+    again = [*looks, Look(20, [], {"reward": [0.05] * 2}, {}, "newer")]  # not comparable with the others
+    assert best_look(again).step == 20
     back, on = TripwiresConfig(on_trip="roll_back"), TripwiresConfig()
     assert not ended(tmp_path, back, 16)
     files.write_jsonl(tmp_path / LOOKS, [files.seal(asdict(look)) for look in looks])
@@ -291,6 +294,7 @@ def same(a: Path, b: Path) -> bool:
     return all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_hacked_reward_trips_wires(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """While the rate warms up, a look is quiet; then the picture is brighter and the rest of it is lost."""
     run = hack(home, "warned")
@@ -311,10 +315,12 @@ def test_a_hacked_reward_trips_wires(home: Path, capsys: pytest.CaptureFixture[s
     assert not same(run / ADAPTER, run / BEST)
 
 
+@pytest.mark.slow
 def test_looks_change_nothing_that_is_trained(home: Path) -> None:
     assert same(hack(home, "warned") / ADAPTER, hack(home, "unwatched", None) / ADAPTER)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(home: Path) -> None:
     """It dies in step 5, after the look of step 4 and before its checkpoint, and begins again at step 3."""
     whole = hack(home, "warned")
@@ -328,6 +334,21 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(home: Path) -> None
     assert same(again / BEST, whole / BEST)
 
 
+def test_looks_of_another_version_are_not_compared_with(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = home / "runs" / "older"
+    with pytest.raises(KeyboardInterrupt):
+        hack(home, "older", die_at=5)
+    looks = [files.seal({**asdict(look), "version": ""}) for look in read_looks(run)]
+    files.write_jsonl(run / LOOKS, looks)
+    capsys.readouterr()
+    hack(home, "older")
+    assert "tripwires: 2 looks were measured by another version" in capsys.readouterr().err
+    found = read_looks(run)
+    assert [(look.step, look.version == "") for look in found] == [(0, True), (2, True), (4, False), (6, False)]
+    assert found[2].tripped == []  # the first of its version
+
+
+@pytest.mark.slow
 def test_it_rolls_back(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Training ends with the look that trips, and leaves the best look's weights; so it does when cut off meanwhile."""
     run, whole = hack(home, "back", "roll_back"), hack(home, "warned")
@@ -341,6 +362,7 @@ def test_it_rolls_back(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert same(run / ADAPTER, whole / BEST)
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_those_of_their_look(home: Path) -> None:
     """They lie as far from the start as the log says of that step."""
     run = hack(home, "warned")
@@ -371,6 +393,7 @@ def test_looks_and_best_weights_are_what_was_written(home: Path) -> None:
     shutil.rmtree(run)
 
 
+@pytest.mark.slow
 def test_other_wires_are_another_run(home: Path) -> None:
     hack(home, "warned")
     with pytest.raises(UserError, match="another tripwires"):

@@ -100,6 +100,7 @@ def test_pictures_and_budget() -> None:
     assert video.shape == (2, 3, 5, 16, 16)
 
 
+@pytest.mark.slow
 def test_it_starts_nearly_without_noise_and_learns(tmp_path: Path) -> None:
     folder = wan_folder(tmp_path / "wan")
     model = vae.load(ModelConfig(family="vae", path=str(folder), init="random"))

@@ -796,6 +796,7 @@ def test_without_wanted_kind_any_videos_are_refused(tmp_path) -> None:
     assert (error.value.code, error.value.field) == ("format", "fps")
 
 
+@pytest.mark.slow
 def test_latents_change_with_what_is_seen(tmp_path) -> None:
     model = wan.load(ModelConfig(path=str(wan_folder(tmp_path / "model" / "wan"))))
     mine(tmp_path / "mine")
@@ -836,6 +837,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_any_videos_train_psft_and_are_listed_before(home) -> None:
     code, _, said = command(home, "run", "recipe.yaml")
     assert code == 0, said

@@ -424,6 +424,7 @@ def test_the_embedded_folder_loads_in_the_stock_pipeline() -> None:
     torch.testing.assert_close(pipe.scheduler.sigmas, torch.tensor([1, 0.9, 0.75, 0.5, 0]), atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_loading_and_saving_say_nothing(tmp_path: Path) -> None:
     """In a process of its own: libraries warn at their first import."""
     lines = [

@@ -349,8 +349,8 @@ def is_trained(folder: Path, meaning: dict[str, Any] | None = None) -> bool:
     if not (folder / TRAINED).exists() or not (folder / ADAPTER).exists():
         return False
     kept = files.read_object(folder / TRAINED)
-    digests = kept.get("sha256")
-    if wrong := files.changed(folder / ADAPTER, digests) if isinstance(digests, dict) and digests else [""]:
+    digests, said = kept.get("sha256"), isinstance(kept.get("model"), str)
+    if wrong := files.changed(folder / ADAPTER, digests) if isinstance(digests, dict) and digests and said else [""]:
         raise UserError(
             f"{folder / ADAPTER / wrong[0]}: is missing or not what training wrote; delete {folder} and train again",
             "damaged",

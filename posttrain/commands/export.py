@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from posttrain.core.errors import UserError
-from posttrain.core.files import read_json, read_jsonl, write_text
+from posttrain.core.files import read_jsonl, read_object, write_text
 from posttrain.models import lora
 from posttrain.models.base import Family, ModelConfig, VideoModel, family, sampler
 
@@ -69,7 +69,7 @@ def export(
     if "merged" in formats:
         written += [run / MERGED / name]
         family(config.family).save_merged(config, weights, written[-1])
-    report = read_json(run / "report.json") if (run / "report.json").is_file() else {"rows": []}
+    report = read_object(run / "report.json") if (run / "report.json").is_file() else {"rows": []}
     card = run / ADAPTER / "README.md"
     write_text(card, _card(text, report["rows"], written, config))
     return [*written, card]

@@ -43,7 +43,7 @@ def base_model(plan: Recipe) -> Iterator[Any]:
 def tuned_model(plan: Recipe, folder: Path) -> Iterator[Any]:
     """The model with its saved weights, so that the measured weights are the exported ones."""
     model = load_model(plan.model)
-    if files.read_json(folder / TRAINED)["model"] != start_fingerprint(model.module):
+    if files.read_object(folder / TRAINED)["model"] != start_fingerprint(model.module):
         name = f"model.path {plan.model.path}"
         raise UserError(
             f"{folder / ADAPTER}: was trained on other weights than {name} has now; train again with another run=...",
@@ -65,7 +65,7 @@ def load_model(config: ModelConfig) -> Any:
 def load_tracker(path: str = "pocket") -> Any:
     """The tracker for measuring: the embedded one, a folder with one like it, or a SAM 2 in a folder or on the hub."""
     config = Path(path) / "config.json"
-    ours = path == "pocket" or (config.exists() and "widths" in files.read_json(config))
+    ours = path == "pocket" or (config.exists() and "widths" in files.read_object(config))
     return load_model(ModelConfig(family="tracker" if ours else "sam2", path=path))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from posttrain.commands.experiment import Recipe, resolved
 from posttrain.commands.loading import base_model, device, load_tracker, main_process, memory, wait
-from posttrain.core import distributed, files
+from posttrain.core import codec, distributed, files
 from posttrain.core.errors import UserError
 from posttrain.data.config import DataConfig, GroupsConfig
 from posttrain.data.dataset import Clips
@@ -130,11 +130,17 @@ def weights(path: Path) -> str:
     return files.sha256_json({part.name: files.sha256(part) for part in sorted(path.glob("*.safetensors"))})
 
 
-def simulator_judge(clips: str, split: str, tracker: str) -> tuple[Callable[[], Judge], str]:
-    """A function that loads the judge for samples of these clips, and its name, which changes with all it depends on."""
-    from posttrain.evaluation.evaluate import weights_fingerprint
+def simulator_judge(clips: str, split: str, tracker: str) -> tuple[Callable[[], Judge], str, str]:
+    """A function that loads the judge for samples of these clips, its name, and its version.
+
+    Name or version changes with everything that the scores depend on.
+    """
+    from posttrain.data import views
+    from posttrain.evaluation.evaluate import version_of, weights_fingerprint
     from posttrain.judges import simulator
+    from posttrain.metrics import masks, pisa
 
     truths, follower = Clips(DataConfig(clips=clips, split=split), preload=False), load_tracker(tracker)
     name = f"simulator with tracker {weights_fingerprint(follower.module)[:8]}, clips {truths.key[:8]}"
-    return lambda: simulator.samples(truths, follower, device()), name
+    version = version_of(simulator, pisa, masks, views, codec, type(follower.module))
+    return lambda: simulator.samples(truths, follower, device()), name, version

@@ -76,7 +76,7 @@ def sample(
                 yield model
 
         models = {"base": lambda: base_model(plan), name: tuned}
-        usual = _usual(plan)
+        usual = as_evaluated(plan)
         output = output or folder / "samples" / "asked"
     else:
         if scale != 1:
@@ -113,7 +113,7 @@ def alone(path: str, pictured: bool, device: torch.device, family: str = FAMILY)
     return ModelConfig(family=family, path=path, conditioning="image" if pictured else "text", dtype=dtype)
 
 
-def _usual(plan: Recipe) -> dict[str, Any]:
+def as_evaluated(plan: Recipe) -> dict[str, Any]:
     """The format of a run's clips and the sampler of its evaluation, as fields of `gallery.Wish`."""
     usual: dict[str, Any] = {}
     if plan.eval:

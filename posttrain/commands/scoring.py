@@ -21,7 +21,7 @@ from posttrain.commands.loading import (
     wait,
 )
 from posttrain.commands.losers import simulator_judge
-from posttrain.core import files
+from posttrain.core import codec, files
 from posttrain.core.errors import UserError, printable
 from posttrain.data.config import DataConfig
 from posttrain.data.dataset import Clips, open_splits
@@ -180,14 +180,16 @@ def score(
     return rows
 
 
-def _ready(folder: Path, by: str, clips: Path | None, split: str, asked: Mapping[str, Any]) -> tuple[Any, str]:
-    """A function that loads a judge, and the judge's name, which changes with everything that its scores depend on."""
-    from posttrain.judges import endpoint, simulator
+def _ready(folder: Path, by: str, clips: Path | None, split: str, asked: Mapping[str, Any]) -> tuple[Any, str, str]:
+    """A function that loads a judge, the judge's name and its version; see `simulator_judge`."""
+    from posttrain.data import views
+    from posttrain.evaluation.evaluate import version_of
+    from posttrain.judges import endpoint, questions, simulator
     from posttrain.judges.questions import asking
 
     if by == "simulator" and clips is None:
         truths = Clips(DataConfig(clips=str(folder), split=split), preload=False, violated=True)
-        return lambda: simulator.counterfactuals(truths), "simulator"
+        return lambda: simulator.counterfactuals(truths), "simulator", version_of(simulator)
     if by == "simulator":
         return simulator_judge(str(clips), split, asked.get("tracker", "pocket"))
     model, frames = asked["model"], asked.get("frames", FRAMES)
@@ -201,7 +203,7 @@ def _ready(folder: Path, by: str, clips: Path | None, split: str, asked: Mapping
         return asking(vlm.load(model, device()), frames)
 
     scaled = f" of at most {asked['side']} pixels" if "side" in asked else ""
-    return ready, f"{by} {model}, {frames} frames{scaled}"
+    return ready, f"{by} {model}, {frames} frames{scaled}", version_of(questions, views, codec)
 
 
 @memory("sampling", "lower eval.batch in the run's recipe; its videos have the size and frames of its clips")
@@ -217,7 +219,7 @@ def _sample_run(target: str, truths: Any, out: Path, asked: Mapping[str, Any]) -
     defaults = family(plan.model.family).defaults(plan.model.path)
     sampler_settings = sampler(defaults, measured.sampler.model_dump() if plan.eval else {}, asked)
     seeds = asked.get("seeds", measured.seeds)
-    initial_weights = files.read_json(folder / TRAINED)["model"]  # model.start and model.merge included
+    initial_weights = files.read_object(folder / TRAINED)["model"]  # model.start and model.merge included
     model = plan.model.model_dump(mode="json")
     prompts = [truth.caption + truth.context for split in truths.values() for truth in split]
     # another name of a key would give other digests, and all videos would be made again

@@ -60,6 +60,7 @@ from posttrain.evaluation.records import Record
 from posttrain.methods.base import Source, fingerprints, method_of, sampler
 from posttrain.reporting.gallery import contact_sheet
 from posttrain.rewards import base
+from posttrain.training import tripwires
 from posttrain.training.run import Run
 from posttrain.training.tripwires import best, ended, watching
 
@@ -171,13 +172,15 @@ def train(plan: Recipe, folder: Path) -> None:
     rewards = base.load_all(method.rewards(config), device())
     validate, ends, every = None, None, plan.eval.every if plan.eval else 0
     if plan.eval:
-        from posttrain.evaluation.evaluate import validation
+        from posttrain.evaluation.evaluate import validation, version_of
 
         tracker, watched = load_tracker(plan.eval.tracker), dict[str, Any]()
         if wires := plan.tripwires:
             ends, metrics = partial(ended, folder, wires), plan.eval.benchmark.module.BENCHMARK.metrics
             looks = math.ceil(plan.train.steps / every)
-            look = watching(folder, wires, rewards, model, tracker, metrics, looks) if main_process() else None
+            measures = plan.eval.benchmark.module
+            version = version_of(measures, *measures.BENCHMARK.sources, tripwires, type(tracker.module))
+            look = watching(folder, wires, rewards, model, tracker, metrics, looks, version) if main_process() else None
             watched = {"clips": wires.clips, "split": wires.split, "look": look}
             watched["truths"] = tuple(dict.fromkeys((*truths, *base.truths(wires.watch))))
             measured = plan.eval.model_dump(mode="json", include={"clips", "splits", "every", "sampler", "tracker"})

@@ -402,9 +402,12 @@ def changed(folder: Path | str, noted: dict[str, str]) -> list[str]:
     return [name for name, path in paths.items() if not path.is_file() or sha256(path) != noted[name]]
 
 
-def note_digest(path: Path) -> None:
-    """Write the digest of the file at `path` into the hidden folder .sha256 next to it."""
-    write_text(_note(path), sha256(path) + "\n", flush=False)
+def note_digest(path: Path, written: Path) -> None:
+    """Write the digest of the file `written`, which will be renamed to `path`, into the hidden folder .sha256 next to it.
+
+    Call it before renaming, so that a killed process leaves no file without a digest.
+    """
+    write_text(_note(path), sha256(written) + "\n", flush=False)
 
 
 def _note(path: Path) -> Path:

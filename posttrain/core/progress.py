@@ -10,7 +10,7 @@ from typing import TypeVar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Item = TypeVar("Item")
-EVERY = 30.0  # seconds between lines
+EVERY = 15.0  # seconds between lines
 
 
 @contextmanager

@@ -24,7 +24,7 @@ import torch
 
 from posttrain.core import codec, files
 from posttrain.core.codec import read_video
-from posttrain.core.errors import UserError
+from posttrain.core.errors import UserError, printable
 from posttrain.core.progress import track
 from posttrain.data import listing, views
 from posttrain.data.config import GroupsConfig
@@ -209,14 +209,23 @@ def _samples(
             "data.groups.samples",
         )
     path = folder / SCORES
-    rows = {row.get("file_name"): row for row in files.read_jsonl(path)} if path.exists() else None
-    samples = []
+    rows = score_rows(path) if path.exists() else None
+    samples, others, over = list[tuple[int, Path, Scores | None]](), list[Path](), list[Path]()
     for video in listing.videos_in(folder):
         match sample_of(video.stem, clip_of):
             case clip, seed if not config.samples_each or seed < config.samples_each:
                 if not files.intact(video):
                     raise UserError(f"{video}: is damaged (its content is not what was written); delete it", "damaged")
                 samples.append((clip_of[clip], video, None if rows is None else _scores(path, video.name, rows)))
+            case None:
+                others.append(video)
+            case _:
+                over.append(video)
+    if others:
+        print(f"{folder}: {len(others)} videos continue no clip here, as {others[0].name}; left out", file=sys.stderr)
+    if over:
+        said = f"seeds from {config.samples_each} on (data.groups.samples_each), as {over[0].name}"
+        print(f"{folder}: {len(over)} videos have {said}; left out", file=sys.stderr)
     if samples and rows is None and (scored or config.winner == "sample"):
         why, remedy = "losers are weighted by their scores", ", or set method.physics=null"
         if config.winner == "sample":
@@ -225,7 +234,23 @@ def _samples(
     return samples
 
 
-def _scores(path: Path, name: str, rows: dict[Any, dict[str, Any]]) -> Scores:
+def score_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a file of scores, by their videos' names.
+
+    Raises:
+        UserError: missing; format; value: a row names no video.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for row in files.read_jsonl(path):
+        if not isinstance(name := row.get("file_name"), str):
+            raise UserError(
+                f"{path}: file_name is {printable(name)}, not a video's name; mend the row", "value", "file_name"
+            )
+        rows[name] = row
+    return rows
+
+
+def _scores(path: Path, name: str, rows: dict[str, dict[str, Any]]) -> Scores:
     if name not in rows:
         raise UserError(f"{path}: has no row for {name}; run `posttrain score`, or remove the file", "unfinished")
     if "sha256" in rows[name] and files.seal(rows[name]) != rows[name]:  # scores of other programs have no digest
@@ -234,7 +259,9 @@ def _scores(path: Path, name: str, rows: dict[Any, dict[str, Any]]) -> Scores:
         value = rows[name].get(field)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             raise UserError(
-                f"{path}: {name}: {field} is {value}, not a number from 0 to 1; score it again", "value", field
+                f"{path}: {name}: {field} is {printable(value)}, not a number from 0 to 1; score it again",
+                "value",
+                field,
             )
     return Scores(*(float(rows[name][field]) for field in Scores._fields))
 
@@ -258,6 +285,15 @@ def _check(members: Members, group: Group, pictured: bool) -> None:
                     f"{path}: {key} is {own[key]}, but {expected[key]} in {true}; sample it again with that {key}",
                     "mismatch",
                     key,
+                )
+            late = facts.times - np.arange(len(facts.times)) / split.fps
+            worst = int(np.abs(late).argmax())
+            if abs(late[worst]) > 0.5 / split.fps:
+                raise UserError(
+                    f"{path}: frame {worst} is shown at {facts.times[worst]:.3f} s, more than half a frame from "
+                    f"{worst / split.fps:.3f} s as in {true}; write it at {split.fps:g} frames per second",
+                    "mismatch",
+                    "fps",
                 )
         if facts.sha256 in sums:
             raise UserError(

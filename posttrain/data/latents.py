@@ -27,6 +27,7 @@ from posttrain.data.schema import ClipRow
 from posttrain.models.base import VideoModel
 from posttrain.types import Batch
 
+VERSION = "1"  # of what this code makes of a clip; with another one, entries are made again
 CONDITION = "condition."  # what names in an entry begin with that are of Batch.condition
 
 
@@ -70,7 +71,8 @@ class Latents:
         with ThreadPoolExecutor() as pool:
             mine = [index for index, whole in zip(share, pool.map(self._whole, share), strict=True) if not whole]
         if damaged := [self._files[index] for index in mine if self._files[index].exists()]:
-            print(f"latents: {len(damaged)} are damaged and made again ({damaged[0]})", file=sys.stderr)
+            said = f"{len(damaged)} are damaged or of another version, and made again ({damaged[0]})"
+            print(f"latents: {said}", file=sys.stderr)
         texts: dict[str, Tensor] = {}
         for index in track(mine, "encoding clips", len(mine)) if mine else ():
             video, _ = clips.read(index)
@@ -84,7 +86,7 @@ class Latents:
             entry = {"z0": z0_CFHW.float(), "text": texts[caption].float()}
             entry |= {f"{CONDITION}{name}": value[0] for name, value in condition.items()}
             entry = {k: v.contiguous().cpu() for k, v in entry.items()}
-            content = save(entry, {"sha256": _digest(self.keys[index], entry)})
+            content = save(entry, {"sha256": _digest(self.keys[index], entry), "version": VERSION})
             files.write_bytes(self._files[index], content, flush=False)
         model.unload()  # UMT5 alone is 11 GiB, and training needs it not
         state.wait_for_everyone()
@@ -129,6 +131,9 @@ class Latents:
                 entry, noted = {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path}: is damaged; start again: it is then encoded again", "damaged") from error
+        if noted.get("version", "1") != VERSION:
+            message = f"{path}: was encoded by another version of the code; start again: it is then encoded again"
+            raise UserError(message, "damaged")
         if noted.get("sha256") != _digest(self.keys[index], entry):
             raise UserError(f"{path}: does not match its digest; start again: it is then encoded again", "damaged")
         return entry

@@ -210,14 +210,14 @@ def complete(
     path, settings = run / "evaluation" / file_name(record.model, record.folder), record.settings
     samples = run / "samples" / record.model / record.folder
     kept = records.read_whole(path)
-    if kept is not None and kept.key == record.key and whole(samples):
+    if kept is not None and kept.key == record.key and whole(samples, kept):
         record = replace(kept, settings=settings)
         records.write(path, record)
     elif (
         shared is not None
         and (kept := records.read_whole(shared / "record.json")) is not None
         and kept.key == record.key
-        and whole(shared / "samples")
+        and whole(shared / "samples", kept)
     ):
         with files.replacing(samples) as temporary:
             shutil.copytree(shared / "samples", temporary)
@@ -227,6 +227,8 @@ def complete(
         return record
     if len(record.clips) == record.total:
         say(record, f"reused from {path}")
+        if shared is not None and not (shared / "record.json").is_file():  # it was killed before it came to that
+            share(shared, record, samples)
         return record
 
     benchmark: Benchmark = config.benchmark.module.BENCHMARK
@@ -241,8 +243,7 @@ def complete(
             for seed in range(record.seeds):
                 videos = sample_row(shown, model, batch, rows, seed, config.sampler, texts)
                 for name, video in zip(batch.ids, videos, strict=True):
-                    sample.write_video(video_path := samples / f"{name}-s{seed}.mp4", video, fps)
-                    files.note_digest(video_path)
+                    sample.write_video(samples / f"{name}-s{seed}.mp4", video, fps, noted=True)
                 times_F = even_times(videos.shape[1], fps)
                 scores.append(benchmark.score(videos, batch, rows, times_F, tracker))
                 for _ in indices:
@@ -255,17 +256,23 @@ def complete(
             record = replace(record, clips=(*record.clips, *measured), seconds=seconds)
             records.write(path, record)
     if shared is not None:
-        with files.replacing(shared) as temporary:
-            shutil.copytree(samples, temporary / "samples")
-            records.write(temporary / "record.json", record)
+        share(shared, record, samples)
     return record
 
 
-def whole(samples: Path) -> bool:
-    """Whether the samples in a folder match their digests; if not, a message says that they are sampled again."""
-    damaged = [path for path in sorted(samples.glob("*.mp4")) if not files.intact(path)]
+def share(folder: Path, record: Record, samples: Path) -> None:
+    """Copy a record and its samples to a folder from which other runs can use them."""
+    with files.replacing(folder) as temporary:
+        shutil.copytree(samples, temporary / "samples")
+        records.write(temporary / "record.json", record)
+
+
+def whole(samples: Path, record: Record) -> bool:
+    """Whether a record's samples exist and match their digests; if not, a message says that they are sampled again."""
+    paths = [samples / f"{clip.id}-s{seed}.mp4" for clip in record.clips for seed in range(record.seeds)]
+    damaged = [path for path in paths if not (path.is_file() and files.intact(path))]
     if damaged:
-        print(f"{damaged[0]}: is damaged; measured again", file=sys.stderr)
+        print(f"{damaged[0]}: is missing or damaged; measured again", file=sys.stderr)
     return not damaged
 
 
@@ -276,6 +283,11 @@ def file_name(row: str, split: str) -> str:
 def source(of: Any) -> str:
     """Hash of the source file of a module or class."""
     return files.sha256(Path(str(inspect.getsourcefile(of))))
+
+
+def version_of(*of: Any) -> str:
+    """Eight letters of a hash of the source files of modules or classes."""
+    return files.sha256_json([source(each) for each in of])[:8]
 
 
 def read_captions(model: VideoModel, splits: Iterable[Clips], sampler: SamplerConfig) -> dict[str, Tensor]:
@@ -339,12 +351,15 @@ def validation(
 
     def validate(step: int) -> tuple[dict[str, float], dict[str, Path]]:
         videos, scores = list[np.ndarray](), list[ClipScore]()
-        for first in range(0, len(chosen), config.batch):
-            indices = range(first, min(first + config.batch, len(chosen)))
-            batch, rows = chosen.load(indices).to(model.device), [chosen.row(i) for i in indices]
-            made = sample_row(None, model, batch, rows, 0, config.sampler, texts)
-            scores += benchmark.score(made, batch, rows, even_times(made.shape[1], fps), tracker)
-            videos += [*made]
+        with progress(f"validation at step {step}", len(chosen)) as advance:
+            for first in range(0, len(chosen), config.batch):
+                indices = range(first, min(first + config.batch, len(chosen)))
+                batch, rows = chosen.load(indices).to(model.device), [chosen.row(i) for i in indices]
+                made = sample_row(None, model, batch, rows, 0, config.sampler, texts)
+                scores += benchmark.score(made, batch, rows, even_times(made.shape[1], fps), tracker)
+                videos += [*made]
+                for _ in indices:
+                    advance("")
         paths = {f"validation/{name}": folder / f"step-{step:06d}" / f"{name}.mp4" for name in chosen.ids}
         for path, video in zip(paths.values(), videos, strict=True):
             sample.write_video(path, video, fps)

@@ -1,6 +1,7 @@
 """Read and sort the records of evaluate.py and score.py; means, intervals, differences and tables of them."""
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -329,7 +330,10 @@ def wide() -> Console:
 
 
 def unequal(records: Sequence[Record]) -> list[str]:
-    """Warnings for rows of one split that are not comparable: other spans, or other clips."""
+    """Warnings for rows of one split that are not comparable: other spans, or other clips.
+
+    Also the notes on the videos.
+    """
     lines = []
     for split in dict.fromkeys(record.split for record in records):
         rows = [record for record in records if record.split == split]
@@ -344,6 +348,10 @@ def unequal(records: Sequence[Record]) -> list[str]:
         if len({tuple(sorted(clip.id for clip in record.clips)) for record in rows}) > 1:
             told = ", ".join(f"{record.row} {len(record.clips)}" for record in rows)
             lines.append(f"{split}: the rows are not of the same clips: {told}.")
+        for record in rows:
+            films = sum(len(clip.paths) for clip in record.clips)
+            notes = Counter(note for clip in record.clips for note in clip.notes or ())
+            lines += [f"{split}: {record.row}: {count} of {films} videos: {note}." for note, count in notes.items()]
     return lines
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from posttrain.core import codec
 from posttrain.core.errors import UserError
-from posttrain.core.files import replacing
+from posttrain.core.files import note_digest, replacing
 from posttrain.flow import sample
 from posttrain.models.base import VideoModel
 
@@ -99,10 +99,12 @@ def to_uint8(video_BCFHW: Tensor) -> Pixels:
     return scaled.permute(0, 2, 3, 4, 1).to("cpu", torch.uint8).numpy()
 
 
-def write_video(path: Path | str, frames: Pixels, fps: float) -> None:
+def write_video(path: Path | str, frames: Pixels, fps: float, noted: bool = False) -> None:
     """Write uint8 (F, H, W, 3) as nearly lossless H.264 in yuv420p, which every browser plays.
 
-    H and W must be even; `fps` need not be whole, as 12.5 or 23.976.
+    H and W must be even; `fps` need not be whole, as 12.5 or 23.976. `noted`: with its digest, which `intact` looks at.
     """
     with replacing(path) as temporary:
         codec.write_near_lossless(temporary, frames, fps)
+        if noted:
+            note_digest(Path(path), temporary)

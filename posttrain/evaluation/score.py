@@ -30,6 +30,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from posttrain import flow
 from posttrain.core import codec, files
 from posttrain.core.errors import UserError
 from posttrain.core.progress import progress
@@ -38,13 +39,16 @@ from posttrain.evaluation import records, sample
 from posttrain.evaluation.benchmarks import base, pisa
 from posttrain.evaluation.benchmarks.base import ClipScore, Tracker, merge
 from posttrain.evaluation.benchmarks.pisabench import Truth
-from posttrain.evaluation.evaluate import file_name, say, source, weights_fingerprint
+from posttrain.evaluation.evaluate import file_name, say, source, version_of, weights_fingerprint
 from posttrain.evaluation.records import Record, read_records
 from posttrain.metrics import pisa as metric
+from posttrain.metrics import retimed
 from posttrain.models.base import VideoModel
 from posttrain.types import Batch
 
+VERSION = "sampler.json"  # beside videos that are made here: the version of the code that made them
 LARGEST = 256  # pixels on the shorter side
+FINE = 3  # times a video's rate: what has so many frames per second can be brought to it by dropping some
 
 
 def score(
@@ -81,7 +85,7 @@ def score(
             if not chosen:
                 empty.append(split)
                 continue
-            record = _blank(row, split, folder, chosen, found, protocol, fps)
+            record = _blank(row, split, folder, chosen, found, protocol, fps, tracker)
             if len(chosen) < len(truths):
                 lacking = next(truth.id for truth in truths if truth.id not in found)
                 say(record, f"{len(chosen)} of {len(truths)} have a video in {folder} ({lacking} has none)")
@@ -159,6 +163,15 @@ def sample_missing(
         for truth in truths
         if not _is_there(path := folder / split / f"{truth.id}-s{seed}.mp4")
     ]
+    version, note = version_of(sample, flow), folder / VERSION
+    if note.exists():
+        if files.read_json(note) != version:
+            print(
+                f"{folder}: has videos by another version of the sampler; delete them to make them anew",
+                file=sys.stderr,
+            )
+    elif not listing.videos_in(folder):
+        files.write_json(note, version)
     if not wanted:
         return 0
     told = [truth.caption + truth.context for truth, _, _ in wanted]
@@ -177,8 +190,7 @@ def sample_missing(
                 ready, pictures, captions, noise, frames, steps, guidance, negative, guidance_low, texts
             )
             for (_, _, path), video in zip(part, made, strict=True):
-                sample.write_video(path, video, fps)
-                files.note_digest(path)
+                sample.write_video(path, video, fps, noted=True)
                 advance("")
     return len(wanted)
 
@@ -204,7 +216,7 @@ def padded(picture_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _claim(out: Path, protocol: dict[str, Any]) -> None:
     """Refuse a folder whose scores were made with other settings."""
     path = out / "protocol.json"
-    kept = files.read_json(path) if path.exists() else protocol
+    kept = files.read_object(path) if path.exists() else protocol
     if other := [name for name in protocol if kept.get(name) != protocol[name]]:
         raise UserError(
             f"{path}: its scores were made with another {', '.join(other)}; choose another --out or delete {out}",
@@ -222,15 +234,16 @@ def _blank(
     found: Mapping[str, Sequence[Path]],
     protocol: dict[str, Any],
     fps: float | None,
+    tracker: Tracker,
 ) -> Record:
     """A record without numbers. Its key is a hash of everything that its numbers depend on."""
-    sources = [source(module) for module in (pisa, *pisa.BENCHMARK.sources, base, codec, views, groups)]
+    measures = (pisa, *pisa.BENCHMARK.sources, base, codec, views, groups, type(tracker.module))
     facts = {
         "clips": [
             [truth.id, truth.key, schema.to_json(truth.row), [files.sha256(p) for p in found[truth.id]]]
             for truth in truths
         ],
-        "sources": [*sources, files.sha256(Path(__file__))],
+        "sources": [*map(source, measures), files.sha256(Path(__file__))],
         "protocol": protocol,
         "fps": fps,
     }
@@ -333,9 +346,28 @@ def score_video(
         instances_BFHW=torch.from_numpy(true_FHW[None].astype(np.uint8)).to(device),
         target_B=torch.ones(1, dtype=torch.int64, device=device),
     )
-    found = pisa.score(pictures_FHWC[None], batch, [truth.row], times_F, tracker)[0]
+    pictures = retimed.pictures(pictures_FHWC, times_F) if path is not None else None  # our own are as they were made
+    found = pisa.score(pictures_FHWC[None], batch, [truth.row], times_F, tracker, pictures)[0]
+    if pictures is not None:
+        found = replace(found, notes=timing_notes(times_F, pictures, truth.row.fps))
     seen = metric.true_frames(times_F, len(true_FHW), truth.row.fps)
     return replace(found, true_path=pisa.path(true_FHW[seen]))
+
+
+def timing_notes(times_F: np.ndarray, pictures: retimed.Pictures, fps_true: float) -> list[str] | None:
+    """Warnings about the frame rate of a video, which affects all numbers in seconds; None if there are none."""
+    fps = 1 / metric.frame_step(times_F)
+    if pictures.times is None:
+        return ["frames are repeated irregularly, so g, landing and the like are not measured"]
+    if pictures.rate:
+        return [f"{pictures.rate:g} fps shown as {fps:.3g}: g, landing and the like are measured at {pictures.rate:g}"]
+    ratio = fps_true / fps
+    if 1.03 < ratio < FINE and abs(ratio - round(ratio)) > 0.03:
+        return [
+            f"{fps:.3g} fps, of true clips {fps_true:g}: g, landing and the like are right for videos made at this "
+            "rate, but wrong if frames were dropped to reach it"
+        ]
+    return None
 
 
 def steady(times_F: np.ndarray) -> tuple[np.ndarray, float]:

@@ -4,7 +4,8 @@ FOLDER contains samples, named <clip>-s<seed>.mp4 after the clips of a dataset, 
 a dataset folder, or a folder of any videos with captions (data/listing.py). Scores are written next to the videos, one
 row of scores.jsonl each, where groups read them (data/groups.py):
 
-    {"file_name": "00012-s0.mp4", "sa": 0.9, "pc": 0.2, "mass": 0.99, "judge": "...", "key": "...", "sha256": "..."}
+    {"file_name": "00012-s0.mp4", "sa": 0.9, "pc": 0.2, "mass": 0.99, "judge": "...", "version": "...", "key": "...",
+     "sha256": "..."}
 
 `mass` is the probability that a model's answers begin with yes or no (questions.py); the simulator has none. Each row is
 written as soon as it is computed. A second run only scores videos without a row, or whose video or caption has changed.
@@ -20,7 +21,7 @@ from posttrain.core import files
 from posttrain.core.errors import UserError, printable
 from posttrain.core.progress import progress
 from posttrain.data import listing
-from posttrain.data.groups import SCORES, sample_of
+from posttrain.data.groups import SCORES, sample_of, score_rows
 from posttrain.judges.questions import Judge
 
 
@@ -56,6 +57,8 @@ def find(folder: Path, clips: Path | None, split: str) -> tuple[list[Video], Pat
             raise UserError(message, "duplicate", "--clips")
     matched = [(sample_of(path.stem, true), path) for path in listing.videos_in(folder)]
     found = [_captioned(true[sample[0]], path, path.name) for sample, path in matched if sample]
+    if found and (others := [path.name for sample, path in matched if not sample]):
+        print(f"{folder}: {len(others)} videos are not named after a clip of {clips}, such as {others[0]}; left out", file=sys.stderr)
     if not found:
         message = f"{folder}: has no samples of the clips in {clips}, {split}; name them <clip>-s<seed>.mp4"
         raise UserError(message, "no_clips", "--clips")
@@ -70,24 +73,31 @@ def _captioned(entry: listing.Entry, path: Path, name: str) -> Video:
     return Video(path, name, entry.caption)
 
 
-def score_videos(found: Sequence[Video], path: Path, ready: Callable[[], Judge], name: str) -> list[dict[str, Any]]:
+def score_videos(
+    found: Sequence[Video], path: Path, ready: Callable[[], Judge], name: str, version: str
+) -> list[dict[str, Any]]:
     """Score the videos that have no score in `path` with the judge `name`; returns the rows of all videos.
 
     Args:
         ready: returns the judge; called only if there is something to do.
+        version: of the judge's code; scores of another version are computed again, with a message.
 
     Raises:
         UserError: other_run: `path` has scores of another judge; or what the judge raises.
     """
-    rows = {str(row.get("file_name")): row for row in files.read_jsonl(path)} if path.exists() else {}
+    rows = score_rows(path) if path.exists() else {}
+    # what others wrote has no digest
+    ours = [video for video, row in rows.items() if "sha256" in row or row.get("judge") == name]
+    if damaged := [video for video in ours if files.seal(rows[video]) != rows[video]]:
+        print(f"{path}: the row of {printable(damaged[0])} does not match its digest; scored again", file=sys.stderr)
+        rows = {video: row for video, row in rows.items() if video not in damaged}
     if other := next((row for row in rows.values() if row.get("judge") != name), None):
         had = printable(other.get("judge", "an unknown judge"))
         raise UserError(f"{path}: has scores of {had}, not of {name}; move that file away to score again", "other_run")
-    keys = {video.name: files.sha256_json([name, files.sha256(video.path), video.caption]) for video in found}
-    damaged = [name for name, row in rows.items() if files.seal(row) != row]
-    if damaged:
-        print(f"{path}: the row of {damaged[0]} does not match its digest; scored again", file=sys.stderr)
-    fresh = {name for name, row in rows.items() if row.get("key") == keys.get(name) and name not in damaged}
+    keys = {video.name: files.sha256_json([name, version, files.sha256(video.path), video.caption]) for video in found}
+    if older := sum(video.name in rows and rows[video.name].get("version") != version for video in found):
+        print(f"{path}: {older} scores are of another version of {name}; scored again", file=sys.stderr)
+    fresh = {video for video, row in rows.items() if row.get("key") == keys.get(video)}
     missing = [video for video in found if video.name not in fresh]
     if not missing:
         return [rows[video.name] for video in found]
@@ -95,7 +105,13 @@ def score_videos(found: Sequence[Video], path: Path, ready: Callable[[], Judge],
     with progress("scores", len(found), len(found) - len(missing)) as advance:
         for video in missing:
             scores = judge(video.path, video.caption)
-            told = {"file_name": video.name, **scores._asdict(), "judge": name, "key": keys[video.name]}
+            told = {
+                "file_name": video.name,
+                **scores._asdict(),
+                "judge": name,
+                "version": version,
+                "key": keys[video.name],
+            }
             rows[video.name] = files.seal(told)
             files.write_jsonl(path, list(rows.values()), flush=False)
             advance(f"sa {scores.sa:.2f}, pc {scores.pc:.2f}")

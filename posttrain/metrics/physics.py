@@ -131,7 +131,7 @@ def scorecard(
     fallen = y - y[0]
     if drop_height is not None:
         fallen = pixel * _unhidden(fallen / pixel, masks, drop_height / pixel)
-    fall = _fit(t, -fallen, frame_step(times_F), pixel, masks.shape[1])
+    fall = fit_fall(t, -fallen, frame_step(times_F), pixel, masks.shape[1])
     card |= _vertical(fall, drop_height, gravity)
     falling = t <= fall.end
     if falling.sum() >= 4:
@@ -139,7 +139,7 @@ def scorecard(
     return card
 
 
-def _fit(t: np.ndarray, z: np.ndarray, frame: float, pixel: float, height: int) -> Fall:
+def fit_fall(t: np.ndarray, z: np.ndarray, frame: float, pixel: float, height: int) -> Fall:
     """Least squares from the best point of a grid; a body that hardly falls gets a parabola from time 0."""
     after, least, misfit = after_contact(frame) + 0.1 * frame, FALL * height * pixel, (MISFIT * height * pixel) ** 2
     step = max(frame / 2, (t[-1] - t[0]) / 80)  # long clips cost no more

@@ -9,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from posttrain.core.errors import UserError
-from posttrain.core.files import read_json
+from posttrain.core.errors import UserError, printable
+from posttrain.core.files import read_object
 from posttrain.models.base import ModelConfig
 from posttrain.pocket import whole
 
@@ -97,11 +97,16 @@ def _reason(error: Exception) -> str:
 
 def check_files(part: Path) -> None:
     """Refuse a part whose weights are missing, damaged, quantised, or lack a shard; reads only their headers."""
-    config = read_json(part / "config.json") if (part / "config.json").is_file() else {}
+    config = read_object(part / "config.json") if (part / "config.json").is_file() else {}
     if "quantization_config" in config:
-        raise _quantised(part, str(config["quantization_config"].get("quant_method", "see its config.json")))
-    indexes = part.glob("*.safetensors.index.json")
-    shards = {str(name) for index in indexes for name in read_json(index).get("weight_map", {}).values()}
+        quantised = config["quantization_config"]
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise _quantised(part, printable(method or "see its config.json"))
+    shards: set[str] = set()
+    for index in part.glob("*.safetensors.index.json"):
+        if not isinstance(names_of := read_object(index).get("weight_map"), dict):
+            raise UserError(f"{index}: has no weight_map; get this part of the model again", "damaged")
+        shards |= {str(name) for name in names_of.values()}
     names = sorted(shards or {path.name for path in part.glob("*.safetensors")})
     if not names:
         raise UserError(f"{part}: has no .safetensors file; get this part of the model in that format", "missing")

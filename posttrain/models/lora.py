@@ -358,14 +358,14 @@ def proceed(transformer: nn.Module, path: Path | str, read: Callable[[Path], Wei
             "model.adapter.targets",
         )
     with torch.no_grad():
-        for layer in _adapted(inner):
+        for layer in adapted_layers(inner):
             layer.lora_A[NAME].weight.copy_(layer.lora_A[OTHER].weight)
             layer.lora_B[NAME].weight.copy_(layer.lora_B[OTHER].weight * (layer.scaling[OTHER] / layer.scaling[NAME]))
     inner.set_adapter(NAME)
     inner.delete_adapters(OTHER)
 
 
-def _adapted(transformer: nn.Module) -> list[Any]:
+def adapted_layers(transformer: nn.Module) -> list[Any]:
     """Its layers with an adapter."""
     return [layer for layer in unwrap(transformer).modules() if hasattr(layer, "lora_A")]
 
@@ -404,7 +404,7 @@ def fuse(transformer: nn.Module, scale: float = 1.0) -> float:
     """
     inner = unwrap(transformer)
     both = own = 0.0
-    for layer in _adapted(inner):
+    for layer in adapted_layers(inner):
         layer.scale_layer(scale)
         added, before = _added(layer), layer.base_layer.weight.to(torch.float32, copy=True)
         layer.merge()
@@ -416,5 +416,5 @@ def fuse(transformer: nn.Module, scale: float = 1.0) -> float:
 
 def rescale(transformer: nn.Module, scale: float) -> None:
     """Set the adapter's strength to `scale` times that of training; 0 gives the base."""
-    for layer in _adapted(transformer):
+    for layer in adapted_layers(transformer):
         layer.set_scale(NAME, scale)

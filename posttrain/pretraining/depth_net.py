@@ -17,7 +17,7 @@ from torch import Tensor
 from posttrain.methods.base import pixels
 from posttrain.nets.depth import Model
 from posttrain.pretraining import appearance
-from posttrain.training.run import Run
+from posttrain.training.run import Metric, Run
 from posttrain.types import Batch, Random
 
 data = pixels
@@ -63,15 +63,19 @@ def draw(
 
 def depth_loss(
     answer_NHW: Tensor, inverse_NHW: Tensor, bodies_NHW: Tensor, config: Config
-) -> tuple[Tensor, dict[str, float]]:
-    """The loss above, a scalar; `error` is the mean error in 1 / metres, `error_bodies` that on bodies."""
+) -> tuple[Tensor, dict[str, Metric]]:
+    """The loss above, a scalar, and what to log.
+
+    Metrics:
+        error: mean error in 1 / metres.
+        error_bodies: that on bodies. A pair (sum over their pixels, number of these), whose means the log divides.
+    """
     w = 1 + config.bodies * bodies_NHW.to(inverse_NHW.dtype)
     error = answer_NHW - inverse_NHW
     edges = (error.diff(dim=1).abs().mean() + error.diff(dim=2).abs().mean()) / 2
     loss = (w * error.abs()).mean() / w.mean() + config.difference * edges
     size = error.detach().abs()
-    on_bodies = (size * bodies_NHW).sum() / bodies_NHW.sum().clamp_min(1)
-    return loss, {"error": size.mean().item(), "error_bodies": on_bodies.item()}
+    return loss, {"error": size.mean(), "error_bodies": ((size * bodies_NHW).sum(), bodies_NHW.sum())}
 
 
 def train(run: Run, model: Model, config: Config) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from posttrain.methods.base import pixels
 from posttrain.nets.raft import Model
 from posttrain.pretraining import appearance
-from posttrain.training.run import Run
+from posttrain.training.run import Metric, Run
 from posttrain.types import Batch, Random
 
 data = pixels
@@ -94,15 +94,19 @@ def shift(pair_C2HW: Tensor, flow_2HW: Tensor, x: int, y: int) -> tuple[Tensor, 
 
 def flow_loss(
     estimates: list[Tensor], flow_NCHW: Tensor, bodies_NHW: Tensor, weight: float
-) -> tuple[Tensor, dict[str, float]]:
-    """The loss above, a scalar; `epe` is the last estimate's endpoint error in pixels, `epe_bodies` on bodies."""
+) -> tuple[Tensor, dict[str, Metric]]:
+    """The loss above, a scalar, and what to log.
+
+    Metrics:
+        epe: the last estimate's mean endpoint error in pixels.
+        epe_bodies: that on bodies. A pair (sum over their pixels, number of these), whose means the log divides.
+    """
     w = 1 + weight * bodies_NHW[:, None].to(flow_NCHW.dtype)
     w = w / w.mean()
     errors = torch.stack([(w * (estimate - flow_NCHW).abs()).mean() for estimate in estimates])
     decay = DECAY ** torch.arange(len(errors) - 1, -1, -1, device=errors.device)
     epe = (estimates[-1].detach() - flow_NCHW).norm(dim=1)
-    on_bodies = (epe * bodies_NHW).sum() / bodies_NHW.sum().clamp_min(1)
-    return (decay * errors).sum(), {"epe": epe.mean().item(), "epe_bodies": on_bodies.item()}
+    return (decay * errors).sum(), {"epe": epe.mean(), "epe_bodies": ((epe * bodies_NHW).sum(), bodies_NHW.sum())}
 
 
 def train(run: Run, model: Model, config: Config) -> None:

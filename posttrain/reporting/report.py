@@ -33,7 +33,7 @@ from posttrain.evaluation.records import (
 from posttrain.reporting import fall_times
 from posttrain.reporting.charts import Figure, Point, chart, curves, nice_ticks, number
 from posttrain.reporting.gallery import animation
-from posttrain.reporting.players import Shown, heading, players, side_by_side
+from posttrain.reporting.players import Shown, heading, players, side_by_side, unlike
 
 SHOWN = 4  # clips in report.gif
 PACKAGES = ("posttrain", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "scipy", "av")
@@ -90,7 +90,7 @@ def summarise(
         "run": name,
         "benchmark": records[0].benchmark,
         "rows": [summary(record) for record in records],
-        "unequal": unequal(records),
+        "unequal": [*unequal(records), *unlike(records)],
         "differences": [difference(record, base) for record, base in pairs if base],
         "falls": [distribution.falls(record, truth, np.random.default_rng(0)) for record in tested],
         "versions": {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES},

@@ -42,6 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from posttrain.core import distributed, files
 from posttrain.core.errors import UserError
 from posttrain.core.progress import progress
+from posttrain.core.signals import Interrupted
 from posttrain.core.trackers import check_trackers, log_videos, tracking
 from posttrain.training import checkpoints
 from posttrain.training.optim import Optimizer, TrainConfig
@@ -231,7 +232,7 @@ class Run:
         every, before = self.train.checkpoint_every, self.steps - self._updates
         if self.done or (between and (stop or self.steps // every > before // every)):
             self._save()
-        if stop and between and not self.done:
+        if stop and between:
             name = signal.Signals(stop).name
             print(f"{name}: saved step {self.steps} of {self.train.steps}; start again to continue", file=sys.stderr)
             raise Stopped(128 + stop)
@@ -361,6 +362,8 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        if self._stop:  # since the last step asked
+            raise Interrupted(self._stop)
 
     def _asked_to_stop(self) -> int:
         """The signal received, 0 for none; equal on every rank."""
@@ -389,7 +392,9 @@ class Run:
             log = self.folder / "log.jsonl"
             with files.explain(log), open(log, "rb+") as stream:
                 os.fsync(stream.fileno())
-                meta = {"step": self.steps, "log_bytes": stream.seek(0, os.SEEK_END), **self.meaning}
+                content = stream.read()
+            noted = {"log_bytes": len(content), "log_sha256": files.sha256_bytes(content)}
+            meta = {"step": self.steps, **noted, **self.meaning}
             checkpoints.save(self._checkpoints, meta, self._optimizer.weights(), state)
         self.accelerator.wait_for_everyone()
 
@@ -402,6 +407,10 @@ class Run:
         self.steps = int(checkpoint.meta["step"])
         if self.accelerator.is_main_process:
             print(f"{self.folder}: continues from step {self.steps} of {self.train.steps}", file=sys.stderr)
+            log, noted = self.folder / "log.jsonl", checkpoint.meta.get("log_sha256")
+            content = log.read_bytes()[: checkpoint.meta["log_bytes"]] if log.is_file() else b""
+            if noted and files.sha256_bytes(content) != noted:  # the weights do not depend on it
+                print(f"{log}: is missing or not what was written; do not trust the report's curves", file=sys.stderr)
         return int(checkpoint.meta["log_bytes"])
 
     def _log(self, row: dict[str, Any]) -> None:

@@ -78,12 +78,16 @@ Values = dict[str, list[float | None]]  # by quantity, clip by clip
 
 @dataclass(frozen=True)
 class Look:
-    """The measurements at one step: the wires tripped so far, all values, and the digests of the files in best/."""
+    """The measurements at one step: the wires tripped so far, all values, and the digests of the files in best/.
+
+    `version`: that of the measuring code.
+    """
 
     step: int
     tripped: list[str]
     values: Values
     best: dict[str, str]  # their digests, see files.sums
+    version: str = ""
 
 
 class TripwiresConfig(Strict):
@@ -110,6 +114,7 @@ def watching(
     tracker: Tracker,
     metrics: Sequence[Metric],
     looks: int,
+    version: str = "",
 ) -> Watch:
     """A function for `evaluate.validation(look=...)` that returns the means for the log; one process calls it.
 
@@ -119,6 +124,7 @@ def watching(
         trained: weight and function of each reward that is trained.
         metrics: of the benchmark that scores.
         looks: number of looks of the whole run after the first.
+        version: of the measuring code. Earlier looks of another version are kept, but not compared with.
 
     Raises:
         UserError: a reward of `watch` is trained, or does not exist. When called: there are too few clips.
@@ -155,18 +161,22 @@ def watching(
     ) -> dict[str, float]:
         each = [measure(clips, *one) for one in zip(range(len(clips)), videos_BFHWC, scores, strict=True)]
         values: Values = {name: [numbers[name] for numbers in each] for name in each[0]}
-        earlier = [look for look in read_looks(run) if look.step < step]
+        kept = [look for look in read_looks(run) if look.step < step]
+        earlier = [look for look in kept if look.version == version]
+        if len(earlier) < len(kept) and not earlier:
+            said = f"{len(kept)} looks were measured by another version of the code"
+            print(f"{run}: tripwires: {said}; this one, of step {step}, is the first to compare with", file=sys.stderr)
         enough(len(clips), looks, len(values) - 1)
         said = f"chance trips one in at most {CHANCE:.0%} of runs like this ({looks} looks at {len(values) - 1} wires)"
         if not earlier:
             print(f"{run}: tripwires over {len(clips)} clips: {said}", file=sys.stderr)
         first = earlier[0].values if earlier else values
         wires = tripped(first, values, config.tolerance, known, looks)
-        best = best_look([*earlier, Look(step, wires, values, {})])
+        best = best_look([*earlier, Look(step, wires, values, {}, version)])
         if best.step == step:
             model.save(run / BEST)
-        now = Look(step, wires, values, files.sums(run / BEST))
-        files.write_jsonl(run / LOOKS, [files.seal(asdict(look)) for look in (*earlier, now)])
+        now = Look(step, wires, values, files.sums(run / BEST), version)
+        files.write_jsonl(run / LOOKS, [files.seal(asdict(look)) for look in (*kept, now)])
         if wires:
             changes = (change(name, first, values) for name in wires)
             print(
@@ -216,8 +226,12 @@ def ended(run: Path, config: TripwiresConfig, step: int) -> bool:
 
 
 def best_look(looks: Sequence[Look]) -> Look:
-    """The look with the highest mean reward among those without a tripped wire; the first one of equals."""
-    return max((look for look in looks if not look.tripped), key=lambda look: mean(look.values["reward"]) or -math.inf)
+    """The look with the highest mean reward among those without a tripped wire; the first one of equals.
+
+    Only looks with the code version of the last one are considered.
+    """
+    alike = [look for look in looks if look.version == looks[-1].version]
+    return max((look for look in alike if not look.tripped), key=lambda look: mean(look.values["reward"]) or -math.inf)
 
 
 def enough(clips: int, looks: int, wires: int) -> None:

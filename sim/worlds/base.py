@@ -25,9 +25,9 @@ def ascending(ends: tuple[float, float]) -> tuple[float, float]:
     return ends
 
 
-Amount = Annotated[float, Field(ge=0, le=1e9)]
+Amount = Annotated[float, Field(ge=0, le=1e9), AfterValidator(abs)]  # numpy draws nothing from 0 to -0.0
 Positive = Annotated[float, Field(gt=0, le=1e4)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1), AfterValidator(abs)]
 # Both ends of a range belong to it.
 Amounts = Annotated[tuple[Amount, Amount], AfterValidator(ascending)]
 Positives = Annotated[tuple[Positive, Positive], AfterValidator(ascending)]

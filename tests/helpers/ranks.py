@@ -1,8 +1,5 @@
-"""What one process of several trains, and one alone, for test_distributed.py:
-torchrun tests/helpers/ranks.py OUT WAN
-"""
+"""What one process of several trains, and one alone, for test_distributed.py."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,8 +96,8 @@ def curve(folder: Path) -> None:
         run.step((run.module(x + noise) - x).square().mean())
 
 
-if __name__ == "__main__":
-    out, wan = map(Path, sys.argv[1:])
+def train(out: Path, wan: Path) -> None:
+    """All of it, in each of several processes."""
     for name in ("gradients", "rewarded"):
         found = gradients(out / f"{name}-of-two", wan, name == "rewarded")
         if torch.distributed.get_rank() == 0:

@@ -1,6 +1,6 @@
-"""An OpenAI-compatible server of a tiny model, for the tests of judges: python tests/helpers/vlm_server.py FOLDER.
+"""An OpenAI-compatible server of a tiny model, for the tests of judges.
 
-It says its port and answers POST <kind>/v1/chat/completions: `good` at once, `slow` after a quarter of a second, `busy`
+It answers POST <kind>/v1/chat/completions: `good` at once, `slow` after a quarter of a second, `busy`
 with 429, 503 and a torn answer before each good one, `down` with 503 always, and `mute` without logprobs. GET /count is
 how many requests it had.
 """
@@ -8,20 +8,19 @@ how many requests it had.
 import base64
 import io
 import json
-import sys
 import time
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-MODEL = AutoModelForImageTextToText.from_pretrained(sys.argv[1]).eval()
-PROCESSOR = AutoProcessor.from_pretrained(sys.argv[1])
 
-
-def complete(asked: dict[str, Any]) -> dict[str, Any]:
+def complete(model: Any, processor: Any, asked: dict[str, Any]) -> dict[str, Any]:
     """One token, by a plain forward pass."""
     assert asked["max_tokens"] == 1
     images, chat = [], []
@@ -36,12 +35,12 @@ def complete(asked: dict[str, Any]) -> dict[str, Any]:
             else:
                 content.append(part)
         chat.append({"role": message["role"], "content": content})
-    text = PROCESSOR.apply_chat_template(chat, add_generation_prompt=True)
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
     with torch.no_grad():
-        logits_V = MODEL(**PROCESSOR(text=[text], images=images, return_tensors="pt")).logits[0, -1]
+        logits_V = model(**processor(text=[text], images=images, return_tensors="pt")).logits[0, -1]
     values, tokens = (logits_V / asked["temperature"]).log_softmax(-1).topk(asked["top_logprobs"])
     top = [
-        {"token": PROCESSOR.tokenizer.decode([token]), "logprob": value}
+        {"token": processor.tokenizer.decode([token]), "logprob": value}
         for token, value in zip(tokens.tolist(), values.tolist(), strict=True)
     ]
     choice = {"index": 0, "message": {"role": "assistant", "content": top[0]["token"]}, "finish_reason": "length"}
@@ -53,6 +52,7 @@ def complete(asked: dict[str, Any]) -> dict[str, Any]:
 
 class Handler(BaseHTTPRequestHandler):
     requests = 0
+    complete: Any  # set by `serve`
 
     def reply(self, status: int, value: Any, promised: int | None = None) -> None:
         content = json.dumps(value).encode()
@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(200, "torn", promised=1000)
         if kind == "slow":
             time.sleep(0.25)
-        answer = complete(asked)
+        answer = Handler.complete(asked)
         if kind == "mute":
             answer["choices"][0]["logprobs"] = None
         self.reply(200, answer)
@@ -88,6 +88,10 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None: ...
 
 
-with HTTPServer(("127.0.0.1", 0), Handler) as server:
-    print(server.server_port, flush=True)
-    server.serve_forever()
+def serve(folder: Path, port: Connection) -> None:
+    """Serves the model of `folder` for ever, at the port that is sent through `port`."""
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    Handler.complete = partial(complete, model, AutoProcessor.from_pretrained(folder))
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        port.send(server.server_port)
+        server.serve_forever()

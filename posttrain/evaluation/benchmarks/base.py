@@ -103,6 +103,7 @@ class ClipScore:
         true_path: the object's centre in the true clip; `paths`: in each sample.
         impact_frames: of each sample, None if nothing lands.
         lifted: of each sample, see distribution.lifted; None if it was not computed.
+        notes: on samples that are not measured completely, or not at the times of their frames; None: no notes.
     """
 
     numbers: Mapping[str, float | None]
@@ -115,6 +116,7 @@ class ClipScore:
     paths: list[Trace] = field(default_factory=list)
     impact_frames: list[int | None] = field(default_factory=list)
     lifted: list[dict[str, Any] | None] | None = None
+    notes: list[str] | None = None
 
 
 class Tracker(Protocol):
@@ -206,6 +208,7 @@ def merge(scores: Sequence[ClipScore]) -> ClipScore:
         paths=[path for score in scores for path in score.paths],
         impact_frames=[frame for score in scores for frame in score.impact_frames],
         lifted=None if first.lifted is None else [lift for score in scores for lift in score.lifted or ()],
+        notes=[note for score in scores for note in score.notes or ()] or None,
     )
 
 

@@ -28,8 +28,9 @@ from posttrain.data.schema import ClipRow
 from posttrain.evaluation.benchmarks import distribution
 from posttrain.evaluation.benchmarks.base import TRUTH, Benchmark, ClipScore, Metric, Pair, TestSet, Trace
 from posttrain.metrics import masks as masks_module
-from posttrain.metrics import physics, pisa
+from posttrain.metrics import physics, pisa, retimed
 from posttrain.metrics.masks import Track, segment
+from posttrain.metrics.retimed import Pictures
 from posttrain.types import Batch
 
 GRID, FALLS = "grid", "falls"  # test sets beside the splits
@@ -102,7 +103,12 @@ def split(name: str, clip: ClipScore) -> str | None:
 
 
 def score(
-    videos_BFHWC: np.ndarray, batch: Batch, rows: Sequence[ClipRow], times_F: np.ndarray, tracker: Track
+    videos_BFHWC: np.ndarray,
+    batch: Batch,
+    rows: Sequence[ClipRow],
+    times_F: np.ndarray,
+    tracker: Track,
+    pictures: Pictures | None = None,
 ) -> list[ClipScore]:
     """Score one generated video per clip of `batch`.
 
@@ -112,6 +118,8 @@ def score(
         rows: of them fps, drop_height, gravity, camera and distance.
         times_F: seconds at which the generated videos' frames are shown, ascending from 0.
         tracker: the segmenter; it sees the video and the true mask of frame 0, on the batch's device.
+        pictures: of films that may have been re-timed (metrics/retimed.py): what is measured in seconds is measured at
+            their times, or not at all where they have none. None: each frame is true when it is shown.
 
     Returns:
         For each clip METRICS in the paper's convention (time_error in seconds and time_offset in milliseconds, None if
@@ -124,22 +132,33 @@ def score(
     true_BFHW = batch.instances_BFHW == batch.target_B.view(-1, 1, 1, 1)
     video_BCFHW = torch.stack([to_float(video) for video in videos_BFHWC]).to(true_BFHW.device)
     masks_BFHW = segment(tracker, video_BCFHW, true_BFHW[:, 0])
+    shown = pictures or Pictures(np.arange(len(times_F)), times_F, None)
     scores = []
     for masks, true, row in zip(masks_BFHW.cpu().numpy(), true_BFHW.cpu().numpy(), rows, strict=True):
         timing: dict[str, Any] = {}
-        if row.drop_height and row.gravity:  # the true object is known to land within the clip
-            timing = pisa.time_error(masks, times_F, row.drop_height, math.hypot(*row.gravity))
+        distinct, at = masks[shown.frames], shown.times
+        if at is not None and row.drop_height and row.gravity:  # the true object is known to land within the clip
+            timing = pisa.time_error(distinct, at, row.drop_height, math.hypot(*row.gravity))
+            if (impact := timing["impact_frame"]) is not None:
+                timing["impact_frame"] = int(shown.frames[int(impact)])
         landing = {key: timing.get(key) for key in ("time_error", "time_offset", "no_contact")}
         found = pisa.score(masks, true, times_F, row.fps)
+        if at is not None:
+            scorecard = card(distinct, at, row, found["span"])
+        else:
+            scorecard = {
+                name: pair if name == "permanence" else None
+                for name, pair in card(masks, times_F, row, found["span"]).items()
+            }
         scores.append(
             ClipScore(
                 numbers=finite({metric.key: (found | landing)[metric.key] for metric in METRICS}),
                 released=finite(pisa.score(masks, true, times_F, row.fps, "released")),
-                physics=card(masks, times_F, row, found["span"]),
+                physics=scorecard,
                 true_path=path(true),
                 paths=[path(masks)],
                 impact_frames=[timing.get("impact_frame")],
-                lifted=None if row.beta is None else [distribution.lifted(masks, times_F, row)],
+                lifted=None if row.beta is None else [None if at is None else distribution.lifted(distinct, at, row)],
             )
         )
     return scores
@@ -180,7 +199,7 @@ BENCHMARK = Benchmark(
     "Does it fall as it should?",
     NOTE,
     SCORECARD,
-    sources=(pisa, physics, masks_module, distribution),
+    sources=(pisa, physics, retimed, masks_module, distribution),
     tests=tests,
     split=split,
 )

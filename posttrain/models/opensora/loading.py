@@ -17,7 +17,7 @@ from torch import nn
 from transformers import T5Config, T5EncoderModel
 
 from posttrain.core.errors import UserError
-from posttrain.core.files import read_json
+from posttrain.core.files import read_object
 from posttrain.models import lora
 from posttrain.models.base import ModelConfig
 from posttrain.models.folders import check_files, load_part, load_tokenizer
@@ -62,7 +62,7 @@ def locate(path: str, revision: str | None = None) -> Parts:
         root / "vae" if (root / "vae").is_dir() else _fetch(VAE, None, "*"),
         (text or root) / "text_encoder",
         (text or root) / "tokenizer",
-        float(read_json(index).get("fps", FPS)) if index.exists() else FPS,
+        float(read_object(index).get("fps", FPS)) if index.exists() else FPS,
     )
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posttrain.core.errors import UserError
-from posttrain.core.files import read_json, replacing
+from posttrain.core.files import read_object, replacing
 
 CONFIG, FILE = "config.json", "model.safetensors"
 
@@ -31,7 +31,7 @@ def files_of(path: Path) -> list[Path]:
         return [path]
     for ending in ("safetensors", "bin"):
         if indexes := sorted(path.glob(f"*.{ending}.index.json")):
-            maps = [read_json(index).get("weight_map", {}) for index in indexes]
+            maps = [read_object(index).get("weight_map", {}) for index in indexes]
             names = sorted({str(name) for entries in maps for name in entries.values()})
             if wrong := [name for name in names if Path(name).name != name]:
                 raise UserError(f"{indexes[0]}: lists {wrong[0]!r}, which is not a file of its folder", "outside")
@@ -125,7 +125,7 @@ class Published(ModelMixin, ConfigMixin):
             UserError: a folder with safetensors has no config.json.
         """
         bare = not (folder / CONFIG).exists() and files_of(folder)[0].suffix != ".safetensors"
-        config, known = {} if bare else read_json(folder / CONFIG), inspect.signature(cls.__init__).parameters
+        config, known = {} if bare else read_object(folder / CONFIG), inspect.signature(cls.__init__).parameters
         return {name: value for name, value in config.items() if name in known}
 
     @classmethod

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from posttrain.core.errors import UserError
-from posttrain.core.files import read_json
+from posttrain.core.files import read_object
 from posttrain.models.folders import find
 
 EMBEDDED = "wan"  # in posttrain/pocket
@@ -22,7 +22,7 @@ def _diffusers(path: str, folder: Path) -> Path:
     """`folder`, if it is a complete diffusers model; else raises UserError that names `path`."""
     if (folder / "model_index.json").is_file():
         return folder
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
     what, remedy = "is no diffusers folder", "name one, which has a model_index.json"
     if str(config.get("_class_name", "")).endswith("Transformer3DModel"):
         what, remedy = "is a transformer alone", "name the folder of the whole model, and this one in model.start"

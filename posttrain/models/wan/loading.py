@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from posttrain.core.errors import UserError
-from posttrain.core.files import read_json, replacing
+from posttrain.core.files import read_object, replacing
 from posttrain.models import lora
 from posttrain.models.base import ModelConfig
 from posttrain.models.folders import check_files, load_part, load_tokenizer
@@ -91,6 +91,14 @@ def save_merged(config: ModelConfig, adapter: Path, path: Path) -> None:
         transformer.save_pretrained(temporary)
 
 
+def _scheduler(root: str, **options: Any) -> Any:
+    """The scheduler of a folder, whose config names its class; it is tried, for a wrong value shows in use alone."""
+    config = diffusers.UniPCMultistepScheduler.load_config(root, **options)
+    kind = getattr(diffusers, config["_class_name"])
+    kind.from_config(config).set_timesteps(2)
+    return kind.from_config(config)
+
+
 def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
     """Load the model that a recipe names, into main memory; only what will be trained has requires_grad.
 
@@ -103,10 +111,10 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
         UserError: no such model, or a part is missing, broken or does not fit the others.
     """
     root = diffusers_folder(config.path, config.revision)
-    index = read_json(root / "model_index.json")
-    two = index.get("transformer_2", [None])[0] is not None
-    boundary = index.get("boundary_ratio") or 0.0
-    if two != bool(boundary):
+    index = read_object(root / "model_index.json")
+    second, boundary = index.get("transformer_2") or [None], index.get("boundary_ratio") or 0.0
+    two = isinstance(second, list) and second[0] is not None
+    if not isinstance(second, list) or not isinstance(boundary, float) or two != (0 < boundary < 1):
         raise UserError(
             f"{root / 'model_index.json'}: has only one of transformer_2 and boundary_ratio; get it again", "damaged"
         )
@@ -136,8 +144,7 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
     vae_config = load_part(_vae_config, root, "vae")
     configs = {"text_encoder": load_part(UMT5Config, root, "text_encoder")}
     tokenizer = load_tokenizer(root, "tokenizer")
-    schedule = load_part(diffusers.UniPCMultistepScheduler.load_config, root, "scheduler")
-    scheduler = getattr(diffusers, schedule["_class_name"]).from_config(schedule)
+    scheduler = load_part(_scheduler, root, "scheduler")
     shape = load_part(WanTransformer3DModel.load_config, root, name)
     image_processor = None
     if shape.get("image_dim") is not None:

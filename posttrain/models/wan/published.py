@@ -6,7 +6,7 @@ Defaults: frames, size and fps are those of the model's training; steps and guid
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from posttrain.core.files import read_json
+from posttrain.core.files import read_object
 from posttrain.models.base import Defaults
 from posttrain.models.wan.folder import diffusers_folder
 
@@ -75,7 +75,7 @@ def read_configs(path: str, revision: str | None = None) -> tuple[dict[str, Any]
     if path in PUBLISHED and not Path(path).is_dir():
         return PUBLISHED[path].transformer, PUBLISHED[path].vae
     root = diffusers_folder(path, revision)
-    transformer, vae = (read_json(root / name / "config.json") for name in ("transformer", "vae"))
+    transformer, vae = (read_object(root / name / "config.json") for name in ("transformer", "vae"))
     return transformer, vae
 
 
