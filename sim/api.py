@@ -1,7 +1,7 @@
 """What `import sim` offers: build a scene by hand, simulate it, film it, write a video; film a whole dataset.
 
 Lengths are metres, times seconds, masses kilograms. World: z up, the floor at z = 0. The camera is level and looks
-along +y with x to the right. What a user can mend is raised as posttrain.UserError.
+along +y with x to the right. What a user can fix is raised as posttrain.UserError.
 """
 
 from collections.abc import Sequence

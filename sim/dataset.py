@@ -60,7 +60,7 @@ i), `depth` (metres along the optical axis), `flow` (pixels, x right and y down,
 (metres, z up) and `quaternions` (w first) of all bodies at all frames. Units are SI; contacts name bodies by index, -1
 is the floor. `distance` is that of the target from the camera along its axis in frame 0.
 
-Clips of one `group` share their scene and first picture. `violation` is null for the true clip; else it says which law
+Clips of one `group` share their scene and first frame. `violation` is null for the true clip; else it says which law
 the clip breaks (`kind`), by how much (`value`, `meaning`), how wrong that is (`severity`: mean distance of the bodies
 from the truth, as a share of that of the clip in which nothing moves) and in which share of the frames the target is
 `seen`. `drop_height` and `gravity` are the true ones, `contact_time` and `contacts` are the clip's own.

@@ -347,7 +347,7 @@ def test_a_video_begins_as_its_clip_does(tmp_path: Path) -> None:
 
 
 def test_a_short_video_no_longer_wins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The first picture frozen into 5 frames and 17: the shorter one is worse, and the table says what it lacks."""
+    """The first frame frozen into 5 frames and 17: the shorter one is worse, and the table says what it lacks."""
     write_dataset(tmp_path / "drops", ["test_unseen"], clips=1, frames=17)
     frozen = np.repeat(film(rows_of(2, 1), 4, 200)[0], 17, 0)
     write_video(tmp_path / "short" / "00000.mp4", frozen[:5])
@@ -398,7 +398,7 @@ def test_scores_of_another_tracker_do_not_mix(tmp_path) -> None:
     score.score(tmp_path / "out", benchmark, {"a": tmp_path / "a"}, RedTracker())
     other = RedTracker()
     torch.nn.init.constant_(other.module.weight, 5.0)
-    with pytest.raises(UserError, match=r"protocol\.json: its scores are of another tracker; choose another --out"):
+    with pytest.raises(UserError, match=r"protocol\.json: its scores were made with another tracker; choose another --out"):
         score.score(tmp_path / "out", benchmark, {"a": tmp_path / "a"}, other)
 
 
@@ -418,7 +418,7 @@ def test_what_is_wrong_with_a_benchmark_is_named(tmp_path) -> None:
     real = write_real(tmp_path / "real", [LINE[:2]])
     info = real / "0000" / "clip_info.json"
     with pytest.raises(
-        UserError, match=r"0000: its masks come from clicks through SAM 2; name one, as in --tracker face"
+        UserError, match=r"0000: SAM 2 must make its masks from clicks; name one, as in --tracker face"
     ):
         open_benchmark(real)
     good = json.loads(info.read_text())
@@ -447,7 +447,7 @@ def test_what_is_wrong_with_a_benchmark_is_named(tmp_path) -> None:
 def test_pickles_in_masks_are_refused(tmp_path) -> None:
     sim = write_sim(tmp_path / "sim", 1)
     np.savez(sim / "seen" / "00" / "mask.npz", mask=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(UserError, match=r"mask\.npz: is missing or torn"):
+    with pytest.raises(UserError, match=r"mask\.npz: is missing or damaged"):
         open_benchmark(sim)["seen"][0].masks(1)
 
 
@@ -593,7 +593,7 @@ def test_the_command_refuses_in_one_line(tmp_path) -> None:
         ),
         (
             ("drops", "--clips", "v", "v"),
-            "--clips: each row of the table needs a name of its own; give one, as in kling",
+            "--clips: two rows of the table have the same name; give names, as in kling",
         ),
         (
             ("drops", "--clips", "v", "--steps", "2"),

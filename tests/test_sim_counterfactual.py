@@ -1,4 +1,4 @@
-"""Known violations: each breaks its law by its value, and all share the true clip's first picture."""
+"""Known violations: each breaks its law by its value, and all share the true clip's first frame."""
 
 import base64
 import itertools

@@ -1,8 +1,8 @@
 """Encode clips and captions once. A cache entry is a file whose name is the hash of all it depends on.
 
-So an entry of another VAE, text encoder, clip or caption is never found, entries are shared between runs, and an
-encoding that was cut off continues. An entry's header has the digest of its name and content: what is damaged, or lies
-under another's name, is made again, or refused where training reads it.
+So an entry of another VAE, text encoder, clip or caption is never used by mistake, runs share entries, and interrupted
+encoding continues. An entry's header has a digest of its name and content. An entry that is damaged or was renamed is
+encoded again, or refused if training is already reading it.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ CONDITION = "condition."  # what names in an entry begin with that are of Batch.
 
 
 class Readable(Protocol):
-    """Clips, of which `Clips` has the words; of a row only the caption is needed, and the target where there is one."""
+    """The interface of `Clips` that encoding needs; see there. Of a row only the caption and, if any, the target are used."""
 
     @property
     def ids(self) -> Sequence[str]: ...
@@ -47,7 +47,7 @@ class Latents:
     """The latents, text embeddings and conditions of `clips` under `model`, cached in `folder`.
 
     Raises:
-        UserError: a clip is torn or changed, or the cache cannot be written.
+        UserError: a clip is damaged or changed, or the cache cannot be written.
     """
 
     def __init__(self, model: VideoModel, clips: Readable, folder: Path | str) -> None:
@@ -99,7 +99,7 @@ class Latents:
 
     @property
     def key(self) -> str:
-        """One hash of everything that the latents depend on."""
+        """A hash of everything that the latents depend on."""
         return files.sha256_json(self.keys)
 
     def __len__(self) -> int:
@@ -124,18 +124,18 @@ class Latents:
         )
 
     def _entry(self, index: int) -> dict[str, Tensor]:
-        """The entry of a clip. Raises UserError where it is missing, damaged or another's."""
+        """The cache entry of a clip. Raises UserError if it is missing, damaged or renamed."""
         path = self._files[index]
         try:
             with safe_open(path, "pt") as stored:
                 entry, noted = {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path}: is damaged; start again, and it is made again", "damaged") from error
+            raise UserError(f"{path}: is damaged; start again: it is then encoded again", "damaged") from error
         if noted.get("version", "1") != VERSION:
-            message = f"{path}: is of another version of the code; start again, and it is made again"
+            message = f"{path}: was encoded by another version of the code; start again: it is then encoded again"
             raise UserError(message, "damaged")
         if noted.get("sha256") != _digest(self.keys[index], entry):
-            raise UserError(f"{path}: is not what was written; start again, and it is made again", "damaged")
+            raise UserError(f"{path}: does not match its digest; start again: it is then encoded again", "damaged")
         return entry
 
     def _whole(self, index: int) -> bool:
@@ -147,7 +147,7 @@ class Latents:
 
 
 def _digest(key: str, entry: dict[str, Tensor]) -> str:
-    """Of an entry's name and tensors."""
+    """The digest of an entry's name and tensors."""
     digest = hashlib.sha256(key.encode())
     for name, tensor in sorted(entry.items()):
         digest.update(f" {name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -156,7 +156,7 @@ def _digest(key: str, entry: dict[str, Tensor]) -> str:
 
 
 class Annotated:
-    """Latents, and beside them the truth about the same clips: their pixels and annotations."""
+    """Latents together with the pixels and annotations of the same clips."""
 
     def __init__(self, latents: Latents, clips: Clips) -> None:
         assert latents.ids == clips.ids
@@ -170,13 +170,13 @@ class Annotated:
         return len(self.ids)
 
     def load(self, indices: Sequence[int]) -> Batch:
-        """Both batches of the clips at `indices` in one."""
+        """One batch with the latents, pixels and annotations of the clips at `indices`."""
         latents, truth = self._latents.load(indices), self._clips.load(indices)
         return replace(truth, z0_BCFHW=latents.z0_BCFHW, text_BLD=latents.text_BLD, condition=latents.condition)
 
 
 def _tokens(file: Path) -> int:
-    """How many tokens an entry's caption has; 0 where the entry is damaged, which reading it tells."""
+    """The number of tokens of an entry's caption; 0 if the entry is damaged (reading it raises the error)."""
     try:
         with safe_open(file, "pt") as entry:
             return int(entry.get_slice("text").get_shape()[0])
@@ -185,6 +185,6 @@ def _tokens(file: Path) -> int:
 
 
 def _trim(text_LD: Tensor) -> Tensor:
-    """Without the zeros that pad it."""
+    """A text embedding without its zero padding."""
     used = text_LD.abs().amax(dim=-1).nonzero()
     return text_LD[: int(used.max()) + 1 if len(used) else 0]

@@ -58,7 +58,7 @@ class Take:
     """A clip with its scene and trajectory.
 
     Attributes:
-        labels: further fields of its row; clips of one "group" share a first picture.
+        labels: further fields of its row; clips of one "group" share a first frame.
         motion: what the target does.
     """
 

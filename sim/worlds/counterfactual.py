@@ -1,6 +1,6 @@
 """Clips that are wrong in a known way by a known amount: groups of a true drop scene and violations of it.
 
-All members of a group have the scene, the camera and the first picture of the true clip (drop.py); each of the others
+All members of a group have the scene, the camera and the first frame of the true clip (drop.py); each of the others
 breaks one law. A violation's `value` is physical; its `severity` says how wrong the clip is:
 
     severity = min(1, d / d_static),   d = mean over frames and bodies of |x - x_true|, metres,
