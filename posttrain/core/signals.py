@@ -36,6 +36,8 @@ def launch(module: str) -> int:
     try:
         return int(importlib.import_module(module).main())
     except KeyboardInterrupt as error:
+        for number in SIGNALS:  # a second one must not change the exit code while Python ends
+            signal.signal(number, signal.SIG_IGN)
         print(STOPPED, file=sys.stderr)
         return exit_code(error)
 
