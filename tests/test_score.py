@@ -398,7 +398,9 @@ def test_scores_of_another_tracker_do_not_mix(tmp_path) -> None:
     score.score(tmp_path / "out", benchmark, {"a": tmp_path / "a"}, RedTracker())
     other = RedTracker()
     torch.nn.init.constant_(other.module.weight, 5.0)
-    with pytest.raises(UserError, match=r"protocol\.json: its scores were made with another tracker; choose another --out"):
+    with pytest.raises(
+        UserError, match=r"protocol\.json: its scores were made with another tracker; choose another --out"
+    ):
         score.score(tmp_path / "out", benchmark, {"a": tmp_path / "a"}, other)
 
 
@@ -417,9 +419,7 @@ def test_what_has_no_video_is_said(tmp_path, capsys) -> None:
 def test_what_is_wrong_with_a_benchmark_is_named(tmp_path) -> None:
     real = write_real(tmp_path / "real", [LINE[:2]])
     info = real / "0000" / "clip_info.json"
-    with pytest.raises(
-        UserError, match=r"0000: SAM 2 must make its masks from clicks; name one, as in --tracker face"
-    ):
+    with pytest.raises(UserError, match=r"0000: SAM 2 must make its masks from clicks; name one, as in --tracker face"):
         open_benchmark(real)
     good = json.loads(info.read_text())
     for points in ([], [{"positive": []}], [{"positive": [[40, 1]]}], [{"positive": [[1, "a"]]}], "x", [[1, 2]]):

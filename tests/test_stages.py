@@ -228,7 +228,9 @@ def test_a_torn_clip_stops_before_training(home):
     os.truncate(home / "torn" / "train" / "00001.mp4", 300)
     code, _, said = command(home, "run", "recipe.yaml", "run=torn", "data.clips=torn", "eval=null")
     assert code == 1
-    assert said.splitlines()[-1].startswith("torn/train/00001.mp4: is damaged or not a video; delete it and make it again")
+    assert said.splitlines()[-1].startswith(
+        "torn/train/00001.mp4: is damaged or not a video; delete it and make it again"
+    )
 
 
 @pytest.mark.slow
@@ -413,7 +415,10 @@ def test_a_table_is_a_run_for_each_row_and_seed_and_one_report(home):
     said = refused(home, "run", *base, table, "sweep={data.limit: [3]}")
     assert "table: cannot be used together with sweep; keep one" in said
     said = refused(home, "run", *base, "table={rows: {few: {eval.seeds: 7}}}")
-    assert said == "runs/rows/recipe.yaml: table.rows.few: changes eval, but all rows must be measured in the same way; leave it out\n"
+    assert (
+        said
+        == "runs/rows/recipe.yaml: table.rows.few: changes eval, but all rows must be measured in the same way; leave it out\n"
+    )
     for row in ("a/b: {}", "..: {}", "few: {train.seed: 3}"):
         assert "table.rows" in refused(home, "run", *base, f"table={{rows: {{{row}}}}}")
     shutil.rmtree(folder / "fast" / "3" / "evaluation")

@@ -347,12 +347,16 @@ def test_a_hub_id_is_read_at_the_revision_that_is_asked(hub: str) -> None:
     assert newest.vae.config.latents_std != pinned.vae.config.latents_std == [2.0] * 8
     with pytest.raises(UserError) as error:
         load(ModelConfig(path=hub, revision="c" * 40))
-    assert f"model.path: {hub} at revision {'c' * 40} is no folder and cannot be downloaded from the hub" in str(error.value)
+    assert f"model.path: {hub} at revision {'c' * 40} is no folder and cannot be downloaded from the hub" in str(
+        error.value
+    )
     assert "\n" not in str(error.value)
 
 
 def test_a_hub_id_that_cannot_be_got_is_named(hub: str) -> None:
-    with pytest.raises(UserError, match=r"model\.path: no-one/nothing is no folder and cannot be downloaded from the hub"):
+    with pytest.raises(
+        UserError, match=r"model\.path: no-one/nothing is no folder and cannot be downloaded from the hub"
+    ):
         load(ModelConfig(path="no-one/nothing"))
 
 

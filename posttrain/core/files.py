@@ -351,7 +351,9 @@ def inside(root: Path | str, name: str) -> Path:
     except FileNotFoundError:
         pass
     except (OSError, ValueError, RuntimeError) as error:  # too long; a NUL; links in a circle
-        raise UserError(f"{root}: the entry {printable(repr(name))} is not a valid file name; fix it", "outside") from error
+        raise UserError(
+            f"{root}: the entry {printable(repr(name))} is not a valid file name; fix it", "outside"
+        ) from error
     if not path.is_relative_to(root):
         raise UserError(f"{root}: the entry {printable(repr(name))} points outside the folder; fix it", "outside")
     return path
@@ -378,9 +380,7 @@ def read_sealed(path: Path | str) -> dict[str, Any]:
         value = read_object(path)
     except UserError as error:
         if error.code == "format":
-            raise UserError(
-                f"{path}: is damaged ({error}); delete it and make it again", "damaged"
-            ) from error
+            raise UserError(f"{path}: is damaged ({error}); delete it and make it again", "damaged") from error
         raise
     if value.get("sha256") != seal(value)["sha256"]:
         raise UserError(

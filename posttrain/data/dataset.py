@@ -192,7 +192,9 @@ def read_annotations(path: Path | str, keys: Sequence[str] | None = None) -> dic
             unpacked = sum(arrays.zip.getinfo(f"{key}.npy").file_size for key in wanted)
             if unpacked > MOST_ANNOTATIONS:
                 size = f"{unpacked / 2**30:.1f} GiB, more than {MOST_ANNOTATIONS / 2**30:.0f}"
-                raise UserError(f"{path}: its arrays would need {size} in memory; make smaller or shorter clips", "format")
+                raise UserError(
+                    f"{path}: its arrays would need {size} in memory; make smaller or shorter clips", "format"
+                )
             return {key: arrays[key] for key in wanted}
     except UserError:
         raise

@@ -162,7 +162,8 @@ def _table(path: Path) -> list[Entry]:
         rows = _csv(path)
     else:
         raise UserError(
-            f"{path}: is neither a folder nor a .jsonl, .json, .csv or .tsv; name a folder or a list of videos", "format"
+            f"{path}: is neither a folder nor a .jsonl, .json, .csv or .tsv; name a folder or a list of videos",
+            "format",
         )
     if not rows or not all(isinstance(row, dict) for _, row in rows):
         raise UserError(f"{path}: should be a list of rows, each a mapping with a video and a caption", "format")
@@ -202,7 +203,10 @@ def _csv(path: Path) -> list[tuple[int, dict[str, str]]]:
                 many = f"has {len(cells)} cells, but the header {len(columns)}"
                 raise UserError(f'{path}:{line}: {many}; put captions with commas into quotes ("...")', "format")
             if any(re.search(r"\n[^\n]*\.(mp4|mov|mkv|webm|avi)\W", cell) for cell in cells):
-                raise UserError(f"{path}:{line}: a quote is not closed, so the next rows become part of it; close or double it", "format")
+                raise UserError(
+                    f"{path}:{line}: a quote is not closed, so the next rows become part of it; close or double it",
+                    "format",
+                )
             rows.append((line, dict(zip(columns, cells, strict=False))))
     except csv.Error as error:
         raise UserError(f"{path}:{line}: cannot be read ({error}); fix its quotes", "format") from error
@@ -211,9 +215,7 @@ def _csv(path: Path) -> list[tuple[int, dict[str, str]]]:
 def _lists(path: Path) -> list[Entry]:
     prompts = next((path.parent / name for name in PROMPTS if (path.parent / name).is_file()), None)
     if prompts is None:
-        raise UserError(
-            f"{path}: has no captions; write one per line into {path.parent / PROMPTS[0]}", "missing"
-        )
+        raise UserError(f"{path}: has no captions; write one per line into {path.parent / PROMPTS[0]}", "missing")
     names, captions = (files.read_text(file).rstrip("\n").split("\n") for file in (path, prompts))
     if len(names) != len(captions):
         many = f"{len(captions)} lines, but {path.name} {len(names)}"

@@ -199,12 +199,14 @@ def gather(runs: Mapping[str, Sequence[Path]]) -> list[Record]:
             same = name in fixed(first)
             if len(records) < len(folders):
                 raise UserError(
-                    f"{folders[0].parent}: not all its runs were measured on {split} clips; run `posttrain eval`", "unfinished"
+                    f"{folders[0].parent}: not all its runs were measured on {split} clips; run `posttrain eval`",
+                    "unfinished",
                 )
             for record, folder in zip(records, folders, strict=True):
                 if record.settings != first.settings or (same and record.key != first.key):
                     raise UserError(
-                        f"{folder}: was measured with other settings than {folders[0]}; run `posttrain eval` on both again", "mismatch"
+                        f"{folder}: was measured with other settings than {folders[0]}; run `posttrain eval` on both again",
+                        "mismatch",
                     )
             record = first if same else pooled(records)
             shared = same and found.get((name, split), record).key == record.key
@@ -227,7 +229,8 @@ def comparable(records: Sequence[Record], origins: Sequence[str]) -> list[list[R
     splits = {split: found for split, found in splits.items() if len(found) == len(origins)}
     if not splits:
         raise UserError(
-            f"{', '.join(origins)}: there is no split on which all of them were measured; run `posttrain eval` on each", "unfinished"
+            f"{', '.join(origins)}: there is no split on which all of them were measured; run `posttrain eval` on each",
+            "unfinished",
         )
     for split, (first, *others) in splits.items():
         for record in others:

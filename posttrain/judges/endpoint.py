@@ -107,7 +107,9 @@ def likeliest(answer: Any, who: str) -> list[tuple[str, float]]:
         reason = f"{who} answers without logprobs (top_logprobs), from which scores are computed; {remedy}"
         raise UserError(reason, "answer", "--url") from error
     if not all(logprob <= 0.01 for _, logprob in top):  # nan as well
-        raise UserError(f"{who} answers with logprobs that are not valid ({printable(top)}); fix the server", "answer", "--url")
+        raise UserError(
+            f"{who} answers with logprobs that are not valid ({printable(top)}); fix the server", "answer", "--url"
+        )
     return [(token, logprob) for token, logprob in top if logprob > -math.inf]
 
 
@@ -139,7 +141,9 @@ def _key() -> str:
 def _headers() -> dict[str, str]:
     key = _key()
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise UserError(f"{KEY}: has a space or another character that is not allowed in a key; set it again", "value", KEY)
+        raise UserError(
+            f"{KEY}: has a space or another character that is not allowed in a key; set it again", "value", KEY
+        )
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
     return headers | ({"Authorization": f"Bearer {key}"} if key else {})
 

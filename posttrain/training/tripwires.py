@@ -131,7 +131,9 @@ def watching(
     """
     if both := [part.name for part in config.watch if part.name in trained]:
         raise UserError(
-            f"tripwires.watch: {both[0]} is trained, so it is measured anyway; leave it out", "conflict", "tripwires.watch"
+            f"tripwires.watch: {both[0]} is trained, so it is measured anyway; leave it out",
+            "conflict",
+            "tripwires.watch",
         )
     watched = {part.name: part.module.load(part.config, model.device) for part in config.watch}
     summands = {name: reward for name, (_, reward) in trained.items()}

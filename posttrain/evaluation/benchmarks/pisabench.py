@@ -110,7 +110,9 @@ def open_benchmark(
     if not splits:
         raise UserError(f"{folder}: holds no clips to compare with; name PisaBench's real or sim, or a dataset folder")
     if fps is not None:
-        raise UserError(f"{folder}: its files already give the frame rate; leave --truth-fps out", "conflict", "--truth-fps")
+        raise UserError(
+            f"{folder}: its files already give the frame rate; leave --truth-fps out", "conflict", "--truth-fps"
+        )
     tests = [split for split in splits if split.startswith("test")]
     return {split: _ours(folder, split) for split in tests or splits}
 
@@ -160,7 +162,8 @@ def _rates(split: str, scenes: Sequence[Path], asked: float | None) -> dict[Path
                 "--truth-fps",
             )
         print(
-            f"{split}: the files do not give the frame rate of the true clips; PisaBench's {assumed:g} fps is assumed", file=sys.stderr
+            f"{split}: the files do not give the frame rate of the true clips; PisaBench's {assumed:g} fps is assumed",
+            file=sys.stderr,
         )
     rates: dict[Path, Any] = {scene: info.get("fps", assumed) for scene, info in infos.items()}
     for scene, rate in rates.items():

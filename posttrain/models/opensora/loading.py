@@ -195,7 +195,9 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> OpenSora:
         )
     if config.init == "random" and config.dtype != "fp32":
         raise UserError(
-            "model.dtype: with init=random all weights are trained, so they are fp32; leave it out", "conflict", "model.dtype"
+            "model.dtype: with init=random all weights are trained, so they are fp32; leave it out",
+            "conflict",
+            "model.dtype",
         )
     parts, dtype = locate(config.path, config.revision), DTYPES[config.dtype]
     files_of(parts.vae)
