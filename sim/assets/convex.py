@@ -44,7 +44,7 @@ def hull_of(triangles: np.ndarray) -> ConvexHull | None:
 
 
 def scattered(triangles: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points (P, 3) on triangles (F, 3, 3), and their unit normals (P, 3): `count` random ones, uniform by area, and all corners."""
+    """Points (P, 3) on triangles (F, 3, 3): `count` random ones, uniform by area, and all corners; and unit normals."""
     a, b, c = triangles.swapaxes(0, 1)
     normals = np.cross(b - a, c - a)
     area = np.linalg.norm(normals, axis=1)

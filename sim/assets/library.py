@@ -64,7 +64,7 @@ def object_ids() -> list[str]:
 
 
 def validation_ids() -> list[str]:
-    """Objects that only validation uses, sorted: generated shapes, because training and testing use all toys and models."""
+    """Objects that only validation uses, sorted: generated shapes, as training and testing use all toys and models."""
     numbers = range(VARIANTS, VARIANTS + VALIDATION)
     return sorted(f"{name}/{i:02d}" for name in SHAPES if name != "ball" for i in numbers)
 
