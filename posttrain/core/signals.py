@@ -37,12 +37,14 @@ def launch(module: str) -> int:
     try:
         return int(importlib.import_module(module).main())
     except KeyboardInterrupt as error:
+        for number in SIGNALS:  # a second one must not change the exit code while Python ends
+            signal.signal(number, signal.SIG_IGN)
         print(STOPPED, file=sys.stderr)
         return exit_code(error)
 
 
 class _Stop:
-    """Signal handler: the first signal raises `Interrupted`; a later one, or one during imports, ends it."""
+    """Signal handler: the first signal raises `Interrupted`; a later one, or one during imports, ends the process."""
 
     asked: float | None = None  # when the first of all signals came
 
