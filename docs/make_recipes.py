@@ -172,7 +172,7 @@ MEANINGS = {
     "pretraining.segmenter.min_pixels": "Smallest body that is followed, pixels in the window's first frame.",
     "pretraining.segmenter.tries": "Windows and bodies drawn from each clip; the one with the most motion is used.",
     "pretraining.segmenter.crowded": "Probability that the body that touches others most is used instead.",
-    "pretraining.segmenter.teacher": "Probability that a step puts true masks into the memory instead of predicted ones.",
+    "pretraining.segmenter.teacher": "Probability that a step puts true masks into the memory, not predicted ones.",
     "pretraining.segmenter.twin": "Probability of a copy of the body elsewhere in the picture.",
     "pretraining.segmenter.bce": "Weight of the binary cross-entropy in the loss.",
     "pretraining.vae.pictures": "Number of first steps, which train on single frames.",

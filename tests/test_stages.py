@@ -175,7 +175,7 @@ def test_other_clips_under_a_finished_run_are_refused(home, finished):
         assert said.splitlines()[-1].startswith("runs/try/checkpoints/step-000012: was made with another data;")
         code, _, said = command(home, "train", "bare")
         assert code == 1
-        assert said.splitlines()[-1].startswith("runs/bare/adapter: came of another data;")
+        assert said.splitlines()[-1].startswith("runs/bare/adapter: was trained with another data;")
     finally:
         metadata.write_text(before)
 
