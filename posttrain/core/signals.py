@@ -37,10 +37,11 @@ def launch(module: str) -> int:
     try:
         return int(importlib.import_module(module).main())
     except KeyboardInterrupt as error:
-        for number in SIGNALS:  # a second one must not change the exit code while Python ends
-            signal.signal(number, signal.SIG_IGN)
         print(STOPPED, file=sys.stderr)
         return exit_code(error)
+    finally:
+        for number in SIGNALS:  # a second one must not change the exit code while Python ends
+            signal.signal(number, signal.SIG_IGN)
 
 
 class _Stop:
@@ -74,6 +75,8 @@ def end_with(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        while True:  # the second one ends it at once, should the first be lost or its clean-up hang
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
 
     threading.Thread(target=watch, daemon=True).start()
