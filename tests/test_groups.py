@@ -364,7 +364,7 @@ def test_a_recipe_runs(home: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["data.groups=null"], "data.groups: is missing, and method gdpo compares true clips"),
+        (["data.groups=null"], "data.groups: is missing, and method gdpo needs it"),
         (["method={name: psft}"], "data.groups: is not for psft"),
         (["data.groups={losers: 3}"], "there are no rejected clips; set counterfactuals: true, or samples"),
         (["data.groups={counterfactuals: true, samples_each: 2}"], "set samples to their folder"),

@@ -161,7 +161,7 @@ def test_a_benchmark_says_its_rate_or_is_asked_for_it(tmp_path: Path, capsys: py
     with pytest.raises(UserError) as error:
         open_benchmark(tmp_path / "drops", fps=16)
     assert (error.value.code, error.value.field) == ("conflict", "--truth-fps")
-    assert "taken as" not in capsys.readouterr().err
+    assert "is assumed" not in capsys.readouterr().err
     # what was published is known by its number of real clips, or the names of simulated ones, and it is said
     for i in range(1, 361):
         shutil.copytree(mine / "0000", mine / f"{i:04d}")

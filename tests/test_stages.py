@@ -203,8 +203,8 @@ def test_the_embedded_tracker_takes_no_large_clips(home, finished):
     for path in (home / "large").glob("*/metadata.jsonl"):
         files.write_jsonl(path, [row | {"size": [96, 96]} for row in files.read_jsonl(path)])
     expected = (
-        "eval.tracker: the embedded tracker was made for 64 x 64 pixels, and the clips in large/test_seen have 96 x 96; "
-        "name a SAM 2, as facebook/sam2.1-hiera-large\n"
+        "eval.tracker: the embedded tracker was made for 64 x 64 pixels, and the clips in large/test_seen have "
+        "96 x 96; name a SAM 2, as facebook/sam2.1-hiera-large\n"
     )
     words = ("recipe.yaml", "run=large", "data.clips=large", "eval.clips=large")
     assert refused(home, "run", *words) == refused(home, "eval", "try", "eval.clips=large") == expected
@@ -413,9 +413,15 @@ def test_a_table_is_a_run_for_each_row_and_seed_and_one_report(home):
     said = refused(home, "run", *base, table, "sweep={data.limit: [3]}")
     assert "table: cannot be used together with sweep; keep one" in said
     said = refused(home, "run", *base, "table={rows: {few: {eval.seeds: 7}}}")
+<<<<<<< HEAD
     assert (
         said
         == "runs/rows/recipe.yaml: table.rows.few: changes eval, but all rows must be measured in the same way; leave it out\n"
+=======
+    assert said == (
+        "runs/rows/recipe.yaml: table.rows.few: changes eval, but all rows must be measured in the same way; "
+        "leave it out\n"
+>>>>>>> words
     )
     for row in ("a/b: {}", "..: {}", "few: {train.seed: 3}"):
         assert "table.rows" in refused(home, "run", *base, f"table={{rows: {{{row}}}}}")

@@ -387,7 +387,7 @@ def test_bfloat16_weights_themselves_are_not_trained(folder: Path, tmp_path: Pat
     half = load(ModelConfig(path=str(folder), dtype="bf16"))
     assert not any(p.requires_grad for p in half.transformer.parameters())
     points = type("Points", (), {"ids": ["a"], "key": "", "__len__": lambda self: 1})()
-    with pytest.raises(UserError, match="none of its weights can be trained; set model.adapter, or"):
+    with pytest.raises(UserError, match="none of its weights can be trained"):
         Run(tmp_path, half.module, points, TrainConfig(steps=1, batch=1, lr=1.0))
 
 

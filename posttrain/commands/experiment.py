@@ -151,7 +151,7 @@ class Recipe(Strict):
     @field_validator("method")
     @classmethod
     def _trains_this_family(cls, method: Plugin, info: ValidationInfo) -> Plugin:
-        """Refuse a method that cannot train this family: it trains video models, or the networks in its module's TRAINS."""
+        """Refuse a method that cannot train this family: it trains video models, or the networks in its TRAINS."""
         model, networks = info.data.get("model"), method_of(method).TRAINS
         if model is None:  # what is wrong with it is said elsewhere
             return method
@@ -333,7 +333,12 @@ def members(plan: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
         found[name] = recipe.load(path, [*words, f"run={plan.run}/{name}", "sweep=null", "table=null"], Recipe)
         if plan.table and _measured(found[name]) != _measured(plan):
             raise UserError(
+<<<<<<< HEAD
                 f"{path}: table.rows.{name.partition('/')[0]}: changes eval, but all rows must be measured in the same way; leave it out"
+=======
+                f"{path}: table.rows.{name.partition('/')[0]}: changes eval, but all rows "
+                "must be measured in the same way; leave it out"
+>>>>>>> words
             )
         claim(found[name], folder / name, str(path))
     return [(member, folder / name) for name, member in found.items()]
@@ -399,7 +404,7 @@ def resolved(config: ModelConfig) -> ModelConfig:
 
 
 def _weights(field: str, source: str, merge: tuple[Merged, ...]) -> Path:
-    """The adapter file or transformer folder of `source`, which may depend on no other adapters than those in `merge`."""
+    """The adapter file or transformer folder of `source`, which may depend on no adapters except those in `merge`."""
     for place in (Path(source), RUNS / source):
         if (place / "recipe.yaml").is_file():
             need_training(place)

@@ -134,7 +134,7 @@ def as_evaluated(plan: Recipe) -> dict[str, Any]:
 
 
 def groups(plan: Recipe, folder: Path, shown: int = 8, show: bool = False) -> Path:
-    """Write a contact sheet of the first `shown` groups of a recipe, in one process; return its path, and print it if `show`.
+    """Write a contact sheet of the first `shown` groups of a recipe, in one process; return its path (`show`: print).
 
     Raises:
         UserError: the recipe has no groups, or they are not comparable.

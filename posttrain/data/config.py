@@ -28,7 +28,8 @@ class Wanted:
 class GroupsConfig(Strict):
     """The rejected clips of preference methods: counterfactuals, samples of a model, or both.
 
-    If a true clip has more rejected clips than `losers`, it gives several groups of that size; with fewer, it gives none.
+    If a true clip has more rejected clips than `losers`, it gives several groups of that size; with fewer, it gives
+    none.
     """
 
     losers: PositiveInt = 3  # m, in each group

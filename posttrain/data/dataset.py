@@ -239,7 +239,7 @@ class Clips:
         ]
         if self.annotated and len(set(self.ids)) < len(self.ids):  # a list of videos may name one twice
             raise UserError(
-                f"data.clips: {', '.join(config.folders)}: two folders have clips with the same name; rename one of the folders",
+                f"data.clips: {', '.join(config.folders)}: clips with the same name; rename one of the folders",
                 "duplicate",
                 "data.clips",
             )
@@ -322,7 +322,8 @@ class Clips:
         instances = read_annotations(annotations, ["instances"])["instances"]
         if instances.shape != video.shape[:3]:
             raise UserError(
-                f"{annotations}: instances have shape {instances.shape}, the video {video.shape[:3]}; delete it, and {FILM}",
+                f"{annotations}: instances have shape {instances.shape}, the video {video.shape[:3]}; "
+                f"delete it, and {FILM}",
                 "damaged",
             )
         if view is not None:
@@ -340,7 +341,8 @@ class Clips:
         for name, array in arrays.items():
             if array.shape[:3] != (split.frames, *split.size):
                 raise UserError(
-                    f"{path}: {name} has shape {array.shape}, the video {split.frames, *split.size}; delete it, and {FILM}",
+                    f"{path}: {name} has shape {array.shape}, the video {split.frames, *split.size}; "
+                    f"delete it, and {FILM}",
                     "damaged",
                 )
         return arrays

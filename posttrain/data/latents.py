@@ -32,7 +32,7 @@ CONDITION = "condition."  # what names in an entry begin with that are of Batch.
 
 
 class Readable(Protocol):
-    """The interface of `Clips` that encoding needs; see there. Of a row only the caption and, if any, the target are used."""
+    """The part of the interface of `Clips` that encoding needs. Of a row only caption and target are used."""
 
     @property
     def ids(self) -> Sequence[str]: ...

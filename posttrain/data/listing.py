@@ -357,7 +357,7 @@ def count(video_notes: Sequence[VideoNote]) -> str:
 
 
 def summary(video_notes: Sequence[VideoNote], lines: int = 5) -> list[str]:
-    """A line that says how the videos are used, then a line for each of the first `lines` that are left out, and why."""
+    """A line on how the videos are used, then a line for each of the first `lines` that are left out, and why."""
     used = [video for video in video_notes if video.used]
     out = [video for video in video_notes if not video.used]
     changes = f" ({count(used)})" if count(used) else ""

@@ -121,7 +121,7 @@ def plan(
 
 
 def pace(times: np.ndarray) -> tuple[float, bool]:
-    """Seconds between two frames (0 for a single frame): the mean if the rate is constant, else the median; and whether."""
+    """(seconds between two frames, whether the rate is constant): the mean if it is, else the median; 0: one frame."""
     steps = np.diff(times)
     middle = float(np.median(steps)) if len(steps) else 0.0
     steady = not middle or bool((np.abs(steps / middle - 1) < 0.5).all())

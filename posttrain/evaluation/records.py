@@ -205,7 +205,12 @@ def gather(runs: Mapping[str, Sequence[Path]]) -> list[Record]:
             for record, folder in zip(records, folders, strict=True):
                 if record.settings != first.settings or (same and record.key != first.key):
                     raise UserError(
+<<<<<<< HEAD
                         f"{folder}: was measured with other settings than {folders[0]}; run `posttrain eval` on both again",
+=======
+                        f"{folder}: was measured with other settings than {folders[0]}; "
+                        "run `posttrain eval` on both again",
+>>>>>>> words
                         "mismatch",
                     )
             record = first if same else pooled(records)
@@ -361,8 +366,8 @@ def unequal(records: Sequence[Record]) -> list[str]:
 def print_table(records: Sequence[Record], console: Console | None = None, released: bool = False) -> None:
     """Print the records' means, the first metric with its interval; `released`: in the released code's convention.
 
-    If not all clips have a number, their count is shown next to it. Columns that do not fit the console are printed in a
-    second table below. The warnings of `unequal` follow.
+    If not all clips have a number, their count is shown next to it. Columns that do not fit the console are printed in
+    a second table below. The warnings of `unequal` follow.
     """
     metrics = named(records[0].benchmark).metrics
     shown = [metric for metric in metrics if not released or metric.key in records[0].clips[0].released]

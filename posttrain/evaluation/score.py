@@ -371,7 +371,7 @@ def timing_notes(times_F: np.ndarray, pictures: retimed.Pictures, fps_true: floa
 
 
 def steady(times_F: np.ndarray) -> tuple[np.ndarray, float]:
-    """To show a video at a constant rate (its average): the index of the frame to show at each step (F,), and the rate."""
+    """To show a video at a constant rate (its average): the frame to show at each step (F,), and the rate."""
     step = metric.frame_step(times_F)
     return views.nearest(times_F, metric.even_times(len(times_F), 1 / step)), 1 / step
 

@@ -5,10 +5,10 @@ count as probability 0. If a server requires `max_completion_tokens`, or its own
 Not every server returns logprobs. Some must be configured for the number of pictures in a request (vLLM:
 --limit-mm-per-prompt).
 
-A server is not trusted: an answer must have at most LARGEST bytes, be uncompressed and arrive in time; redirects are not
-followed; its text is shown on one short line, without control characters. Answers are cached by pictures, question and
-model name, so no request is repeated. The key in the environment variable OPENAI_API_KEY, if any, is sent only to the
-server's address, and neither printed nor stored.
+A server is not trusted: an answer must have at most LARGEST bytes, be uncompressed and arrive in time; redirects are
+not followed; its text is shown on one short line, without control characters. Answers are cached by pictures, question
+and model name, so no request is repeated. The key in the environment variable OPENAI_API_KEY, if any, is sent only to
+the server's address, and neither printed nor stored.
 """
 
 import asyncio

@@ -1,15 +1,15 @@
 """Score the videos of a folder: `posttrain score FOLDER --judge simulator|vlm|endpoint`.
 
-FOLDER contains samples, named <clip>-s<seed>.mp4 after the clips of a dataset, which has their captions. Or it is itself
-a dataset folder, or a folder of any videos with captions (data/listing.py). Scores are written next to the videos, one
-row of scores.jsonl each, where groups read them (data/groups.py):
+FOLDER contains samples, named <clip>-s<seed>.mp4 after the clips of a dataset, which has their captions. Or it is
+itself a dataset folder, or a folder of any videos with captions (data/listing.py). Scores are written next to the
+videos, one row of scores.jsonl each, where groups read them (data/groups.py):
 
     {"file_name": "00012-s0.mp4", "sa": 0.9, "pc": 0.2, "mass": 0.99, "judge": "...", "version": "...", "key": "...",
      "sha256": "..."}
 
-`mass` is the probability that a model's answers begin with yes or no (questions.py); the simulator has none. Each row is
-written as soon as it is computed. A second run only scores videos without a row, or whose video or caption has changed.
-Scores of different judges are not mixed.
+`mass` is the probability that a model's answers begin with yes or no (questions.py); the simulator has none. Each row
+is written as soon as it is computed. A second run only scores videos without a row, or whose video or caption has
+changed. Scores of different judges are not mixed.
 """
 
 import sys

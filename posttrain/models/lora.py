@@ -387,7 +387,8 @@ def merge(transformer: nn.Module, path: Path | str, scale: float = 1.0, read: Ca
     if dtype != torch.float32 and abs(survives - 1) > 1 - SURVIVES:
         raise UserError(
             f"{path}: times {scale:g}, merged into {str(dtype).removeprefix('torch.')} weights, {survives:.1%} of it "
-            "is left; set model.dtype=fp32, or keep the adapter separate from the weights (model.start; distribute the adapter file)",
+            "is left; set model.dtype=fp32, or keep the adapter separate from the weights (model.start; "
+            "distribute the adapter file)",
             "mismatch",
             "model.merge",
         )

@@ -55,7 +55,7 @@ class Truth:
     Attributes:
         row: caption, fps, size and, if known, drop_height, gravity, camera and distance.
         picture: function that returns the first frame, uint8 (H, W, 3).
-        masks: function of n that returns the first n masks of the scored object (fewer if the clip ends), bool (F, H, W).
+        masks: function of n that returns the scored object's first n masks (fewer if the clip ends), bool (F, H, W).
         key: hash of everything that the masks depend on.
         context: text that is added to the caption in a model's prompt.
     """

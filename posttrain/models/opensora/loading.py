@@ -78,7 +78,7 @@ def folder_of(path: str, revision: str | None = None) -> Path:
         return Path(path).absolute()
     if Path(path).is_file():
         raise UserError(
-            f"model.path: {path} is a file; set model.path to the model's folder or hub id, and model.start to the file",
+            f"model.path: {path} is a file; set it to the model's folder or hub id, and model.start to the file",
             "format",
             "model.path",
         )
