@@ -6,6 +6,7 @@ encoded again, or refused if training is already reading it.
 """
 
 import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from posttrain.models.base import VideoModel
 from posttrain.types import Batch
 
 VERSION = "1"  # of what this code makes of a clip; with another one, entries are made again
+NOTED = "posttrain"  # the header's entry that holds the digest and the version
 CONDITION = "condition."  # what names in an entry begin with that are of Batch.condition
 
 
@@ -86,7 +88,9 @@ class Latents:
             entry = {"z0": z0_CFHW.float(), "text": texts[caption].float()}
             entry |= {f"{CONDITION}{name}": value[0] for name, value in condition.items()}
             entry = {k: v.contiguous().cpu() for k, v in entry.items()}
-            content = save(entry, {"sha256": _digest(self.keys[index], entry), "version": VERSION})
+            noted = {"sha256": _digest(self.keys[index], entry), "version": VERSION}
+            # one entry alone: safetensors writes several in a random order
+            content = save(entry, {NOTED: json.dumps(noted)})
             files.write_bytes(self._files[index], content, flush=False)
         model.unload()  # UMT5 alone is 11 GiB, and training needs it not
         state.wait_for_everyone()
@@ -128,10 +132,11 @@ class Latents:
         path = self._files[index]
         try:
             with safe_open(path, "pt") as stored:
-                entry, noted = {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}
+                entry = {name: stored.get_tensor(name) for name in stored.keys()}
+                noted = json.loads((stored.metadata() or {}).get(NOTED, "{}"))
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path}: is damaged; start again: it is then encoded again", "damaged") from error
-        if noted.get("version", "1") != VERSION:
+        if noted.get("version") != VERSION:
             message = f"{path}: was encoded by another version of the code; start again: it is then encoded again"
             raise UserError(message, "damaged")
         if noted.get("sha256") != _digest(self.keys[index], entry):
