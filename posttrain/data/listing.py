@@ -3,7 +3,8 @@
 These are looked for in `<folder>/<split>`, then in `<folder>`; a list is preferred to the videos themselves:
 
     metadata.jsonl, .json, .csv, .tsv   rows with a VIDEO and a CAPTION column (finetrainers, videofolder,
-                                        DiffSynth-Studio); the recipe may also name such a file
+                                        DiffSynth-Studio); the recipe may also name such a file. Of several
+                                        caption columns the first that is filled in a row counts
     videos.txt and prompts.txt          one file name and one caption per line (finetrainers)
     a.mp4 and a.txt                     the caption beside the video (finetrainers), in folders of any depth
 
@@ -18,6 +19,7 @@ files are links to its own blobs.
 
 import csv
 import difflib
+import glob
 import io
 import math
 import re
@@ -30,7 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from posttrain.core import codec, files
-from posttrain.core.errors import UserError
+from posttrain.core.errors import UserError, printable
 from posttrain.core.progress import track
 from posttrain.data.config import Wanted
 from posttrain.data.schema import ClipRow
@@ -43,6 +45,8 @@ PROMPTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 VIDEO = ("filename", "video", "videopath", "videofile", "path", "filepath", "mediapath")
 CAPTION = ("caption", "prompt", "text")
 PART = ("start", "end", "true_fps")
+UNREAD = re.compile("(start|end|begin)")  # columns that begin so, and are none of PART, probably mean a part
+EMPTY = {"nan", "none", "null", "n/a"}  # what programs write into a cell of text for no value
 SUFFIXES = {
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wmv", ".flv", ".mpg", ".mpeg", ".gif"),
     *(".ogv", ".ts", ".mts", ".m2ts", ".3gp", ".3g2", ".f4v", ".vob", ".asf", ".mxf", ".m2v", ".dv", ".qt"),
@@ -59,6 +63,7 @@ class Entry:
     caption: str | None
     part: Part = WHOLE
     captions: int = 1
+    notes: tuple[str, ...] = ()
 
 
 class VideoNote(NamedTuple):
@@ -87,13 +92,27 @@ def entries(folder: Path | str, split: str) -> list[Entry]:
                 if (home / name).is_file():
                     return _of_split(read_list(home / name), split)
     for home in (folder / split, folder):
-        if videos := videos_in(home):
-            return [Entry(home, path.name, _beside(home, path)) for path in videos]
-    for home in (folder / split, folder):
-        deeper = [path for path in _walk(home) if path.suffix.lower() in SUFFIXES]
-        if deeper and not _lists_below(home):
-            return _of_split([Entry(home, str(path.relative_to(home)), _beside(home, path)) for path in deeper], split)
+        videos = videos_in(home)
+        if not _lists_below(home):
+            videos += [path for path in _walk(home) if path.suffix.lower() in SUFFIXES and path.parent != home]
+        if videos:
+            listed = [Entry(home, str(path.relative_to(home)), _beside(home, path)) for path in videos]
+            return _of_split([*listed, *_alone(home, videos)], split)
     return []
+
+
+def _alone(home: Path, videos: Sequence[Path]) -> list[Entry]:
+    """The files with a caption beside them that are no videos by their names."""
+    stems = {video.with_suffix("") for video in videos}
+    captioned = [path.with_suffix("") for path in _walk(home) if path.suffix == ".txt"]
+    others = {stem: [path for path in stem.parent.glob(f"{glob.escape(stem.name)}.*")] for stem in captioned}
+    return [
+        Entry(home, str(path.relative_to(home)), "", notes=("no video: its name does not end as one of a video does",))
+        for stem, files_there in others.items()
+        if stem not in stems
+        for path in sorted(files_there)
+        if path.suffix.lower() not in (".txt", ".json", ".npz")
+    ]
 
 
 def videos_in(folder: Path) -> list[Path]:
@@ -101,6 +120,11 @@ def videos_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+
+
+def unread_lists(folder: Path) -> list[Path]:
+    """The tables in a folder that are not called as those that are looked for."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".csv", ".tsv", ".jsonl"))
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -166,15 +190,33 @@ def _table(path: Path) -> list[Entry]:
         )
     if not rows or not all(isinstance(row, dict) for _, row in rows):
         raise UserError(f"{path}: should hold rows, each a mapping with a video and a caption; write it so", "format")
+    columns = list(dict.fromkeys(name for _, row in rows for name in row))
+    for line, row in rows:
+        if twice := [name for name, times in Counter(map(_column, row)).items() if times > 1]:
+            raise UserError(f"{path}:{line}: has two columns called {twice[0]}; rename one", "duplicate", twice[0])
     rows = [(line, {_column(name): value for name, value in row.items()}) for line, row in rows]
     there = set().union(*(row for _, row in rows))
-    name, caption = (next((column for column in columns if column in there), "") for columns in (VIDEO, CAPTION))
+    name = next((column for column in VIDEO if column in there), "")
     if not name:
-        raise UserError(f"{path}: has no column of file names; call it file_name, video or path", "format")
+        has = ", ".join(printable(column) for column in columns[:8])
+        raise UserError(f"{path}: has no column of file names, but {has}; call it file_name, video or path", "format")
+    unread = [column for column in columns if UNREAD.match(_column(column)) and column not in PART]
+    notes = tuple(f"{printable(column)} is not read: only start and end, in seconds, are" for column in unread)
+    if not there & set(CAPTION):
+        notes += (f"no caption column: {path.name} has none called caption, prompt or text",)
     return [
-        _entry(path, line, row.get(name), row.get(caption), *(row.get(_column(number)) for number in PART))
+        replace(
+            _entry(path, line, row.get(name), _caption(row), *(row.get(_column(number)) for number in PART)),
+            notes=notes,
+        )
         for line, row in rows
     ]
+
+
+def _caption(row: dict[str, Any]) -> Any:
+    """What the first caption column of a row says that says anything; None: none does."""
+    cells = [row[column] for column in CAPTION if column in row]
+    return next((cell for cell in cells if cell and not (isinstance(cell, str) and cell.strip().lower() in EMPTY)), None)
 
 
 def _column(name: str) -> str:
@@ -185,7 +227,9 @@ def _csv(path: Path) -> list[tuple[int, dict[str, str]]]:
     """(line, row) of a CSV. A row with more cells than the header is refused."""
     text = files.read_text(path)
     header = text.partition("\n")[0]
-    reader = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=header.count), strict=True)
+    delimiter = max(",;\t", key=header.count)
+    # a quote after a comma and a space opens a cell too; spaces in a TSV are left, for a tab is one of them
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True, skipinitialspace=delimiter != "\t")
     rows, columns = list[tuple[int, dict[str, str]]](), list[str]()
     try:
         while True:
@@ -197,6 +241,10 @@ def _csv(path: Path) -> list[tuple[int, dict[str, str]]]:
                 continue
             if not columns:
                 columns = cells
+                if not {_column(cell) for cell in cells} & set(VIDEO):
+                    return [(line, dict.fromkeys(cells, ""))]  # its caller names what is missing
+                if len(set(map(_column, cells))) < len(cells):
+                    raise UserError(f"{path}:{line}: two columns have one name; rename one", "duplicate")
                 continue
             if len(cells) > len(columns):
                 many = f"has {len(cells)} cells, but the header {len(columns)}"
@@ -214,7 +262,10 @@ def _lists(path: Path) -> list[Entry]:
         raise UserError(
             f"{path}: has no captions beside it; write one per line into {path.parent / PROMPTS[0]}", "missing"
         )
-    names, captions = (files.read_text(file).rstrip("\n").split("\n") for file in (path, prompts))
+    names = files.read_text(path).rstrip("\n").split("\n")
+    captions = files.read_text(prompts).removesuffix("\n").split("\n")  # the last ones may be empty
+    while len(captions) > len(names) and not captions[-1].strip():
+        captions.pop()
     if len(names) != len(captions):
         many = f"{len(captions)} lines, but {path.name} {len(names)}"
         raise UserError(f"{prompts}: has {many}; write one caption a line", "mismatch")
@@ -317,10 +368,13 @@ def choose(
         finally:
             pool.shutdown(cancel_futures=True)  # those over the limit, or all after Ctrl-C
     if not rows:
+        mend = "mend them or data.*"
+        if all("no caption" in video.notes for video in video_notes) and (tables := unread_lists(folder)):
+            mend = f"to read their captions from {tables[0].name}, name it: data.clips={tables[0]}"
         first_note = f"{video_notes[0].file}: {'; '.join(video_notes[0].notes)}"
         raise UserError(
             f"{folder}: none of its {len(video_notes)} videos can be used ({count(video_notes)}), for example "
-            f"{first_note}; mend them or data.*",
+            f"{first_note}; {mend}",
             "no_clips",
         )
     return rows, views, video_notes
@@ -329,8 +383,10 @@ def choose(
 def _look(entry: Entry, wanted: Wanted, uncaptioned: str) -> tuple[str, View | None, list[str]]:
     """A video's digest, how it becomes a clip (None if it cannot), and the notes."""
     path = within(entry.folder, entry.name)
+    if any(note.startswith("no video:") for note in entry.notes):
+        return "", None, list(entry.notes)
     if entry.caption is None and uncaptioned != "empty":
-        return "", None, ["no caption"]
+        return "", None, ["no caption", *entry.notes]
     if not path.is_file():
         return "", None, ["does not exist"]
     try:
@@ -342,6 +398,7 @@ def _look(entry: Entry, wanted: Wanted, uncaptioned: str) -> tuple[str, View | N
         return "", None, [str(error).removeprefix(f"{path}: ").removesuffix("; mend or remove it")]
     if view is not None and entry.captions > 1:
         notes = [*notes, f"several captions: the first of {entry.captions} is taken"]
+    notes = [*notes, *entry.notes]
     return facts.sha256, view, notes
 
 
