@@ -19,7 +19,6 @@ files are links to its own blobs.
 
 import csv
 import difflib
-import glob
 import io
 import math
 import re
@@ -97,21 +96,20 @@ def entries(folder: Path | str, split: str) -> list[Entry]:
             videos += [path for path in _walk(home) if path.suffix.lower() in SUFFIXES and path.parent != home]
         if videos:
             listed = [Entry(home, str(path.relative_to(home)), _beside(home, path)) for path in videos]
-            return _of_split([*listed, *_alone(home, videos)], split)
+            return _of_split(listed, split)
     return []
 
 
-def _alone(home: Path, videos: Sequence[Path]) -> list[Entry]:
-    """The files with a caption beside them that are no videos by their names."""
-    stems = {video.with_suffix("") for video in videos}
-    captioned = [path.with_suffix("") for path in _walk(home) if path.suffix == ".txt"]
-    others = {stem: [path for path in stem.parent.glob(f"{glob.escape(stem.name)}.*")] for stem in captioned}
+def _others(folder: Path, listed: Sequence[Entry]) -> list[VideoNote]:
+    """A note on each file with a caption beside it that is no video by its name; none in a folder with a list."""
+    if _lists_below(folder):
+        return []
+    stems = {(folder / entry.name).with_suffix("") for entry in listed}
+    captioned = {path.with_suffix("") for path in _walk(folder) if path.suffix == ".txt"} - stems
     return [
-        Entry(home, str(path.relative_to(home)), "", notes=("no video: its name does not end as one of a video does",))
-        for stem, files_there in others.items()
-        if stem not in stems
-        for path in sorted(files_there)
-        if path.suffix.lower() not in (".txt", ".json", ".npz")
+        VideoNote(str(path.relative_to(folder)), False, ["no video: its name does not end as one of a video does"])
+        for path in _walk(folder)
+        if path.with_suffix("") in captioned and path.suffix.lower() not in (".txt", *SUFFIXES)
     ]
 
 
@@ -122,9 +120,10 @@ def videos_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
 
 
-def unread_lists(folder: Path) -> list[Path]:
-    """The tables in a folder that are not called as those that are looked for."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".csv", ".tsv", ".jsonl"))
+def _unread(folder: Path) -> list[Path]:
+    """The one table in a folder, if it is not called as those that are looked for."""
+    tables = [path for path in folder.iterdir() if path.suffix.lower() in (".csv", ".tsv", ".jsonl")]
+    return sorted(path for path in tables if path.name not in TABLES) if len(tables) == 1 else []
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -176,13 +175,14 @@ def _of_split(listed: Sequence[Entry], split: str) -> list[Entry]:
 def _table(path: Path) -> list[Entry]:
     """The rows of a table, by its suffix."""
     rows: Any
-    if path.suffix == ".jsonl":
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
         rows = list(enumerate(files.read_jsonl(path), 1))
-    elif path.suffix == ".json":
+    elif suffix == ".json":
         rows = files.read_json(path)
         rows = rows.get("data") if isinstance(rows, dict) else rows
         rows = list(enumerate(rows, 1)) if isinstance(rows, list) else []
-    elif path.suffix in (".csv", ".tsv"):
+    elif suffix in (".csv", ".tsv"):
         rows = _csv(path)
     else:
         raise UserError(
@@ -200,7 +200,7 @@ def _table(path: Path) -> list[Entry]:
     if not name:
         has = ", ".join(printable(column) for column in columns[:8])
         raise UserError(f"{path}: has no column of file names, but {has}; call it file_name, video or path", "format")
-    unread = [column for column in columns if UNREAD.match(_column(column)) and column not in PART]
+    unread = [column for column in columns if UNREAD.match(_column(column)) and _column(column) not in PART]
     notes = tuple(f"{printable(column)} is not read: only start and end, in seconds, are" for column in unread)
     if not there & set(CAPTION):
         notes += (f"no caption column: {path.name} has none called caption, prompt or text",)
@@ -367,9 +367,10 @@ def choose(
                 video_notes.append(VideoNote(entry.name, view is not None, notes))
         finally:
             pool.shutdown(cancel_futures=True)  # those over the limit, or all after Ctrl-C
+    video_notes += _others(folder, listed)
     if not rows:
         mend = "mend them or data.*"
-        if all("no caption" in video.notes for video in video_notes) and (tables := unread_lists(folder)):
+        if all("no caption" in video.notes for video in video_notes) and (tables := _unread(folder)):
             mend = f"to read their captions from {tables[0].name}, name it: data.clips={tables[0]}"
         first_note = f"{video_notes[0].file}: {'; '.join(video_notes[0].notes)}"
         raise UserError(
@@ -383,8 +384,6 @@ def choose(
 def _look(entry: Entry, wanted: Wanted, uncaptioned: str) -> tuple[str, View | None, list[str]]:
     """A video's digest, how it becomes a clip (None if it cannot), and the notes."""
     path = within(entry.folder, entry.name)
-    if any(note.startswith("no video:") for note in entry.notes):
-        return "", None, list(entry.notes)
     if entry.caption is None and uncaptioned != "empty":
         return "", None, ["no caption", *entry.notes]
     if not path.is_file():
