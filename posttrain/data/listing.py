@@ -216,7 +216,9 @@ def _table(path: Path) -> list[Entry]:
 def _caption(row: dict[str, Any]) -> Any:
     """What the first caption column of a row says that says anything; None: none does."""
     cells = [row[column] for column in CAPTION if column in row]
-    return next((cell for cell in cells if cell and not (isinstance(cell, str) and cell.strip().lower() in EMPTY)), None)
+    return next(
+        (cell for cell in cells if cell and not (isinstance(cell, str) and cell.strip().lower() in EMPTY)), None
+    )
 
 
 def _column(name: str) -> str:

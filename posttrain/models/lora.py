@@ -243,7 +243,13 @@ def _add(inner: Any, path: Path, read: Callable[[Path], Weights], name: str) -> 
     except UserError:
         raise
     except Exception as error:  # peft, diffusers and safetensors each raise their own kinds
-        if "size mismatch" not in str(error) and "should be empty" in str(error):
+        if isinstance(error, json.JSONDecodeError | KeyError):
+            raise UserError(
+                f"{path}: its header lora_adapter_metadata cannot be read ({error}); write it as diffusers does, each "
+                "key with `transformer.` before it, or leave it out",
+                "format",
+            ) from error
+        if "should be empty" in str(error):
             left = str(error).partition("dict_keys(")[2].rstrip(").") or str(error)
             raise UserError(
                 f"{path}: has parts that are not read here ({left[:300]}); take them out, or fold the file into the "
@@ -325,7 +331,7 @@ def _check_foreign(path: Path) -> None:
             "lora_B.weight, multiply lora_B by alpha / rank, and take alpha out",
             "unsupported",
         )
-    kohya = {name.partition(".")[0] for name in names if name.startswith("lora_unet_")}
+    kohya = {name.partition(".lora_")[0] for name in names if name.startswith("lora_unet_") and ".lora_" in name}
     there = set(names)
     for layer in sorted(kohya):
         for part in (".lora_down.weight", ".lora_up.weight", ".alpha"):
