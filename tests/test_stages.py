@@ -413,15 +413,9 @@ def test_a_table_is_a_run_for_each_row_and_seed_and_one_report(home):
     said = refused(home, "run", *base, table, "sweep={data.limit: [3]}")
     assert "table: cannot be used together with sweep; keep one" in said
     said = refused(home, "run", *base, "table={rows: {few: {eval.seeds: 7}}}")
-<<<<<<< HEAD
-    assert (
-        said
-        == "runs/rows/recipe.yaml: table.rows.few: changes eval, but all rows must be measured in the same way; leave it out\n"
-=======
     assert said == (
         "runs/rows/recipe.yaml: table.rows.few: changes eval, but all rows must be measured in the same way; "
         "leave it out\n"
->>>>>>> words
     )
     for row in ("a/b: {}", "..: {}", "few: {train.seed: 3}"):
         assert "table.rows" in refused(home, "run", *base, f"table={{rows: {{{row}}}}}")

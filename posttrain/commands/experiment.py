@@ -333,12 +333,8 @@ def members(plan: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
         found[name] = recipe.load(path, [*words, f"run={plan.run}/{name}", "sweep=null", "table=null"], Recipe)
         if plan.table and _measured(found[name]) != _measured(plan):
             raise UserError(
-<<<<<<< HEAD
-                f"{path}: table.rows.{name.partition('/')[0]}: changes eval, but all rows must be measured in the same way; leave it out"
-=======
                 f"{path}: table.rows.{name.partition('/')[0]}: changes eval, but all rows "
                 "must be measured in the same way; leave it out"
->>>>>>> words
             )
         claim(found[name], folder / name, str(path))
     return [(member, folder / name) for name, member in found.items()]

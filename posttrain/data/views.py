@@ -73,6 +73,7 @@ def see(facts: Facts, wanted: Wanted, part: Part = WHOLE) -> tuple[View | None, 
         return None, done
     if facts.turn != Turn():
         notes = [f"{facts.turn}, as the file says", *notes]
+    notes = [*notes, *facts.notes]
     positions = inside[positions]
     frames = tuple(int(position) if facts.marks is None else facts.marks[position] for position in positions)
     return View(frames, facts.marks is not None, box, wanted.size), notes + done

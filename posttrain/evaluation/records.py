@@ -205,12 +205,8 @@ def gather(runs: Mapping[str, Sequence[Path]]) -> list[Record]:
             for record, folder in zip(records, folders, strict=True):
                 if record.settings != first.settings or (same and record.key != first.key):
                     raise UserError(
-<<<<<<< HEAD
-                        f"{folder}: was measured with other settings than {folders[0]}; run `posttrain eval` on both again",
-=======
                         f"{folder}: was measured with other settings than {folders[0]}; "
                         "run `posttrain eval` on both again",
->>>>>>> words
                         "mismatch",
                     )
             record = first if same else pooled(records)
