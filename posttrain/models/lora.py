@@ -320,8 +320,8 @@ def _check_foreign(path: Path) -> None:
         )
     if strange := [name for name in names if not name.startswith(PREFIXES)]:
         raise UserError(
-            f"{path}: has {strange[0]} and {len(strange) - 1} more names that do not begin with "
-            f"{', '.join(PREFIXES)}; rename or take out these: diffusers' layers are `transformer.<layer>.lora_A.weight`",
+            f"{path}: has {strange[0]} and {len(strange) - 1} more names that do not begin with {', '.join(PREFIXES)}; "
+            "rename or take out these: diffusers' layers are `transformer.<layer>.lora_A.weight`",
             "unsupported",
         )
     ours = [name for name in names if name.startswith("transformer.")]
