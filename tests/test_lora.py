@@ -294,6 +294,7 @@ def written(file: Path, **header: object) -> Path:
     return other
 
 
+@pytest.mark.slow
 def test_every_way_of_loading_gives_one_adapter(folder: Path, tmp_path: Path) -> None:
     """Rank 4, alpha 8: the weights alone have the same strength as the file; an old file, with alpha in its header."""
     wan = adapted(folder, rank=4, alpha=8)

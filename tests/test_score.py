@@ -301,6 +301,7 @@ def filmed_at(path: Path, times_F: np.ndarray, codec: str, pixels: str, start: i
         container.mux(stream.encode())
 
 
+@pytest.mark.slow
 def test_each_frame_has_its_own_time(tmp_path: Path) -> None:
     """One fall as GIF, WebM, at 60 frames per second, at any moments: L2 within 0.02, IoU 0.15, g 6%, whole spans."""
     write_dataset(tmp_path / "drops", ["test_unseen"], clips=1, frames=17)

@@ -157,6 +157,7 @@ def test_a_tracker_shows_the_log_and_the_videos_and_changes_nothing(home, finish
     assert command(home, *arguments[:-1])[0] == 0  # and without it, the run is the same one
 
 
+@pytest.mark.slow
 def test_another_recipe_in_the_same_folder_is_refused(home, finished):
     said = refused(home, "run", "recipe.yaml", "train.lr=0.02", "model.adapter.rank=4")
     assert said.startswith("runs/try/recipe.yaml: differs from recipe.yaml in model.adapter.rank (2, now 4), train.lr ")
@@ -165,6 +166,7 @@ def test_another_recipe_in_the_same_folder_is_refused(home, finished):
     assert command(home, "train", "recipe.yaml")[0] == 0  # and the folder keeps the last word
 
 
+@pytest.mark.slow
 def test_other_clips_under_a_finished_run_are_refused(home, finished):
     metadata = home / "drops" / "train" / "metadata.jsonl"
     before = metadata.read_text()

@@ -865,6 +865,7 @@ def test_any_videos_train_psft_and_are_listed_before(home) -> None:
     assert contents(home / "runs" / "mine" / "adapter") == before
 
 
+@pytest.mark.slow
 def test_clips_that_are_given_whole_are_refused_before_they_are_encoded(home) -> None:
     code, out, said = command(home, "train", "recipe.yaml", "run=single", "data.frames=1")
     assert code == 1

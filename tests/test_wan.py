@@ -37,6 +37,7 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.mark.slow
 def test_text_equals_the_stock_pipeline(wan: Wan, folder: Path) -> None:
     """Cleaned the same way, 512 tokens, zero after the last one; one caption is empty and one too long."""
     text_BLD = wan.encode_text(CAPTIONS)
