@@ -54,7 +54,8 @@ def test_what_of_a_video_is_not_shown_as_a_player_would_is_noted(tmp_path: Path)
         frame = plain()
         frame.color_trc = transfer
         facts = inspect(film(tmp_path / f"{name}.mp4", frame, "libx264", "yuv420p"))
-        assert [note.split(":")[0] for note in facts.notes] == ["HDR"] and name in facts.notes[0]
+        assert [note.split(":")[0] for note in facts.notes] == ["HDR"]
+        assert name in facts.notes[0]
 
 
 def test_of_several_streams_the_one_that_is_used_is_named(tmp_path: Path) -> None:
@@ -128,7 +129,8 @@ def test_a_part_in_columns_of_other_names_is_noted(tmp_path: Path) -> None:
 
 def test_the_last_captions_of_a_list_may_be_empty(tmp_path: Path) -> None:
     clips, notes = chosen(tmp_path, videos0txt="a.mp4\nsub/b.mp4\n", prompts0txt="one\n\n")
-    assert clips == [("a.mp4", "one")] and notes == ["no caption"]
+    assert clips == [("a.mp4", "one")]
+    assert notes == ["no caption"]
 
 
 @pytest.mark.parametrize(
