@@ -5,8 +5,8 @@
     pt.train(recipe)
     rows = pt.evaluate(recipe)
 
-docs/python.md lists the functions; they are in posttrain/api.py, which is imported when the first is used, as it takes
-seconds.
+docs/python.md lists the functions. They are in posttrain/api.py, which is imported when one is first used, because this
+takes seconds.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What is not there yet: a function of posttrain/api.py."""
+    """Import posttrain/api.py when one of its functions is first used."""
     if name not in __all__:
         raise AttributeError(f"module 'posttrain' has no attribute {name!r}")
     from posttrain import api

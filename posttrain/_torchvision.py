@@ -1,8 +1,9 @@
-"""Let PyPI's torchvision be imported beside a CPU build of torch.
+"""Make PyPI's torchvision importable together with a CPU build of torch.
 
-torchvision's wheels on PyPI are built for CUDA: beside a CPU build of torch their C++ library does not load, and then
-`import torchvision` fails, and with it those of transformers, diffusers and peft. Nothing here needs that library. So
-when torchvision is first looked for, the two operators are declared that its import asks for; called, they still fail.
+torchvision's wheels on PyPI are built for CUDA. With a CPU build of torch their C++ library does not load. Then `import
+torchvision` fails, and so do the imports of transformers, diffusers and peft. Nothing here needs that library. So
+when torchvision is first imported, this module declares the two operators that the import needs; calling them still
+fails.
 """
 
 import importlib.util
@@ -14,7 +15,7 @@ _kept: list[Any] = []  # a declaration lasts as long as its object
 
 
 class _BeforeTorchvision:
-    """Looked at before any other finder; finds nothing."""
+    """A module finder that declares the operators when torchvision is searched; it finds no module itself."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> None:

@@ -1,10 +1,10 @@
 """What `import posttrain` offers: the functions behind the commands. See docs/python.md.
 
-They work in the current folder as the commands do: runs are in runs/, shared results in runs/cache/. What is done is
-not done again, and what was cut off continues. Progress goes to standard error; `show=True` also prints the tables and
-paths that the command prints. What a user can mend is raised as UserError; where its message names an option of the
-command, the argument of that name is meant. Under torchrun every process calls the function, and the first has the
-results.
+They work in the current folder as the commands do: runs are in runs/, shared results in runs/cache/. Finished work is
+not repeated, and interrupted work continues. Progress goes to standard error; `show=True` also prints the tables and
+paths that the command prints. Errors that a user can fix are raised as UserError; if the message names an option of
+the command, it means the argument of that name. Under torchrun every process calls the function, and only the first
+process gets the results.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,15 +46,15 @@ def run(recipe: Experiment, *overrides: str, show: bool = False) -> Path:
     """Do every stage of a recipe, as `posttrain run`: clips, training, evaluation, report, export.
 
     Args:
-        recipe: of `load_recipe`, or what that takes: a recipe file, a run's folder, its name in runs/.
-        overrides: as "train.steps=20"; for a recipe that was loaded, give them to `load_recipe`.
+        recipe: the result of `load_recipe`, a recipe file, a run's folder, or a run's name in runs/.
+        overrides: such as "train.steps=20"; for a loaded recipe, give them to `load_recipe` instead.
         show: print the tables and paths.
 
     Returns:
-        The run's folder, runs/<run>. Of a sweep or a table it holds a folder for each run.
+        The run's folder, runs/<run>. For a sweep or a table, it contains a folder for each run.
 
     Raises:
-        UserError: the recipe, its clips, its model and the folder do not go together; `code` says how.
+        UserError: the recipe, its clips, its model and the folder do not fit together; see `code`.
     """
     plan, folder = open_run(recipe, overrides)
     for member, place in _each(_checked(plan, folder)):
@@ -81,13 +81,13 @@ def train(recipe: Experiment, *overrides: str) -> Path:
 
 
 def groups(recipe: Experiment, *overrides: str, show: bool = False) -> list[Path]:
-    """Make what a recipe's true clips are compared with, as `posttrain groups`; arguments as for `run`.
+    """Generate the missing samples of a recipe's groups, as `posttrain groups`; arguments as for `run`.
 
     Returns:
-        The paths of the sheets that show the first groups, one of each run.
+        The paths of the contact sheets that show the first groups, one for each run.
 
     Raises:
-        UserError: the recipe has no `data.groups`, or they are not comparable.
+        UserError: the recipe has no `data.groups`, or the clips of a group are not comparable.
     """
     plan, folder = open_run(recipe, overrides)
     sheets = []
@@ -99,12 +99,12 @@ def groups(recipe: Experiment, *overrides: str, show: bool = False) -> list[Path
 
 
 def evaluate(recipe: Experiment, *overrides: str, show: bool = False) -> list[dict[str, Any]]:
-    """Measure a trained run as its `eval` says, beside the base and the references, as `posttrain eval`.
+    """Measure a trained run as its `eval` says, and the base and the reference rows, as `posttrain eval`.
 
     Returns:
-        A row for each model and split, as in report.json: "model", "split", and of each metric (docs/measuring.md) a
+        A row for each model and split, as in report.json: "model", "split", and for each metric (docs/measuring.md) a
         dict of "mean", "low", "high" (95% interval over clips) and "n" (clips). "mean" is None if no clip has a number.
-        "physics" holds the scorecard, with "median" in place of "mean". Of a sweep or a table, the rows of all runs.
+        "physics" has the scorecard, with "median" instead of "mean". For a sweep or a table, the rows of all runs.
 
     Raises:
         UserError: unfinished: training is not complete; required: the recipe has no `eval`; or as `run`.
@@ -117,10 +117,10 @@ def evaluate(recipe: Experiment, *overrides: str, show: bool = False) -> list[di
 
 
 def report(recipe: Experiment, *overrides: str, show: bool = False) -> Path:
-    """Write report.json, report.html and report.gif from what was measured, as `posttrain report`.
+    """Write report.json, report.html and report.gif from the measurements, as `posttrain report`.
 
     Returns:
-        The path of report.html, one file that needs no network; the others are beside it.
+        The path of report.html, one file that needs no network. The other two are in the same folder.
 
     Raises:
         UserError: nothing was measured, or a sample that the page shows is missing.
@@ -145,11 +145,11 @@ def export(
         check: load each file as its program does, and compare with the trained model.
 
     Returns:
-        The paths: the weights, then what `formats` adds, then the model card.
+        The paths: the weights, then the files of `formats`, then the model card.
 
     Raises:
-        UserError: unfinished: training is not complete; mismatch: a file does not give what was trained; conflict: a
-            format needs an adapter, and all weights were trained.
+        UserError: unfinished: training is not complete; mismatch: a file differs from the trained model; conflict: a
+            format needs an adapter, but all weights were trained.
     """
     if unknown := [name for name in formats if name not in FORMATS]:
         reason = f"{printable(repr(unknown[0]))} is no format; choose from: {', '.join(FORMATS)}"
@@ -180,30 +180,30 @@ def sample(
     family: str | None = None,
     show: bool = False,
 ) -> list[Path]:
-    """Sample clips, as `posttrain sample`: with a run, of base and tuned model side by side.
+    """Sample clips, as `posttrain sample`. With a run, base and tuned model are sampled side by side.
 
-    None stands for the run's own settings, or those that the model's authors recommend.
+    None means the run's own settings, or those that the model's authors recommend.
 
     Args:
         model: a run's folder or its name in runs/, "pocket", a diffusers folder or a hub id.
-        image: the first frame, a file or uint8 (H, W, 3), cropped in the middle to the size; None for models of text.
+        image: the first frame, a file or uint8 (H, W, 3), cropped around its centre; None for text-to-video models.
         negative: the negative prompt; used only if guidance is above 1.
-        seeds: one clip each, 0 to 2^63 - 1.
+        seeds: 0 to 2^63 - 1; one clip for each.
         size: (height, width) in pixels.
-        frames: the number of pictures, the first included; many models need 4k + 1.
+        frames: the number of frames, including the first; many models need 4k + 1.
         fps: frames per second of the files.
-        steps: of the sampler.
-        guidance: 1 is none. guidance_low: of the second of two experts.
-        scale: factor of the run's adapter.
-        output: the folder; None: samples/asked in the run's, or runs/samples/<model>.
-        family: of a model that is no run, as in model.family.
+        steps: sampler steps.
+        guidance: classifier-free guidance, 1: none. guidance_low: that of the second of two experts.
+        scale: strength of the run's adapter.
+        output: the folder; None: samples/asked in the run's folder, or runs/samples/<model>.
+        family: the family of a model that is not a run, as in model.family.
 
     Returns:
         The paths of the clips (all seeds of the first model, then of the second), of a contact sheet and of a GIF.
         `read_video` gives a clip as an array.
 
     Raises:
-        UserError: the run or model does not exist, or the picture and the settings do not fit it.
+        UserError: the run or model does not exist, or the first frame or the settings do not fit it.
     """
     wishes: dict[str, Any] = {
         "negative": negative,
@@ -243,25 +243,25 @@ def score(
     """Let a judge score the videos of a folder, as `posttrain score`.
 
     Args:
-        folder: samples that are named by the clips of `clips`, or a folder of videos with captions.
+        folder: samples that are named after the clips of `clips`, or a folder of videos with captions.
         judge: the simulator's truth, a transformers model, or a model behind an OpenAI-compatible server.
-        clips: the dataset whose clips the samples continue; None: `folder` has captions itself.
+        clips: the dataset whose clips the samples continue; None: `folder` has its own captions.
         split: of the dataset.
         model: for vlm, a folder or hub id; for endpoint, its name there.
-        frames: pictures of each video that the model sees (16).
+        frames: number of frames of each video that the model gets (16).
         url: for endpoint, such as http://localhost:8000/v1; the key is read from OPENAI_API_KEY.
-        rate: for endpoint, at most so many requests per minute.
-        side: for endpoint, pixels of the longer side of larger pictures after scaling down.
+        rate: for endpoint, the largest number of requests per minute.
+        side: for endpoint, larger pictures are scaled down to this many pixels along the longer side.
         tracker: for simulator with `clips`: "pocket", or a SAM 2 in a folder or on the hub.
 
     Returns:
-        A row for each video, which is also in scores.jsonl beside it: "file_name", "sa" (how well it follows its text)
-        and "pc" (how well it obeys physics), both from 0 to 1, "judge", and of a model "mass", the probability that its
-        answer began with yes or no.
+        A row for each video, as in scores.jsonl in its folder: "file_name", "sa" (how well it follows its caption) and
+        "pc" (how well it obeys physics), both from 0 to 1, "judge", and for a model "mass", the probability that its
+        answer begins with yes or no.
 
     Raises:
-        UserError: the folder, the dataset, the judge or its options are not what they should be; other_run: the folder
-            has scores of another judge.
+        UserError: the folder, the dataset, the judge or its options are missing or wrong; other_run: the folder has
+            scores of another judge.
     """
     asked = {"model": model, "frames": frames, "url": url, "rate": rate, "side": side, "tracker": tracker}
     given = {name: value for name, value in asked.items() if value is not None}
@@ -282,17 +282,17 @@ def evaluate_videos(
 
     Args:
         benchmark: PisaBench's folder, or a dataset folder.
-        clips: the name of each row and its folder. A video is called <clip>.mp4 or <clip>-s<seed>.mp4; if the benchmark
-            has several splits, there is a folder for each.
+        clips: the name of each row and its folder. A video is named <clip>.mp4 or <clip>-s<seed>.mp4; if the benchmark
+            has several splits, each has a subfolder.
         tracker: what follows the object: "pocket" (64 x 64 pixels), or a SAM 2 in a folder or on the hub.
-        fps: of the videos. truth_fps: of the benchmark's clips. None: as their files say.
+        fps: frame rate of the videos; truth_fps: of the benchmark's clips. None: as their files say.
         output: the folder for scores and report; None: runs/eval-<benchmark>.
 
     Returns:
-        Rows as those of `evaluate`; the report is <output>/report.html.
+        Rows, as from `evaluate`; the report is <output>/report.html.
 
     Raises:
-        UserError: the benchmark or a folder is not what it should be, or a video does not begin as its clip.
+        UserError: the benchmark or a folder is missing or wrong, or a video does not begin with its clip's first frame.
     """
     rows = [(name, Path(path)) for name, path in clips.items()]
     records = scoring.evaluate_videos(benchmark, rows, (), tracker, fps, truth_fps, output, show=show)
@@ -304,7 +304,7 @@ def _path(given: Path | str | None) -> Path | None:
 
 
 def _checked(plan: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
-    """Its runs; a mistake in the last one's model is found before the first is trained."""
+    """The recipe's runs, all checked before the first one is trained."""
     runs = members(plan, folder)
     for member, _ in runs:
         resolved(member.model)
@@ -312,7 +312,7 @@ def _checked(plan: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
 
 
 def _each(runs: Sequence[tuple[Recipe, Path]]) -> Iterator[tuple[Recipe, Path]]:
-    """One run after the other, each while its folder is held."""
+    """Yield one run after the other; each run's folder is locked meanwhile."""
     for plan, folder in runs:
         with alone(plan, folder):
             yield plan, folder

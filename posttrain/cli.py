@@ -1,8 +1,7 @@
 """The command line.
 
 Exit codes: 0 done; 1 failed, with one line on stderr that ends in the error's code (core/errors.py) in brackets; 2
-unknown command or option; 130 stopped by Ctrl-C, 143 by SIGTERM. What is done so far is kept, and the same command
-continues.
+unknown command or option; 130 stopped by Ctrl-C, 143 by SIGTERM. Finished work is kept, and the same command continues.
 """
 
 import argparse
@@ -21,34 +20,42 @@ COMMANDS = {
     "train": "only the clips and the training",
     "eval": "measure a trained run, or videos that any model made (--clips)",
     "report": "write report.html, report.json and report.gif from the measurements",
-    "groups": "show what a recipe's true clips are compared with; makes what is missing",
+    "groups": "show a recipe's groups (true clips and the rejected clips); generates the samples that are missing",
     "export": "write the weights in other programs' formats (export=[diffusers, comfyui, merged]), with a model card",
 }
 
 TOOLS = {
-    "doctor": "what this machine has and lacks, and what to do about it",
+    "doctor": "check what this machine has and what is missing, and say how to install it",
     "bench": "seconds that each stage of the pocket model takes on this machine",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = recipe.Parser(prog="posttrain", description="Teach a video model physics.")
+    parser = recipe.Parser(
+        prog="posttrain", description="Train a pretrained video model further until what it generates obeys physics."
+    )
     parsers = parser.add_subparsers(dest="command", required=True)
     for name, text in COMMANDS.items():
         command = parsers.add_parser(name, help=text, description=text)
         command.add_argument("target", metavar="RECIPE|RUN", help="a recipe file, a run's folder, or its name in runs/")
-        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in train.steps=20")
+        command.add_argument(
+            "overrides", nargs="*", metavar="KEY=VALUE", help="change a key of the recipe, as in train.steps=20"
+        )
         if name == "export":
             command.add_argument(
-                "--check", action="store_true", help="load every file as its program does, and compare"
+                "--check",
+                action="store_true",
+                help="load every file as its program does, and compare with the trained model",
             )
         if name == "eval":
             _scoring(command)
     for name, text in TOOLS.items():
         tool = parsers.add_parser(name, help=text, description=text)
         if name == "doctor":
-            tool.add_argument("recipe", nargs="?", metavar="RECIPE", help="also say what its training takes")
-            tool.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in train.batch=4")
+            tool.add_argument(
+                "recipe", nargs="?", metavar="RECIPE", help="also estimate the memory and operations of its training"
+            )
+            tool.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a key, as in train.batch=4")
             processes = "how many processes share train.batch (default: 1)"
             tool.add_argument("--processes", type=positive, default=1, metavar="N", help=processes)
     _add_compare(parsers)
@@ -79,7 +86,7 @@ UNREACHABLE = (
 
 
 def _do(options: argparse.Namespace) -> int:
-    """Do the command; returns the exit code."""
+    """Run the command; returns the exit code."""
     if options.command == "doctor":
         return _doctor(options.recipe, options.overrides, options.processes)
     if options.command == "bench":
@@ -122,12 +129,12 @@ def _do(options: argparse.Namespace) -> int:
 
 
 def _given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """Those of the options `names` that were given."""
+    """The options among `names` that the user set, with their values."""
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def _stages(options: argparse.Namespace) -> None:
-    """Do one stage of a recipe, or all; for a sweep or a table, for one run after the other."""
+    """Run one stage of a recipe, or all stages; for a sweep or a table, one run after the other."""
     from posttrain import api
 
     if options.command == "eval" and (ignored := list(_given(options, SCORING))):
@@ -147,7 +154,7 @@ def _stages(options: argparse.Namespace) -> None:
 
 
 def named_folder(text: str) -> tuple[str, Path]:
-    """The name of a row and its folder: of NAME=FOLDER both, of FOLDER the folder's own name."""
+    """(row name, folder) from the text NAME=FOLDER, or from FOLDER, whose own name is then the row name."""
     name, equals, folder = text.partition("=")
     return (name, Path(folder or name)) if equals else (Path(text).resolve().name, Path(text))
 
@@ -159,27 +166,29 @@ def _scoring(command: argparse.ArgumentParser) -> None:
         "sim) or a dataset folder. A video is named after its clip, <clip>.mp4 or <clip>-s<seed>.mp4; if the benchmark "
         "has several splits, its videos are in a folder per split.",
     )
-    clips = "each is a row of the table; NAME=FOLDER names the row"
+    clips = "folders of videos; each is a row of the table, and NAME=FOLDER names the row"
     group.add_argument("--clips", nargs="+", default=[], metavar="FOLDER", help=clips)
-    runs = "first let a run's base and tuned model make the videos, from the benchmark's pictures and prompts"
+    runs = "first sample the videos with a run's base and tuned model, from the benchmark's first frames and prompts"
     group.add_argument("--run", nargs="+", default=[], metavar="RUN", help=runs)
-    group.add_argument("--steps", type=positive, help="of the sampler, for --run (default: the run's recipe)")
-    group.add_argument("--guidance", type=number, help="for --run; 1: no guidance and no negative prompt")
-    group.add_argument("--seeds", type=positive, metavar="N", help="how many videos of each clip --run makes")
+    group.add_argument("--steps", type=positive, help="sampler steps, for --run (default: the run's recipe)")
+    group.add_argument(
+        "--guidance", type=number, help="classifier-free guidance, for --run; 1: none, and no negative prompt"
+    )
+    group.add_argument("--seeds", type=positive, metavar="N", help="number of videos that --run samples for each clip")
     group.add_argument(
         "--tracker",
         metavar="FOLDER|HUB",
         help="the network that follows the object: a SAM 2 in transformers' layout, such as "
         "facebook/sam2.1-hiera-large, which PisaBench's real set needs (default: the embedded one, for 64 x 64 pixels)",
     )
-    group.add_argument("--fps", type=rate, help="of the videos (default: as their files say)")
-    truth = "of the benchmark's clips (default: as their clip_info.json says)"
+    group.add_argument("--fps", type=rate, help="frame rate of the videos (default: as their files say)")
+    truth = "frame rate of the benchmark's clips (default: as their clip_info.json says)"
     group.add_argument("--truth-fps", type=rate, metavar="FPS", help=truth)
-    group.add_argument("--out", metavar="FOLDER", help="for scores and report (default: runs/eval-<benchmark>)")
+    group.add_argument("--out", metavar="FOLDER", help="folder for scores and report (default: runs/eval-<benchmark>)")
 
 
 def _add_compare(parsers: Any) -> None:
-    text = "one table of several measured runs, and the differences of the others from the first, clip by clip"
+    text = "print several measured runs in one table, and the paired differences of the others from the first"
     command = parsers.add_parser("compare", help=text, description=text)
     command.add_argument("first", metavar="RUN", help="the run that the others are compared with")
     command.add_argument("others", nargs="+", metavar="RUN", help="runs that were measured on the same clips")
@@ -196,44 +205,50 @@ def _add_sample(parsers: Any) -> None:
     usual = "Defaults are the run's own settings, or those that a model's authors recommend."
     command = parsers.add_parser("sample", help=text, description=f"{text}. {usual}")
     command.add_argument("target", metavar="RUN|MODEL", help='a run, "pocket", a diffusers folder or a hub id')
-    image = "the first frame, cropped in the middle to the size; leave it out for models of text alone"
+    image = "the first frame, cropped to the size around its centre; leave it out for text-to-video models"
     command.add_argument("--image", type=Path, help=image)
-    command.add_argument(
-        "--family", help="of a model that is no run, as in model.family (default: the embedded model's)"
-    )
+    command.add_argument("--family", help="the model's family, as in model.family, if it is not a run (default: wan)")
     command.add_argument("--prompt", required=True)
     command.add_argument("--negative", help="the negative prompt; used only if guidance is above 1")
-    command.add_argument("--seed", type=seed, nargs="+", dest="seeds", metavar="SEED", help="one clip each (default 0)")
+    command.add_argument(
+        "--seed", type=seed, nargs="+", dest="seeds", metavar="SEED", help="random seeds, one clip for each (default 0)"
+    )
     for side in ("height", "width"):
         command.add_argument(f"--{side}", type=positive, help="pixels")
     command.add_argument(
-        "--frames", type=positive, help="number of pictures, the first included; many models need 4k + 1"
+        "--frames", type=positive, help="number of frames, including the first; many models need 4k + 1"
     )
-    command.add_argument("--fps", type=rate, help="frames per second of the files")
-    command.add_argument("--steps", type=positive, help="of the sampler")
-    command.add_argument("--guidance", type=number, help="1: no guidance")
-    command.add_argument("--guidance-low", type=number, help="of the second of two experts (default: the same)")
-    command.add_argument("--scale", type=number, default=1.0, help="factor of the run's adapter (default 1)")
-    command.add_argument("--output", type=Path, help="folder (default: samples/asked in the run's)")
+    command.add_argument("--fps", type=rate, help="frame rate of the files")
+    command.add_argument("--steps", type=positive, help="sampler steps")
+    command.add_argument("--guidance", type=number, help="classifier-free guidance; 1: none")
+    command.add_argument(
+        "--guidance-low", type=number, help="guidance of the second of two experts (default: the same)"
+    )
+    command.add_argument("--scale", type=number, default=1.0, help="strength of the run's adapter (default 1)")
+    command.add_argument(
+        "--output", type=Path, help="folder for the clips (default: samples/asked in the run's folder)"
+    )
 
 
 def _add_score(parsers: Any) -> None:
-    text = "let a judge score videos: whether they follow their text (sa) and obey physics (pc)"
-    more = "Scores from 0 to 1 are written into scores.jsonl beside the videos, where data.groups.samples reads them."
+    text = "let a judge score how well videos follow their captions (sa) and obey physics (pc)"
+    more = "Scores from 0 to 1 are written to scores.jsonl in the videos' folder, where data.groups.samples reads them."
     command = parsers.add_parser("score", help=text, description=f"{text}. {more}")
     folder = "samples as `posttrain groups` makes them, or a dataset folder (without --clips)"
     command.add_argument("folder", type=Path, metavar="FOLDER", help=folder)
     judges = "the simulator's truth, a transformers model, or a model behind an OpenAI-compatible server"
     command.add_argument("--judge", choices=("simulator", "vlm", "endpoint"), required=True, help=judges)
     command.add_argument("--clips", type=Path, metavar="DATASET", help="the dataset whose clips the samples continue")
-    command.add_argument("--split", default="train", help="of the dataset (default train)")
+    command.add_argument("--split", default="train", help="split of the dataset (default train)")
     model = "for vlm, a model that sees pictures, such as Qwen/Qwen2.5-VL-7B-Instruct; for endpoint, its name there"
     command.add_argument("--model", metavar="FOLDER|HUB|NAME", help=model)
     command.add_argument("--frames", type=positive, help="pictures of each video, for vlm and endpoint (default 16)")
     url = "for endpoint, such as http://localhost:8000/v1; the key is read from OPENAI_API_KEY"
     command.add_argument("--url", help=url)
-    command.add_argument("--rate", type=rate, metavar="N", help="for endpoint, at most so many requests per minute")
-    side = "for endpoint, the longer side of larger pictures after scaling down (default: full size, in PNG)"
+    command.add_argument(
+        "--rate", type=rate, metavar="N", help="for endpoint, the largest number of requests per minute"
+    )
+    side = "for endpoint, scale larger pictures down to this length of the longer side (default: full size, in PNG)"
     command.add_argument("--side", type=positive, metavar="PIXELS", help=side)
     command.add_argument("--tracker", metavar="FOLDER|HUB", help="for simulator with --clips, as in `posttrain eval`")
 

@@ -168,11 +168,11 @@ def sample(
 
     Args:
         noise_BCFHW: standard normal latents; float32, and they stay so.
-        first_BC1HW: the clean latent of the first picture, or None for text alone.
+        first_BC1HW: the clean latent of the first frame, or None for text alone.
         guidance: w in v = v_negative + w (v_text - v_negative), or a function t -> w. One call of the model on the
             doubled batch gives both velocities; for w = 1 only v_text is computed.
         negative_text: text_BLD of the unwanted prompt; needed when guidance > 1.
-        condition: further inputs from the first picture (`VideoModel.condition`).
+        condition: further inputs from the first frame (`VideoModel.condition`).
         grad: which steps are differentiated. At the others v is a constant, so gradients pass them only through the
             scheduler's own update (for `last`: not at all). "all" is exact.
         recompute: False keeps everything: saves a forward pass, but memory grows with the number of steps.

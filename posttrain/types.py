@@ -1,4 +1,4 @@
-"""What every tensor means. Every package obeys this page.
+"""Axes, units and ranges of all tensors. Every package follows these conventions.
 
 Axes    B batch, C channels, F frames, H W pixels (or latent cells), L text tokens, D text width, N bodies, M losers.
 Pixels  float in [-1, 1], (B, C, F, H, W). Latents (B, C, F, H, W), normalised channel by channel.
@@ -22,17 +22,17 @@ class Batch:
     """The data of a training step. Fields that a method does not ask for are None."""
 
     ids: tuple[str, ...]
-    z0_BCFHW: Tensor | None = None  # latents of the true clip; frame 0 is the latent of the first picture
+    z0_BCFHW: Tensor | None = None  # latents of the true clip; frame 0 is the latent of the first frame
     text_BLD: Tensor | None = None
     video_BCFHW: Tensor | None = None  # pixels in [-1, 1]
     instances_BFHW: Tensor | None = None  # uint8, 0 background, i + 1 body i
     target_B: Tensor | None = None  # int64, the instance id (body index + 1) that metrics score
-    losers_BMCFHW: Tensor | None = None  # latents of M clips that continue the same first picture and lose against z0
+    losers_BMCFHW: Tensor | None = None  # latents of M clips that continue the same first frame and lose against z0
     semantic_adherence_BM: Tensor | None = None  # how well each of them follows the text, 0 to 1
     physical_commonsense_BM: Tensor | None = None  # how well it obeys physics, 0 to 1
     flow_BFCHW: Tensor | None = None  # pixels (x right, y down) to the next frame; the last frame's means nothing
     depth_BFHW: Tensor | None = None  # metres along the optical axis, inf in the sky
-    condition: dict[str, Tensor] = field(default_factory=dict)  # from VideoModel.condition, of the first picture
+    condition: dict[str, Tensor] = field(default_factory=dict)  # from VideoModel.condition, of the first frame
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on `device`."""

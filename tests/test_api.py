@@ -48,6 +48,7 @@ def lines(name: str) -> int:
     return sum(bool(line.strip()) for line in (EXAMPLES / f"{name}.py").read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_imports_are_light() -> None:
     code = "import sys, posttrain, sim; posttrain.UserError; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -77,6 +78,7 @@ def test_a_scene_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     assert lines("scene_by_hand") <= 15
 
 
+@pytest.mark.slow
 def test_psft_in_thirty_lines(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with contextlib.chdir(home):
         example("psft").main(*TINY, *MEASURED)
@@ -88,6 +90,7 @@ def test_psft_in_thirty_lines(home: Path, capsys: pytest.CaptureFixture[str]) ->
     assert lines("psft") <= 30
 
 
+@pytest.mark.slow
 def test_a_new_reward(home: Path) -> None:
     known = list(posttrain.rewards.__path__)
     try:
@@ -99,6 +102,7 @@ def test_a_new_reward(home: Path) -> None:
     assert -2 <= row["reward_still"] <= 0
 
 
+@pytest.mark.slow
 def test_scores_of_a_folder(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     videos = home / "videos"
     videos.mkdir()

@@ -94,7 +94,7 @@ def test_a_torn_clip_is_named(folder):
     whole = path.read_bytes()
     for size in (0, 20, len(whole) // 2, len(whole) - 1):
         os.truncate(path, size)
-        with pytest.raises(UserError, match=r"00001\.mp4: (is torn or no video|was changed .*); delete it and make it"):
+        with pytest.raises(UserError, match=r"00001\.mp4: (is damaged or not a video|was changed .*); delete it"):
             clips(folder)
         path.write_bytes(whole)
     assert len(clips(folder)) == 3
@@ -136,7 +136,7 @@ def test_what_is_not_there_is_named(folder):
         clips(folder)
     edit(folder, 0, caption="a")
     (folder / SPLIT / "00002.npz").unlink()
-    with pytest.raises(UserError, match=r"metadata\.jsonl:3: 00002\.npz: does not exist; make the dataset again"):
+    with pytest.raises(UserError, match=r"metadata\.jsonl:3: 00002\.npz: does not exist; film the clips"):
         clips(folder)
     (folder / SPLIT / "metadata.jsonl").write_text("")
     with pytest.raises(UserError, match="has no clips"):
@@ -153,7 +153,7 @@ def test_torn_annotations_are_named(folder):
     path = folder / SPLIT / "00000.npz"
     assert set(read_annotations(path)) == {"instances"}
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(UserError, match=r"00000\.npz: is missing or torn"):
+    with pytest.raises(UserError, match=r"00000\.npz: is missing or damaged"):
         clips(folder)
 
 
@@ -166,18 +166,18 @@ def test_other_annotations_than_those_that_were_made_are_refused(folder):
         clips(folder)
     edit(folder, 0, annotations_sha256=None)
     np.savez(folder / SPLIT / "00000.npz", instances=np.zeros((5, SIZE, SIZE), np.uint8))
-    with pytest.raises(UserError, match=r"00000\.npz: instances are \(5, 32, 32\), the video \(9, 32, 32\)"):
+    with pytest.raises(UserError, match=r"00000\.npz: instances have shape \(5, 32, 32\), the video \(9, 32, 32\)"):
         clips(folder)
 
 
 def test_folders_of_one_name_are_refused(tmp_path):
     for parent in ("a", "b"):
         write_dataset(tmp_path / parent / "drops", [SPLIT], clips=1, frames=5)
-    with pytest.raises(UserError, match="clips share a name"):
+    with pytest.raises(UserError, match="clips with the same name"):
         Clips(DataConfig(clips=[str(tmp_path / parent / "drops") for parent in ("a", "b")]))
 
 
 def test_pickles_in_annotations_are_refused(folder):
     np.savez(folder / SPLIT / "00000.npz", instances=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(UserError, match=r"00000\.npz: is missing or torn"):
+    with pytest.raises(UserError, match=r"00000\.npz: is missing or damaged"):
         clips(folder)

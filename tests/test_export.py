@@ -222,7 +222,7 @@ def test_whole_weights_have_one_format(run: Path) -> None:
     shutil.rmtree(run / "adapter")
     wan.save(run / "adapter")
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    with pytest.raises(UserError, match="export: comfyui is made of an adapter"):
+    with pytest.raises(UserError, match="export: comfyui is made from an adapter"):
         exported(run, "diffusers", "comfyui")
     files, config = exported(run, "diffusers")
     assert len(checked(files, run, config)) == 1

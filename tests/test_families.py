@@ -246,7 +246,7 @@ def test_the_key_follows_the_conditions(folders: dict[str, Path]) -> None:
         ("wan2.1-t2v", {"expert": "low"}, "model.expert: is for models of two experts"),
         ("wan2.1-t2v", {"other_adapter": "x"}, "model.other_adapter: is for models of two experts"),
         ("wan2.2-t2v-a14b", {"expert": "low", "other_adapter": "x"}, f"model.other_adapter: x/{lora.FILE} does not"),
-        ("wan2.1-t2v", {"init": "random", "dtype": "bf16"}, "model.dtype: random weights are fp32"),
+        ("wan2.1-t2v", {"init": "random", "dtype": "bf16"}, "model.dtype: with init=random all weights are trained"),
         ("wan2.1-t2v", {"revision": "main"}, "model.revision: main is for hub ids"),
     ],
 )

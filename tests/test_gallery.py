@@ -323,7 +323,7 @@ def test_what_is_conditioned_on_text_takes_no_picture(home: Path) -> None:
     assert np.abs(base - tuned).mean() > 1
     code, _, said = sampled(home, "words", *SMALL)
     assert code == 1
-    assert said.startswith("--image: words was trained on text alone")
+    assert said.startswith("--image: words was trained without first frames")
 
 
 @pytest.mark.parametrize("target", ["try", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"])
@@ -331,7 +331,7 @@ def test_what_continues_a_picture_needs_one(home: Path, target: str) -> None:
     code, _, said = sampled(home, target, *SMALL, image=None)
     assert code == 1
     assert said.startswith(f"--image: is missing; {target} ")
-    assert " a first picture; name one" in said
+    assert " a first frame; name one" in said
     assert said.count("\n") == 1
 
 
@@ -341,7 +341,7 @@ def test_what_cannot_be_sampled_is_one_line(home: Path) -> None:
         ("try", ("--image", "nothing.png"), "nothing.png: does not exist; name a picture"),
         ("try", ("--image", "words.png"), "words.png: cannot be read as a picture; give a PNG, JPEG or WebP file"),
         ("try", ("--height", "32"), "--height, --width: give both or neither"),
-        ("wan", ("--scale", "2"), "--scale: wan is no run and has no adapter; leave it out or name a run"),
+        ("wan", ("--scale", "2"), "--scale: wan is not a run and has no adapter; leave it out or name a run"),
         ("nowhere", SMALL, "model.path: nowhere does not exist; give 'pocket', a diffusers folder or a hub id"),
         (
             "try",
@@ -367,6 +367,6 @@ def test_a_run_of_whole_weights_has_no_scale(home: Path) -> None:
     files.write_json(run / "trained.json", {"model": start_fingerprint(wan.module), "sha256": digests})
     code, _, said = sampled(home, "whole", *SMALL, "--scale", "0.5")
     assert code == 1
-    assert "whole has no adapter, all weights were trained; leave it out" in said.splitlines()[-1]
+    assert "whole has no adapter, because all weights were trained; leave it out" in said.splitlines()[-1]
     with pytest.raises(UserError, match="does not exist"):
         open_picture(home / "nothing.png")

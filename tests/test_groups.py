@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def samples(out: Path, scores: bool = True, seeds: int = 2, **change: Any) -> Path:
-    """What a model made of the first pictures of `write_groups`: falls that never end, twice compressed."""
+    """What a model made of the first frames of `write_groups`: falls that never end, twice compressed."""
     rows = []
     for group in range(2):
         for seed in range(seeds):
@@ -133,7 +133,7 @@ def test_the_best_sample_wins_where_samples_do(folder: Path, tmp_path: Path) -> 
     assert "no clip has 1 losers" in refusal(folder, losers=1, samples=(str(place),), winner="sample")  # all alike
     (place / "scores.jsonl").unlink()
     assert "the best sample wins" in refusal(folder, losers=2, samples=(str(place),), winner="sample")
-    with pytest.raises(ValueError, match="samples win against samples"):
+    with pytest.raises(ValueError, match="compares samples with samples"):
         GroupsConfig(losers=2, counterfactuals=True, samples=("made",), winner="sample")
 
 
@@ -237,7 +237,7 @@ def test_another_first_picture_is_refused_unless_words_alone_were_given(folder: 
         content = a.read_bytes()
         a.write_bytes(b.read_bytes())
         b.write_bytes(content)
-    assert "its first picture is not that of" in refusal(folder, losers=2, samples=(swapped,))
+    assert "its first frame is not that of" in refusal(folder, losers=2, samples=(swapped,))
     assert len(gathered(folder, pictured=False, losers=2, samples=(swapped,))[1]) == 2
     path = folder / "train" / "00000-2.mp4"
     rows = read_jsonl(folder / "train" / "metadata.jsonl")
@@ -245,7 +245,7 @@ def test_another_first_picture_is_refused_unless_words_alone_were_given(folder: 
     rows[2] |= write_clip(path, video, instances)
     (folder / "train" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for pictured in (True, False):
-        with pytest.raises(UserError, match=r"00000-2.mp4: its first picture is not that of"):
+        with pytest.raises(UserError, match=r"00000-2.mp4: its first frame is not that of"):
             gathered(folder, pictured, counterfactuals=True)
 
 
@@ -314,7 +314,7 @@ def test_without_scores_a_batch_has_none(wan: Wan, folder: Path, tmp_path: Path)
 
 
 def test_a_sample_that_wins_continues_the_true_picture(wan: Wan, folder: Path, tmp_path: Path) -> None:
-    """Its own first picture went through the model; what is given, frames, text and condition, is the true clip's."""
+    """Its own first frame went through the model; what is given, frames, text and condition, is the true clip's."""
     clips = Clips(DataConfig(clips=str(folder)), preload=False)
     config = GroupsConfig(losers=2, samples=(str(samples(tmp_path / "made", seeds=3)),), winner="sample")
     data = Groups(wan, clips, config, tmp_path / "cache")
@@ -364,10 +364,10 @@ def test_a_recipe_runs(home: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["data.groups=null"], "data.groups: is missing, and method gdpo compares true clips"),
+        (["data.groups=null"], "data.groups: is missing, and method gdpo needs it"),
         (["method={name: psft}"], "data.groups: is not for psft"),
-        (["data.groups={losers: 3}"], "there are no losers; set counterfactuals: true, or name samples"),
-        (["data.groups={counterfactuals: true, samples_each: 2}"], "name their folder in samples"),
+        (["data.groups={losers: 3}"], "there are no rejected clips; set counterfactuals: true, or samples"),
+        (["data.groups={counterfactuals: true, samples_each: 2}"], "set samples to their folder"),
         (["data.groups={lossers: 3}"], "unknown key, did you mean 'losers'?"),
         (["model.adapter=null"], "model.adapter: is missing"),
     ],
@@ -430,7 +430,7 @@ def test_preferences_of_a_run(home: Path, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.slow
 def test_groups_are_sampled_for_and_shown(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The base makes what is missing and nothing twice; the samples have the shape of the true clips."""
-    words = "model.conditioning=text"  # what the tiny autoencoder gives back is nothing like a first picture
+    words = "model.conditioning=text"  # what the tiny autoencoder gives back is nothing like a first frame
     groups = "data.groups={losers: 2, samples: [made], samples_each: 2}"
     command = ["groups", "recipe.yaml", groups, "run=shown", words]
     assert cli.main(command) == 0, capsys.readouterr().err
@@ -450,7 +450,7 @@ def test_groups_are_sampled_for_and_shown(home: Path, capsys: pytest.CaptureFixt
     assert {name: (home / "made" / name).stat().st_mtime_ns for name in made[1:]} == kept
 
     capsys.readouterr()
-    judged = groups.removesuffix("}") + ", judge: simulator}"  # it compares clips that continue one first picture
+    judged = groups.removesuffix("}") + ", judge: simulator}"  # it compares clips that continue one first frame
     assert cli.main(["groups", "recipe.yaml", judged, "run=shown", words]) == 1
     assert capsys.readouterr().err.splitlines()[-1].endswith("[mismatch]")
 

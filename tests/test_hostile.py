@@ -109,6 +109,7 @@ def test_a_long_video_is_not_held_whole(tmp_path: Path, monkeypatch: pytest.Monk
     assert error.value.code == "format"
 
 
+@pytest.mark.slow
 def test_a_video_in_4k_is_read_one_picture_at_a_time(tmp_path: Path) -> None:
     """16 pictures of 2160 x 4096 are 425 MB in RGB, and half as much as the decoder has them."""
     path = motion_jpeg(tmp_path / "a.mkv", [(2160, 4096)] * 16)
@@ -134,6 +135,7 @@ for read, name in ((codec.read_video, "a.mkv"), (codec.first_picture, "a.mkv"), 
 """
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_not_called_damage(tmp_path: Path) -> None:
     motion_jpeg(tmp_path / "a.mkv", [(4096, 4096)] * 2)
     Image.new("RGB", (8000, 8000)).save(tmp_path / "a.png", compress_level=1)

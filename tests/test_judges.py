@@ -120,7 +120,7 @@ def url(port: int, kind: str = "good") -> str:
 
 
 def samples(out: Path, seeds: int = 2) -> Path:
-    """What a model made of the first pictures of `write_groups`."""
+    """What a model made of the first frames of `write_groups`."""
     for group, seed in itertools.product(range(2), range(seeds)):
         video, _ = film(rows_of(2, 5), 4 + 12 * group, 120 + 40 * seed)
         video[0] = film([2], 4 + 12 * group, 200)[0][0]
@@ -678,7 +678,7 @@ def test_samples_by_the_embedded_tracker(home: Path, capsys: pytest.CaptureFixtu
     files.write_jsonl(path, [*map(files.seal, older), *rows[2:]])
     assert cli.main(command) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "another version" in line]
-    assert said == [f"made/scores.jsonl: 2 scores are by another version of {judge}; scored again"]
+    assert said == [f"made/scores.jsonl: 2 scores are of another version of {judge}; scored again"]
     assert read_jsonl(path) == rows
     damaged = [rows[0], {**rows[1], "file_name": "00009-s0.mp4"}, {**rows[2], "judge": "who"}, {**rows[3], "sa": 0.5}]
     (home / "made" / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in damaged))

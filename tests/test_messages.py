@@ -38,7 +38,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str, str, str]] = {  # what i
     "eval is missing": (lambda at: stages.report(load("eval=null"), at), "required", "eval", "eval.clips="),
     "not measured": (read_records, "unfinished", "", "posttrain eval"),
     "no arrays": (lambda at: dataset.read_annotations(at / "a.npz"), "damaged", "", "sim make"),
-    "nowhere to write": (lambda _: files.write_text("/proc/none/a", ""), "not_writable", "", "cannot be made there"),
+    "nowhere to write": (lambda _: files.write_text("/proc/none/a", ""), "not_writable", "", "cannot be created there"),
 }
 
 

@@ -64,6 +64,7 @@ def trained(run: Path) -> None:
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows if "loss" in row)
 
 
+@pytest.mark.slow
 def test_psft_leaves_the_published_layout(home: Path) -> None:
     run = home / "runs" / "open-sora-v1.2-psft"
     trained(run)
@@ -78,6 +79,7 @@ def test_psft_leaves_the_published_layout(home: Path) -> None:
     assert "check:" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ORO)
 def test_oro_goes_on_from_psft(home: Path, name: str) -> None:
     code, _, said = command(home, "run", *tiny(f"oro_{name}"))
@@ -95,6 +97,7 @@ def test_oro_goes_on_from_psft(home: Path, name: str) -> None:
     assert 0 < far <= 3.1 * ORO[name][0]  # AdamW moves a weight by the rate at most, about
 
 
+@pytest.mark.slow
 def test_gdpo_trains_self_attention(home: Path) -> None:
     code, _, said = command(home, "run", *tiny("gdpo"))
     assert code == 0, said
@@ -110,6 +113,7 @@ def test_gdpo_trains_self_attention(home: Path) -> None:
     assert "check:" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["psft", "oro_flow", "gdpo"])
 def test_the_doctor_counts_a_step(home: Path, recipe: str) -> None:
     """Also of clips that are not filmed yet: their format is read from the recipe that would."""

@@ -430,7 +430,9 @@ def test_runs_of_a_row_are_pooled(run: Path, tmp_path: Path) -> None:
     for path in (folders[2] / "evaluation").glob("*.json"):
         record = json.loads(path.read_text())
         files.write_sealed(path, record | {"settings": record["settings"] | {"seeds": 9}})
-    with pytest.raises(UserError, match=r"2: was measured otherwise than .*0; `posttrain eval` both again"):
+    with pytest.raises(
+        UserError, match=r"2: was measured with other settings than .*0; run `posttrain eval` on both again"
+    ):
         gather({"best": folders})
     with pytest.raises(UserError, match=r"b: was measured with other eval\.seeds or eval\.sampler than a"):
         comparable(gather({"a": folders[:1], "b": folders[2:]}), "ab")

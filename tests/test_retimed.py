@@ -189,7 +189,7 @@ def test_pictures_that_are_shown_again_at_no_steady_rate(truths: Sequence[Truth]
     assert clip.numbers["l2"] is not None
     assert [clip.numbers[name] for name in ("time_error", "time_offset", "no_contact")] == [None] * 3
     assert [name for name, pair in clip.physics.items() if pair] == ["permanence"]
-    assert clip.notes == ["pictures are shown again at no steady rate, so g, landing and the like are not measured"]
+    assert clip.notes == ["frames are repeated irregularly, so g, landing and the like are not measured"]
 
 
 @pytest.mark.parametrize("fps", [24, 60])

@@ -38,7 +38,7 @@ def clips(count: int) -> Batch:
 
 
 def test_mirrored_pairs_have_mirrored_flow() -> None:
-    """Whatever is mirrored: moving the first picture's square by its flow gives the second picture's."""
+    """Whatever is mirrored: moving the first frame's square by its flow gives the second picture's."""
     directions = set()
     for step in range(8):
         pair, flow, bodies = flow_net.draw(clips(2), FLOW, Random(0, step, range(2)))
@@ -132,7 +132,7 @@ def test_flow_and_depth_are_read_when_they_are_asked_for(tmp_path: Path) -> None
     assert batch.depth_BFHW.shape == (2, 5, SIZE, SIZE)
     assert Clips(plain).load([0]).flow_BFCHW is None
     np.savez(tmp_path / "drops" / "train" / "00000.npz", instances=np.zeros((5, SIZE, SIZE), np.uint8))
-    with pytest.raises(UserError, match=r"00000\.npz: is missing or torn"):
+    with pytest.raises(UserError, match=r"00000\.npz: is missing or damaged"):
         Clips(plain, truths=("flow",))
     wanted = plain.model_copy(update={"frames": 3, "fps": 8.0, "size": (16, 16)})
     with pytest.raises(UserError, match=r"train: flow are only known for clips of `sim make`") as error:

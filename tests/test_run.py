@@ -99,7 +99,7 @@ def test_the_cosine_ends_where_it_is_told(tmp_path):
     rates = [row["lr"] for row in log(tmp_path)]
     assert rates == pytest.approx([1e-3 + 9e-3 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)])
     for changes in ({"schedule": "constant", "lr_end": 1e-3}, {"lr_end": 1.0}):
-        with pytest.raises(ValidationError, match="lr_end is where a cosine ends"):
+        with pytest.raises(ValidationError, match="lr_end needs schedule: cosine"):
             config(**changes)
 
 

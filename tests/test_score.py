@@ -161,7 +161,7 @@ def test_a_benchmark_says_its_rate_or_is_asked_for_it(tmp_path: Path, capsys: py
     with pytest.raises(UserError) as error:
         open_benchmark(tmp_path / "drops", fps=16)
     assert (error.value.code, error.value.field) == ("conflict", "--truth-fps")
-    assert "taken as" not in capsys.readouterr().err
+    assert "is assumed" not in capsys.readouterr().err
     # what was published is known by its number of real clips, or the names of simulated ones, and it is said
     for i in range(1, 361):
         shutil.copytree(mine / "0000", mine / f"{i:04d}")
@@ -347,7 +347,7 @@ def test_a_video_begins_as_its_clip_does(tmp_path: Path) -> None:
 
 
 def test_a_short_video_no_longer_wins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The first picture frozen into 5 frames and 17: the shorter one is worse, and the table says what it lacks."""
+    """The first frame frozen into 5 frames and 17: the shorter one is worse, and the table says what it lacks."""
     write_dataset(tmp_path / "drops", ["test_unseen"], clips=1, frames=17)
     frozen = np.repeat(film(rows_of(2, 1), 4, 200)[0], 17, 0)
     write_video(tmp_path / "short" / "00000.mp4", frozen[:5])
@@ -398,7 +398,9 @@ def test_scores_of_another_tracker_do_not_mix(tmp_path) -> None:
     score.score(tmp_path / "out", benchmark, {"a": tmp_path / "a"}, RedTracker())
     other = RedTracker()
     torch.nn.init.constant_(other.module.weight, 5.0)
-    with pytest.raises(UserError, match=r"protocol\.json: its scores are of another tracker; choose another --out"):
+    with pytest.raises(
+        UserError, match=r"protocol\.json: its scores were made with another tracker; choose another --out"
+    ):
         score.score(tmp_path / "out", benchmark, {"a": tmp_path / "a"}, other)
 
 
@@ -417,9 +419,7 @@ def test_what_has_no_video_is_said(tmp_path, capsys) -> None:
 def test_what_is_wrong_with_a_benchmark_is_named(tmp_path) -> None:
     real = write_real(tmp_path / "real", [LINE[:2]])
     info = real / "0000" / "clip_info.json"
-    with pytest.raises(
-        UserError, match=r"0000: its masks come from clicks through SAM 2; name one, as in --tracker face"
-    ):
+    with pytest.raises(UserError, match=r"0000: SAM 2 must make its masks from clicks; name one, as in --tracker face"):
         open_benchmark(real)
     good = json.loads(info.read_text())
     for points in ([], [{"positive": []}], [{"positive": [[40, 1]]}], [{"positive": [[1, "a"]]}], "x", [[1, 2]]):
@@ -447,7 +447,7 @@ def test_what_is_wrong_with_a_benchmark_is_named(tmp_path) -> None:
 def test_pickles_in_masks_are_refused(tmp_path) -> None:
     sim = write_sim(tmp_path / "sim", 1)
     np.savez(sim / "seen" / "00" / "mask.npz", mask=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(UserError, match=r"mask\.npz: is missing or torn"):
+    with pytest.raises(UserError, match=r"mask\.npz: is missing or damaged"):
         open_benchmark(sim)["seen"][0].masks(1)
 
 
@@ -593,7 +593,7 @@ def test_the_command_refuses_in_one_line(tmp_path) -> None:
         ),
         (
             ("drops", "--clips", "v", "v"),
-            "--clips: each row of the table needs a name of its own; give one, as in kling",
+            "--clips: two rows of the table have the same name; give names, as in kling",
         ),
         (
             ("drops", "--clips", "v", "--steps", "2"),

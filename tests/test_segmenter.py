@@ -203,4 +203,4 @@ def test_a_run_is_not_continued_with_another_autoencoder(
     assert "step-000001: was made with another method.decoded; choose" in capsys.readouterr().err
     shutil.rmtree("runs/try/checkpoints")
     assert cli.main(["train", "recipe.yaml"]) == 1
-    assert "runs/try/adapter: came of another method.decoded; choose" in capsys.readouterr().err
+    assert "runs/try/adapter: was trained with another method.decoded; choose" in capsys.readouterr().err

@@ -137,6 +137,7 @@ def test_a_box_fills_its_bounding_box():
     assert len(library.hull("box/05")) == 8
 
 
+@pytest.mark.slow
 def test_same_ids_same_bytes_in_another_process():
     code = "import test_sim_assets; print(test_sim_assets.digest())"
     path = os.pathsep.join([os.path.dirname(__file__), os.getcwd()])

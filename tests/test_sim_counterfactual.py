@@ -1,4 +1,4 @@
-"""Known violations: each breaks its law by its value, and all share the true clip's first picture."""
+"""Known violations: each breaks its law by its value, and all share the true clip's first frame."""
 
 import base64
 import itertools
@@ -177,6 +177,7 @@ def test_what_vanishes_is_gone_and_what_melts_shrinks(ball: tuple[Scene, Traject
     np.testing.assert_allclose(melted, areas * size**2, rtol=0.15, atol=4)
 
 
+@pytest.mark.slow
 def test_the_bench_tells_what_a_group_costs() -> None:
     world = {"name": "counterfactual", **POCKET, "dropped": (1, 1), "pile": (0, 0), "members": 2}
     lines = [line.split(maxsplit=1) for line in bench(dataset.Job(world=world), groups=1).splitlines()]

@@ -154,6 +154,7 @@ def test_videofolder_reads_it(made: Path, tmp_path: Path):
     assert plain["train"].num_rows == 10
 
 
+@pytest.mark.slow
 def test_killed_and_continued_is_the_same(made: Path, tmp_path: Path):
     path = recipe(tmp_path)
     process = start(path)
@@ -180,6 +181,7 @@ def test_killed_and_continued_is_the_same(made: Path, tmp_path: Path):
     assert not list(tmp_path.glob("clips/*/.0*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [1, 2])
 def test_interrupted_it_leaves_with_one_line(tmp_path: Path, times: int):
     process = start(recipe(tmp_path, train=2000))
@@ -210,6 +212,7 @@ sys.exit(launch("filming"))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_who_asked_for_the_clips_is_killed_and_nobody_films_on(tmp_path: Path, number: signal.Signals):
     path = recipe(tmp_path, train=2000)
@@ -228,6 +231,7 @@ def test_who_asked_for_the_clips_is_killed_and_nobody_films_on(tmp_path: Path, n
         assert files(tmp_path / "clips") == made
 
 
+@pytest.mark.slow
 def test_whole_clips_on_a_disk_that_cannot_be_written_are_taken_as_they_are(made: Path, tmp_path: Path):
     mounted = subprocess.run(["mount", "--bind", str(made), str(tmp_path)], capture_output=True)
     if mounted.returncode:
@@ -288,6 +292,7 @@ def test_another_recipe_in_the_same_folder_is_refused(copy: Path):
     assert files(copy) == before
 
 
+@pytest.mark.slow
 def test_two_makers_do_not_meet(copy: Path):
     with alone(copy, "makes clips", patience=0.1), pytest.raises(UserError) as error:
         remake(copy)
@@ -303,6 +308,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path):
     """A file system of 300 kB in a private name space, where the machine lets us have one."""
     path, small = recipe(tmp_path, train=40), tmp_path / "clips"
@@ -343,6 +349,7 @@ def test_each_split_has_clips_of_its_own():
     assert len({scene.bodies for scene in scenes}) == 4
 
 
+@pytest.mark.slow
 def test_shipped_recipes_load_and_their_worlds_can_be_made():
     from posttrain.core import recipe as recipes
 

@@ -111,6 +111,7 @@ def test_piles_rest_until_something_lands_on_them():
         assert np.linalg.norm(waiting_TN3 - waiting_TN3[:1], axis=-1).max(initial=0.0) <= 2e-3
 
 
+@pytest.mark.slow
 def test_energy_of_whole_scenes_never_rises():
     assert max(energy_gain(trajectory) for _, trajectory in drops()) <= 0.01
 
@@ -136,6 +137,7 @@ def test_numbers_of_objects_reach_both_ends():
     assert {0, 1} <= set(piled) <= {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_the_paper_s_own_scene_can_be_made():
     scene, trajectory = made(drop, drop.Config(), 2)
     assert 1 <= sum(body.role == "dropped" for body in scene.bodies) <= 6

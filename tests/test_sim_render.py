@@ -176,6 +176,7 @@ def test_same_scene_same_bytes(renderer: ModuleType):
     assert digest(renderer.render(*tumble(1, 3))) == first
 
 
+@pytest.mark.slow
 def test_same_scene_same_bytes_in_another_process():
     code = "from test_sim_render import *; print(digest(gl.render(*tumble(1, 3))))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.getcwd()])}
@@ -270,6 +271,7 @@ def test_another_context_in_the_same_process_changes_nothing(close: bool):
         other.release()
 
 
+@pytest.mark.slow
 def test_without_egl_the_error_names_packages_command_and_fallback():
     """The vendor library of EGL hides Mesa from this process: the way a bare machine looks."""
     code = "from sim.render import gl\ntry: gl.Stage()\nexcept gl.UserError as error: print(error)"

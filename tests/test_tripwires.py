@@ -416,9 +416,9 @@ RECIPE: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], r"tripwires: are for a method that trains rewards, and psft is none"),
-        (["eval=null"], r"tripwires: look at eval\.clips every eval\.every steps; set both"),
-        (["eval.every=0"], r"tripwires: look at eval\.clips every eval\.every steps; set both"),
+        ([], r"tripwires: are only for methods that train rewards, and psft does not"),
+        (["eval=null"], r"tripwires: need eval\.clips and eval\.every, the steps between looks; set both"),
+        (["eval.every=0"], r"tripwires: need eval\.clips and eval\.every, the steps between looks; set both"),
         (["tripwires.clips=11"], r"tripwires\.clips: .*greater than or equal to 12"),
         (["tripwires.on_trip=stop"], r"tripwires\.on_trip: .*'warn' or 'roll_back'"),
         (

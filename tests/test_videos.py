@@ -296,7 +296,7 @@ def test_without_cropping_another_shape_is_left_out(tmp_path) -> None:
     assert clips.splits[0].video_notes[1].notes == [
         "another shape: 32 x 34 pixels (height x width), and data.crop is none"
     ]
-    with pytest.raises(ValueError, match="crop is for clips of another size"):
+    with pytest.raises(ValueError, match="crop is only used with frames, fps and size"):
         DataConfig(clips="x", crop="left")
 
 
@@ -501,7 +501,7 @@ def test_a_list_that_is_none_is_named(tmp_path) -> None:
     with pytest.raises(UserError, match=r"metadata\.csv:2: names no video"):
         entries(tmp_path, "train")
     (tmp_path / "a.parquet").touch()
-    with pytest.raises(UserError, match=r"a\.parquet: is no folder and no"):
+    with pytest.raises(UserError, match=r"a\.parquet: is neither a folder nor"):
         entries(tmp_path / "a.parquet", "train")
 
 
@@ -720,8 +720,8 @@ def test_what_is_left_out_is_told_with_the_reason(tmp_path) -> None:
             False,
             "too short: it lasts 0.38 s, 5 frames at 8 fps reach 0.50 s: 0.12 s are missing",
         ),
-        ("torn.mp4", False, "cannot be read: torn or no video"),
-        ("text.mp4", False, "cannot be read: torn or no video"),
+        ("torn.mp4", False, "cannot be read: damaged or not a video"),
+        ("text.mp4", False, "cannot be read: damaged or not a video"),
         ("mute.mp4", False, "no caption"),
         ("gone.mp4", False, "does not exist"),
         ("twin.mp4", False, "double: same.mp4 is the same video with the same caption"),
@@ -868,7 +868,7 @@ def test_any_videos_train_psft_and_are_listed_before(home) -> None:
 def test_clips_that_are_given_whole_are_refused_before_they_are_encoded(home) -> None:
     code, out, said = command(home, "train", "recipe.yaml", "run=single", "data.frames=1")
     assert code == 1
-    assert "data.frames: clips of 1 are a first picture alone" in said
+    assert "data.frames: clips of 1 are only a first frame" in said
     assert "latents:" not in out
     code, _, said = command(home, "train", "recipe.yaml", "run=pictures", "data.frames=1", "model.conditioning=text")
     assert code == 0, said
@@ -890,7 +890,7 @@ def test_a_method_that_needs_masks_refuses_them(home) -> None:
 def test_half_a_wish_is_refused(home) -> None:
     code, _, said = command(home, "train", "recipe.yaml", "run=half", "data.fps=null")
     assert code == 1
-    assert said.startswith("recipe.yaml:4: data: frames, fps and size say together what clips shall be; give all three")
+    assert said.startswith("recipe.yaml:4: data: frames, fps and size set the clips' format together; give all three")
 
 
 def test_test_clips_of_another_kind_are_still_refused(home) -> None:

@@ -1,4 +1,4 @@
-"""`posttrain doctor`: what this machine has and lacks, and what to do about it, a line each."""
+"""`posttrain doctor`: one line for each requirement: whether this machine meets it, and the remedy."""
 
 import os
 import platform
@@ -96,7 +96,7 @@ def check_renderer() -> Iterator[Finding]:
 
 
 def check_codecs() -> Iterator[Finding]:
-    """What datasets (lossless) and samples (for browsers) are written with."""
+    """The video encoders for datasets (lossless) and samples (for browsers)."""
     import av
 
     lacking = [name for name in ENCODERS if name not in av.codecs_available]

@@ -1,9 +1,9 @@
-"""A whole training step at full size without its memory or time: tensors have a shape, a type, and no values.
+"""A dry run of a training step at full size: tensors have a shape and a type but no values, so it needs no memory.
 
 The method's own loop runs on the real transformer with its adapter; if the method decodes, also the sampler and the
-decoder, forward and backward. The bytes that are alive at once and the floating point operations are counted,
-recomputation included. Attention is counted as flash attention, captions at their full length. The mean of the pixels
-replaces the rewards. Losers have no scores, and references are computed even if a run would have cached them.
+decoder, forward and backward. It counts the peak of the bytes in use and the floating point operations, including
+recomputation. Attention is counted as flash attention, captions at their full length. The mean of the pixels replaces
+the rewards. Losers have no scores, and references are computed even if a run would have cached them.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ SHORT = 2, 3  # steps of the two short samplers that are run instead of a long o
 
 
 class Step(NamedTuple):
-    """What one optimiser step of one micro-batch on one device takes. Memory is in GiB."""
+    """Memory (GiB) and operations that one optimiser step of one micro-batch needs on one device."""
 
     parameters: int  # of the transformer, without the adapter
     trained: int
@@ -47,7 +47,7 @@ class Step(NamedTuple):
 
 
 def metered(shapes: Outline, meter: Meter) -> None:
-    """Change the model: what its decoder offloads is counted as main memory, and captions become empty tensors."""
+    """Change the model so that offloaded tensors count as main memory and captions are tensors without values."""
     model = cast(Any, shapes.model)
     decode = model.decode
 
@@ -68,7 +68,7 @@ def clips_of(outline: Outline, batch: int, frames: int, height: int, width: int)
 
 
 def brightness(video_BCFHW: Tensor, batch: Batch) -> Tensor:
-    """Stands in for rewards (rewards/base.py), whose networks are not counted."""
+    """Replaces the rewards (rewards/base.py), whose networks are not counted."""
     return video_BCFHW.flatten(1).mean(1)
 
 
@@ -162,7 +162,7 @@ def dry_step(
 
 
 def whole_step(take: Callable[..., Step], method: Plugin) -> Step:
-    """`take(method=method)`; with a long sampler, extrapolated from two short ones, as all its steps cost the same.
+    """`take(method=method)`; for a long sampler, extrapolated from two short ones, because every step costs the same.
 
     Exact for operations. Memory grows by what each step keeps; if all weights are trained and the peak is in the
     sampler's backward pass, the result is too large by two latents a step.
@@ -187,7 +187,7 @@ def needs(
     processes: int = 1,
     losers: int = 1,
 ) -> tuple[str, float, float]:
-    """What training by `method` on clips of (frames, height, width) takes in each process.
+    """Memory and operations that training with `method` on clips of (frames, height, width) needs in each process.
 
     Args:
         losers: in each group, if the method compares clips.
@@ -201,14 +201,14 @@ def needs(
     """
     if not is_video(config.family):
         raise UserError(
-            f"model.family: the dry run supports video models only, not {config.family}; leave the recipe out",
+            f"model.family: the dry run supports only video models, not {config.family}; run doctor without it",
             "unsupported",
             "model.family",
         )
     asked = method_of(method)
     if sampler(method.config) and config.expert is not None:
         raise UserError(
-            f"model.expert: the dry run supports {method.name} only for models with one expert; leave the recipe out",
+            f"model.expert: the dry run supports {method.name} only for models with one expert; run doctor without it",
             "unsupported",
             "model.expert",
         )

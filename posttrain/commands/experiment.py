@@ -1,11 +1,11 @@
-"""An experiment: its recipe, its folder in runs/, and what `model.start` and `model.merge` in it mean.
+"""An experiment: its recipe, its folder in runs/, and which files its `model.start` and `model.merge` stand for.
 
-    runs/<run>/recipe.yaml   the resolved recipe, overrides in it
-    runs/<run>/adapter/      the trained weights (also where they are a whole model)
-    runs/<run>/trained.json  says that they are complete, what they depend on, and their digests
-    runs/<run>/.lock         is held by the process that works there
+    runs/<run>/recipe.yaml   the resolved recipe, including overrides
+    runs/<run>/adapter/      the trained weights (also if they are a whole model)
+    runs/<run>/trained.json  written when training is complete: what the weights depend on, and their digests
+    runs/<run>/.lock         held by the process that works in the folder
 
-A folder belongs to one recipe; a run may start from what others left in theirs.
+A folder belongs to one recipe. A run may start from the weights of another run.
 """
 
 import json
@@ -58,7 +58,7 @@ def _names_a_folder(run: str) -> str:
 
 
 class Table(Strict):
-    """Rows of one report, each by what it changes in the recipe, as in `flow: {method.rewards: [{name: flow}]}`."""
+    """Rows of one report. Each row lists the keys that it changes, as in `flow: {method.rewards: [{name: flow}]}`."""
 
     rows: Annotated[dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], dict[str, Any]], Field(min_length=1)]
     # of training; a row is their mean, clip by clip. None: the recipe's own
@@ -78,7 +78,7 @@ class Table(Strict):
             for key in ("run", "sweep", "table", "train.seed"):
                 if key in changes:
                     raise PydanticCustomError(
-                        "part", "{row} sets {key}, which the table does; leave it out", {"row": row, "key": key}
+                        "part", "{row} sets {key}, which the table itself sets; leave it out", {"row": row, "key": key}
                     )
         return rows
 
@@ -103,13 +103,13 @@ class Recipe(Strict):
 
     @property
     def divided(self) -> bool:
-        """Whether it is several runs with one report."""
+        """Whether this recipe stands for several runs with one report."""
         return bool(self.sweep or self.table)
 
     @model_validator(mode="before")
     @classmethod
     def _sampled_as_usual(cls, values: Any) -> Any:
-        """What `eval.sampler` leaves out is as usual for the model, and what `method.sampler` does, as in `eval`."""
+        """Fill in `eval.sampler` with the model's defaults, and `method.sampler` with `eval.sampler`."""
         match values:
             case {"model": {"path": str(path)} as model} if defaults := _defaults(model.get("family", FAMILY), path):
                 said: list[dict[str, Any]] = []
@@ -125,7 +125,7 @@ class Recipe(Strict):
     @model_validator(mode="before")
     @classmethod
     def _losers_as_usual(cls, values: Any) -> Any:
-        """What `data.groups.sampler` leaves out is as usual for the model too."""
+        """Fill in `data.groups.sampler` with the model's defaults."""
         match values:
             case {"model": {"path": str(path)} as model, "data": {"groups": {**groups}} as data}:
                 defaults = _defaults(model.get("family", FAMILY), path)
@@ -143,13 +143,15 @@ class Recipe(Strict):
                     "duplicate", "has two values whose folder is {name}; keep one", {"name": printable(twice)}
                 )
             if odd := [n for n in names if n[:1] in (".", "") or not n.isprintable() or len(n) > 100]:
-                raise PydanticCustomError("value", "has a value that names no folder: {name}", {"name": printable(odd)})
+                raise PydanticCustomError(
+                    "value", "has a value that cannot be a folder name: {name}", {"name": printable(odd)}
+                )
         return sweep
 
     @field_validator("method")
     @classmethod
     def _trains_this_family(cls, method: Plugin, info: ValidationInfo) -> Plugin:
-        """A method trains video models, or the networks that its module lists in TRAINS."""
+        """Refuse a method that cannot train this family: it trains video models, or the networks in its TRAINS."""
         model, networks = info.data.get("model"), method_of(method).TRAINS
         if model is None:  # what is wrong with it is said elsewhere
             return method
@@ -171,7 +173,7 @@ class Recipe(Strict):
         model = info.data.get("model")
         if measured and model and not is_video(model.family):
             raise PydanticCustomError(
-                "part", "is for video models; leave it out of a {family}'s recipe", {"family": model.family}
+                "part", "is only for video models; leave it out of a recipe for {family}", {"family": model.family}
             )
         return measured
 
@@ -179,7 +181,7 @@ class Recipe(Strict):
     @classmethod
     def _one_of_both(cls, table: Table | None, info: ValidationInfo) -> Table | None:
         if table and info.data.get("sweep"):
-            raise PydanticCustomError("part", "stands beside a sweep; keep one")
+            raise PydanticCustomError("part", "cannot be used together with sweep; keep one")
         return table
 
     @field_validator("tripwires")
@@ -189,22 +191,22 @@ class Recipe(Strict):
         if wires is None or method is None or "eval" not in info.data:  # what is wrong with those is said elsewhere
             return wires
         if not measured or not measured.every:
-            raise PydanticCustomError("part", "look at eval.clips every eval.every steps; set both")
+            raise PydanticCustomError("part", "need eval.clips and eval.every, the steps between looks; set both")
         if not method_of(method).rewards(method.config):
             raise PydanticCustomError(
                 "part",
-                "are for a method that trains rewards, and {name} is none; leave them out",
+                "are only for methods that train rewards, and {name} does not; leave them out",
                 {"name": method.name},
             )
         if chooses_by_the_test(wires, measured):
             raise PydanticCustomError(
-                "part", "choose weights with roll_back, so their split must not be measured; take it from eval.splits"
+                "part", "choose weights with roll_back, so their split must not be measured; remove it from eval.splits"
             )
         return wires
 
 
 def _defaults(name: Any, path: str) -> Defaults | None:
-    """Of the model that a recipe names; None for a network. What is wrong with the family's name is said elsewhere."""
+    """The defaults of the model that a recipe names; None for a network. An unknown family is reported elsewhere."""
     try:
         return family(name).defaults(path) if isinstance(name, str) else None
     except UserError:
@@ -212,7 +214,7 @@ def _defaults(name: Any, path: str) -> Defaults | None:
 
 
 def _samples(method: Any) -> bool:
-    """Whether a method of this name has a `sampler` in its Config; what is wrong with a name is said elsewhere."""
+    """Whether the method of this name has a `sampler` in its Config. An unknown name is reported elsewhere."""
     try:
         return isinstance(method, str) and "sampler" in recipe.resolve(METHODS, method).Config.model_fields
     except (UserError, AttributeError):
@@ -220,7 +222,7 @@ def _samples(method: Any) -> bool:
 
 
 def load_recipe(target: Path | str, *overrides: str) -> Recipe:
-    """The recipe of an experiment, read and checked; nothing is written.
+    """Read and check the recipe of an experiment; writes nothing.
 
     Args:
         target: a recipe file, a run's folder, or its name in runs/. A path that begins with recipes/ and does not exist
@@ -228,18 +230,20 @@ def load_recipe(target: Path | str, *overrides: str) -> Recipe:
         overrides: as on the command line: "train.steps=20", "data.clips=my_videos".
 
     Raises:
-        UserError: there is no such thing, or the recipe is wrong; `field` is the key, as in "train.steps".
+        UserError: `target` does not exist, or the recipe is wrong; `field` is the key, as in "train.steps".
     """
     return recipe.load(_recipe_and_folder(target)[0], overrides, Recipe)
 
 
 def _recipe_and_folder(target: Path | str) -> tuple[Path, Path | None]:
-    """The recipe file that `target` means, and the run's folder where it means that of a run."""
+    """The recipe file that `target` stands for, and the run's folder if it stands for a run."""
     for folder in (Path(target), RUNS / target):
         if folder.is_dir():
             path = folder / "recipe.yaml"
             if not path.exists():
-                raise UserError(f"{path}: does not exist; {folder} is no run: give a recipe or a folder below {RUNS}")
+                raise UserError(
+                    f"{path}: does not exist; {folder} is not a run; give a recipe or a folder below {RUNS}"
+                )
             return path, folder
     return Path(target), None
 
@@ -248,11 +252,13 @@ def open_run(target: Recipe | Path | str, overrides: Sequence[str] = ()) -> tupl
     """The recipe and folder of a run, given as for `load_recipe` or as a recipe that was loaded.
 
     Raises:
-        UserError: there is no such thing, the recipe is wrong, or the folder holds a run of another recipe.
+        UserError: it does not exist, the recipe is wrong, or the folder holds a run of another recipe.
     """
     if isinstance(target, Recipe):
         if overrides:
-            raise UserError(f"{printable(overrides[0])}: give it to load_recipe, which checks it", "conflict")
+            raise UserError(
+                f"{printable(overrides[0])}: overrides must be given to load_recipe, which checks them", "conflict"
+            )
         plan, folder, name = target, None, f"the recipe {target.run}"
     else:
         path, folder = _recipe_and_folder(target)
@@ -263,9 +269,9 @@ def open_run(target: Recipe | Path | str, overrides: Sequence[str] = ()) -> tupl
 
 
 def claim(plan: Recipe, folder: Path, name: str) -> None:
-    """Refuse a folder in which another recipe was run; note this one in it.
+    """Refuse a folder in which another recipe was run; else write this recipe into it.
 
-    One that was refused before it trained, for a wrong model.path or the like, left nothing and may be mended.
+    A recipe that was refused before training, for example for a wrong model.path, may be corrected and run again.
     """
     path = folder / "recipe.yaml"
     if path.exists() and ((folder / ADAPTER).exists() or any(folder.glob("checkpoints/step-*"))):
@@ -290,10 +296,10 @@ def claim(plan: Recipe, folder: Path, name: str) -> None:
 
 @contextmanager
 def alone(plan: Recipe, folder: Path) -> Iterator[None]:
-    """Hold the run's folder, so that nobody else works there; of several processes of one run the first does.
+    """Lock the run's folder for this process; if a run has several processes, the first one locks it.
 
     Raises:
-        UserError: busy: another process does, or has begun another recipe there.
+        UserError: busy: another process holds it, or has started another recipe there.
     """
     if not distributed.process().is_main_process:
         yield
@@ -307,10 +313,10 @@ def alone(plan: Recipe, folder: Path) -> Iterator[None]:
 
 
 def members(plan: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
-    """The runs of an experiment: the one, or those of `sweep` or `table`, each in a folder below that is named by it.
+    """The runs of an experiment: a single one, or those of `sweep` or `table`, each in its own subfolder.
 
     Raises:
-        UserError: a value makes no recipe, or its folder holds a run of another one.
+        UserError: a value gives an invalid recipe, or its folder holds a run of another recipe.
     """
     changes: dict[str, dict[str, Any]] = {}
     if plan.table:
@@ -326,7 +332,10 @@ def members(plan: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
         words = [f"{key}={json.dumps(value)}" for key, value in values.items()]
         found[name] = recipe.load(path, [*words, f"run={plan.run}/{name}", "sweep=null", "table=null"], Recipe)
         if plan.table and _measured(found[name]) != _measured(plan):
-            raise UserError(f"{path}: table.rows.{name.partition('/')[0]}: changes eval; rows are measured alike")
+            raise UserError(
+                f"{path}: table.rows.{name.partition('/')[0]}: changes eval, but all rows "
+                "must be measured in the same way; leave it out"
+            )
         claim(found[name], folder / name, str(path))
     return [(member, folder / name) for name, member in found.items()]
 
@@ -341,10 +350,10 @@ def _measured(plan: Recipe) -> dict[str, Any] | None:
 
 
 def is_trained(folder: Path, meaning: dict[str, Any] | None = None) -> bool:
-    """Whether training is complete. `meaning`: what it would depend on now.
+    """Whether training is complete. `meaning`: what the weights would depend on now.
 
     Raises:
-        UserError: it was complete with something else.
+        UserError: it was completed with other settings.
     """
     if not (folder / TRAINED).exists() or not (folder / ADAPTER).exists():
         return False
@@ -357,26 +366,28 @@ def is_trained(folder: Path, meaning: dict[str, Any] | None = None) -> bool:
         )
     if meaning is not None and (other := [key for key, value in meaning.items() if kept.get(key) != value]):
         what = ", ".join(other)
-        raise UserError(f"{folder / ADAPTER}: came of another {what}; choose another run=... or delete {folder}")
+        raise UserError(
+            f"{folder / ADAPTER}: was trained with another {what}; choose another run=... or delete {folder}"
+        )
     return True
 
 
 def trained_files(folder: Path) -> dict[str, str]:
-    """Digests of what training left in the run's adapter/; what `export` writes beside it is made again anyway."""
+    """Digests of the files that training wrote into the run's adapter/; not of those that `export` adds."""
     digests = files.sums(folder / ADAPTER)
     return {name: digests[name] for name in digests if not name.endswith(("README.md", "_comfyui.safetensors"))}
 
 
 def need_training(folder: Path) -> None:
     if not is_trained(folder):
-        raise UserError(f"{folder / ADAPTER}: is missing or incomplete; finish `posttrain train` first")
+        raise UserError(f"{folder / ADAPTER}: is missing or incomplete; run `posttrain train` to its end first")
 
 
 def resolved(config: ModelConfig) -> ModelConfig:
-    """`config` with the files and folders that its start and merge mean; resolved again it stays the same.
+    """`config` with start and merge replaced by files and folders; resolving it again changes nothing.
 
     Raises:
-        UserError: there is no such thing, or it is a run whose own base is not this one's.
+        UserError: one does not exist, or is a run that was trained on another base.
     """
     merge: tuple[Merged, ...] = ()
     for number, adapter in enumerate(config.merge):
@@ -389,7 +400,7 @@ def resolved(config: ModelConfig) -> ModelConfig:
 
 
 def _weights(field: str, source: str, merge: tuple[Merged, ...]) -> Path:
-    """The adapter file or transformer folder that `source` means, which may only need what is in `merge`."""
+    """The adapter file or transformer folder of `source`, which may depend on no adapters except those in `merge`."""
     for place in (Path(source), RUNS / source):
         if (place / "recipe.yaml").is_file():
             need_training(place)
@@ -402,18 +413,18 @@ def _weights(field: str, source: str, merge: tuple[Merged, ...]) -> Path:
                     best(found.parent.parent)
                 _check_base(field, source, found.parent.parent, merge)
                 return found
-    raise UserError(f"{field}: {source} is no run, adapter file or transformer folder; name one that exists")
+    raise UserError(f"{field}: {source} is no run, adapter file or transformer folder; name an existing one")
 
 
 def _check_base(field: str, source: str, run: Path, merge: tuple[Merged, ...]) -> None:
-    """Refuse the adapter of a run that was trained on more than its model.path and `merge`."""
+    """Refuse the adapter of a run whose base was more than model.path with `merge`."""
     if not (run / TRAINED).is_file():
         return
     need_training(run)
     try:
         base = resolved(recipe.load(run / "recipe.yaml", (), Recipe).model)
     except UserError as error:
-        raise UserError(f"{field}: {source}: what it was trained on is gone: {error}") from error
+        raise UserError(f"{field}: {source}: its base cannot be read: {error}") from error
     if base.start and Path(base.start).is_dir():
         raise UserError(
             f"{field}: {source} was trained on {base.start}; "
@@ -421,4 +432,4 @@ def _check_base(field: str, source: str, run: Path, merge: tuple[Merged, ...]) -
         )
     if base.merge != merge[: len(base.merge)]:
         needed = [item.model_dump() for item in base.merge]
-        raise UserError(f"{field}: {source} was trained on merged adapters; let model.merge begin with {needed}")
+        raise UserError(f"{field}: {source} was trained on merged adapters; put {needed} first in model.merge")

@@ -1,11 +1,11 @@
-"""A finished run as something to hand out: the weights in others' layouts, a model card, and the proof that they load.
+"""Export a finished run: the weights in other programs' formats, a model card, and a check that they load.
 
-    adapter/pytorch_lora_weights.safetensors   diffusers, always; or adapter/transformer where all weights were trained
+    adapter/pytorch_lora_weights.safetensors   diffusers, always; or adapter/transformer if all weights were trained
     adapter/<run>_comfyui.safetensors          the same adapter for ComfyUI
     merged/transformer                         a diffusers transformer with the adapter folded in
 
-Of a model with two experts each has a run of its own: the file's name says "high_noise" or "low_noise", and the one for
-low noise is merged into `transformer_2`, as diffusers has it.
+If a model has two experts, each has its own run. The file names contain "high_noise" or "low_noise", and the merged
+low-noise expert is the folder `transformer_2`, as in diffusers.
 """
 
 import math
@@ -35,12 +35,12 @@ def export(
     """Check the trained weights in `run`, write what `formats` lists and the model card; return the paths, card last.
 
     Args:
-        formats: "diffusers" (what training left, and the card), "comfyui", "merged".
-        config: the model with the files that its start and merge mean; None: as the run's recipe names them.
+        formats: "diffusers" (the files that training wrote, and the card), "comfyui", "merged".
+        config: the model config with start and merge resolved to files; None: from the run's recipe.
 
     Raises:
         UserError: the run has no trained weights, they are damaged, a format needs an adapter and there is none, or
-            the model's configs are gone.
+            the model's configs are missing.
     """
     run = Path(run)
     adapter, transformer = run / ADAPTER / lora.FILE, run / ADAPTER / "transformer"
@@ -55,7 +55,7 @@ def export(
     model = yaml.safe_load(text)["model"]
     if weights.is_dir() and (other := sorted(set(formats) - {"diffusers"})):
         raise UserError(
-            f"{run}: export: {other[0]} is made of an adapter, and this run trained all weights; leave it out, and use "
+            f"{run}: export: {other[0]} is made from an adapter, and this run trained all weights; leave it out, use "
             f"{weights}",
             "conflict",
             "export",
@@ -77,21 +77,21 @@ def export(
 
 @torch.no_grad()
 def check(files: Sequence[Path], model: VideoModel, config: ModelConfig) -> Iterator[str]:
-    """Load each file as others do and compare velocity and adapter with ours; yield a line about each.
+    """Load each file as other programs do and compare it with the trained model; yield a line about each.
 
-    On the device is one transformer at a time.
+    Only one transformer at a time is on the device.
 
     Args:
         files: adapters (safetensors) and transformer folders, as `export` returns them.
         model: the trained model.
-        config: what it was loaded by; its `start` and `merge` are files and folders.
+        config: its config; `start` and `merge` are files and folders.
 
     Raises:
-        UserError: the stock pipeline cannot load a file, or its velocity is another. At most 1% of what the adapter
-            changes may differ, beside the rounding of the arithmetic: 1e-5 of the largest velocity in float32, 2e-2 in
-            coarser numbers (4 x 2^-8 and reserve). A small adapter hides in that, so its share in the weights must be 1
-            too: within 1e-3, or within 0.02 where it is folded into coarse weights, which rounds. Where a sum of such
-            weights cannot hold so small an adapter, the share is printed and not asked for.
+        UserError: the stock pipeline cannot load a file, or its velocity differs. Allowed are 1% of the adapter's own
+            change plus rounding errors: 1e-5 of the largest velocity in float32, 2e-2 in lower precision (4 x 2^-8 with
+            a margin). A small adapter would be hidden by this rounding, so its share in the weights must also be 1:
+            within 1e-3, or within 0.02 if it is merged into low-precision weights. If such weights cannot represent so
+            small an adapter, the share is printed but not checked.
     """
     stock = family(config.family)
     ours, device, random = model.transformer, model.device, torch.Generator().manual_seed(0)
@@ -137,7 +137,7 @@ def check(files: Sequence[Path], model: VideoModel, config: ModelConfig) -> Iter
         folded = coarse and file.is_dir()
         hidden = file.is_dir() and effect < (2**-8 if coarse else 2**-20) * largest  # too small for sums to hold
         if not hidden and not abs(share - 1) <= (1 - lora.SURVIVES if folded else 1e-3):
-            rounded = ", or hand out the adapter: coarse weights round it away" if folded else ""
+            rounded = ", or distribute the adapter file: rounding to these weights removes it" if folded else ""
             raise UserError(f"{file}: {numbers}, which should be 100%: delete it and export again{rounded}", "mismatch")
         transformer.to("cpu")  # before the next one comes
         yield f"{file}: {numbers}"
@@ -157,7 +157,7 @@ def _load_stock(stock: Family, transformer: nn.Module, file: Path) -> None:
 
 
 def _coarse(path: Path) -> bool:
-    """Whether weights are kept in less than float32."""
+    """Whether weights are stored in lower precision than float32."""
     for file in [path] if path.is_file() else path.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             if any(tensors.get_tensor(name).dtype != torch.float32 for name in tensors.keys()):
@@ -214,7 +214,7 @@ def _card(text: str, rows: list[dict[str, Any]], written: Sequence[Path], config
 
 
 def _first_rows(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """The first row of metadata.jsonl of each folder of clips; empty where there is none."""
+    """The first row of metadata.jsonl of each folder of clips; empty if there is none."""
     rows = []
     for folder in [data["clips"]] if isinstance(data["clips"], str) else data["clips"]:
         metadata = Path(folder) / data.get("split", "train") / "metadata.jsonl"
@@ -228,7 +228,7 @@ def _simulated(data: dict[str, Any]) -> bool:
 
 
 def _clip(recipe: dict[str, Any]) -> dict[str, Any]:
-    """caption, frames, size and fps of the first training clip, as far as they are known."""
+    """Those of caption, frames, size and fps of the first training clip that are known."""
     data = recipe["data"]
     row = _first_rows(data)[0]
     return row | {key: data[key] for key in ("frames", "size", "fps") if data.get(key)}
@@ -241,7 +241,7 @@ def _purpose(path: Path) -> str:
 
 
 def _usage(config: ModelConfig, weights: Path, recipe: dict[str, Any]) -> str:
-    """How the stock pipeline makes a clip, in Markdown; the sampler is that of the evaluation."""
+    """Markdown: code that samples a clip with the stock pipeline and the sampler of the evaluation."""
     model, asked = family(config.family), (recipe.get("eval") or {}).get("sampler") or {}
     how = sampler(model.defaults(config.path), asked)
     code = model.pipeline_code(config, weights.is_file(), _clip(recipe), how)

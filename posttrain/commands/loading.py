@@ -1,4 +1,4 @@
-"""Models as recipes and runs name them, on this process's device, and what a stage asks of its process."""
+"""Load the models that recipes and runs name, on this process's device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ TRACKED = 64  # pixels that the sides of clips may have for the embedded tracker
 
 @contextmanager
 def memory(what: str, remedy: str) -> Iterator[None]:
-    """Turn a GPU that is full into one clear line; other errors stay what they are."""
+    """Turn a GPU out-of-memory error into a UserError; other errors are raised unchanged."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -29,9 +29,10 @@ def memory(what: str, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def base_model(plan: Recipe) -> Iterator[Any]:
-    """The model that training started from; for random weights, the pretrained one they compete with.
+    """The model that training started from; for `init: random`, the pretrained model, for comparison.
 
-    An adapter that training continued is on it, as training had it: coarse weights would round it.
+    An adapter that training continued stays an adapter, as in training: merged into low-precision weights it would be
+    rounded.
     """
     config = resolved(plan.model).model_copy(update={"init": "pretrained", "other_adapter": None})
     if not (config.start and Path(config.start).is_file()):
@@ -41,12 +42,12 @@ def base_model(plan: Recipe) -> Iterator[Any]:
 
 @contextmanager
 def tuned_model(plan: Recipe, folder: Path) -> Iterator[Any]:
-    """The model as its saved weights make it, so that what is measured is what is handed out."""
+    """The model with its saved weights, so that the measured weights are the exported ones."""
     model = load_model(plan.model)
     if files.read_object(folder / TRAINED)["model"] != start_fingerprint(model.module):
         name = f"model.path {plan.model.path}"
         raise UserError(
-            f"{folder / ADAPTER}: was trained on other weights than {name} has now; train again as run=...",
+            f"{folder / ADAPTER}: was trained on other weights than {name} has now; train again with another run=...",
             "mismatch",
             "model.path",
         )
@@ -55,7 +56,7 @@ def tuned_model(plan: Recipe, folder: Path) -> Iterator[Any]:
 
 
 def load_model(config: ModelConfig) -> Any:
-    """The model, or the network of nets/, that a recipe names, on this process's device."""
+    """The model, or the network from nets/, that a recipe names, on this process's device."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one per part of a model
@@ -63,7 +64,7 @@ def load_model(config: ModelConfig) -> Any:
 
 
 def load_tracker(path: str = "pocket") -> Any:
-    """The segmenter that scores: the embedded one, one like it in a folder, or a SAM 2 in a folder or on the hub."""
+    """The tracker for measuring: the embedded one, a folder with one like it, or a SAM 2 in a folder or on the hub."""
     config = Path(path) / "config.json"
     ours = path == "pocket" or (config.exists() and "widths" in files.read_object(config))
     return load_model(ModelConfig(family="tracker" if ours else "sam2", path=path))

@@ -1,4 +1,4 @@
-"""Make and judge the base model's samples that `data.groups` asks for, which lose against the true clips."""
+"""Generate and score the base model's samples for `data.groups`, the rejected clips."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ MODEL_KEYS = {"family", "path", "revision", "conditioning", "merge", "start"}  #
 
 
 class FirstPicture(NamedTuple):
-    """A clip's first picture and caption, as `score.sample_missing` takes them."""
+    """A clip's first frame and caption, in the form that `score.sample_missing` takes."""
 
     id: str
     caption: str
@@ -33,20 +33,20 @@ class FirstPicture(NamedTuple):
 
 @memory("sampling", "lower data.groups.batch, or take smaller or shorter clips (data.size, data.frames)")
 def make_samples(plan: Recipe, groups: GroupsConfig) -> None:
-    """Make the missing ones of `groups.samples_each` samples of each true clip, and of `groups.judge`'s scores.
+    """Generate the missing samples (`groups.samples_each` for each true clip) and the missing scores of `groups.judge`.
 
-    Each of several processes makes its share.
+    With several processes, each generates its share.
 
     Raises:
-        UserError: the samples in the folder are of another model or format, two clips have the same name, or the judge
-            cannot compare samples with retimed or cropped clips.
+        UserError: the samples in the folder are from another model or in another format, two clips have the same name,
+            or the judge cannot compare samples with retimed or cropped clips.
     """
     from posttrain.judges.folder import find, score_videos
 
     data = plan.data
     if groups.judge and not (isinstance(data.clips, str) and data.frames is data.fps is data.size is None):
         raise UserError(
-            "data.groups.judge: compares with the clips of one folder, neither retimed nor cropped; name one folder in "
+            "data.groups.judge: compares with the clips of one folder, not retimed or cropped; name one folder in "
             "data.clips, without frames, fps and size, or score with `posttrain score`",
             "conflict",
             "data.groups.judge",
@@ -65,7 +65,7 @@ def make_samples(plan: Recipe, groups: GroupsConfig) -> None:
 
 
 def _sample(plan: Recipe, groups: GroupsConfig, folder: Path) -> None:
-    """Make this process's share of the samples, then wait until all are made."""
+    """Generate this process's share of the samples, then wait for the other processes."""
     from posttrain.evaluation.score import sample_missing
 
     clips = Clips(plan.data, preload=False)
@@ -89,12 +89,12 @@ def _sample(plan: Recipe, groups: GroupsConfig, folder: Path) -> None:
 
 
 def claim_samples(folder: Path, model: ModelConfig, made: Mapping[str, Any] | None = None) -> None:
-    """Refuse a folder with samples of another model or other settings; else note model and settings in it.
+    """Refuse a folder with samples of another model or other settings; else write model and settings into it.
 
     Args:
         model: resolved.
-        made: format ("kind"), sampler and negative prompt of samples that are to be made there. None: the samples in
-            the folder are used with any settings and, if the folder has no note, of any model.
+        made: format ("kind"), sampler and negative prompt of the samples to be generated there. None: nothing is
+            generated; samples with any settings are used and, if the folder does not record its model, of any model.
     """
     path = folder / SAMPLES
     if made is None and not path.exists():
@@ -114,7 +114,7 @@ def claim_samples(folder: Path, model: ModelConfig, made: Mapping[str, Any] | No
     if other := [name for name in wanted if kept.get(name) != wanted[name]]:
         remedy = str(folder) if made is not None else f"{path} to use them anyway"
         raise UserError(
-            f"{path}: the samples there have another {', '.join(other)}; name another folder in "
+            f"{path}: the samples there were made with another {', '.join(other)}; name another folder in "
             f"data.groups.samples, or delete {remedy}",
             "mismatch",
             "data.groups.samples",
@@ -131,9 +131,9 @@ def weights(path: Path) -> str:
 
 
 def simulator_judge(clips: str, split: str, tracker: str) -> tuple[Callable[[], Judge], str, str]:
-    """A function that loads the judge of these clips' samples, its name, and its version.
+    """A function that loads the judge for samples of these clips, its name, and its version.
 
-    One of them changes with everything that its scores depend on.
+    Name or version changes with everything that the scores depend on.
     """
     from posttrain.data import views
     from posttrain.evaluation.evaluate import version_of, weights_fingerprint

@@ -1,4 +1,4 @@
-"""Sample with a run or a model, and show what a recipe's true clips are compared with."""
+"""Sample with a run or a model, and show a recipe's groups."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,25 +28,25 @@ def sample(
     family: str | None = None,
     show: bool = False,
 ) -> list[Path]:
-    """Sample with a run (base and tuned model side by side) or with one model: continue a picture, or follow a text.
+    """Sample with a run (base and tuned model side by side) or with one model, from a first frame or from text alone.
 
     Args:
         target: a run, as in `open_run`, or a value of `model.path`.
-        image: the picture, a file or uint8 (H, W, 3). A run needs one if it was trained with pictures
-            (`model.conditioning`) and refuses one if not; a model without a run may need one.
-        wishes: fields of `gallery.Wish`; the others are as the run was trained and measured.
-        scale: factor of a run's adapter.
+        image: the first frame, a file or uint8 (H, W, 3). A run needs one if it was trained with first frames
+            (`model.conditioning`) and refuses one otherwise; a model that is not a run may need one.
+        wishes: fields of `gallery.Wish`; the other fields are those of the run's training and evaluation.
+        scale: strength of a run's adapter.
         output: the folder; None: samples/asked in the run's folder, or runs/samples/<model>.
-        family: of a model that is no run; None: that of the embedded model.
-        show: print what was done to the picture, and the paths.
+        family: of a model that is not a run; None: that of the embedded model.
+        show: print how the picture was cropped and scaled, and the paths.
 
     Returns:
-        The paths of the clips, seed by seed of each model, of the contact sheet and of the GIF; of several processes,
-        those of all but the first get none.
+        The paths of the clips (all seeds of the first model, then of the second), the contact sheet and the GIF. With
+        several processes, only the first one gets them.
 
     Raises:
-        UserError: the run or model does not exist, the picture cannot be read, is missing or is not used, or the wishes
-            do not fit the model.
+        UserError: the run or model does not exist, the picture cannot be read, is missing or is not used, or the
+            settings do not fit the model.
     """
     from posttrain.models import lora
     from posttrain.reporting.gallery import Wish, blank, fit, natural_size, open_picture, sample_side_by_side, slug
@@ -57,9 +57,11 @@ def sample(
         plan, folder = open_run(target)
         need_training(folder)
         if plan.model.conditioning == "text" and image is not None:
-            raise UserError(f"--image: {target} was trained on text alone (model.conditioning); leave it out")
+            raise UserError(
+                f"--image: {target} was trained without first frames (model.conditioning=text); leave it out"
+            )
         if plan.model.conditioning == "image" and image is None:
-            raise UserError(f"--image: is missing; {target} was trained to continue a first picture; name one")
+            raise UserError(f"--image: is missing; {target} was trained to continue a first frame; name one")
         if family is not None:
             raise UserError(
                 "--family: is only for a model without a run; a run's recipe names its own", "conflict", "--family"
@@ -71,7 +73,9 @@ def sample(
             with tuned_model(plan, folder) as model:
                 if scale != 1:
                     if not lora.attached(model.transformer):
-                        raise UserError(f"--scale: {folder} has no adapter, all weights were trained; leave it out")
+                        raise UserError(
+                            f"--scale: {folder} has no adapter, because all weights were trained; leave it out"
+                        )
                     lora.rescale(model.transformer, scale)
                 yield model
 
@@ -80,15 +84,19 @@ def sample(
         output = output or folder / "samples" / "asked"
     else:
         if scale != 1:
-            raise UserError(f"--scale: {target} is no run and has no adapter; leave it out or name a run")
+            raise UserError(f"--scale: {target} is not a run and has no adapter; leave it out or name a run")
         if image is None and family_of(family or FAMILY).needs_picture(target):
-            raise UserError(f"--image: is missing; {target} continues a first picture; name one", "required", "--image")
+            raise UserError(f"--image: is missing; {target} continues a first frame; name one", "required", "--image")
         config, name, usual = alone(target, image is not None, device(), family or FAMILY), Path(target).name, {}
         models = {name: lambda: nullcontext(load_model(config))}
         output = output or RUNS / "samples" / name
     file = image if isinstance(image, Path) else None
     if file and any((output / f"{file.stem}{s}").resolve() == file.resolve() for s in (".png", ".gif")):
-        raise UserError(f"--output: in {output} the sheet would replace {file}; name another", "conflict", "--output")
+        raise UserError(
+            f"--output: the contact sheet would replace {file}; name another folder than {output}",
+            "conflict",
+            "--output",
+        )
     of_model = family_of(config.family)
     defaults = of_model.defaults(config.path)
     asked = {**defaults._asdict(), **usual, **wishes, **sampler(defaults, usual, wishes)}
@@ -108,7 +116,7 @@ def sample(
 
 
 def alone(path: str, pictured: bool, device: torch.device, family: str = FAMILY) -> ModelConfig:
-    """The config of a model that is no run: bf16 on a GPU, as in the recipes."""
+    """The config of a model that is not a run: bf16 on a GPU, as in the recipes."""
     dtype: Literal["bf16", "fp32"] = "bf16" if path != "pocket" and device.type == "cuda" else "fp32"
     return ModelConfig(family=family, path=path, conditioning="image" if pictured else "text", dtype=dtype)
 
@@ -126,7 +134,7 @@ def as_evaluated(plan: Recipe) -> dict[str, Any]:
 
 
 def groups(plan: Recipe, folder: Path, shown: int = 8, show: bool = False) -> Path:
-    """Write a sheet of the first `shown` groups of a recipe, on one process; return its path, and `show` it.
+    """Write a contact sheet of the first `shown` groups of a recipe, in one process; return its path (`show`: print).
 
     Raises:
         UserError: the recipe has no groups, or they are not comparable.

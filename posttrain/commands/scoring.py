@@ -33,9 +33,9 @@ FRAMES = 16  # pictures of a video that a judge sees
 
 
 def compare(targets: Sequence[str]) -> None:
-    """Print the rows of several runs in one table, and the differences of the others from the first, clip by clip.
+    """Print the rows of several runs in one table, and the paired differences of the others from the first.
 
-    Splits on which not all of them were measured are left out.
+    Splits that were not measured in all runs are left out.
 
     Raises:
         UserError: a run is named twice, was not measured, or was measured on other clips or in another way.
@@ -70,20 +70,20 @@ def evaluate_videos(
     Args:
         benchmark: PisaBench's folder, or a dataset folder.
         clips: folders of videos, each with the name of its row.
-        runs: runs, as in `open_run`, whose base and tuned model make videos first.
+        runs: runs, as in `open_run`; their base and tuned models first sample the videos.
         tracker: the network that follows the object, see `load_tracker`.
-        fps: of the videos in `clips`; None: as their files say.
-        truth_fps: of the benchmark's clips; None: as their files say.
+        fps: frame rate of the videos in `clips`; None: as their files say.
+        truth_fps: frame rate of the benchmark's clips; None: as their files say.
         out: the folder for scores and report; None: runs/eval-<benchmark>.
-        asked: steps, guidance and seeds for the videos of `runs`; the others are as in the run's recipe or, if that has
-            no `eval`, the model's defaults and one seed.
+        asked: steps, guidance and seeds for the videos of `runs`; what is not given is as in the run's recipe or, if
+            that has no `eval`, the model's defaults and one seed.
         show: print the tables, and the path of the report.
 
     Returns:
-        The records; of several processes, those of all but the first get none.
+        The records; with several processes, only the first one gets them.
 
     Raises:
-        UserError: the benchmark, a folder or a run is not what it should be.
+        UserError: the benchmark, a folder or a run is missing or unusable.
     """
     from posttrain.evaluation.benchmarks.pisabench import open_benchmark
     from posttrain.evaluation.evaluate import weights_fingerprint
@@ -113,7 +113,7 @@ def evaluate_videos(
             rows += _sample_run(target, truths, folder / "videos", asked or {})
         if len(dict(rows)) < len(rows) or any(not name or "/" in name for name, _ in rows):
             raise UserError(
-                "--clips: each row of the table needs a name of its own; give one, as in kling=videos/k",
+                "--clips: two rows of the table have the same name; give names, as in kling=videos/k",
                 "duplicate",
                 "--clips",
             )
@@ -144,29 +144,29 @@ JUDGES = {  # the options that each may have, and those that it must have
 def score(
     folder: Path, by: str, clips: Path | None, split: str, asked: Mapping[str, Any], show: bool = False
 ) -> list[dict[str, Any]]:
-    """Score the videos of a folder that have no scores yet, into scores.jsonl beside them, which groups read.
+    """Score the videos of a folder that have no scores yet; write scores.jsonl next to them, which groups read.
 
     Args:
         by: the judge, one of JUDGES, see posttrain/judges.
-        clips: the dataset whose clips the videos continue; None: `folder` has captions itself.
+        clips: the dataset whose clips the videos continue; None: `folder` has its own captions.
         asked: options of the judge; by default the embedded tracker, 16 frames at full size, any rate.
         show: print the mean scores and the path.
 
     Returns:
-        The rows of scores.jsonl, see judges/folder.py; of several processes, those of all but the first get none.
+        The rows of scores.jsonl, see judges/folder.py; with several processes, only the first one gets them.
 
     Raises:
-        UserError: the folder, the dataset, the judge or its options are not what they should be.
+        UserError: the folder, the dataset, the judge or its options are missing or wrong.
     """
     from posttrain.judges.folder import find, score_videos
 
     if by not in JUDGES:
         raise UserError(
-            f"--judge: {printable(by)} is no judge; choose from: {', '.join(JUDGES)}", "unknown_name", "--judge"
+            f"--judge: {printable(by)} is not a judge; choose from: {', '.join(JUDGES)}", "unknown_name", "--judge"
         )
     rows, (may, must) = list[dict[str, Any]](), JUDGES[by]
     if wrong := [name for name in asked if name not in may]:
-        raise UserError(f"--{wrong[0]}: has no meaning for --judge {by}; leave it out", "conflict", f"--{wrong[0]}")
+        raise UserError(f"--{wrong[0]}: is not used by --judge {by}; leave it out", "conflict", f"--{wrong[0]}")
     if missing := [name for name in must if name not in asked]:
         raise UserError(f"--{missing[0]}: is missing; --judge {by} needs it", "required", f"--{missing[0]}")
     videos, path = find(folder, clips, split)
@@ -215,7 +215,7 @@ def _ready(folder: Path, by: str, clips: Path | None, split: str, asked: Mapping
 
 @memory("sampling", "lower eval.batch in the run's recipe; its videos have the size and frames of its clips")
 def _sample_run(target: str, truths: Any, out: Path, asked: Mapping[str, Any]) -> list[tuple[str, Path]]:
-    """A run's rows: the folders with the videos of its base and its tuned model. Makes those that are missing."""
+    """A run's rows: the folders with the videos of its base and its tuned model. Samples the missing videos."""
     from posttrain.evaluation.benchmarks.pisabench import NEGATIVE
     from posttrain.evaluation.score import sample_missing
 

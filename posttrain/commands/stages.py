@@ -1,14 +1,15 @@
-"""What a recipe asks for, stage by stage: clips, latents, training, evaluation, report, export.
+"""The stages of a recipe: clips, latents, training, evaluation, report, export.
 
-Stages meet in files. Each looks at what is there, says what it reuses, does the rest, and continues what was cut off:
+Stages communicate through files. Each checks which files exist, prints what it reuses, computes the rest, and continues
+interrupted work:
 
     data/...                 the clips (made by `sim`)
-    runs/cache/              latents and rows of evaluation that runs share, by content
-    runs/<run>/clips.jsonl   which files are retimed, cropped or left out, and why (where any is)
-    runs/<run>/clips.jpg     of these a contact sheet, as training sees them
+    runs/cache/              latents and rows of evaluation that runs share, named by hash
+    runs/<run>/clips.jsonl   which files are retimed, cropped or left out, and why (if there are any)
+    runs/<run>/clips.jpg     a contact sheet of these clips as they are used in training
     runs/<run>/...           recipe and trained weights (see experiment.py)
-    runs/<run>/best/         of a run with tripwires, the weights of its best look (see tripwires.py)
-    runs/<run>/merged/       the adapter folded into its base, where `export:` lists it
+    runs/<run>/best/         with tripwires: the weights of the best look (see tripwires.py)
+    runs/<run>/merged/       the adapter merged into its base, if `export:` lists it
 """
 
 import math
@@ -67,7 +68,7 @@ CLIPS, SHEET, SHOWN = "clips.jsonl", "clips.jpg", 24  # clips in the contact she
 
 
 def run(plan: Recipe, folder: Path, show: bool = False) -> None:
-    """Every stage that the recipe lists; `show` prints the tables and paths of each."""
+    """Run every stage that the recipe lists; `show` prints the tables and paths of each."""
     prepare(plan)
     train(plan, folder)
     if plan.eval:
@@ -78,10 +79,10 @@ def run(plan: Recipe, folder: Path, show: bool = False) -> None:
 
 
 def prepare(plan: Recipe) -> None:
-    """What training reads and is not there yet: clips, and samples for true clips to win against.
+    """Make what training reads and does not exist yet: clips, and the samples for preference groups.
 
     Raises:
-        UserError: the recipe and its clips do not go together.
+        UserError: the recipe and its clips do not fit together.
     """
     film(plan)
     check_data(plan)
@@ -90,7 +91,7 @@ def prepare(plan: Recipe) -> None:
 
 
 def film(plan: Recipe) -> None:
-    """Film the clips that are missing, in processes of their own: this package knows nothing of simulation."""
+    """Film the missing clips in separate processes, since this package does not import the simulator."""
     makers = [plan.data.make] if isinstance(plan.data.make, str) else plan.data.make or []
     if not main_process():
         makers = []
@@ -100,10 +101,10 @@ def film(plan: Recipe) -> None:
 
 
 def make_clips(maker: str) -> None:
-    """Film the clips of one recipe of `sim make`, which ends when this process does.
+    """Film the clips of one recipe with `sim make`, in a process that ends with this one.
 
     Raises:
-        UserError: internal: they could not be made; why, it has said itself.
+        UserError: internal: the clips could not be made; `sim make` has printed why.
         Interrupted: it was asked to stop.
     """
     command = [sys.executable, "-m", "sim", "make", maker, "--parent", str(os.getpid())]
@@ -115,7 +116,7 @@ def make_clips(maker: str) -> None:
 
 
 def check_data(plan: Recipe) -> None:
-    """Refuse clips for training and testing that do not go together, before hours are spent."""
+    """Refuse training and test clips that do not fit together, before the long work starts."""
     splits = open_splits(plan.data)
     if plan.eval:
         splits += check_tracker(plan.eval)
@@ -123,7 +124,7 @@ def check_data(plan: Recipe) -> None:
 
 
 def check_tracker(measured: EvalConfig) -> list[Split]:
-    """The splits that are measured. Raises UserError where they are too large for the embedded tracker."""
+    """The splits that are measured. Raises UserError if they are too large for the embedded tracker."""
     from posttrain.evaluation.evaluate import test_sets
 
     splits = [open_split(test.folder, test.split) for test in test_sets(measured).values()]
@@ -131,7 +132,7 @@ def check_tracker(measured: EvalConfig) -> list[Split]:
         if measured.tracker == "pocket" and max(split.size) > TRACKED:
             height, width = split.size
             raise UserError(
-                f"eval.tracker: the embedded one was made for {TRACKED} x {TRACKED} pixels, and the clips in "
+                f"eval.tracker: the embedded tracker was made for {TRACKED} x {TRACKED} pixels, and the clips in "
                 f"{split.folder} have {height} x {width}; name a SAM 2, as facebook/sam2.1-hiera-large",
                 "mismatch",
                 "eval.tracker",
@@ -145,10 +146,10 @@ def check_tracker(measured: EvalConfig) -> list[Split]:
     "data.frames, or what data.make films)",
 )
 def train(plan: Recipe, folder: Path) -> None:
-    """Train and save the weights, unless that is done.
+    """Train and save the weights, unless this is already done.
 
     Raises:
-        UserError: the recipe, its clips, its model and the folder do not go together, or the GPU is too small.
+        UserError: the recipe, its clips, its model and the folder do not fit together, or the GPU is too small.
     """
     check_trackers(plan.train.trackers)
     check_sampler(plan)
@@ -161,7 +162,7 @@ def train(plan: Recipe, folder: Path) -> None:
         shape = model.latent_shape(clips.splits[0].frames, *clips.splits[0].size)
         if plan.model.conditioning == "image" and shape[1] == 1:
             raise UserError(
-                f"data.frames: clips of {clips.splits[0].frames} are a first picture alone, which is given: nothing is "
+                f"data.frames: clips of {clips.splits[0].frames} are only a first frame, which is given: nothing is "
                 "left to learn; take longer ones, or set model.conditioning=text",
                 "value",
                 "data.frames",
@@ -210,7 +211,7 @@ def train(plan: Recipe, folder: Path) -> None:
 
 
 def check_sampler(plan: Recipe) -> None:
-    """Refuse to train one sampler and to measure another: what the one learns need not show in the other."""
+    """Refuse to train with one sampler and measure with another: the improvement may not carry over."""
     measured = plan.eval and plan.eval.sampler
     trained = sampler(plan.method.config)
     if measured and trained and trained != measured:
@@ -223,18 +224,18 @@ def check_sampler(plan: Recipe) -> None:
 
 
 def check_groups(plan: Recipe) -> GroupsConfig | None:
-    """What the method compares true clips with. Raises UserError where recipe and method differ on whether there is."""
+    """The recipe's groups config. Raises UserError if the method needs groups and there are none, or the reverse."""
     groups, wanted = plan.data.groups, method_of(plan.method).GROUPS
     if wanted and groups is None:
         raise UserError(
-            f"data.groups: is missing, and method {plan.method.name} compares true clips with what it names; write for "
+            f"data.groups: is missing, and method {plan.method.name} needs it to find rejected clips; write for "
             "example data.groups={counterfactuals: true}, or {samples: [FOLDER]}",
             "required",
             "data.groups",
         )
     if groups is not None and not wanted:
         raise UserError(
-            f"data.groups: is not for {plan.method.name}, which learns from true clips alone; leave it out",
+            f"data.groups: is not for {plan.method.name}, which needs no rejected clips; leave it out",
             "conflict",
             "data.groups",
         )
@@ -242,7 +243,7 @@ def check_groups(plan: Recipe) -> GroupsConfig | None:
 
 
 def tell(clips: Clips, folder: Path) -> None:
-    """Say which files are retimed, cropped or left out: in short on the terminal, each of them in clips.jsonl."""
+    """Report which files are retimed, cropped or left out: a summary on the terminal, each file in clips.jsonl."""
     told = [{"clips": str(split.folder), **note._asdict()} for split in clips.splits for note in split.video_notes]
     if told and main_process():
         files.write_jsonl(folder / CLIPS, told)
@@ -265,7 +266,7 @@ def evaluate(plan: Recipe, folder: Path, show: bool = False) -> list[Record]:
         show: print the table.
 
     Returns:
-        The records; of several processes, those of all but the first get none.
+        The records; with several processes, only the first one gets them.
 
     Raises:
         UserError: the recipe has no `eval` or too small a tracker, or training is not complete.
@@ -292,10 +293,10 @@ def evaluate(plan: Recipe, folder: Path, show: bool = False) -> list[Record]:
 
 
 def report(plan: Recipe, folder: Path, show: bool = False) -> Path:
-    """Write report.json and report.html from what was measured; of several runs, those of all of them together.
+    """Write report.json and report.html from the measurements; for several runs, one report of all of them.
 
     Args:
-        show: print the path, and of several runs the table.
+        show: print the path and, for several runs, the table.
 
     Returns:
         The path of report.html.
@@ -321,7 +322,7 @@ def report(plan: Recipe, folder: Path, show: bool = False) -> Path:
 
 
 def measured(plan: Recipe, folder: Path) -> dict[str, list[Path]]:
-    """The measured runs of a sweep or a table: the folders of each value or row; of a single run there are none."""
+    """The measured runs of a sweep or a table: the folders of each value or row; empty for a single run."""
     runs: dict[str, list[Path]] = {}
     for _, place in members(plan, folder) if plan.divided else ():
         if is_measured(place):
@@ -332,7 +333,7 @@ def measured(plan: Recipe, folder: Path) -> dict[str, list[Path]]:
 
 
 def _no_eval(folder: Path) -> UserError:
-    message = f"{folder / 'recipe.yaml'}: eval: is missing; say what to measure, as in eval.clips=data/drops"
+    message = f"{folder / 'recipe.yaml'}: eval: is missing; set what to measure, as in eval.clips=data/drops"
     return UserError(message, "required", "eval")
 
 
@@ -341,13 +342,13 @@ def is_measured(folder: Path) -> bool:
 
 
 def export(plan: Recipe, folder: Path, show: bool = False, checked: bool = False) -> list[Path]:
-    """Write the weights as others load them, with a model card; `checked` loads them so and compares.
+    """Write the weights in other programs' formats, with a model card; `checked`: load them again and compare.
 
     Args:
         show: print the paths, and a line about each file that was checked.
 
     Returns:
-        The paths, the model card's last; of several processes, those of all but the first get none.
+        The paths, the model card's last; with several processes, only the first one gets them.
 
     Raises:
         UserError: training is not complete, or a file does not give the trained model's velocity.

@@ -1,7 +1,7 @@
-"""Read and write video files, and read picture files. No other module opens one.
+"""Read and write video files, and read picture files. No other module opens such files.
 
-Files come from anywhere, so FFmpeg and Pillow may only try the formats listed here (others open network ports or other
-files, or run programs), and a file is refused before its pictures are decoded if they are larger than any use of them.
+Files are not trusted: FFmpeg and Pillow may only try the formats listed here (other formats can open network ports or
+other files, or run programs), and files with very large pictures are refused before they are decoded.
 
 Shape letters: F frames, H W pixels, C channels. Pictures are uint8 RGB, upright, with square pixels.
 """
@@ -39,9 +39,9 @@ HDR = {16: "PQ", 18: "HLG"}  # FFmpeg's numbers of transfer functions
 
 
 class Turn(NamedTuple):
-    """How to make a picture upright: transpose, then flip left and right, then flip top and bottom.
+    """Steps that make a picture upright: transpose, then flip left-right, then flip top-bottom.
 
-    It comes from the file's display matrix; phones and mirrored front cameras write eight different ones.
+    Read from the file's display matrix, which has one of eight values for rotated and mirrored videos.
     """
 
     transposed: bool = False
@@ -64,7 +64,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """What is in a video file: when each frame is shown, and the upright picture's height and width."""
+    """Facts about a video file: the time of each frame, and the height and width of the upright picture."""
 
     sha256: str
     times: np.ndarray  # seconds (F,), ascending, from 0
@@ -75,11 +75,11 @@ class Facts:
 
 
 def inspect(path: Path) -> Facts:
-    """What is in the video file `path`. For most files only the first picture is decoded.
+    """The facts of the video file `path`. For most files only the first frame is decoded.
 
     Raises:
-        UserError: it is no video of a known format, it is torn or too large, or its picture is rotated by another
-            angle than a multiple of 90 degrees.
+        UserError: it is not a video of a known format, it is damaged or too large, or its picture is rotated by an
+            angle that is not a multiple of 90 degrees.
     """
     return _inspect(path, *_state(path))
 
@@ -107,9 +107,9 @@ def _inspect(path: Path, size: int, changed: int) -> Facts:
     except MemoryError as error:
         raise _memory(path) from error
     except (av.FFmpegError, StopIteration) as error:
-        raise UserError(f"{path}: cannot be read: torn or no video", "damaged") from error
+        raise UserError(f"{path}: cannot be read: damaged or not a video", "damaged") from error
     if len(packets) < promised:
-        raise UserError(f"{path}: cannot be read: torn, it has {len(packets)} of {promised} frames", "damaged")
+        raise UserError(f"{path}: cannot be read: damaged, it has {len(packets)} of {promised} frames", "damaged")
     # times are rounded to the file's unit: of two frames with one time the first is used
     marks = tuple(sorted(set(stamps))) if stamps and None not in stamps and time_base else None
     if marks is not None and time_base is not None:
@@ -117,7 +117,7 @@ def _inspect(path: Path, size: int, changed: int) -> Facts:
     elif rate:
         times = np.arange(len(packets)) / float(rate)
     else:
-        raise UserError(f"{path}: cannot be read: has no times of its frames", "format")
+        raise UserError(f"{path}: cannot be read: its frames have no time stamps", "format")
     upright = (width, height) if turn.transposed else (height, width)
     return Facts(files.sha256(path), times, marks, upright, turn, notes)
 
@@ -140,16 +140,15 @@ def _notes(picture: Any, stream: Any, container: Any) -> tuple[str, ...]:
 
 
 def _state(path: Path) -> tuple[int, int]:
-    """A file's size and time of writing, which change when it is written again."""
+    """A file's size and modification time, which change when it is written again."""
     state = path.stat()
     return state.st_size, state.st_mtime_ns
 
 
 def check(path: Path, frames: tuple[int, ...], marked: bool) -> None:
-    """Decode a video as far as `pictures` would, and refuse it if the decoder complains.
+    """Decode the frames that `pictures` would decode, and refuse the video if the decoder reports an error.
 
-    A flipped bit may stay unnoticed: it is mostly found in H.264, MPEG-2 and MPEG-4, always in FFV1, hardly ever in VP9
-    and HEVC.
+    A flipped bit may not be detected: it mostly is in H.264, MPEG-2 and MPEG-4, always in FFV1, seldom in VP9 and HEVC.
 
     Raises:
         UserError: as `pictures`.
@@ -165,7 +164,7 @@ def _check(path: Path, size: int, changed: int, frames: tuple[int, ...], marked:
 
 @contextmanager
 def complaints() -> Iterator[None]:
-    """Inside, `check` also catches FFmpeg's own messages about a file, except from FFmpeg's decoding threads."""
+    """Context in which `check` also uses FFmpeg's own log messages, except those of its decoding threads."""
     av.logging.set_level(av.logging.ERROR)
     av.logging.set_skip_repeated(False)
     try:
@@ -176,13 +175,13 @@ def complaints() -> Iterator[None]:
 
 
 def pictures(path: Path, frames: Collection[int], marked: bool) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the chosen frames of a video in the order of the file: (frame, picture (H, W, 3)).
+    """Yield (frame, picture (H, W, 3)) for the chosen frames of a video, in the order of the file.
 
     Args:
-        frames: their timestamps in the file's own unit if `marked`, else their positions in the file.
+        frames: timestamps in the file's own unit if `marked`, else frame numbers.
 
     Raises:
-        UserError: the file is torn or damaged before the last of them, or is not the one that was inspected.
+        UserError: the file is damaged before the last of them, or is not the one that was inspected.
     """
     turn: Turn | None = None
     for mark, frame, stream in _decode(path, frames, marked):
@@ -210,13 +209,13 @@ def _decode(path: Path, frames: Collection[int], marked: bool, threads: str = "A
                     break
                 if messages or frame.is_corrupt:
                     reason = messages[0][2].strip() if messages else f"frame {number} is corrupt"
-                    raise UserError(f"{path}: damaged: the decoder says: {reason}; mend or remove it", "damaged")
+                    raise UserError(f"{path}: damaged: the decoder says: {reason}; fix or remove it", "damaged")
                 if marked and None not in (last, frame.pts) and frame.pts < last:
-                    raise UserError(f"{path}: damaged: its time stamps go back; mend or remove it", "damaged")
+                    raise UserError(f"{path}: damaged: its time stamps go back; fix or remove it", "damaged")
                 size = size or (frame.height, frame.width)
                 if (frame.height, frame.width) != size:
                     change = f"its pictures change from {size[0]} x {size[1]} pixels to {frame.height} x {frame.width}"
-                    raise UserError(f"{path}: damaged: {change}; mend or remove it", "damaged")
+                    raise UserError(f"{path}: damaged: {change}; fix or remove it", "damaged")
                 mark, last = frame.pts if marked else number, frame.pts
                 if mark in missing:
                     missing.remove(mark)
@@ -225,22 +224,22 @@ def _decode(path: Path, frames: Collection[int], marked: bool, threads: str = "A
     except MemoryError as error:
         raise _memory(path) from error
     except av.FFmpegError as error:
-        raise UserError(f"{path}: damaged: {error.strerror}; mend or remove it", "damaged") from error
+        raise UserError(f"{path}: damaged: {error.strerror}; fix or remove it", "damaged") from error
     if missing:
         complaint = f"{len(missing)} of its frames cannot be decoded"
-        raise UserError(f"{path}: damaged: {complaint}; mend or remove it", "damaged")
+        raise UserError(f"{path}: damaged: {complaint}; fix or remove it", "damaged")
 
 
 def first_picture(path: Path) -> np.ndarray:
-    """A video's first picture, (H, W, 3). Raises UserError if the file is no video."""
+    """A video's first frame, (H, W, 3). Raises UserError if the file is not a video."""
     return next(pictures(path, (0,), False))[1]
 
 
 def picture(path: Path | str) -> Image.Image:
-    """The picture in a file (of several the first), upright and in RGB.
+    """The picture in a file (the first one of several), upright and in RGB.
 
     Raises:
-        UserError: missing; format: it is none, or of another format than PICTURES, or too large, or transparent;
+        UserError: missing; format: it is not a picture, not in one of the formats PICTURES, too large, or transparent;
             memory.
     """
     try:
@@ -264,7 +263,7 @@ def picture(path: Path | str) -> Image.Image:
         raise UserError(f"{path}: is larger than {most}; scale the picture down", "format") from error
     except MemoryError as error:
         raise _memory(path) from error
-    except Exception as error:  # of a torn file Pillow raises whatever its reading stumbles over
+    except Exception as error:  # for a damaged file Pillow raises whatever its reading stumbles over
         raise UserError(f"{path}: cannot be read as a picture; give a PNG, JPEG or WebP file", "format") from error
 
 
@@ -275,7 +274,7 @@ def read_video(path: Path | str, content: bytes | None = None) -> np.ndarray:
         content: the file's bytes, if they were read already.
 
     Raises:
-        UserError: the file is missing, torn, not a video, or larger than MOST_IN_MEMORY.
+        UserError: the file is missing, damaged, not a video, or larger than MOST_IN_MEMORY.
     """
     frames: list[np.ndarray] = []
     try:
@@ -290,10 +289,10 @@ def read_video(path: Path | str, content: bytes | None = None) -> np.ndarray:
     except MemoryError as error:
         raise _memory(path) from error
     except av.FFmpegError as error:
-        raise UserError(f"{path}: is torn or no video; delete it and start again what wrote it", "damaged") from error
+        raise UserError(f"{path}: is damaged or not a video; delete it and make it again", "damaged") from error
     if not frames or len(frames) < promised or any(frame.shape != frames[0].shape for frame in frames):
         complaint = f"{len(frames)} of {promised} frames, or of several sizes"
-        raise UserError(f"{path}: is torn ({complaint}); delete it and start again what wrote it", "damaged")
+        raise UserError(f"{path}: is damaged ({complaint}); delete it and make it again", "damaged")
     return np.stack(frames)
 
 
@@ -311,7 +310,7 @@ def write_near_lossless(path: Path, frames_FHWC: np.ndarray, fps: float) -> None
 
 
 def playable(frames_FHWC: np.ndarray, fps: float, crf: int) -> bytes:
-    """An H.264 mp4 that every browser plays, smaller with a larger `crf`. Odd sides are cut by one pixel."""
+    """An H.264 mp4 that every browser plays; a larger `crf` makes it smaller. Odd sides lose one pixel."""
     _, height, width, _ = frames_FHWC.shape
     even_FHWC, buffer = frames_FHWC[:, : height // 2 * 2, : width // 2 * 2], io.BytesIO()
     _encode(buffer, even_FHWC, fps, "libx264", "yuv420p", {"crf": str(crf), "preset": "slow", "g": "16"})
@@ -344,12 +343,12 @@ def _encode(
 
 
 def gif(path: Path | str) -> tuple[bytes, tuple[int, int]]:
-    """A video file that this module wrote as an endless GIF, and its height and width. Raises as `read_video`."""
+    """(endless GIF, height, width) of a video file that this module wrote. Raises as `read_video`."""
     try:
         with _open(path) as container:
             rate = float(_stream(container, path).average_rate or 10)
     except av.FFmpegError as error:
-        raise UserError(f"{path}: is torn or no video; delete it and start again what wrote it", "damaged") from error
+        raise UserError(f"{path}: is damaged or not a video; delete it and make it again", "damaged") from error
     frames = [Image.fromarray(frame) for frame in read_video(path)]
     buffer = io.BytesIO()
     # GIF counts time in hundredths of a second
@@ -359,23 +358,23 @@ def gif(path: Path | str) -> tuple[bytes, tuple[int, int]]:
 
 
 def _open(path: Path | str, content: io.BytesIO | None = None) -> Any:
-    """Open a video file, or its content, for reading. Metadata in other encodings than Unicode do no harm."""
+    """Open a video file, or its content, for reading. Metadata that are not Unicode cause no error."""
     allowed = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
     limits = {"max_pixels": str(MOST_PIXELS)}  # for the decoders that look into the file while it is opened
     try:
         return av.open(content or f"file:{path}", "r", metadata_errors="replace", options=allowed | limits)
     except av.error.ArgumentError as error:
-        remedy = "make it an MP4, MOV, MKV, WebM or AVI"
-        raise UserError(f"{path}: cannot be read: its format is none of a video file's; {remedy}", "format") from error
+        remedy = "convert it to MP4, MOV, MKV, WebM or AVI"
+        raise UserError(f"{path}: cannot be read: it is not in a supported video format; {remedy}", "format") from error
 
 
 def _memory(path: Path | str) -> UserError:
-    message = "there is too little memory to decode it; the file may be whole: free memory, or scale its pictures down"
+    message = "there is too little memory to decode it (the file may be intact); free memory, or scale its frames down"
     return UserError(f"{path}: {message}", "memory")
 
 
 def _turn(frame: Any, path: Path) -> Turn:
-    """The frame's display matrix: x' = a x + c y, y' = b x + d y, of x right and y down."""
+    """The frame's display matrix: x' = a x + c y, y' = b x + d y, with x right and y down."""
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return Turn()
@@ -391,14 +390,14 @@ def _turn(frame: Any, path: Path) -> Turn:
 
 
 def _stream(container: Any, path: Path | str, options: dict[str, str] | None = None) -> Any:
-    """The pictures of an open file, with options for their decoder. Raises UserError where they are too large."""
+    """The video stream of an open file, with decoder options set. Raises UserError if its pictures are too large."""
     stream = container.streams.best("video")
     if stream is None or stream.codec_context is None:
-        raise UserError(f"{path}: cannot be read: no pictures in it", "format")
+        raise UserError(f"{path}: cannot be read: it has no frames", "format")
     height, width = stream.codec_context.height, stream.codec_context.width
     if not height * width:
         most = f"{MOST_PIXELS / 1e6:.0f} million pixels"
-        raise UserError(f"{path}: cannot be read: it is torn, or its pictures have more than {most}", "damaged")
+        raise UserError(f"{path}: cannot be read: it is damaged, or its pictures have more than {most}", "damaged")
     if height * width > MOST_PIXELS:
         raise UserError(
             f"{path}: cannot be read: its pictures have {height} x {width} pixels, more than {MOST_PIXELS / 1e6:.0f} "
@@ -411,5 +410,5 @@ def _stream(container: Any, path: Path | str, options: dict[str, str] | None = N
 
 
 def _width(frame: Any, stream: Any) -> int:
-    """The picture's width on the screen: pixels need not be square."""
+    """The picture's width with square pixels; those of the file need not be square."""
     return max(1, round(frame.width * float(stream.sample_aspect_ratio or 1)))

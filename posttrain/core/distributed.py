@@ -1,8 +1,9 @@
-"""Several processes that train one model: this process among them, and the optimiser state that ZeRO-2 divides.
+"""Several processes that train one model: connecting them, and the optimiser state that ZeRO-2 divides.
 
 torchrun, or `accelerate launch` with a file of recipes/launch/, starts them. Without a GPU they communicate by gloo.
-DeepSpeed's ZeRO-2 (Rajbhandari et al. 2020) gives each process a share of the gradients and of AdamW's moments. For a
-checkpoint the shares are joined here, so a run may be continued by any number of processes, with ZeRO-2 or without.
+DeepSpeed's ZeRO-2 (Rajbhandari et al. 2020) gives each process a share of the gradients and of AdamW's moments. This
+module joins the shares for a checkpoint, so a run may be continued with any number of processes, with or without
+ZeRO-2.
 """
 
 import os
@@ -20,10 +21,10 @@ REMEDY = "use --config_file recipes/launch/ddp.yaml or zero2.yaml, or torchrun -
 
 
 def process() -> Any:
-    """This process among those of the run, an `accelerate.PartialState`; the first call connects them.
+    """The `accelerate.PartialState` of this process; the first call connects the processes of the run.
 
     Raises:
-        UserError: several processes were launched but this one is alone, or the launcher asks for FSDP or Megatron.
+        UserError: several processes were launched but did not connect, or the launcher asks for FSDP or Megatron.
     """
     from accelerate import PartialState
 

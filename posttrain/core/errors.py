@@ -1,11 +1,11 @@
-"""Errors that a user can mend: one line, a stable code, and the recipe key or option that it is about."""
+"""Errors that a user can fix: a message of one line, a stable code, and the recipe key or option concerned."""
 
 from typing import Any, Literal
 
 # Tests, scripts and docs rely on these; the wording of a message may change at any time.
 Code = Literal[
     "missing",  # a file, folder, split or clip that is named does not exist
-    "damaged",  # a file is torn, or its content is not what was written
+    "damaged",  # a file is damaged, or its content is not what was written
     "format",  # a file is whole, but its format or layout cannot be read
     "outside",  # a path leaves the folder that it has to stay in
     "unknown_key",  # a recipe has a key that nothing reads
@@ -32,12 +32,12 @@ Code = Literal[
 
 
 class UserError(Exception):
-    """Something the user can mend.
+    """An error that the user can fix.
 
     Args:
         message: one line: what is wrong, where (file and line, key or option), and what to do.
         code: one of Code.
-        field: the recipe key ("train.lr"), option ("--clips") or column that it is about; "" where there is none.
+        field: the recipe key ("train.lr"), option ("--clips") or column that is wrong; "" if there is none.
     """
 
     def __init__(self, message: str, code: Code = "value", field: str = "") -> None:
@@ -49,7 +49,7 @@ class UserError(Exception):
 def printable(text: Any, most: int = 80) -> str:
     """A text or value on one line: at most `most` characters, none of them a control character.
 
-    So text of a user, a file or a server can be put into a message, and can neither flood nor control a terminal.
+    Use it for text from a user, a file or a server in a message, so that it can neither flood nor control a terminal.
     """
     text = text if isinstance(text, str) else repr(text)
     text = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * most]).split())
@@ -57,5 +57,5 @@ def printable(text: Any, most: int = 80) -> str:
 
 
 def one_line(error: UserError) -> str:
-    """The message on one line and its code, for a terminal; the docs list what to do for each code."""
+    """The message on one line with its code, for a terminal. docs/troubleshooting.md explains each code."""
     return f"{printable(str(error), 2000)} [{error.code}]"

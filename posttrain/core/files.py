@@ -1,6 +1,6 @@
-"""Files that are whole or absent: written to a temporary name, flushed, renamed. Errors a user can act on.
+"""Write files so that each is complete or absent: to a temporary name, flushed, then renamed.
 
-What is read back later has its SHA-256 noted: within it (`write_sealed`), or beside it (`note_digest`).
+Files that are read back later have a SHA-256 digest: inside the file (`write_sealed`) or next to it (`note_digest`).
 """
 
 import errno
@@ -27,10 +27,10 @@ from posttrain.core.errors import UserError, printable
 
 @contextmanager
 def explain(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals while writing `path` into one clear line.
+    """Context that turns the operating system's errors while writing `path` into a UserError.
 
     Raises:
-        UserError: disk_full or not_writable. What fails elsewhere than at `path` is raised as it is.
+        UserError: disk_full or not_writable. Errors about other paths are raised unchanged.
     """
     try:
         yield
@@ -48,18 +48,18 @@ def explain(path: Path) -> Iterator[None]:
 
 REMEDIES = {
     errno.EFBIG: "(it is larger than the system allows, see ulimit -f); raise the limit",
-    errno.ENOENT: "(its folder was removed, or cannot be made there); start again, or choose another folder",
+    errno.ENOENT: "(its folder was removed, or cannot be created there); start again, or choose another folder",
     errno.ENOTDIR: "(a folder on the way is a file); choose another folder",
     errno.EEXIST: "(a folder on the way is a file); choose another folder",
     errno.ENAMETOOLONG: "(its name is too long); choose a shorter one",
-    errno.EACCES: "(permission denied); choose another folder, or change its rights",
-    errno.EPERM: "(operation not permitted); choose another folder, or change its rights",
+    errno.EACCES: "(permission denied); choose another folder, or change its permissions",
+    errno.EPERM: "(operation not permitted); choose another folder, or change its permissions",
     errno.EROFS: "(read-only file system); choose another folder",
 }
 
 
 def _concerns(error: OSError, path: Path) -> bool:
-    """Whether an error is about what lies beside or below `path`, or about a folder above it."""
+    """Whether an error is about a path next to or below `path`, or a folder above it."""
     if not isinstance(error.filename, str):
         return True
     failed, parent = Path(error.filename).absolute(), path.absolute().parent
@@ -67,7 +67,7 @@ def _concerns(error: OSError, path: Path) -> bool:
 
 
 def _refusal(error: Exception) -> OSError:
-    """The operating system's error, also where safetensors or shutil.copytree raise their own in its place."""
+    """The operating system's error, also if safetensors or shutil.copytree replaced it by their own."""
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             if any(f"[Errno {number}]" in why for _, _, why in error.args[0]):
@@ -78,7 +78,7 @@ def _refusal(error: Exception) -> OSError:
 
 
 def _flush(path: Path) -> None:
-    """Bring a file's content, or a folder's list of names, to the disk."""
+    """Flush a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -88,13 +88,13 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path | str, flush: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; what is written there (a file or a folder) becomes `path` at the end.
+    """Yield a temporary path next to `path`; the file or folder written there is renamed to `path` at the end.
 
-    `flush` waits until the disk has it, so that it survives a power cut; without, only a killed process. Files that are
-    many, cheap to make again and checked by their digest do without.
+    `flush` waits until the data are on the disk, so that they survive a power cut; without it they survive only a
+    killed process. It is not used for files that are numerous, cheap to make again and checked by their digest.
 
     Raises:
-        UserError: disk_full or not_writable; `path` keeps what it had.
+        UserError: disk_full or not_writable; `path` is then unchanged.
     """
     path = Path(path)
     with explain(path):
@@ -117,7 +117,7 @@ def replacing(path: Path | str, flush: bool = True) -> Iterator[Path]:
 
 
 def _holder(path: Path) -> tuple[Path, int]:
-    """A new folder beside `path` to write in, and its lock, which tells `sweep` that somebody is at work there."""
+    """A new temporary folder next to `path`, and its lock, by which `sweep` knows that it is in use."""
     while True:
         holder = Path(tempfile.mkdtemp(prefix=f".{path.name[:200]}.", suffix=PART, dir=path.parent))
         lock = os.open(holder, os.O_RDONLY)
@@ -132,7 +132,7 @@ PART = ".part"  # what names end in of folders that `replacing` writes in
 
 
 def sweep(folder: Path, deep: bool = False) -> None:
-    """Remove what killed processes left half-written in `folder`; `deep`: in the folders below it too."""
+    """Remove temporary files that killed processes left in `folder`; `deep`: in its subfolders too."""
     remnants: list[Path] = []
     with suppress(OSError):  # others may come and go there
         remnants += (folder.rglob if deep else folder.glob)(f".*.????????{PART}")
@@ -148,18 +148,18 @@ def sweep(folder: Path, deep: bool = False) -> None:
 
 @lru_cache(maxsize=4096)
 def _sweep_once(folder: Path) -> None:
-    """Before a process writes in a folder for the first time: whatever is written is cleared up after."""
+    """`sweep` a folder once per process, before the process first writes there."""
     sweep(folder)
 
 
 @contextmanager
 def alone(folder: Path, what: str, field: str = "", patience: float = 3.0) -> Iterator[None]:
-    """Hold `folder` for this process; its end, however it comes, gives it free.
+    """Lock `folder` for this process; the lock ends with the process, however that ends.
 
     Args:
-        what: what another process may be doing there, as in "makes clips".
+        what: what another process would be doing there, such as "makes clips"; for the message.
         field: the key or option that names the folder.
-        patience: seconds to wait for another process, which may just be ending.
+        patience: seconds to wait for another process that may be about to end.
 
     Raises:
         UserError: busy; or the folder cannot be written.
@@ -201,26 +201,26 @@ def read_json(path: Path | str) -> Any:
     """The value in a JSON file: UTF-8, UTF-16 or UTF-32, with a byte order mark or without; every number finite.
 
     Raises:
-        UserError: missing; format (no text, or no JSON), with the line.
+        UserError: missing; format (not text, or not JSON), with the line.
     """
     text = read_text(path)
     try:
         return _parsed(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: is not JSON ({error.msg}); mend the file", "format") from error
+        raise UserError(f"{path}:{error.lineno}: is not JSON ({error.msg}); fix the file", "format") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({_reason(error)}); mend the file", "format") from error
+        raise UserError(f"{path}: is not JSON ({_reason(error)}); fix the file", "format") from error
 
 
 def read_object(path: Path | str) -> dict[str, Any]:
-    """The same of a file that holds an object.
+    """As `read_json`, for a file that must contain an object.
 
     Raises:
-        UserError: as `read_json`; or it holds something else (format).
+        UserError: as `read_json`; format: it contains something else.
     """
     value = read_json(path)
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds {printable(value)}, not an object; mend the file", "format")
+        raise UserError(f"{path}: holds {printable(value)}, not an object; fix the file", "format")
     return value
 
 
@@ -228,7 +228,7 @@ def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
     """The objects in a JSON-lines file, in the encodings of `read_json`; blank lines are skipped.
 
     Raises:
-        UserError: missing; format (no text, or a line that holds no JSON object), with the line.
+        UserError: missing; format (not text, or a line that is not a JSON object), with the line.
     """
     rows = []
     # not splitlines: text in JSON may hold U+2028 and the like
@@ -239,15 +239,15 @@ def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
             value = _parsed(line)
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else _reason(error)
-            raise UserError(f"{path}:{number}: is not JSON ({reason}); mend the line", "format") from error
+            raise UserError(f"{path}:{number}: is not JSON ({reason}); fix the line", "format") from error
         if not isinstance(value, dict):
-            raise UserError(f"{path}:{number}: is {printable(value)}, not an object; mend the line", "format")
+            raise UserError(f"{path}:{number}: is {printable(value)}, not an object; fix the line", "format")
         rows.append(value)
     return rows
 
 
 def read_log(path: Path | str) -> list[dict[str, Any]]:
-    """The same of a file to which lines are appended, as to a run's log: what holds no object is left out, with a line.
+    """As `read_jsonl`, for a log to which lines are appended: lines that are not objects are left out with a warning.
 
     Raises:
         UserError: missing.
@@ -263,14 +263,14 @@ def read_log(path: Path | str) -> list[dict[str, Any]]:
         else:
             torn.append(number)
     if torn:
-        print(f"{path}:{torn[0]}: is torn, and left out ({len(torn)} such lines)", file=sys.stderr)
+        print(f"{path}:{torn[0]}: is damaged and left out ({len(torn)} such lines)", file=sys.stderr)
     return rows
 
 
 def read_text(path: Path | str) -> str:
-    """The text of a file in UTF-8, or in UTF-16 or UTF-32 that is recognised by its first bytes, without its mark.
+    """The text of a file in UTF-8, UTF-16 or UTF-32 (recognised by its first bytes), without byte order mark.
 
-    Lines end by "\\n", however they did in the file.
+    All line ends become "\\n".
 
     Raises:
         UserError: missing; format (another encoding).
@@ -288,14 +288,14 @@ def read_bytes(path: Path | str) -> bytes:
     """The content of a file.
 
     Raises:
-        UserError: missing: it is not there, or the system does not let it be read.
+        UserError: missing: it does not exist, or the system does not allow reading it.
     """
     try:
         return Path(path).read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{printable(str(path), 300)}: does not exist", "missing") from error
     except ValueError as error:  # a NUL in the name
-        raise UserError(f"{printable(str(path), 300)}: is no file's name", "missing") from error
+        raise UserError(f"{printable(str(path), 300)}: is not a valid file name", "missing") from error
     except OSError as error:
         if error.errno not in UNREADABLE:  # the disk does not answer: of what is there this says nothing
             raise
@@ -334,7 +334,7 @@ def sha256_bytes(content: bytes) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """Of what JSON can hold; the order of a mapping's keys does not count."""
+    """SHA-256 of a JSON value; the order of a mapping's keys does not matter."""
     return sha256_bytes(json.dumps(value, sort_keys=True).encode())
 
 
@@ -342,7 +342,7 @@ def inside(root: Path | str, name: str) -> Path:
     """The path of `name` below `root`.
 
     Raises:
-        UserError: outside: `name` would leave `root` (absolute, "..", or through a link), or can be no path.
+        UserError: outside: `name` leads out of `root` (absolute, "..", or through a link), or is not a valid path.
     """
     root = Path(root).resolve()
     try:
@@ -351,61 +351,61 @@ def inside(root: Path | str, name: str) -> Path:
     except FileNotFoundError:
         pass
     except (OSError, ValueError, RuntimeError) as error:  # too long; a NUL; links in a circle
-        raise UserError(f"{root}: the entry {printable(repr(name))} is no file's name; mend it", "outside") from error
+        raise UserError(
+            f"{root}: the entry {printable(repr(name))} is not a valid file name; fix it", "outside"
+        ) from error
     if not path.is_relative_to(root):
-        raise UserError(f"{root}: the entry {printable(repr(name))} points outside the folder; mend it", "outside")
+        raise UserError(f"{root}: the entry {printable(repr(name))} points outside the folder; fix it", "outside")
     return path
 
 
 def write_sealed(path: Path | str, value: dict[str, Any], flush: bool = True) -> None:
-    """Write an object with its own digest in it, as `sha256`; what it had of that name is replaced."""
+    """Write an object together with its own digest as the field `sha256`, which is replaced if it exists."""
     write_json(path, seal(value), flush)
 
 
 def seal(value: dict[str, Any]) -> dict[str, Any]:
-    """The object with its own digest in it."""
+    """The object with its own digest as the field `sha256`."""
     rest = {key: part for key, part in value.items() if key != "sha256"}
     return rest | {"sha256": sha256_json(rest)}
 
 
 def read_sealed(path: Path | str) -> dict[str, Any]:
-    """The object that `write_sealed` wrote, digest included.
+    """The object that `write_sealed` wrote, including the digest.
 
     Raises:
-        UserError: missing; damaged: it is not what was written.
+        UserError: missing; damaged: its content does not match its digest.
     """
     try:
         value = read_object(path)
     except UserError as error:
         if error.code == "format":
-            raise UserError(
-                f"{path}: is damaged ({error}); delete it and start again what wrote it", "damaged"
-            ) from error
+            raise UserError(f"{path}: is damaged ({error}); delete it and make it again", "damaged") from error
         raise
     if value.get("sha256") != seal(value)["sha256"]:
         raise UserError(
-            f"{path}: is damaged (its content is not what was written); delete it and start again what wrote it",
+            f"{path}: is damaged (its content is not what was written); delete it and make it again",
             "damaged",
         )
     return value
 
 
 def sums(folder: Path | str) -> dict[str, str]:
-    """The SHA-256 of every file in a folder and below, by its path from there."""
+    """The SHA-256 of every file in a folder and its subfolders, by relative path."""
     folder = Path(folder)
     return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def changed(folder: Path | str, noted: dict[str, str]) -> list[str]:
-    """Which files of `noted`, as `sums` gives them, are missing in the folder or not what they were."""
+    """The files of `noted` (from `sums`) that are missing in the folder or have changed."""
     paths = {name: Path(folder) / name for name in noted}
     return [name for name, path in paths.items() if not path.is_file() or sha256(path) != noted[name]]
 
 
 def note_digest(path: Path, written: Path) -> None:
-    """Note, in the hidden folder .sha256 beside it, that `path` is going to be the file that is `written`.
+    """Write the digest of `written`, which will be renamed to `path`, into the hidden folder .sha256 next to `path`.
 
-    Before it is, so that wherever a process is killed no file is left of which nothing is noted.
+    Call it before renaming, so that a killed process leaves no file without a digest.
     """
     write_text(_note(path), sha256(written) + "\n", flush=False)
 
@@ -415,6 +415,6 @@ def _note(path: Path) -> Path:
 
 
 def intact(path: Path) -> bool:
-    """Whether a file is what was noted of it; one of which nothing was noted is anybody's, and taken as it is."""
+    """Whether a file matches its noted digest. True for files without one, which others may have written."""
     note = _note(path)
     return not note.is_file() or note.read_text(errors="replace").strip() == sha256(path)

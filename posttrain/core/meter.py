@@ -1,4 +1,4 @@
-"""Count the bytes that are alive at once and the floating point operations of PyTorch, for real or fake tensors."""
+"""Count the bytes in use and the floating point operations of PyTorch, for real or fake tensors."""
 
 import weakref
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ FLOPS: dict[Any, Any] = dict(flop_registry) | {
 
 
 class Memory:
-    """Bytes of the storages that are alive: now, and at the peak."""
+    """Bytes of the tensor storages in use: now, and at the peak."""
 
     def __init__(self) -> None:
         self.live = self.peak = 0
@@ -42,7 +42,7 @@ class Memory:
 
 
 class Meter(Memory, TorchDispatchMode):
-    """Counts live storages and operations of everything inside its context."""
+    """Context that counts storages in use and operations."""
 
     def __init__(self) -> None:
         Memory.__init__(self)
@@ -63,7 +63,7 @@ class Meter(Memory, TorchDispatchMode):
 
     @contextmanager
     def offloading(self) -> Iterator[None]:
-        """Inside, tensors kept for the backward pass count as main memory, as `save_on_cpu` moves them on a GPU."""
+        """Context in which tensors kept for backward count as main memory, where `save_on_cpu` moves them on a GPU."""
 
         def pack(tensor: Tensor) -> Tensor:
             tensor = tensor.detach()

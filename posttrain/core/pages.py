@@ -1,4 +1,4 @@
-"""HTML pages: each is one file that needs no network. What is put into them is shown as text, whatever it says.
+"""HTML pages: each is one file that needs no network. All values are shown as text, whatever they contain.
 
 Jinja escapes every value, and the page's Content-Security-Policy lets a browser use the style and the script whose
 digests it names, and nothing else: no handlers or styles within tags, no other scripts, no requests.
@@ -13,11 +13,11 @@ from markupsafe import Markup
 
 
 def render(package: str, template: str, style: str, script: str = "", media: str = "", **values: Any) -> str:
-    """The page that a package's template makes of `values`, beside which it has `policy`, `style` and `script`.
+    """The page of a package's template with `values`; the template also gets `policy`, `style` and `script`.
 
     Args:
-        style, script: CSS and JavaScript of ours.
-        media: what the page shows from within itself, as "img-src data:".
+        style, script: our own CSS and JavaScript.
+        media: which media inside the page it may show, such as "img-src data:".
     """
     environment = Environment(
         loader=PackageLoader(package, "."),

@@ -23,7 +23,7 @@ from posttrain.core.errors import Code, UserError, printable
 
 
 class Strict(BaseModel):
-    """A typed part of a recipe: unknown keys are refused, numbers are finite, values do not change."""
+    """A typed part of a recipe: unknown keys are refused, numbers must be finite, values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -78,7 +78,7 @@ def resolve(packages: str | Sequence[str], name: str) -> ModuleType:
 
 
 def plugins(*packages: str) -> list[str]:
-    """The names that `resolve` takes."""
+    """The names that `resolve` accepts."""
     return [
         n for p in map(_package, packages) for n in _modules(p) if _is_plugin(importlib.import_module(f"{p}.{n}"), p)
     ]
@@ -98,7 +98,7 @@ def _is_plugin(module: ModuleType, package: str) -> bool:
 
 @dataclass(frozen=True)
 class Plugin:
-    """What `{name: x, ...}` means: the module x of a package, and the other keys as its `Config`."""
+    """The value of `{name: x, ...}`: the module x of a package, and the other keys as its `Config`."""
 
     name: str
     module: ModuleType
@@ -138,7 +138,7 @@ class PluginFrom:
 def load(path: Path | str, overrides: Sequence[str], schema: type[Schema]) -> Schema:
     """Read the recipe at `path`, apply overrides such as "train.steps=20", and check it against `schema`.
 
-    A `path` that begins with recipes/ and does not exist here is that of a shipped recipe.
+    If `path` begins with recipes/ and does not exist here, the recipe in the package is read.
 
     Raises:
         UserError: one line with file, line, key and remedy, e.g.
@@ -173,14 +173,14 @@ def _text(path: Path) -> str:
 
 
 def shipped(path: Path) -> Path:
-    """The file that `path` means: itself, or if there is no such file and it begins with recipes/, a shipped one."""
+    """`path` itself or, if it does not exist and begins with recipes/, the recipe in the package."""
     if path.parts[:1] != (SHIPPED.name,) or ".." in path.parts or path.exists():
         return path
     return own if (own := SHIPPED.joinpath(*path.parts[1:])).is_file() else path
 
 
 def _parse(text: str, keys: Keys, where: Callable[[int], str], origins: dict[Keys, str], field: str) -> Any:
-    """The value of a YAML text that is at `keys` of a recipe; writes the line of each of its keys into `origins`.
+    """Parse a YAML text, the value at `keys` of a recipe; writes the line of each of its keys into `origins`.
 
     Raises:
         UserError: the text is not YAML, or has too many values. The error's field is `field`.
@@ -196,7 +196,7 @@ def _parse(text: str, keys: Keys, where: Callable[[int], str], origins: dict[Key
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{where(line)}: is not YAML ({printable(error.problem)})", "format", field) from error
     except UNREADABLE as error:
-        reason = "an anchor holds itself" if isinstance(error, RecursionError) else str(error).partition("\n")[0]
+        reason = "an anchor contains itself" if isinstance(error, RecursionError) else str(error).partition("\n")[0]
         raise UserError(f"{where(0).removesuffix(':0')}: is not YAML ({printable(reason)})", "format", field) from error
 
 
@@ -247,7 +247,7 @@ def _locate(node: yaml.Node, keys: Keys, where: Callable[[int], str], origins: d
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key is no text", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem="a key is not text", problem_mark=key.start_mark)
             inner, line = (*keys, key.value), where(key.start_mark.line + 1)
             if inner in origins:
                 raise UserError(f"{line}: {_dotted(inner)}: is given twice; keep one", "duplicate", _dotted(inner))
@@ -262,7 +262,7 @@ def _override(values: dict[str, Any], override: str, origins: dict[Keys, str]) -
     name, equals, text = override.partition("=")
     shown = printable(override)
     if not equals or not all(name.split(".")):
-        raise UserError(f"{shown}: an override is written key=value, as in train.steps=20", "value")
+        raise UserError(f"{shown}: an override has the form key=value, as in train.steps=20", "value")
     *parents, last = keys = tuple(name.split("."))
     for depth, key in enumerate(parents, 1):
         inner = values.get(key)
@@ -326,7 +326,7 @@ SHORTER = {  # pydantic's messages in fewer words
 
 
 def _written(keys: Keys, values: Any) -> Keys:
-    """Those of `keys` that are in the recipe: for a union, pydantic adds the name of a branch."""
+    """The part of pydantic's `keys` that is in the recipe; for a union, pydantic adds the name of a branch."""
     existing: Keys = ()
     for key in keys:
         try:
@@ -338,7 +338,7 @@ def _written(keys: Keys, values: Any) -> Keys:
 
 
 def _fields(schema: type[BaseModel], keys: Keys, values: Any) -> list[str]:
-    """The keys that are allowed at `keys` of a recipe."""
+    """The names of the keys that are allowed below `keys` of a recipe."""
     if not keys:
         return list(schema.model_fields)
     if isinstance(keys[0], int):  # an item of a list

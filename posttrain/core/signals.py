@@ -1,8 +1,9 @@
-"""What a command does when it is asked to stop, from its first moment on; and children that end with their parent.
+"""Stopping a command by a signal, and child processes that end with their parent.
 
-Every file is whole or absent, so a command may end anywhere: SIGINT (Ctrl-C) and SIGTERM raise `Interrupted`, which
-becomes one line and the shell's exit code, 128 + signal. A later signal ends the process at once. While modules are
-imported nothing is at work yet, and libraries in C would turn the exception into one of theirs: there the first does.
+Every file is complete or absent, so a command may end anywhere: SIGINT (Ctrl-C) and SIGTERM raise `Interrupted`, which
+becomes one line and the shell's exit code, 128 + signal. A signal more than a second later ends the process at once.
+While modules are imported, the first signal already does: no work has begun, and C libraries would change the
+exception.
 """
 
 import importlib
@@ -30,7 +31,7 @@ def exit_code(error: KeyboardInterrupt) -> int:
 
 
 def launch(module: str) -> int:
-    """Import `module` and call its main(), which may be asked to stop at any moment; the exit code."""
+    """Import `module`, call its main(), handle signals meanwhile; returns the exit code."""
     for number in SIGNALS:
         signal.signal(number, _Stop())
     try:
@@ -38,10 +39,13 @@ def launch(module: str) -> int:
     except KeyboardInterrupt as error:
         print(STOPPED, file=sys.stderr)
         return exit_code(error)
+    finally:
+        for number in SIGNALS:  # a second one must not change the exit code while Python ends
+            signal.signal(number, signal.SIG_IGN)
 
 
 class _Stop:
-    """A handler: the first signal raises `Interrupted`; one after a second, or among imports, ends the process."""
+    """Signal handler: the first signal raises `Interrupted`; a later one, or one during imports, ends the process."""
 
     asked: float | None = None  # when the first of all signals came
 
@@ -66,11 +70,13 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 def end_with(parent: int) -> None:
-    """Ask this process to stop, as by SIGTERM, as soon as its parent is not the process `parent` any more."""
+    """Stop this process, as by SIGTERM, as soon as its parent is no longer the process `parent`."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        while True:  # the second one ends it at once, should the first be lost or its clean-up hang
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -1,8 +1,8 @@
 """Show a run's curves and validation videos in TensorBoard, W&B or trackio, through accelerate.
 
 tensorboard   runs/<run>/tensorboard/; `tensorboard --logdir runs`. Videos are GIFs under Images.
-wandb         project "posttrain", a run of the same name; as its own settings say (WANDB_MODE=offline, ...)
-trackio       the same, on this machine; `trackio show`
+wandb         project "posttrain", a run of the same name; follows wandb's own settings (WANDB_MODE=offline, ...)
+trackio       as wandb, but stored on this machine; `trackio show`
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ PROJECT = "posttrain"
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises UserError if one of them is not installed."""
+    """Raises UserError if one of the trackers is not installed."""
     for name in names:
         if find_spec(name) is None:
             message = f"train.trackers: {name} is not installed; `pip install {name}`, or leave it out"
@@ -29,12 +29,12 @@ def check_trackers(names: Sequence[str]) -> None:
 
 @contextmanager
 def tracking(accelerator: Any, folder: Path, steps: int, config: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, `accelerator.log` writes to the trackers of `accelerator`. Does nothing except on the first process.
+    """Context in which `accelerator.log` writes to the trackers. Only the first process does anything.
 
     Args:
         folder: the run's; its name is the run's name in the trackers.
-        steps: steps done so far; what a killed run logged after them is replaced.
-        config: the run's settings, to be shown.
+        steps: steps done so far; values that a killed run logged for later steps are replaced.
+        config: the run's settings, which the trackers show.
 
     Raises:
         UserError: a tracker did not start.
@@ -53,7 +53,7 @@ def tracking(accelerator: Any, folder: Path, steps: int, config: Mapping[str, An
     except Exception as error:  # each tracker raises its own types
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         names = ", ".join(map(str, accelerator.log_with))
-        message = f"train.trackers: {names} did not start ({why}); mend it or leave it out"
+        message = f"train.trackers: {names} did not start ({why}); fix it or leave it out"
         raise UserError(message, "not_installed", "train.trackers") from error
     try:
         yield

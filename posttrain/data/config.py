@@ -1,4 +1,4 @@
-"""`data:` in a recipe: which clips, how they are retimed and cropped, and what they are compared with."""
+"""`data:` in a recipe: which clips to use, how they are retimed and cropped, and their preference groups."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -26,9 +26,10 @@ class Wanted:
 
 
 class GroupsConfig(Strict):
-    """What preference methods compare each true clip with: counterfactuals, samples of a model, or both.
+    """The rejected clips of preference methods: counterfactuals, samples of a model, or both.
 
-    A clip with more losers than `losers` gives several groups of that many; a clip with fewer gives none.
+    If a true clip has more rejected clips than `losers`, it gives several groups of that size; with fewer, it gives
+    none.
     """
 
     losers: PositiveInt = 3  # m, in each group
@@ -44,19 +45,23 @@ class GroupsConfig(Strict):
     @model_validator(mode="after")
     def _any(self) -> "GroupsConfig":
         if (self.samples_each or self.judge) and not self.samples:
-            raise PydanticCustomError("part", "samples_each and judge are for samples; name their folder in samples")
+            raise PydanticCustomError(
+                "part", "samples_each and judge are only used with samples; set samples to their folder"
+            )
         if self.winner == "sample" and (self.counterfactuals or not self.samples):
-            raise PydanticCustomError("part", "samples win against samples; name samples, without counterfactuals")
+            raise PydanticCustomError(
+                "part", "winner: sample compares samples with samples; set samples, and leave out counterfactuals"
+            )
         if not self.counterfactuals and not self.samples:
-            raise PydanticCustomError("part", "there are no losers; set counterfactuals: true, or name samples")
+            raise PydanticCustomError("part", "there are no rejected clips; set counterfactuals: true, or samples")
         return self
 
 
 class DataConfig(Strict):
-    """Which clips. `make` names the recipes with which `sim make` films them if they are missing.
+    """The clips. `make` lists the recipes with which `sim make` films them if they are missing.
 
     With frames, fps and size (height, width), clips are retimed and cropped to that format, and any videos can be read.
-    `crop`: which part of a picture of another shape is kept, its middle or a side; "none" leaves such videos out.
+    `crop`: which part of a picture of another shape is kept: the centre or a side; "none" leaves out such videos.
     """
 
     clips: str | list[str]
@@ -73,11 +78,9 @@ class DataConfig(Strict):
     @model_validator(mode="after")
     def _together(self) -> "DataConfig":
         if None in (self.frames, self.fps, self.size) and (self.frames, self.fps, self.size) != (None, None, None):
-            raise PydanticCustomError("part", "frames, fps and size say together what clips shall be; give all three")
+            raise PydanticCustomError("part", "frames, fps and size set the clips' format together; give all three")
         if self.crop != "center" and self.size is None:
-            raise PydanticCustomError(
-                "part", "crop is for clips of another size; give frames, fps and size, or leave it out"
-            )
+            raise PydanticCustomError("part", "crop is only used with frames, fps and size; give them, or leave it out")
         return self
 
     @property

@@ -1,8 +1,8 @@
-"""Read a dataset folder: `<folder>/<split>/metadata.jsonl`, and beside it a video and an .npz per clip.
+"""Read a dataset folder: `<folder>/<split>/metadata.jsonl`, and in the same folder a video and an .npz per clip.
 
-All clips of a folder have one format (fps, frames, size), and they are used as they are. If a recipe sets `frames`,
-`fps` and `size`, clips are retimed and cropped to that; then a folder of any videos (listing.py) can be read too,
-without annotations.
+All clips of a folder have the same fps, frames and size, and are used as they are. If a recipe sets `frames`, `fps` and
+`size`, clips are retimed and cropped to that format; then a folder of any videos (listing.py) can be read too, without
+annotations.
 
 Shape letters: B batch, C channels, F frames, H W pixels.
 """
@@ -32,7 +32,7 @@ MOST_ANNOTATIONS = 3 * 2**30  # bytes of the arrays beside a clip; 81 frames of 
 
 
 class ClipFormat(NamedTuple):
-    """What all clips of a training or a test have in common; size is [height, width] in pixels, as in JSON."""
+    """The format that all clips of a training or a test share; size is [height, width] in pixels, as in JSON."""
 
     fps: float
     frames: int
@@ -41,12 +41,12 @@ class ClipFormat(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """The clips of one split; they agree in fps, frames and size.
+    """The clips of one split; all have the same fps, frames and size.
 
     Attributes:
-        folder: the split's own.
+        folder: the split's folder.
         views: how each clip is retimed and cropped; None for a clip that is used as it is.
-        video_notes: what is done to each file, for `listing.summary`.
+        video_notes: how each file is changed or why it is left out, for `listing.summary`.
     """
 
     folder: Path
@@ -58,7 +58,7 @@ class Split:
 
     @property
     def clip_format(self) -> ClipFormat:
-        """fps, frames and size of its clips."""
+        """fps, frames and size of the clips."""
         return _clip_format(self.rows[0] if self.wanted is None else self.wanted)
 
     @property
@@ -83,7 +83,7 @@ class Split:
 
 
 def open_splits(config: DataConfig) -> list[Split]:
-    """The clips of each folder that a recipe names, in the format that it asks for.
+    """The clips of each folder that a recipe names, in the format that the recipe sets.
 
     Raises:
         UserError: as open_split and listing.choose.
@@ -126,7 +126,8 @@ def open_split(folder: Path | str, split: str) -> Split:
     """The clips of `<folder>/<split>`, a dataset folder.
 
     Raises:
-        UserError: no such split, a file of it is missing or outside the folder, or clips differ in fps, frames or size.
+        UserError: the split does not exist, a file is missing or outside the folder, or clips differ in fps, frames or
+            size.
     """
     path = Path(folder) / split
     metadata = path / "metadata.jsonl"
@@ -174,16 +175,16 @@ def _agree(where: str, own: ClipFormat, expected: ClipFormat, name: str) -> None
 
 
 def check_same_format(splits: Sequence[Split]) -> None:
-    """Refuse splits that differ in fps, frames or size, for instance those of training and of testing."""
+    """Refuse splits that differ in fps, frames or size, for example training and test splits."""
     for split in splits[1:]:
         _agree(f"{split.folder / 'metadata.jsonl'}", split.clip_format, splits[0].clip_format, str(splits[0].folder))
 
 
 def read_annotations(path: Path | str, keys: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """The arrays beside a clip (all, or only `keys`): instances uint8 (F, H, W), depth, flow, poses.
+    """The annotations of a clip (all arrays, or only `keys`): instances uint8 (F, H, W), depth, flow, poses.
 
     Raises:
-        UserError: the file is missing or torn, or its arrays are larger than MOST_ANNOTATIONS or the memory.
+        UserError: the file is missing or damaged, or its arrays are larger than MOST_ANNOTATIONS or than the memory.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -191,7 +192,9 @@ def read_annotations(path: Path | str, keys: Sequence[str] | None = None) -> dic
             unpacked = sum(arrays.zip.getinfo(f"{key}.npy").file_size for key in wanted)
             if unpacked > MOST_ANNOTATIONS:
                 size = f"{unpacked / 2**30:.1f} GiB, more than {MOST_ANNOTATIONS / 2**30:.0f}"
-                raise UserError(f"{path}: its arrays unpack to {size}; make smaller or shorter clips", "format")
+                raise UserError(
+                    f"{path}: its arrays would need {size} in memory; make smaller or shorter clips", "format"
+                )
             return {key: arrays[key] for key in wanted}
     except UserError:
         raise
@@ -199,7 +202,7 @@ def read_annotations(path: Path | str, keys: Sequence[str] | None = None) -> dic
         message = "there is too little memory for its arrays; free memory, or make smaller or shorter clips"
         raise UserError(f"{path}: {message}", "memory") from error
     except Exception as error:  # zipfile, zlib, numpy and the system each raise their own types
-        raise UserError(f"{path}: is missing or torn; delete it, and {FILM}", "damaged") from error
+        raise UserError(f"{path}: is missing or damaged; delete it, and {FILM}", "damaged") from error
 
 
 class Clips:
@@ -208,10 +211,10 @@ class Clips:
     In a dataset with groups these are the true clips; `violated` adds the clips that break a law.
 
     Args:
-        truths: what batches hold in addition: "flow", "depth" or both. Only for clips that are used as they are.
+        truths: what batches contain in addition: "flow", "depth" or both. Only for clips that are used as they are.
 
     Raises:
-        UserError: a clip is missing, torn, changed since it was made, or in another format than the others.
+        UserError: a clip is missing, damaged, changed since it was made, or in another format than the others.
     """
 
     def __init__(
@@ -236,7 +239,7 @@ class Clips:
         ]
         if self.annotated and len(set(self.ids)) < len(self.ids):  # a list of videos may name one twice
             raise UserError(
-                f"data.clips: {', '.join(config.folders)}: clips share a name; rename one of the folders",
+                f"data.clips: {', '.join(config.folders)}: clips with the same name; rename one of the folders",
                 "duplicate",
                 "data.clips",
             )
@@ -259,7 +262,7 @@ class Clips:
 
     @property
     def key(self) -> str:
-        """Changes with the clips' pictures, annotations or order."""
+        """A hash of the clips' pictures, annotations and order."""
         rows = [self.row(i) for i in range(len(self))]
         sums = [[row.sha256, row.annotations_sha256, *self.seen(i)] for i, row in enumerate(rows)]
         return files.sha256_json(sums)
@@ -273,23 +276,23 @@ class Clips:
         return split.rows[number]
 
     def video(self, index: int) -> Path:
-        """Where the clip's video lies."""
+        """The path of the clip's video."""
         split, number = self._entries[index]
         return split.video(number)
 
     def seen(self, index: int) -> list[str]:
-        """How the file is retimed and cropped, on which its clip depends too; [] if it is used as it is."""
+        """How the file is retimed and cropped, as an extra cache key; [] if it is used as it is."""
         split, number = self._entries[index]
         view = split.views[number]
         return [] if view is None else [view.key]
 
     def group(self, index: int) -> tuple[Path, Any] | None:
-        """Equal for clips that continue the same first picture; None for a clip without a group."""
+        """A number that clips with the same first frame share; None for a clip without a group."""
         split, number = self._entries[index]
         return None if split.rows[number].group is None else (split.folder, split.rows[number].group)
 
     def first(self, index: int) -> np.ndarray:
-        """The clip's first picture alone, uint8 (H, W, 3)."""
+        """The clip's first frame alone, uint8 (H, W, 3)."""
         split, number = self._entries[index]
         view = split.views[number] or View((0,), False, (0, 0, *split.size), split.size)
         return views.read(split.video(number), replace(view, frames=view.frames[:1]))[0]
@@ -319,7 +322,8 @@ class Clips:
         instances = read_annotations(annotations, ["instances"])["instances"]
         if instances.shape != video.shape[:3]:
             raise UserError(
-                f"{annotations}: instances are {instances.shape}, the video {video.shape[:3]}; delete it, and {FILM}",
+                f"{annotations}: instances have shape {instances.shape}, the video {video.shape[:3]}; "
+                f"delete it, and {FILM}",
                 "damaged",
             )
         if view is not None:
@@ -337,7 +341,8 @@ class Clips:
         for name, array in arrays.items():
             if array.shape[:3] != (split.frames, *split.size):
                 raise UserError(
-                    f"{path}: {name} is {array.shape}, the video {split.frames, *split.size}; delete it, and {FILM}",
+                    f"{path}: {name} has shape {array.shape}, the video {split.frames, *split.size}; "
+                    f"delete it, and {FILM}",
                     "damaged",
                 )
         return arrays
@@ -373,7 +378,7 @@ def targets(rows: Sequence[ClipRow]) -> torch.Tensor | None:
 
 
 def _id(split: Split, name: str) -> str:
-    """A clip's name in messages and files; a user's own video keeps its suffix, which tells a.mp4 from a.mov."""
+    """A clip's name in messages and files; a user's own video keeps its suffix, so a.mp4 and a.mov differ."""
     return Path(name).stem if split.annotated else name
 
 

@@ -1,9 +1,10 @@
-"""Groups for preference methods: a true clip, and m losers that continue the same first picture less truly.
+"""Groups for preference methods: a preferred clip (winner) and m rejected clips (losers) with the same first frame.
 
-Losers are clips of a dataset folder that break a law in the true clip's scene (sim/worlds/counterfactual.py), samples
-that a model made with several seeds, or both. Or the best of the samples wins against the others. Samples are files of
-any folder: <clip>-s<seed>.mp4 as a recipe's base model makes them (losers.py), or <clip>-s<seed>-<model>.mp4 as
-`posttrain sample` makes them from <clip>.png. A judge's scores are beside them in scores.jsonl, both from 0 to 1:
+The winner is the true clip. Losers are clips of a dataset folder that break a law in the true clip's scene
+(sim/worlds/counterfactual.py), samples of a model with several seeds, or both. Alternatively the best sample is the
+winner and the other samples are the losers. Samples are files of any folder: <clip>-s<seed>.mp4 as a recipe's base
+model makes them (losers.py), or <clip>-s<seed>-<model>.mp4 as `posttrain sample` makes them from <clip>.png. A judge's
+scores are in scores.jsonl in the same folder, both from 0 to 1:
 
     {"file_name": "00012-s0.mp4", "sa": 0.9, "pc": 0.2}     semantic adherence, physical commonsense
 
@@ -34,7 +35,7 @@ from posttrain.models.base import VideoModel
 from posttrain.types import Batch
 
 SCORES = "scores.jsonl"
-# How much two equal first pictures may differ, of 255: in the mean colour of any of 8 x 8 fields, and of the object.
+# How much two equal first frames may differ, of 255: in the mean colour of any of 8 x 8 fields, and of the object.
 # The pocket's autoencoder and H.264 change fields by up to 19 (120 clips of three datasets, mean 9.5), the object by 7.
 # The most similar of 30 scenes differ by 33 to 64, a clip that starts two frames late (of 16 per second) by 31 to 100.
 # One frame late is 9 to 27, as much as the autoencoder.
@@ -51,13 +52,13 @@ class Group(NamedTuple):
 
     winner: int
     losers: tuple[int, ...]
-    true: int  # the clip whose first picture they continue; it is the winner unless samples win
+    true: int  # the clip whose first frame they continue; it is the winner unless samples win
 
 
 def sample_of(stem: str, clips: Container[str]) -> tuple[str, int] | None:
-    """The clip that a sample continues, and its seed; None if the clip is not in `clips`.
+    """(clip, seed) of a sample; None if the clip is not in `clips`.
 
-    `stem` is the file's name without suffix. A clip's own name may end in -s<number> too: the longest that fits counts.
+    `stem` is the file's name without suffix. A clip's own name may also end in -s<number>: the longest match is used.
     """
     for seed in reversed([*re.finditer(r"-s(\d+)(?=-.|\Z)", stem)]):
         if stem[: seed.start()] in clips:
@@ -66,7 +67,7 @@ def sample_of(stem: str, clips: Container[str]) -> tuple[str, int] | None:
 
 
 def names(clips: Clips) -> dict[str, int]:
-    """The index of each true clip by its file's name without suffix, which its samples' names begin with.
+    """The index of each true clip, by its file name without suffix; the names of its samples begin with it.
 
     Raises:
         UserError: two clips have the same name.
@@ -78,14 +79,14 @@ def names(clips: Clips) -> dict[str, int]:
         path = clips.video(index)
         if (other := by_name.setdefault(path.stem, index)) != index:
             raise UserError(
-                f"{path}: has the same name as {clips.video(other)}, so samples cannot name their clip; rename one",
+                f"{path}: has the same name as {clips.video(other)}, so a sample's clip would be ambiguous; rename one",
                 "duplicate",
             )
     return by_name
 
 
 class Members:
-    """The clips of groups, as `Latents` reads them: those of `clips`, followed by the samples."""
+    """All clips of groups, in the form that `Latents` reads: those of `clips`, then the samples."""
 
     def __init__(self, clips: Clips, samples: Sequence[tuple[int, Path, Scores | None]]) -> None:
         self.clips, self.samples = clips, samples
@@ -117,7 +118,7 @@ class Members:
         return (read_video(sample[1]), None) if sample else self.clips.read(index)
 
     def first(self, index: int) -> np.ndarray:
-        """The first picture, uint8 (H, W, 3)."""
+        """The first frame, uint8 (H, W, 3)."""
         sample = self._sample(index)
         if sample is None:
             return self.clips.first(index)
@@ -141,11 +142,11 @@ def gather(
 
     Args:
         clips: true clips; with config.counterfactuals also clips that break a law (`violated`).
-        pictured: whether the samples' model was given first pictures; if not, they are not compared with the true ones.
-        scored: whether losers are weighted by their scores, so that every sample needs some.
+        pictured: whether the samples' model is conditioned on first frames; if not, first frames are not compared.
+        scored: whether losers are weighted by their scores, so that every sample needs scores.
 
     Raises:
-        UserError: no clip has enough losers; members of a group differ in their first picture, size, length or rate, or
+        UserError: no clip has enough losers; members of a group differ in their first frame, size, length or rate, or
             are the same file; two true clips have the same name and there are samples; a score is missing or out of
             range.
     """
@@ -191,7 +192,7 @@ def gather(
 
 
 def _merit(members: Members, index: int) -> float:
-    """The score by which the winning sample is chosen; the first of equal ones wins."""
+    """The score by which the preferred sample is chosen; the first one of equals."""
     scores = members.scores(index)
     assert scores is not None  # _samples checked it
     return scores.sa + scores.pc
@@ -266,7 +267,7 @@ def _scores(path: Path, name: str, rows: dict[str, dict[str, Any]]) -> Scores:
 
 
 def _check(members: Members, group: Group, pictured: bool) -> None:
-    """Refuse a group whose members are not comparable."""
+    """Refuse a group whose clips are not comparable."""
     clips, sums = members.clips, dict[str, int]()
     split, picture = clips.splits[0], members.first(group.winner)
     true = members.video(group.winner)
@@ -306,12 +307,12 @@ def _check(members: Members, group: Group, pictured: bool) -> None:
 def check_first_picture(
     path: Path, picture_HWC: np.ndarray, true_HWC: np.ndarray, true: str, object_HW: np.ndarray | None = None
 ) -> None:
-    """Refuse a video that does not begin as the true clip does that it is compared with.
+    """Refuse a video that does not begin with the first frame of its true clip.
 
     Args:
-        path, true: what the video and the true clip are called.
-        picture_HWC, true_HWC: their first pictures, uint8, of one shape.
-        object_HW: bool, the object that is followed, where it is known: a small one is lost in the fields.
+        path, true: names of the video and the true clip for the message.
+        picture_HWC, true_HWC: their first frames, uint8, of one shape.
+        object_HW: bool, the object that is followed, if known: it may be too small to change the mean of a field.
 
     Raises:
         UserError: mismatch: it continues another clip, or begins later.
@@ -319,14 +320,14 @@ def check_first_picture(
     apart = float((_fields(picture_HWC, object_HW) - _fields(true_HWC, object_HW)).abs().max())
     if apart > SAME_PICTURE:
         raise UserError(
-            f"{path}: its first picture is not that of {true} (off by {apart:.0f} of 255): it continues another clip, "
+            f"{path}: its first frame is not that of {true} (off by {apart:.0f} of 255): it continues another clip, "
             "or begins later",
             "mismatch",
         )
 
 
 def _fields(picture_HWC: np.ndarray, object_HW: np.ndarray | None) -> torch.Tensor:
-    """The mean colours of its 8 x 8 fields and, where it is known, of the object: (fields, 3)."""
+    """The mean colours of the picture's 8 x 8 fields and, if it is known, of the object: (fields, 3)."""
     picture = torch.tensor(picture_HWC).permute(2, 0, 1).float()
     fields = torch.nn.functional.adaptive_avg_pool2d(picture, 8).flatten(1).T
     if object_HW is None or not object_HW.any():
@@ -362,7 +363,7 @@ class Groups:
 
     @property
     def key(self) -> str:
-        """One hash of everything that the batches depend on."""
+        """A hash of everything that the batches depend on."""
         keys = [[self._latents.keys[index] for index in (g.true, g.winner, *g.losers)] for g in self.groups]
         return files.sha256_json([keys, None if self._scores is None else self._scores.tolist()])
 
@@ -380,7 +381,7 @@ class Groups:
         if any(group.winner != group.true for group in chosen):
             best = self._latents.load([group.winner for group in chosen]).z0_BCFHW
             assert best is not None
-            # the first picture as it is given in training
+            # the first frame as it is given in training
             winners = torch.cat([winners[:, :, : self._clean], best[:, :, self._clean :]], dim=2)
         scores = None if self._scores is None else self._scores[list(indices)]
         return replace(

@@ -1,8 +1,8 @@
 """Encode clips and captions once. A cache entry is a file whose name is the hash of all it depends on.
 
-So an entry of another VAE, text encoder, clip or caption is never found, entries are shared between runs, and an
-encoding that was cut off continues. An entry's header has the digest of its name and content: what is damaged, or lies
-under another's name, is made again, or refused where training reads it.
+So an entry of another VAE, text encoder, clip or caption is never used by mistake, runs share entries, and interrupted
+encoding continues. An entry's header has a digest of its name and content. An entry that is damaged or was renamed is
+encoded again, or refused if training is already reading it.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ CONDITION = "condition."  # what names in an entry begin with that are of Batch.
 
 
 class Readable(Protocol):
-    """Clips, of which `Clips` has the words; of a row only the caption is needed, and the target where there is one."""
+    """The part of the interface of `Clips` that encoding needs. Of a row only caption and target are used."""
 
     @property
     def ids(self) -> Sequence[str]: ...
@@ -47,7 +47,7 @@ class Latents:
     """The latents, text embeddings and conditions of `clips` under `model`, cached in `folder`.
 
     Raises:
-        UserError: a clip is torn or changed, or the cache cannot be written.
+        UserError: a clip is damaged or changed, or the cache cannot be written.
     """
 
     def __init__(self, model: VideoModel, clips: Readable, folder: Path | str) -> None:
@@ -86,7 +86,8 @@ class Latents:
             entry = {"z0": z0_CFHW.float(), "text": texts[caption].float()}
             entry |= {f"{CONDITION}{name}": value[0] for name, value in condition.items()}
             entry = {k: v.contiguous().cpu() for k, v in entry.items()}
-            content = save(entry, {"sha256": _digest(self.keys[index], entry), "version": VERSION})
+            # one field alone: safetensors writes several in an order that changes from process to process
+            content = save(entry, {"sha256": _digest(self.keys[index], entry)})
             files.write_bytes(self._files[index], content, flush=False)
         model.unload()  # UMT5 alone is 11 GiB, and training needs it not
         state.wait_for_everyone()
@@ -99,7 +100,7 @@ class Latents:
 
     @property
     def key(self) -> str:
-        """One hash of everything that the latents depend on."""
+        """A hash of everything that the latents depend on."""
         return files.sha256_json(self.keys)
 
     def __len__(self) -> int:
@@ -124,18 +125,18 @@ class Latents:
         )
 
     def _entry(self, index: int) -> dict[str, Tensor]:
-        """The entry of a clip. Raises UserError where it is missing, damaged or another's."""
+        """The cache entry of a clip. Raises UserError if it is missing, damaged or renamed."""
         path = self._files[index]
         try:
             with safe_open(path, "pt") as stored:
                 entry, noted = {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path}: is damaged; start again, and it is made again", "damaged") from error
-        if noted.get("version", "1") != VERSION:
-            message = f"{path}: is of another version of the code; start again, and it is made again"
-            raise UserError(message, "damaged")
+            raise UserError(f"{path}: is damaged; start again: it is then encoded again", "damaged") from error
         if noted.get("sha256") != _digest(self.keys[index], entry):
-            raise UserError(f"{path}: is not what was written; start again, and it is made again", "damaged")
+            said = (
+                "does not match its digest, or is of another version of the code; start again: it is then encoded again"
+            )
+            raise UserError(f"{path}: {said}", "damaged")
         return entry
 
     def _whole(self, index: int) -> bool:
@@ -147,8 +148,8 @@ class Latents:
 
 
 def _digest(key: str, entry: dict[str, Tensor]) -> str:
-    """Of an entry's name and tensors."""
-    digest = hashlib.sha256(key.encode())
+    """The digest of the code's version, an entry's name and its tensors."""
+    digest = hashlib.sha256(f"{VERSION} {key}".encode())
     for name, tensor in sorted(entry.items()):
         digest.update(f" {name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -156,7 +157,7 @@ def _digest(key: str, entry: dict[str, Tensor]) -> str:
 
 
 class Annotated:
-    """Latents, and beside them the truth about the same clips: their pixels and annotations."""
+    """Latents together with the pixels and annotations of the same clips."""
 
     def __init__(self, latents: Latents, clips: Clips) -> None:
         assert latents.ids == clips.ids
@@ -170,13 +171,13 @@ class Annotated:
         return len(self.ids)
 
     def load(self, indices: Sequence[int]) -> Batch:
-        """Both batches of the clips at `indices` in one."""
+        """One batch with the latents, pixels and annotations of the clips at `indices`."""
         latents, truth = self._latents.load(indices), self._clips.load(indices)
         return replace(truth, z0_BCFHW=latents.z0_BCFHW, text_BLD=latents.text_BLD, condition=latents.condition)
 
 
 def _tokens(file: Path) -> int:
-    """How many tokens an entry's caption has; 0 where the entry is damaged, which reading it tells."""
+    """The number of tokens of an entry's caption; 0 if the entry is damaged (reading it raises the error)."""
     try:
         with safe_open(file, "pt") as entry:
             return int(entry.get_slice("text").get_shape()[0])
@@ -185,6 +186,6 @@ def _tokens(file: Path) -> int:
 
 
 def _trim(text_LD: Tensor) -> Tensor:
-    """Without the zeros that pad it."""
+    """A text embedding without its zero padding."""
     used = text_LD.abs().amax(dim=-1).nonzero()
     return text_LD[: int(used.max()) + 1 if len(used) else 0]

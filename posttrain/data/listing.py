@@ -1,20 +1,20 @@
-"""Find the videos that a user brings, and their captions.
+"""Find a user's own videos and their captions.
 
-These are looked for in `<folder>/<split>`, then in `<folder>`; a list is preferred to the videos themselves:
+They are searched in `<folder>/<split>`, then in `<folder>`. If there is a list, it is used; else the video files:
 
     metadata.jsonl, .json, .csv, .tsv   rows with a VIDEO and a CAPTION column (finetrainers, videofolder,
                                         DiffSynth-Studio); the recipe may also name such a file. Of several
                                         caption columns the first that is filled in a row counts
     videos.txt and prompts.txt          one file name and one caption per line (finetrainers)
-    a.mp4 and a.txt                     the caption beside the video (finetrainers), in folders of any depth
+    a.mp4 and a.txt                     a text file next to each video (finetrainers), in folders of any depth
 
-File names are relative to the list, or to `<split>` beside it (DiffSynth-Studio). Of a list that names files in
-`<split>/`, only those are read: the others belong to another split. A list may have the columns `start` and `end`, the
-part of a video that is used, in seconds (so one file can give several clips), and `true_fps`, the frames per second at
-which slow motion was recorded. The cells of a CSV are separated by commas, semicolons or tabs.
+File names are relative to the folder of the list, or to its subfolder `<split>` (DiffSynth-Studio). If a list names
+files in `<split>/`, only those are read: the others belong to other splits. A list may have the columns `start` and
+`end`, the part of a video that is used, in seconds (so one file can give several clips), and `true_fps`, the frame rate
+at which slow motion was recorded. The cells of a CSV are separated by commas, semicolons or tabs.
 
-No name may lead out of the folder, not even through a link. The one exception is a snapshot in the hub's cache, whose
-files are links to its own blobs.
+No name may lead out of the folder, not even through a link. The only exception is a snapshot in the hub's cache, whose
+files are links to blobs of the same repository.
 """
 
 import csv
@@ -66,7 +66,7 @@ class Entry:
 
 
 class VideoNote(NamedTuple):
-    """What became of a video: whether it is used, and notes, each "what" or "what: detail"."""
+    """Whether a video is used, and notes on how it is changed or why it is left out, each "what" or "what: detail"."""
 
     file: str
     used: bool
@@ -139,7 +139,7 @@ def _lists_below(folder: Path) -> list[Path]:
 
 
 def remedy(folder: Path | str, split: str) -> tuple[str, str]:
-    """What is wrong with `folder`, which has no clips of `split`, and what to do about it."""
+    """(problem, remedy) for a `folder` that has no clips of `split`."""
     folder, film = Path(folder), "film the clips with `python -m sim make RECIPE`"
     if folder.is_dir():
         if lists := _lists_below(folder):
@@ -162,7 +162,7 @@ def remedy(folder: Path | str, split: str) -> tuple[str, str]:
 
 
 def _of_split(listed: Sequence[Entry], split: str) -> list[Entry]:
-    """The files of a list that belong to `split`. A file that exists only in the folder `split` gets its path there."""
+    """The files of a list that belong to `split`. A file that exists only in the subfolder `split` gets that path."""
     placed = []
     for entry in listed:
         within = f"{split}/{entry.name}"
@@ -186,7 +186,8 @@ def _table(path: Path) -> list[Entry]:
         rows = _csv(path)
     else:
         raise UserError(
-            f"{path}: is no folder and no .jsonl, .json, .csv or .tsv; name a folder or a list of videos", "format"
+            f"{path}: is neither a folder nor a .jsonl, .json, .csv or .tsv; name a folder or a list of videos",
+            "format",
         )
     if not rows or not all(isinstance(row, dict) for _, row in rows):
         raise UserError(f"{path}: should hold rows, each a mapping with a video and a caption; write it so", "format")
@@ -252,10 +253,13 @@ def _csv(path: Path) -> list[tuple[int, dict[str, str]]]:
                 many = f"has {len(cells)} cells, but the header {len(columns)}"
                 raise UserError(f'{path}:{line}: {many}; put captions with commas into quotes ("...")', "format")
             if any(re.search(r"\n[^\n]*\.(mp4|mov|mkv|webm|avi)\W", cell) for cell in cells):
-                raise UserError(f"{path}:{line}: a quote swallows the rows after it; close or double it", "format")
+                raise UserError(
+                    f"{path}:{line}: a quote is not closed, so the next rows become part of it; close or double it",
+                    "format",
+                )
             rows.append((line, dict(zip(columns, cells, strict=False))))
     except csv.Error as error:
-        raise UserError(f"{path}:{line}: cannot be read ({error}); mend its quotes", "format") from error
+        raise UserError(f"{path}:{line}: cannot be read ({error}); fix its quotes", "format") from error
 
 
 def _lists(path: Path) -> list[Entry]:
@@ -276,7 +280,7 @@ def _lists(path: Path) -> list[Entry]:
 
 def _entry(path: Path, line: int, name: Any, caption: Any, *part: Any) -> Entry:
     if not isinstance(name, str) or not name.strip():
-        raise UserError(f"{path}:{line}: names no video; take the row out or name one", "format")
+        raise UserError(f"{path}:{line}: names no video; remove the row or name a video", "format")
     within(path.parent, name.strip())
     captions = [text for text in (caption if isinstance(caption, list) else [caption]) if isinstance(text, str)]
     text = captions[0].strip() if captions else ""
@@ -312,7 +316,7 @@ def within(folder: Path, name: str) -> Path:
     """The path of `name` below `folder`, which may be a snapshot in the hub's cache: all its files are links.
 
     Raises:
-        UserError: it leads out of the folder, and is no blob of the snapshot's own repository.
+        UserError: it leads out of the folder, and is not a blob of the snapshot's own repository.
     """
     try:
         return files.inside(folder, name)
@@ -324,7 +328,7 @@ def within(folder: Path, name: str) -> Path:
         if path.resolve().parent in blobs[:1]:
             return path
         remedy = "copy the file, or name the folder that holds it"
-        raise UserError(f"{path}: is a link out of its folder; {remedy}", "outside") from error
+        raise UserError(f"{path}: is a link to a file outside the folder; {remedy}", "outside") from error
 
 
 # ---------------------------------------------------------------- choosing
@@ -333,11 +337,11 @@ def within(folder: Path, name: str) -> Path:
 def choose(
     listed: Sequence[Entry], wanted: Wanted, uncaptioned: str, limit: int | None = None
 ) -> tuple[list[ClipRow], list[View], list[VideoNote]]:
-    """The clips that a list of videos gives. Each video is decoded once, so damage is found before anything is encoded.
+    """The clips of a list of videos. Each video is decoded once, so damage is detected before anything is encoded.
 
     Args:
         uncaptioned: what to do with a video without a caption: "leave_out", or "empty" for an empty caption.
-        limit: how many clips at most.
+        limit: the largest number of clips.
 
     Returns:
         A row per clip (file_name, caption, fps, frames, size, sha256), its view, and a note on every video of the list.
@@ -396,7 +400,7 @@ def _look(entry: Entry, wanted: Wanted, uncaptioned: str) -> tuple[str, View | N
         if view is not None:
             codec.check(path, view.frames, view.marked)
     except UserError as error:
-        return "", None, [str(error).removeprefix(f"{path}: ").removesuffix("; mend or remove it")]
+        return "", None, [str(error).removeprefix(f"{path}: ").removesuffix("; fix or remove it")]
     if view is not None and entry.captions > 1:
         notes = [*notes, f"several captions: the first of {entry.captions} is taken"]
     notes = [*notes, *entry.notes]
@@ -413,7 +417,7 @@ def count(video_notes: Sequence[VideoNote]) -> str:
 
 
 def summary(video_notes: Sequence[VideoNote], lines: int = 5) -> list[str]:
-    """One line on what is done to the videos, then one for each of the first `lines` that are left out, and why."""
+    """A line on how the videos are used, then a line for each of the first `lines` that are left out, and why."""
     used = [video for video in video_notes if video.used]
     out = [video for video in video_notes if not video.used]
     changes = f" ({count(used)})" if count(used) else ""

@@ -1,6 +1,6 @@
-"""A row of metadata.jsonl: what is known of one clip. sim/dataset.py writes it; only this module reads it.
+"""A row of metadata.jsonl: the facts about one clip. sim/dataset.py writes it; only this module reads it.
 
-A field that only some worlds write names them in brackets. Units are SI; posttrain/types.py states the world's axes.
+If only some worlds write a field, they are named in brackets. Units are SI; posttrain/types.py defines the axes.
 """
 
 import json
@@ -41,7 +41,7 @@ class Body:
         name: the noun that captions use.
         size: metres, the longest side of its bounding box.
         mass: kilograms.
-        role: `dropped` falls, `pile` waits below, `moved` follows a given path.
+        role: `dropped` falls, `pile` rests below, `moved` follows a given path.
     """
 
     asset: str
@@ -68,10 +68,10 @@ class Violation:
 
     Attributes:
         kind: which law, and how.
-        severity: 0 as the truth, 1 as far from it as a clip in which nothing moves.
+        severity: 0: as the true clip; 1: as far from it as a clip in which nothing moves.
         value: how much, in the kind's own unit.
         meaning: that unit in words.
-        seen: share of the frames in which the scored object is seen.
+        seen: share of the frames in which the scored object is visible.
     """
 
     kind: str
@@ -83,7 +83,7 @@ class Violation:
 
 @dataclass(frozen=True)
 class ClipRow:
-    """What is known of one clip. For a user's own video and for a sample, only the fields without a default are known.
+    """The facts about one clip. For a user's own video and for a sample, only the fields without a default are known.
 
     Attributes:
         file_name, annotations: the video and its .npz, relative to the split's folder.
@@ -94,13 +94,13 @@ class ClipRow:
         motion: what the target does.
         drop_height, contact_time: metres and seconds until the target first touches anything, None if it never does. In
             a clip that breaks a law, drop_height is the true clip's.
-        group: clips that continue the same first picture have the same number.
+        group: clips that continue the same first frame have the same number.
         violation: None for a true clip.
         depth, height: of the target in frame 0, metres (grid, ambiguous).
         depths: metres, between which `depth` was drawn (ambiguous).
         beta: how fast the ray from the camera through the target's lowest point rises (ambiguous).
         id: whether depth and height are as in training (grid).
-        written: the row as it is in its file; None for a row that was made in memory. See `to_json`.
+        written: the row as it is in its file; None for a row that was built in memory. See `to_json`.
     """
 
     file_name: str
@@ -174,6 +174,6 @@ def to_json(row: ClipRow) -> dict[str, Any]:
 
 
 def facts(row: ClipRow, names: Sequence[str]) -> dict[str, Any]:
-    """These fields as JSON values, None where nothing is known."""
+    """These fields as JSON values, None if unknown."""
     known = to_json(row)
     return {name: known.get(name) for name in names}

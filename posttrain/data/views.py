@@ -1,9 +1,9 @@
 """Turn a video into a clip with a given number of frames, rate and size.
 
 The video's first frame is at time 0. Frame k of the clip is the video's frame nearest to k / fps by the file's own
-timestamps (the earlier of two equally near ones), so a varying rate does no harm. The clip begins where the video
-begins, or where the part begins that a list names (`start`, `end`). The last picture is shown for one frame. A video
-that is too short for the clip is left out: to hold its last picture longer would invent motion. From the upright
+timestamps (the earlier of two equally near ones), so a variable rate is handled. The clip begins at the start of the
+video, or at the `start` that a list gives. The last frame counts as shown for one frame interval. A video that is too
+short for the clip is left out, because holding its last frame longer would show wrong motion. From the upright
 picture, the largest box of the wanted shape is taken, in the middle or at the side that `crop` names, and scaled to
 the wanted size. With `crop: none` a video of another shape is left out. Sound is not read.
 
@@ -38,7 +38,7 @@ class View:
 
     @property
     def key(self) -> str:
-        """Changes with what is used of the file."""
+        """A key that changes with the frames and the box that are used."""
         return json.dumps([self.frames, self.box, self.size])
 
 
@@ -55,7 +55,7 @@ WHOLE = Part()
 
 
 def see(facts: Facts, wanted: Wanted, part: Part = WHOLE) -> tuple[View | None, list[str]]:
-    """How a video becomes a clip, or None if it cannot; and notes on what is done to it, or why it cannot."""
+    """The view that turns a video into a clip (None if that is impossible), and notes on the changes or the reason."""
     step, _ = pace(facts.times)
     length = facts.times[-1] + step
     end = length if part.end is None else min(part.end, length)
@@ -85,9 +85,9 @@ def plan(
     """Which frames (their positions, (wanted.frames,) int64) and which box of a video are used, and notes on changes.
 
     Args:
-        times: when its frames are shown, seconds, ascending from 0.
+        times: the times of its frames, seconds, ascending from 0.
         size: its upright picture's height and width.
-        length: seconds until its end; None: the last picture is shown as long as the others.
+        length: seconds until its end; None: the last frame is shown as long as the others.
 
     Returns:
         None for the frames if the video is too short, or has another shape and may not be cropped.
@@ -122,7 +122,7 @@ def plan(
 
 
 def pace(times: np.ndarray) -> tuple[float, bool]:
-    """Seconds between two frames (0 for a single frame) and whether they are steady: if so the mean, else median."""
+    """(seconds between two frames, whether the rate is constant): the mean if it is, else the median; 0: one frame."""
     steps = np.diff(times)
     middle = float(np.median(steps)) if len(steps) else 0.0
     steady = not middle or bool((np.abs(steps / middle - 1) < 0.5).all())
@@ -153,7 +153,7 @@ def read(path: Path, view: View) -> np.ndarray:
     """The clip that `view` makes of a video file, uint8 (F, H, W, 3). Pictures are decoded and scaled one by one.
 
     Raises:
-        UserError: the file is torn, or is not the one that was inspected.
+        UserError: the file is damaged, or is not the one that was inspected.
     """
     by_mark = {mark: scale(picture, view) for mark, picture in codec.pictures(path, view.frames, view.marked)}
     return np.stack([by_mark[mark] for mark in view.frames])

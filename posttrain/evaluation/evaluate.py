@@ -1,13 +1,13 @@
-"""Evaluation: rows (what made the video) x test sets (which clips), none of them computed twice.
+"""Evaluation: measure every row (a model or a reference) on every test set, each once.
 
-The rows are those that the benchmark declares (benchmarks/base.py), of which `base` is the model that training started
-from, with what model.start and model.merge put into it, and the model after training, named by its method. The test
-sets are the recipe's splits and what the benchmark measures beside them.
+The rows are those that the benchmark declares (benchmarks/base.py) and the model after training, named by its method.
+The row `base` is the model that training started from, including model.start and model.merge. The test sets are the
+recipe's splits and further sets of the benchmark.
 
-A row on a test set is a record, a file evaluation/<row>-<set>.json with a key, the hash of all that it depends on:
-weights, clips, tracker, settings, the source of the metrics. It is reused where the key is the same and made again
-where it is not. It grows by a batch of clips at a time, so a killed evaluation continues. Rows that depend on no
-trained weights are kept by key in a folder that runs share. What the records say together: records.py.
+A row on a test set is a record, a file evaluation/<row>-<set>.json. Its key is a hash of all that it depends on:
+weights, clips, tracker, settings, the source of the metrics. A record with the same key is reused; otherwise it is
+measured again. It is written after each batch of clips, so a killed evaluation continues. Rows that depend on no
+trained weights are stored by key in a folder that runs share. records.py makes tables from the records.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ VALIDATION = "validation"  # the split that training looks at, of objects neithe
 
 
 class EvalConfig(Strict):
-    """What `posttrain eval` measures, and how often training looks at a few clips of it (`every` steps; 0: never)."""
+    """What `posttrain eval` measures, and how often training samples a few of its clips (`every` steps; 0: never)."""
 
     benchmark: Annotated[Plugin, PluginFrom("evaluation.benchmarks")] = Field(
         default_factory=lambda: Plugin("pisa", pisa, pisa.Config())
@@ -68,14 +68,14 @@ class EvalConfig(Strict):
 
 
 def test_sets(config: EvalConfig) -> dict[str, TestSet]:
-    """What is measured, by the folder that it has below samples/."""
+    """The test sets, by the name of their folder below samples/."""
     benchmark: Benchmark = config.benchmark.module.BENCHMARK
     splits = {split: TestSet(config.clips, split, config.seeds) for split in config.splits}
     return splits | benchmark.tests(config.benchmark.config, config.seeds)
 
 
 def watched_split(config: EvalConfig) -> str:
-    """The split that training looks at: `validation` where the clips have one, else the last of those measured."""
+    """The split for validation during training: `validation` if the clips have it, else the last of `splits`."""
     has_one = (Path(config.clips) / VALIDATION / "metadata.jsonl").exists()
     return VALIDATION if has_one else config.splits[-1]
 
@@ -84,14 +84,14 @@ def open_clips(name: str, test: TestSet, limit: int | None) -> Clips:
     """The clips of a test set.
 
     Raises:
-        UserError: the folder or split is missing, or its rows do not say what the test needs.
+        UserError: the folder or split is missing, or its rows lack fields that the test needs.
     """
     clips = Clips(DataConfig(clips=test.folder, split=test.split, limit=limit))
     if any(getattr(clips.row(0), field) is None for field in test.needed):
         key, needed = f"eval.benchmark.{name}", ", ".join(test.needed)
         folder = clips.splits[0].folder
         raise UserError(
-            f"{folder}: {key} needs rows with {needed}; film them with world.name={test.world}", "mismatch", key
+            f"{folder}: {key} needs rows with {needed}; film clips with world.name={test.world}", "mismatch", key
         )
     return clips
 
@@ -102,16 +102,16 @@ def evaluate(
     """Measure the references and `models` on every test set; write evaluation/ and samples/ in the folder `run`.
 
     Args:
-        models: row name -> a function that gives a context in which the row's model is ready, for instance "base" with
-            the adapter switched off. The first one's autoencoder makes `truth_vae`.
-        tracker: the segmenter that scores, on the models' device.
-        cache: the folder in which runs share the rows that depend on no trained weights; None shares nothing.
+        models: row name -> function that returns a context manager with the row's model, for example "base" with the
+            adapter switched off. The first model's autoencoder makes `truth_vae`.
+        tracker: the segmenter that measures, on the models' device.
+        cache: the folder in which runs share the rows that depend on no trained weights; None: no sharing.
 
     Returns:
         The records (also in the files), test set by test set, references first.
 
     Raises:
-        UserError: a split is missing, a clip is torn, or the clips do not fit the model.
+        UserError: a split is missing, a clip is damaged, or the clips do not fit the model.
     """
     run = Path(run)
     benchmark: Benchmark = config.benchmark.module.BENCHMARK
@@ -147,16 +147,16 @@ def evaluate(
 
 
 def reference(benchmark: Benchmark, name: str) -> Row | None:
-    """The row of this name; None of one that a model samples."""
+    """The reference row of this name; None for a row that a model samples."""
     return next((row for row in benchmark.references if row.name == name), None)
 
 
 def blank(
     row: str, name: str, config: EvalConfig, model: VideoModel, clips: Clips, test: TestSet, tracker: Tracker
 ) -> Record:
-    """A record without numbers, of a row on the test set of this name.
+    """A record without numbers, for a row on the test set of this name.
 
-    Its key changes with everything that its numbers depend on.
+    Its key is a hash of everything that its numbers depend on.
     """
     benchmark: Benchmark = config.benchmark.module.BENCHMARK
     shown = reference(benchmark, row)
@@ -206,7 +206,7 @@ def complete(
     texts: Mapping[str, Tensor],
     shared: Path | None,
 ) -> Record:
-    """The record with all its clips: what the run or the shared folder has, and the rest measured now."""
+    """The complete record: clips from the run or the shared folder are reused, the rest is measured now."""
     path, settings = run / "evaluation" / file_name(record.model, record.folder), record.settings
     samples = run / "samples" / record.model / record.folder
     kept = records.read_whole(path)
@@ -261,14 +261,14 @@ def complete(
 
 
 def share(folder: Path, record: Record, samples: Path) -> None:
-    """Write a record and its samples where other runs find them."""
+    """Copy a record and its samples to a folder from which other runs can use them."""
     with files.replacing(folder) as temporary:
         shutil.copytree(samples, temporary / "samples")
         records.write(temporary / "record.json", record)
 
 
 def whole(samples: Path, record: Record) -> bool:
-    """Whether a record's samples are there as they were written; where not, a line is said: they are made again."""
+    """Whether a record's samples exist and match their digests; if not, a message says that they are sampled again."""
     paths = [samples / f"{clip.id}-s{seed}.mp4" for clip in record.clips for seed in range(record.seeds)]
     damaged = [path for path in paths if not (path.is_file() and files.intact(path))]
     if damaged:
@@ -281,17 +281,17 @@ def file_name(row: str, split: str) -> str:
 
 
 def source(of: Any) -> str:
-    """Hash of the file in which a module or class is written."""
+    """Hash of the source file of a module or class."""
     return files.sha256(Path(str(inspect.getsourcefile(of))))
 
 
 def version_of(*of: Any) -> str:
-    """Eight letters that change with the files in which modules or classes are written."""
+    """Eight letters of a hash of the source files of modules or classes."""
     return files.sha256_json([source(each) for each in of])[:8]
 
 
 def read_captions(model: VideoModel, splits: Iterable[Clips], sampler: SamplerConfig) -> dict[str, Tensor]:
-    """The texts of all clips, encoded, as `sample_row` wants them."""
+    """The encoded texts of all clips, as `sample_row` takes them."""
     captions = [clips.row(i).caption for clips in splits for i in range(len(clips))]
     return sample.encode_texts(model, [*captions, ""] if sampler.guided else captions)
 
@@ -305,11 +305,11 @@ def sample_row(
     sampler: SamplerConfig,
     texts: Mapping[str, Tensor] | None = None,
 ) -> np.ndarray:
-    """The videos that a row of the table has for a batch of clips: uint8 (B, F, H, W, 3).
+    """The videos of a row of the table for a batch of clips: uint8 (B, F, H, W, 3).
 
     Args:
-        shown: a row that no model samples; None: the model does.
-        rows: what is known of the clips.
+        shown: a reference row; None: the model samples.
+        rows: the rows of the clips.
     """
     true_BCFHW = batch.video_BCFHW
     assert true_BCFHW is not None
@@ -339,10 +339,10 @@ def validation(
     look: Watch | None = None,
     truths: Sequence[str] = (),
 ) -> Callable[[int], tuple[dict[str, float], dict[str, Path]]]:
-    """A function of the step for `Run(validate=...)`: the benchmark's headlines, as in val_l2, and the videos.
+    """A function of the step for `Run(validate=...)`: returns the benchmark's headline metrics, as val_l2, and videos.
 
-    It samples the first clips of the split (None: `watched_split`) once and saves them under samples/validation/.
-    `look` may measure more, of which the clips tell `truths` (tripwires.py).
+    It samples the first clips of the split (None: `watched_split`) once and saves them in samples/validation/. `look`
+    may measure more (tripwires.py) and needs the annotations `truths`.
     """
     benchmark: Benchmark = config.benchmark.module.BENCHMARK
     chosen = Clips(DataConfig(clips=config.clips, split=split or watched_split(config), limit=clips), truths=truths)
@@ -371,7 +371,7 @@ def validation(
 
 
 def weights_fingerprint(module: nn.Module, base: bool = False) -> str:
-    """Hash of a module's weights; with `base` an adapter that adds nothing does not count, as if it were not there."""
+    """Hash of a module's weights; with `base`, an adapter that adds nothing is ignored."""
     digest, weights = hashlib.sha256(), module.state_dict()
     base = base and not any(tensor.any() for name, tensor in weights.items() if ".lora_B." in name)
     for name, tensor in weights.items():

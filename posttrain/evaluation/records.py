@@ -1,4 +1,4 @@
-"""Records that evaluate.py and score.py write: read, set in order, told as means, intervals, differences and tables."""
+"""Read and sort the records of evaluate.py and score.py; means, intervals, differences and tables of them."""
 
 import sys
 from collections import Counter
@@ -24,22 +24,23 @@ NARROWEST = 8  # characters that a printed table leaves for names
 
 @dataclass(frozen=True)
 class Record:
-    """What was measured of one row of the table on one split.
+    """The measurements of one row of the table on one split.
 
     Attributes:
-        model: what made the videos: a row of the benchmark, or a trained model, which is called by its method.
-        row: what the table calls it.
-        split: what the table calls the clips; `folder` is their name in files.
-        key: changes with everything that the numbers depend on.
+        model: a row of the benchmark, or the method of a trained model.
+        row: the row's name in the table.
+        split: the clips' name in the table; `folder`: in files.
+        key: hash of everything that the numbers depend on.
         fps, frames, size: of the videos that were scored; size is height, width.
         seeds: samples of each clip.
-        total: how many clips there shall be; a record with fewer was cut off.
-        seconds: the time it took.
-        settings: how it was asked for; what differs in them is not shown together. None of anybody's videos.
+        total: the number of clips of the complete record; one with fewer was interrupted.
+        seconds: the time that it took.
+        settings: settings of the evaluation; records that differ in them are not shown together. None for videos of
+            any model.
         sampler: of a model that is trained here.
-        videos, given_fps: the folder of anybody's videos, and the rate that was given for them.
-        origin: the value of a sweep or the row of a table that it is of; "" of a single run.
-        samples: the folder of its samples where it is not the run's own.
+        videos, given_fps: for videos of any model: their folder, and the rate that the user gave.
+        origin: the value of the sweep or the row of the table; "" for a single run.
+        samples: the folder of its samples if it is not the run's own.
     """
 
     model: str
@@ -68,7 +69,7 @@ KEPT = tuple(field.name for field in fields(Record) if field.name not in ("row",
 
 
 def to_json(record: Record) -> dict[str, Any]:
-    """What stands in a record's file; the numbers of a clip lie among its other fields."""
+    """The content of a record's file; there, the metrics of a clip are fields like the others."""
     clips = []
     for clip in record.clips:
         told = {name: value for name in CLIP if (value := getattr(clip, name)) is not None}
@@ -77,10 +78,10 @@ def to_json(record: Record) -> dict[str, Any]:
 
 
 def from_json(value: Any, path: Path) -> Record:
-    """The record of a file. Older files lack what has a default.
+    """The record from the content of a file. Older files lack the fields that have a default.
 
     Raises:
-        UserError: it is no record.
+        UserError: it is not a record.
     """
     try:
         clips = [
@@ -93,20 +94,20 @@ def from_json(value: Any, path: Path) -> Record:
         known = {name: value[name] for name in KEPT if name in value}
         return Record(row=value["model"], clips=tuple(clips), **known)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is no record of an evaluation; delete it and evaluate again", "format") from error
+        raise UserError(f"{path}: is not a record of an evaluation; delete it and evaluate again", "format") from error
 
 
 def read(path: Path) -> Record | None:
-    """The record that lies at `path`, if there is one.
+    """The record at `path`, None if there is none.
 
     Raises:
-        UserError: damaged: it is not what was written; format: it is no record.
+        UserError: damaged: it does not match its digest; format: it is not a record.
     """
     return from_json(files.read_sealed(path), path) if path.exists() else None
 
 
 def read_whole(path: Path) -> Record | None:
-    """The same, to go on from: of one that is damaged or no record, a line is said, and it is made again."""
+    """As `read`, but None with a message for a damaged file, which is then measured again."""
     try:
         return read(path)
     except UserError as error:
@@ -129,26 +130,26 @@ def named(name: str) -> Benchmark:
 
 
 def references(record: Record) -> list[str]:
-    """Names of the rows of its table that no model samples."""
+    """Names of the benchmark's rows that no model samples."""
     return [row.name for row in named(record.benchmark).references]
 
 
 def fixed(record: Record) -> list[str]:
-    """Names of the rows of its table that are the same for all runs of one base."""
+    """Names of the benchmark's rows that are the same for all runs with the same base."""
     return [row.name for row in named(record.benchmark).rows]
 
 
 def read_records(run: Path | str) -> list[Record]:
-    """The finished records of a run, as its table shows them: split by split, references and base first.
+    """The finished records of a run in the order of its table: by split, references and base first.
 
     Raises:
-        UserError: there is none, or they are not of one evaluation.
+        UserError: there is none, or they come from different evaluations.
     """
     return sorted((part for record in _finished(Path(run)) for part in parts(record)), key=position)
 
 
 def read_apart(run: Path | str) -> list[Record]:
-    """The finished records of which the table shows nothing, as of PISA's falls."""
+    """The finished records that are not in the table, such as those of PISA's falls."""
     return sorted((record for record in _finished(Path(run)) if not parts(record)), key=position)
 
 
@@ -158,7 +159,7 @@ def _finished(run: Path) -> list[Record]:
     records = [record for record in records if len(record.clips) == record.total]
     if not records:
         what = "its evaluation was cut off" if any(folder.glob("*.json")) else "it was not measured yet"
-        remedy = f"`posttrain eval {run}` does it, where its recipe says by eval: what to measure"
+        remedy = f"`posttrain eval {run}` measures it; its recipe must have eval:"
         raise UserError(f"{folder}: {what}; {remedy}", "unfinished")
     first = records[0]
     if any((record.benchmark, record.settings) != (first.benchmark, first.settings) for record in records):
@@ -169,7 +170,7 @@ def _finished(run: Path) -> list[Record]:
 
 
 def parts(record: Record) -> list[Record]:
-    """The record by the splits under which the table shows its clips: itself, several, or none."""
+    """The record, divided by the splits under which the table shows its clips: one, several, or none."""
     benchmark = named(record.benchmark)
     splits: dict[str, list[ClipScore]] = {}
     for clip in record.clips:
@@ -179,12 +180,12 @@ def parts(record: Record) -> list[Record]:
 
 
 def gather(runs: Mapping[str, Sequence[Path]]) -> list[Record]:
-    """The records of several runs, named by the value of a sweep or the row of a table that they are of (`origin`).
+    """The records of several runs, each with the value of the sweep or the row of the table as `origin`.
 
-    References and base, where all share them, are there once. Runs of one origin are pooled.
+    References and base appear once if all runs share them. Runs of the same origin (seeds) are pooled.
 
     Raises:
-        UserError: runs of one origin were measured in different ways, or one of them was not.
+        UserError: runs of one origin were measured with different settings, or one was not measured.
     """
     found: dict[tuple[str, str], Record] = {}
     for origin, folders in runs.items():
@@ -198,12 +199,15 @@ def gather(runs: Mapping[str, Sequence[Path]]) -> list[Record]:
             same = name in fixed(first)
             if len(records) < len(folders):
                 raise UserError(
-                    f"{folders[0].parent}: not all its runs were measured on {split} clips; evaluate them", "unfinished"
+                    f"{folders[0].parent}: not all its runs were measured on {split} clips; run `posttrain eval`",
+                    "unfinished",
                 )
             for record, folder in zip(records, folders, strict=True):
                 if record.settings != first.settings or (same and record.key != first.key):
                     raise UserError(
-                        f"{folder}: was measured otherwise than {folders[0]}; `posttrain eval` both again", "mismatch"
+                        f"{folder}: was measured with other settings than {folders[0]}; "
+                        "run `posttrain eval` on both again",
+                        "mismatch",
                     )
             record = first if same else pooled(records)
             shared = same and found.get((name, split), record).key == record.key
@@ -213,10 +217,10 @@ def gather(runs: Mapping[str, Sequence[Path]]) -> list[Record]:
 
 
 def comparable(records: Sequence[Record], origins: Sequence[str]) -> list[list[Record]]:
-    """Of what `gather` gives, the trained models' records by split, where each of `origins` was measured on it.
+    """From the result of `gather`, the trained models' records by split; only splits that all `origins` have.
 
     Raises:
-        UserError: there is no such split, or they were measured on other clips or in another way.
+        UserError: there is no such split, or they were measured on other clips or with other settings.
     """
     labels = {(record.row, record.split) for record in records}
     splits: dict[str, list[Record]] = {}
@@ -226,7 +230,8 @@ def comparable(records: Sequence[Record], origins: Sequence[str]) -> list[list[R
     splits = {split: found for split, found in splits.items() if len(found) == len(origins)}
     if not splits:
         raise UserError(
-            f"{', '.join(origins)}: no split on which all of them were measured; `posttrain eval` each", "unfinished"
+            f"{', '.join(origins)}: there is no split on which all of them were measured; run `posttrain eval` on each",
+            "unfinished",
         )
     for split, (first, *others) in splits.items():
         for record in others:
@@ -254,7 +259,7 @@ def comparable(records: Sequence[Record], origins: Sequence[str]) -> list[list[R
 
 
 def pooled(records: Sequence[Record]) -> Record:
-    """One record of several runs, clip by clip: the mean of each number that is there; the paths of all samples."""
+    """One record from several runs: for each clip the mean of each number that exists, and the paths of all samples."""
     if len(records) == 1:
         return records[0]
     clips = []
@@ -265,15 +270,15 @@ def pooled(records: Sequence[Record]) -> Record:
 
 
 def position(record: Record) -> tuple[bool, str, int]:
-    """Where a record stands among others: by split, unseen first, references and base before the rest."""
+    """Sort key of a record: by split, unseen first; references and base before the rest."""
     names = fixed(record)
     return record.split != "unseen", record.split, names.index(record.row) if record.row in names else len(names)
 
 
 def interval(values: Sequence[float | None], statistic: Literal["mean", "median"] = "mean") -> dict[str, Any]:
-    """Mean of the values that exist, its 95% percentile bootstrap interval (10,000 resamples, seeded), their number.
+    """Mean (or median) of the values that are not None, its 95% bootstrap interval, and their number.
 
-    Or their median, and its interval.
+    The interval is the percentile bootstrap with 10,000 resamples and a fixed seed.
     """
     present = np.array([value for value in values if value is not None], dtype=float)
     if not len(present):
@@ -293,9 +298,9 @@ def interval(values: Sequence[float | None], statistic: Literal["mean", "median"
 
 
 def summary(record: Record) -> dict[str, Any]:
-    """One row of report.json: each metric's interval over clips; "released" holds those of the other convention.
+    """One row of report.json: each metric's interval over clips; "released": those of the released code's convention.
 
-    "physics" is the scorecard, with medians, as a fit fails now and then.
+    "physics" is the scorecard, with medians, because fits sometimes fail.
     """
     clips, first = record.clips, record.clips[0]
     # an older record may lack a metric
@@ -323,15 +328,15 @@ def _metrics(record: Record) -> tuple[Metric, ...]:
 
 
 def wide() -> Console:
-    """For the names of several runs, where no terminal says how wide it is."""
+    """A console wide enough for the names of several runs, if the output is not a terminal."""
     console = Console()
     return console if console.is_terminal else Console(width=120)
 
 
 def unequal(records: Sequence[Record]) -> list[str]:
-    """Lines on what must not be compared in silence: rows of one split with other spans, or of other clips.
+    """Warnings for rows of one split that are not comparable: other spans, or other clips.
 
-    And what was noted of the videos.
+    Also the notes on the videos.
     """
     lines = []
     for split in dict.fromkeys(record.split for record in records):
@@ -355,10 +360,10 @@ def unequal(records: Sequence[Record]) -> list[str]:
 
 
 def print_table(records: Sequence[Record], console: Console | None = None, released: bool = False) -> None:
-    """The records' means, the first metric with its interval; `released`: in the other convention.
+    """Print the records' means, the first metric with its interval; `released`: in the released code's convention.
 
-    Where a number is not there of all clips, of how many it is stands beside it. What is wider than the console goes on
-    in a table below. Lines of `unequal` follow.
+    If not all clips have a number, their count is shown next to it. Columns that do not fit the console are printed in
+    a second table below. The warnings of `unequal` follow.
     """
     metrics = named(records[0].benchmark).metrics
     shown = [metric for metric in metrics if not released or metric.key in records[0].clips[0].released]
@@ -384,7 +389,7 @@ def print_table(records: Sequence[Record], console: Console | None = None, relea
 
 
 def _print(title: str, titles: Sequence[str], rows: Sequence[tuple[Record, Sequence[str]]], console: Console) -> None:
-    """A row's name and split, and after them its cells; in as many tables as the console's width asks for."""
+    """Print each row's name, split and cells, in as many tables as the console's width requires."""
     splits = max(map(cell_len, ("Clips", *(record.split for record, _ in rows))))
     widths = [max(cell_len(each[i]) for each in (titles, *(cells for _, cells in rows))) for i in range(len(titles))]
     names = max(map(cell_len, (title, *(record.row for record, _ in rows))))
@@ -415,7 +420,7 @@ def _print(title: str, titles: Sequence[str], rows: Sequence[tuple[Record, Seque
 
 
 def print_differences(splits: Sequence[Sequence[Record]], console: Console | None = None) -> None:
-    """What records of each split differ by from its first one: paired means over clips with 95% intervals."""
+    """Print the differences of each split's records from its first one: paired means over clips, 95% intervals."""
     shown = named(splits[0][0].benchmark).headlines[:2]
     rows = []
     for first, *others in splits:

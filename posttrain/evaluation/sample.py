@@ -1,4 +1,4 @@
-"""Sample video clips from first pictures and captions, and write clips to files that browsers play."""
+"""Sample video clips from first frames and captions, and write clips to files that browsers play."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ Pixels = NDArray[np.uint8]
 
 
 def encode_texts(model: VideoModel, captions: Iterable[str], batch: int = 8) -> dict[str, Tensor]:
-    """text_LD of each different caption, in main memory.
+    """text_LD for each distinct caption, in main memory.
 
     Encode all captions before sampling: a text encoder may be as large as the transformer, and then the two are never
     on the device together.
@@ -51,9 +51,9 @@ def sample_clips(
 
     Args:
         pictures: uint8 (N, H, W, 3), the first frames; a model conditioned on text alone takes their size from them.
-        frames: length of the clips in pictures, the first included.
-        guidance_low: the guidance of a second expert, the one for low noise; None: the same.
-        texts: from `encode_texts`, of the captions and, with guidance, of `negative`; None: they are encoded now.
+        frames: length of the clips in frames, including the first.
+        guidance_low: guidance of the second expert (low noise); None: the same.
+        texts: from `encode_texts`, for the captions and, with guidance, for `negative`; None: encoded now.
 
     Returns:
         uint8 (N, F, H, W, 3).

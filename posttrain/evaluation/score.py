@@ -1,19 +1,19 @@
 """Score videos that any model made: `posttrain eval BENCHMARK --clips FOLDER ...`, a row of the table per folder.
 
-`--run RUN` makes such folders first, with a run's base and with what it became. Both are told what the paper tells its
-models: of real clips also that the video conforms to the laws of physics, and the negative prompts.
+`--run RUN` first samples such folders with a run's base and its tuned model. Both get the paper's prompts: for real
+clips a sentence that the video conforms to the laws of physics, and the negative prompts.
 
-A folder holds a video for each clip of the benchmark that is to be scored, <clip>.mp4, or <clip>-s<seed>.mp4 for
-several samples of it; where the benchmark has several splits, in a folder per split (seen/00.mp4, unseen/00-s1.mp4).
+A folder contains a video for each clip to be scored: <clip>.mp4, or <clip>-s<seed>.mp4 for several samples. If the
+benchmark has several splits, there is a subfolder for each (seen/00.mp4, unseen/00-s1.mp4).
 
-Videos may have any size, rate and length; each frame has its own time, by the file's time stamps. What a video lacks of
-the true clip counts as vanished. Its first picture has to be the benchmark's. Models that cannot make the benchmark's
-shape get its first picture padded with black, so the largest centred box of that shape is what is scored, scaled to the
-truth's own size, at most 256 pixels on the shorter side (as PisaBench's authors do). The frames that are compared are
-those of metrics/pisa.py.
+Videos may have any size, rate and length; the time of each frame comes from the file's time stamps. If a video is
+shorter than the true clip, the object counts as vanished in the missing part. Its first frame must be the benchmark's.
+Models that cannot make the benchmark's shape get its first frame padded with black. So only the largest centred box of
+the benchmark's shape is scored, scaled to the truth's own size, at most 256 pixels on the shorter side (as PisaBench's
+authors do). metrics/pisa.py chooses the frames that are compared.
 
-Departure from the published evaluation: in generated videos the object is followed from its true mask in frame 0, where
-the authors click again. Files are those of evaluate.py, which see: evaluation/, samples/, resumable, reused by key.
+Departure from the published evaluation: in generated videos the object is followed from its true mask in frame 0, while
+the authors click again. Files are as in evaluate.py: evaluation/, samples/, resumable, reused by key.
 """
 
 import math
@@ -66,14 +66,14 @@ def score(
         folders: row name -> folder.
         tracker: the segmenter that follows the object in the videos, on `device`.
         fps: the videos' frames per second, where their files say it wrongly; None is what they say.
-        made: rows whose videos `sample_missing` made from the benchmark's pictures. Others have to begin with these.
+        made: rows whose videos `sample_missing` made. The first frames of other videos are checked.
 
     Raises:
-        UserError: a folder has no video of any clip, a video is torn or does not begin as its clip, or `out` holds
-            scores of another kind.
+        UserError: a folder has no video of any clip, a video is damaged or does not begin with its clip's first frame,
+            or `out` has scores with other settings.
     """
     if fps is not None and not 0 < fps < math.inf:
-        raise UserError(f"--fps: {fps:g} is no rate; give frames per second", "value", "--fps")
+        raise UserError(f"--fps: {fps:g} is not a frame rate; give frames per second", "value", "--fps")
     out = Path(out)
     protocol = {"tracker": weights_fingerprint(tracker.module), "splits": sorted(benchmark)}
     _claim(out, protocol)
@@ -106,7 +106,7 @@ def score(
 
 
 def samples_of(folder: Path, split: str, ids: Sequence[str], several: bool) -> dict[str, list[Path]]:
-    """The videos of each clip that has any, in the order of their seeds."""
+    """The videos of each clip, in the order of their seeds; clips without videos are left out."""
     place = folder / split
     if not place.is_dir():
         if several:
@@ -122,7 +122,7 @@ def samples_of(folder: Path, split: str, ids: Sequence[str], several: bool) -> d
 
 
 class Start(Protocol):
-    """What a model continues, of which `Truth` has the words."""
+    """The first frame and caption that a model continues; see `Truth`."""
 
     @property
     def id(self) -> str: ...
@@ -147,13 +147,13 @@ def sample_missing(
     negative: str = "",
     texts_kept: int = 256,
 ) -> int:
-    """Let a model continue the first picture of each clip, as far as `folder` has no video of it; how many it made.
+    """Sample the videos that `folder` lacks, from the first frame of each clip; returns how many were sampled.
 
     Args:
-        model: gives a context in which the model is ready; asked only if there is something to do.
+        model: returns a context manager with the model; called only if there is something to do.
         kind: frames, fps and size (height, width) of its videos; a picture of another shape is padded with black.
-        negative: what it is told not to show, where there is guidance.
-        texts_kept: of how many captions the texts are in memory at once; each of Wan's takes 8.4 MB.
+        negative: the negative prompt, used with guidance.
+        texts_kept: number of encoded captions in memory at once; each of Wan's takes 8.4 MB.
     """
     frames, fps, size = int(kind["frames"]), float(kind["fps"]), (int(kind["size"][0]), int(kind["size"][1]))
     wanted = [
@@ -196,7 +196,7 @@ def sample_missing(
 
 
 def _is_there(path: Path) -> bool:
-    """Whether a sample is there and whole; of one that is damaged a line is said, and it is made again."""
+    """Whether a sample exists and is intact; if it is damaged, a message says that it is sampled again."""
     if path.exists() and not files.intact(path):
         print(f"{path}: is damaged; made again", file=sys.stderr)
         return False
@@ -204,7 +204,7 @@ def _is_there(path: Path) -> bool:
 
 
 def padded(picture_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A picture (uint8) scaled to fit into `size` (height, width), in the middle of black."""
+    """A picture (uint8) scaled to fit into `size` (height, width), centred on black."""
     height, width = picture_HWC.shape[:2]
     top, left, tall, wide = views.centred(size, (height, width))
     out = np.zeros((*size, 3), np.uint8)
@@ -214,12 +214,12 @@ def padded(picture_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _claim(out: Path, protocol: dict[str, Any]) -> None:
-    """Refuse a folder whose scores cannot be compared with those to come."""
+    """Refuse a folder whose scores were made with other settings."""
     path = out / "protocol.json"
     kept = files.read_object(path) if path.exists() else protocol
     if other := [name for name in protocol if kept.get(name) != protocol[name]]:
         raise UserError(
-            f"{path}: its scores are of another {', '.join(other)}; choose another --out or delete {out}",
+            f"{path}: its scores were made with another {', '.join(other)}; choose another --out or delete {out}",
             "other_run",
             "--out",
         )
@@ -236,7 +236,7 @@ def _blank(
     fps: float | None,
     tracker: Tracker,
 ) -> Record:
-    """A record without numbers. Its key changes with everything that its numbers depend on."""
+    """A record without numbers. Its key is a hash of everything that its numbers depend on."""
     measures = (pisa, *pisa.BENCHMARK.sources, base, codec, views, groups, type(tracker.module))
     facts = {
         "clips": [
@@ -303,7 +303,7 @@ def _complete(
 
 
 def scored_size(size: tuple[int, int]) -> tuple[int, int]:
-    """The height and width at which a truth of `size` is scored: its own, or a smaller one of multiples of 8."""
+    """The height and width at which a true clip of `size` is scored: its own, or smaller multiples of 8."""
     shrink = LARGEST / min(size)
     return size if shrink >= 1 else (round(size[0] * shrink / 8) * 8, round(size[1] * shrink / 8) * 8)
 
@@ -329,10 +329,10 @@ def score_video(
     device: torch.device | str = "cpu",
     path: Path | None = None,
 ) -> ClipScore:
-    """One video against its truth, as pisa.score has it; `true_path` has the video's frames.
+    """Score one video against its true clip with pisa.score; `true_path` has one point per frame of the video.
 
     Raises:
-        UserError: mismatch: the video, where it is called by its `path`, does not begin as the true clip does.
+        UserError: mismatch: the video does not begin with the true clip's first frame (checked if `path` is given).
     """
     height, width = pictures_FHWC.shape[1:3]
     view = views.View((), False, views.centred(truth.row.size, (height, width)), (height, width))
@@ -356,29 +356,29 @@ def score_video(
 
 
 def timing_notes(times_F: np.ndarray, pictures: retimed.Pictures, fps_true: float) -> list[str] | None:
-    """What has to be said of anybody's video beside numbers that are measured in seconds, if anything."""
+    """Warnings about the frame rate of a video, which affects all numbers in seconds; None if there are none."""
     fps = 1 / metric.frame_step(times_F)
     if pictures.times is None:
-        return ["pictures are shown again at no steady rate, so g, landing and the like are not measured"]
+        return ["frames are repeated irregularly, so g, landing and the like are not measured"]
     if pictures.rate:
         return [f"{pictures.rate:g} fps shown as {fps:.3g}: g, landing and the like are measured at {pictures.rate:g}"]
     ratio = fps_true / fps
     if 1.03 < ratio < FINE and abs(ratio - round(ratio)) > 0.03:
         return [
-            f"{fps:.3g} fps, of true clips {fps_true:g}: g, landing and the like are right of what was made at this "
-            "rate, but wrong where pictures were dropped to reach it"
+            f"{fps:.3g} fps, of true clips {fps_true:g}: g, landing and the like are right for videos made at this "
+            "rate, but wrong if frames were dropped to reach it"
         ]
     return None
 
 
 def steady(times_F: np.ndarray) -> tuple[np.ndarray, float]:
-    """For showing a video at one rate, its own on average: the places (F,) of its frames, and the rate."""
+    """To show a video at a constant rate (its average): the frame to show at each step (F,), and the rate."""
     step = metric.frame_step(times_F)
     return views.nearest(times_F, metric.even_times(len(times_F), 1 / step)), 1 / step
 
 
 def in_places(score: ClipScore, places_F: np.ndarray) -> ClipScore:
-    """The score with its paths as the shown video has them, see `steady`."""
+    """The score with its paths for the video as it is shown, see `steady`."""
     paths = [[path[place] for place in places_F] for path in score.paths]
     true_path = [score.true_path[place] for place in places_F if place < len(score.true_path)]
     return replace(score, paths=paths, true_path=true_path)

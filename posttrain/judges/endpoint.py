@@ -1,14 +1,14 @@
-"""Asks a model behind an OpenAI-compatible server: POST <url>/chat/completions, pictures as data URLs, with logprobs.
+"""The judge behind an OpenAI-compatible server: POST <url>/chat/completions, pictures as data URLs, with logprobs.
 
-Of the answer one token is wanted, and the likeliest ones in its place: 20 of them, or as many as the server gives; what
-is not among them counts nothing. Where a server wants `max_completion_tokens`, or its own `temperature`, it gets that.
-Not every server gives logprobs, and one that does may have to be told how many pictures a question may have (vLLM:
+A request asks for one answer token and its 20 most likely alternatives, or as many as the server returns; all others
+count as probability 0. If a server requires `max_completion_tokens`, or its own `temperature`, the request is changed.
+Not every server returns logprobs. Some must be configured for the number of pictures in a request (vLLM:
 --limit-mm-per-prompt).
 
-A server is not trusted: an answer has at most LARGEST bytes, comes uncompressed and within a time, redirects are not
-followed, and its words are shown on one short line, without control characters. Answers are kept by the pictures, the
-question and the model's name, so that nothing is asked twice. The key in the environment's OPENAI_API_KEY, if there is
-one, is sent to the server's address alone, and neither shown nor kept.
+A server is not trusted: an answer must have at most LARGEST bytes, be uncompressed and arrive in time; redirects are
+not followed; its text is shown on one short line, without control characters. Answers are cached by pictures, question
+and model name, so no request is repeated. The key in the environment variable OPENAI_API_KEY, if any, is sent only to
+the server's address, and neither printed nor stored.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ PATIENCE = 600.0  # seconds, the most that it may ask for
 
 
 class Reply(NamedTuple):
-    """What a server answers: its status, headers with small names, and body."""
+    """A server's reply: its status, headers with lower-case names, and body."""
 
     status: int
     headers: httpx.Headers
@@ -58,20 +58,20 @@ def connect(
     wait: float = 1.0,
     timeout: float = TIMEOUT,
 ) -> Ask:
-    """A model of a server.
+    """A judge's model that runs on a server.
 
     Args:
-        url: up to and with its version, as http://localhost:8000/v1.
-        cache: the folder where answers are kept.
-        per_minute: how many requests at most; None: as many as the server answers.
-        side: pixels that the longer side of a picture has at most; larger ones are made smaller. None: as they are.
-        tries: of a request that fails for a reason that may pass.
+        url: the address including the version, such as http://localhost:8000/v1.
+        cache: the folder for cached answers.
+        per_minute: the largest number of requests per minute; None: no limit.
+        side: the longer side of larger pictures after scaling down, pixels; None: no scaling.
+        tries: number of tries of a request that fails for a temporary reason.
         wait: seconds after the first failure; each further wait is twice as long, or as long as the server asks.
         timeout: seconds for one answer.
 
     Raises:
-        UserError: value: the address is none, or the key cannot be sent. When asked: network: the server is not there,
-            refuses, redirects, or is busy for long; answer: it gives no usable logprobs, or neither yes nor no.
+        UserError: value: the address is invalid, or the key cannot be sent. When called: network: the server cannot be
+            reached, refuses, redirects, or stays busy; answer: no usable logprobs, or neither yes nor no.
     """
     address, headers = _address(url), _headers()
     ways, pace = {"top": TOPS[0], "limit": "max_tokens", "temperature": 1}, _pace(per_minute)
@@ -92,10 +92,10 @@ def connect(
 
 
 def likeliest(answer: Any, who: str) -> list[tuple[str, float]]:
-    """The likeliest first tokens of an answer with their log probabilities, without those of probability 0.
+    """The most likely first tokens of an answer with their log probabilities, without those of probability 0.
 
     Raises:
-        UserError: answer: there are none, or what stands there are no log probabilities.
+        UserError: answer: there are no log probabilities, or invalid ones.
     """
     try:
         top = [
@@ -103,16 +103,18 @@ def likeliest(answer: Any, who: str) -> list[tuple[str, float]]:
             for t in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"][:100]
         ]
     except (LookupError, TypeError, ValueError) as error:
-        remedy = "use a server that does, as vLLM, or --judge vlm"
-        reason = f"{who} answers without logprobs (top_logprobs), which scores come from; {remedy}"
+        remedy = "use a server that returns them, such as vLLM, or --judge vlm"
+        reason = f"{who} answers without logprobs (top_logprobs), from which scores are computed; {remedy}"
         raise UserError(reason, "answer", "--url") from error
     if not all(logprob <= 0.01 for _, logprob in top):  # nan as well
-        raise UserError(f"{who} answers logprobs that are none ({printable(top)}); mend the server", "answer", "--url")
+        raise UserError(
+            f"{who} answers with logprobs that are not valid ({printable(top)}); fix the server", "answer", "--url"
+        )
     return [(token, logprob) for token, logprob in top if logprob > -math.inf]
 
 
 def _kept(path: Path) -> list[tuple[str, float]] | None:
-    """The tokens of an answer that was kept; None where there is none, or a damaged one, which is asked for again."""
+    """The tokens of a cached answer; None if there is none or it is damaged, so that the request is repeated."""
     try:
         return [(str(token), min(0.0, float(logprob))) for token, logprob in files.read_sealed(path)["top"]]
     except (UserError, LookupError, TypeError, ValueError):
@@ -127,8 +129,8 @@ def _address(url: str) -> str:
     except httpx.InvalidURL:
         whole = bare = False
     if not (whole and bare):
-        remedy = f"give one as http://localhost:8000/v1, and a key in {KEY}"
-        raise UserError(f"--url: {_clean(url)} is no address of a server; {remedy}", "value", "--url")
+        remedy = f"give one such as http://localhost:8000/v1, and the key in {KEY}"
+        raise UserError(f"--url: {_clean(url)} is not the address of a server; {remedy}", "value", "--url")
     return f"{url.strip().rstrip('/')}/chat/completions"
 
 
@@ -139,24 +141,26 @@ def _key() -> str:
 def _headers() -> dict[str, str]:
     key = _key()
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise UserError(f"{KEY}: has a space or another character that no key has; set it anew", "value", KEY)
+        raise UserError(
+            f"{KEY}: has a space or another character that is not allowed in a key; set it again", "value", KEY
+        )
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
     return headers | ({"Authorization": f"Bearer {key}"} if key else {})
 
 
 def _clean(text: str, most: int = 200) -> str:
-    """What a server wrote, fit to be shown and kept: on one line, without the key."""
+    """A server's text, safe to print and store: on one line, without the key."""
     return printable(text.replace(_key(), "***") if _key() else text, most)
 
 
 def _content(pictures_FHWC: np.ndarray, question: str, side: int | None) -> list[dict[str, Any]]:
-    """A question after its pictures, as a message has them."""
+    """The content of a chat message: the pictures, then the question."""
     seen = [{"type": "image_url", "image_url": {"url": _data_url(picture, side)}} for picture in pictures_FHWC]
     return [*seen, {"type": "text", "text": question}]
 
 
 def _data_url(picture_HWC: np.ndarray, side: int | None) -> str:
-    """A picture without loss, made smaller where its longer side is above `side`."""
+    """A data URL of the picture as PNG, scaled down if its longer side is above `side`."""
     picture, content = Image.fromarray(picture_HWC), io.BytesIO()
     if side:
         picture.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -165,7 +169,7 @@ def _data_url(picture_HWC: np.ndarray, side: int | None) -> str:
 
 
 def _pace(per_minute: float | None) -> Iterator[None]:
-    """Yields not more often than so."""
+    """Iterator that waits, so that it yields at most `per_minute` times a minute."""
     ready = -math.inf
     while True:
         time.sleep(max(0.0, ready - time.monotonic()))
@@ -184,7 +188,7 @@ def _ask(
     wait: float,
     timeout: float,
 ) -> Any:
-    """The answer's JSON. `ways` is how this server wants to be asked, and learns what it refuses."""
+    """The answer's JSON. `ways` holds the request options; it is updated when the server refuses one of them."""
     attempt, reason = 0, ""
     while attempt < tries:
         next(pace)
@@ -202,8 +206,8 @@ def _ask(
             if reply.status == 200:
                 try:
                     return json.loads(reply.body)
-                except (ValueError, RecursionError):  # torn, or not UTF-8
-                    reason = f"what it answers is not JSON: {said}"
+                except (ValueError, RecursionError):  # truncated, or not UTF-8
+                    reason = f"its answer is not JSON: {said}"
             elif reply.status in (400, 422) and _learn(ways, said.lower()):
                 continue
             elif reply.status not in BUSY:
@@ -212,12 +216,12 @@ def _ask(
                 reason = f"{reply.status}: {said}"
                 pause = max(pause, _asked(reply.headers.get("Retry-After", "")))
                 if pause > PATIENCE:
-                    message = f"{address}: is busy, and asks to come back in {pause / 3600:.1f} hours ({said})"
-                    raise UserError(f"{message}; start again then, what was answered is kept", "network", "--url")
+                    message = f"{address}: is busy, and asks to try again in {pause / 3600:.1f} hours ({said})"
+                    raise UserError(f"{message}; start again then; answers so far are kept", "network", "--url")
         attempt += 1
         if attempt < tries:
             time.sleep(pause)
-    remedy = "see that the server runs and start again, what was answered is kept"
+    remedy = "check that the server runs and start again; answers so far are kept"
     raise UserError(f"{address}: no answer in {tries} tries ({reason}); {remedy}", "network", "--url")
 
 
@@ -227,7 +231,7 @@ async def _post(address: str, headers: dict[str, str], content: bytes, timeout: 
         async with client.stream("POST", address, headers=headers, content=content) as response:
             body = bytearray()
             if response.headers.get("Content-Encoding", "identity") != "identity":
-                raise httpx.DecodingError("the answer is compressed, which was not asked for")
+                raise httpx.DecodingError("the answer is compressed, which was not requested")
             async for part in response.aiter_raw():
                 body += part
                 if len(body) > LARGEST:
@@ -236,7 +240,7 @@ async def _post(address: str, headers: dict[str, str], content: bytes, timeout: 
 
 
 def _learn(ways: dict[str, Any], said: str) -> bool:
-    """Whether what a server says to a refused request is about how it was asked, and there is another way."""
+    """Whether a refusal is about a request option that can be changed; if so, `ways` is changed."""
     if "max_completion_tokens" in said and ways["limit"] == "max_tokens":
         ways["limit"] = "max_completion_tokens"
     elif "logprobs" in said and ways["top"] > TOPS[-1]:
@@ -249,10 +253,10 @@ def _learn(ways: dict[str, Any], said: str) -> bool:
 
 
 def _refusal(address: str, reply: Reply, said: str) -> UserError:
-    """What to do about an answer that asking again does not change."""
+    """The error for a refusal that will not change if the request is repeated."""
     if 300 <= reply.status < 400:
         where = _clean(reply.headers.get("Location", "nowhere"))
-        remedy = "the key is not sent there; if that is the server, name its address in --url"
+        remedy = "the key is not sent there; if that is the right server, give its address as --url"
         return UserError(f"{address}: redirects to {where}; {remedy}", "network", "--url")
     fields = {401: KEY, 403: KEY, 404: "--model", 413: "--side"}
     remedies = {
@@ -261,12 +265,12 @@ def _refusal(address: str, reply: Reply, said: str) -> UserError:
         "--side": "make the pictures smaller, as by --side 512, or show fewer, as by --frames 8",
     }
     field = fields.get(reply.status, "--url")
-    remedy = remedies.get(field, "see what it says; smaller or fewer pictures (--side, --frames) are easier to take")
+    remedy = remedies.get(field, "read its message; smaller or fewer pictures (--side, --frames) may help")
     return UserError(f"{address}: refuses ({reply.status}: {said}); {remedy}", "network", field)
 
 
 def _asked(header: str) -> float:
-    """Seconds that Retry-After asks for, as a number or as a date; 0 where it says neither."""
+    """Seconds to wait by a Retry-After header, a number or a date; 0 if it is neither."""
     try:
         return float(header) if header.isdecimal() else parsedate_to_datetime(header).timestamp() - time.time()
     except (ValueError, TypeError, OverflowError):

@@ -1,15 +1,15 @@
 """Score the videos of a folder: `posttrain score FOLDER --judge simulator|vlm|endpoint`.
 
-FOLDER holds samples, named <clip>-s<seed>.mp4 by the clips of a dataset, which has their captions; or it is itself a
-dataset folder, or one of any videos with captions (data/listing.py). Scores go beside the videos, a row of scores.jsonl
-each, where groups look for them (data/groups.py):
+FOLDER contains samples, named <clip>-s<seed>.mp4 after the clips of a dataset, which has their captions. Or it is
+itself a dataset folder, or a folder of any videos with captions (data/listing.py). Scores are written next to the
+videos, one row of scores.jsonl each, where groups read them (data/groups.py):
 
     {"file_name": "00012-s0.mp4", "sa": 0.9, "pc": 0.2, "mass": 0.99, "judge": "...", "version": "...", "key": "...",
      "sha256": "..."}
 
-`mass` is the probability that a model's answers begin with yes or no (questions.py); of the simulator there is none.
-Each is written as soon as it is known. Started again, only those are asked for that are missing, or whose video or
-caption changed since. Scores of different judges are not mixed.
+`mass` is the probability that a model's answers begin with yes or no (questions.py); the simulator has none. Each row
+is written as soon as it is computed. A second run only scores videos without a row, or whose video or caption has
+changed. Scores of different judges are not mixed.
 """
 
 import sys
@@ -37,7 +37,7 @@ def find(folder: Path, clips: Path | None, split: str) -> tuple[list[Video], Pat
     """The videos of a folder, and the file for their scores.
 
     Args:
-        clips: the dataset whose clips the videos of `folder` continue; None: they have captions of their own.
+        clips: the dataset whose clips the videos of `folder` continue; None: they have their own captions.
 
     Raises:
         UserError: there are no such videos, or one has no caption.
@@ -46,7 +46,8 @@ def find(folder: Path, clips: Path | None, split: str) -> tuple[list[Video], Pat
         listed = listing.entries(folder, split)
         if not listed:
             raise UserError(
-                f"{folder}: has no videos with captions in {split}; of samples, name the dataset by --clips", "no_clips"
+                f"{folder}: has no videos with captions in {split}; for samples, give their dataset as --clips",
+                "no_clips",
             )
         found = [_captioned(e, e.folder / e.name, e.name) for e in listed]
         return found, listed[0].folder / SCORES
@@ -58,29 +59,32 @@ def find(folder: Path, clips: Path | None, split: str) -> tuple[list[Video], Pat
     matched = [(sample_of(path.stem, true), path) for path in listing.videos_in(folder)]
     found = [_captioned(true[sample[0]], path, path.name) for sample, path in matched if sample]
     if found and (others := [path.name for sample, path in matched if not sample]):
-        print(f"{folder}: {len(others)} videos continue no clip of {clips}, as {others[0]}; left out", file=sys.stderr)
+        print(
+            f"{folder}: {len(others)} videos are not named after a clip of {clips}, such as {others[0]}; left out",
+            file=sys.stderr,
+        )
     if not found:
-        message = f"{folder}: has no samples of the clips in {clips}, {split}; they are called <clip>-s<seed>.mp4"
+        message = f"{folder}: has no samples of the clips in {clips}, {split}; name them <clip>-s<seed>.mp4"
         raise UserError(message, "no_clips", "--clips")
     return found, folder / SCORES
 
 
 def _captioned(entry: listing.Entry, path: Path, name: str) -> Video:
     if entry.caption is None:
-        raise UserError(f"{entry.folder / entry.name}: has no caption to be judged by; give it one", "required")
+        raise UserError(f"{entry.folder / entry.name}: has no caption, which the judge needs; add one", "required")
     if not path.is_file():
-        raise UserError(f"{path}: does not exist; take it out of the list, or make it", "missing")
+        raise UserError(f"{path}: does not exist; remove it from the list, or add the file", "missing")
     return Video(path, name, entry.caption)
 
 
 def score_videos(
     found: Sequence[Video], path: Path, ready: Callable[[], Judge], name: str, version: str
 ) -> list[dict[str, Any]]:
-    """Let the judge called `name` score the videos that `path` has no score of; returns the rows of all.
+    """Score the videos that have no score in `path` with the judge `name`; returns the rows of all videos.
 
     Args:
-        ready: gives the judge; asked only if there is something to do.
-        version: of what its scores mean; those of another one are made again, and a line says so.
+        ready: returns the judge; called only if there is something to do.
+        version: of the judge's code; scores of another version are computed again, with a message.
 
     Raises:
         UserError: other_run: `path` has scores of another judge; or what the judge raises.
@@ -89,14 +93,14 @@ def score_videos(
     # what others wrote has no digest
     ours = [video for video, row in rows.items() if "sha256" in row or row.get("judge") == name]
     if damaged := [video for video in ours if files.seal(rows[video]) != rows[video]]:
-        print(f"{path}: the row of {printable(damaged[0])} is not what was written; scored again", file=sys.stderr)
+        print(f"{path}: the row of {printable(damaged[0])} does not match its digest; scored again", file=sys.stderr)
         rows = {video: row for video, row in rows.items() if video not in damaged}
     if other := next((row for row in rows.values() if row.get("judge") != name), None):
         had = printable(other.get("judge", "an unknown judge"))
-        raise UserError(f"{path}: has scores by {had}, not by {name}; move it away to score anew", "other_run")
+        raise UserError(f"{path}: has scores of {had}, not of {name}; move that file away to score again", "other_run")
     keys = {video.name: files.sha256_json([name, version, files.sha256(video.path), video.caption]) for video in found}
     if older := sum(video.name in rows and rows[video.name].get("version") != version for video in found):
-        print(f"{path}: {older} scores are by another version of {name}; scored again", file=sys.stderr)
+        print(f"{path}: {older} scores are of another version of {name}; scored again", file=sys.stderr)
     fresh = {video for video, row in rows.items() if row.get("key") == keys.get(video)}
     missing = [video for video in found if video.name not in fresh]
     if not missing:

@@ -1,11 +1,11 @@
-"""The two questions that a model which sees and reads is asked about a video, and what its answers are worth.
+"""The two questions for a vision-language model about a video, and the scores from its answers.
 
-They are those of VideoCon-Physics (VideoPhy, arXiv 2406.03520): a score is
+They are those of VideoCon-Physics (VideoPhy, arXiv 2406.03520). A score is
 
     P(Yes) / (P(Yes) + P(No))
 
-with P(Yes) the probability that the answer begins with a token that says yes, in whatever spelling: "Yes", " yes",
-"YES", "Yes,", or with the marks of a tokenizer, "\u0120Yes" and "\u2581Yes". P(No) is alike. Where their sum, the
+where P(Yes) is the probability that the answer begins with a token for yes, in any spelling: "Yes", " yes", "YES",
+"Yes,", or with the marks of a tokenizer, "\u0120Yes" and "\u2581Yes". P(No) is alike. Where their sum, the
 score's `mass`, is below MASS, answers begin otherwise ("<think>", "The video"), and the ratio means nothing: no score.
 
 Scores of different models are not comparable in absolute terms. The video is shown as pictures, evenly spread over it
@@ -31,7 +31,7 @@ MASS = 0.1  # of P(Yes) + P(No)
 
 
 class Answer(NamedTuple):
-    """The worth of an answer, in [0, 1], and the probability `mass` that it begins with yes or no."""
+    """The score of an answer, in [0, 1], and the probability `mass` that it begins with yes or no."""
 
     worth: float
     mass: float
@@ -50,32 +50,32 @@ Judge = Callable[[Path, str], Scores | Judgement]  # (video, caption) -> its sco
 
 
 def questions(caption: str) -> tuple[str, str]:
-    """What is asked for semantic adherence (sa) and for physical commonsense (pc)."""
+    """The questions for semantic adherence (sa) and for physical commonsense (pc)."""
     return f'Does this video entail the description: "{caption}"?', "Does this video follow the physical laws?"
 
 
 def word(token: str) -> str:
-    """The one of WORDS that a token says, in any case, with or without spaces, punctuation, marks; "" for others."""
+    """The word of WORDS that a token stands for, ignoring case, spaces, punctuation and marks; "" for others."""
     letters = re.sub(r"^[\W_\u0120\u010a]+|[\W_]+$", "", token).casefold()
     return letters if letters in WORDS else ""
 
 
 def weigh(yes: float, no: float, model: str, question: str) -> Answer:
-    """The equation above, of two probabilities.
+    """The score (equation above) from P(Yes) and P(No).
 
     Raises:
-        UserError: answer: they have too little mass.
+        UserError: answer: their sum, the mass, is too small.
     """
     mass = yes + no
     if not mass >= MASS:  # nan as well
         begins = f'{model}: begins its answer to "{printable(question, 60)}" with yes or no in {mass:.1%} of cases'
-        remedy = "choose a model that answers with one word, without thinking first"
+        remedy = "choose a model that answers with one word, without reasoning text first"
         raise UserError(f"{begins}; {remedy}", "answer", "--model")
     return Answer(yes / mass, mass)
 
 
 def spread(times_F: np.ndarray, wanted: int) -> np.ndarray:
-    """The indices of `wanted` pictures, evenly spread in time from first to last; fewer where few are shown."""
+    """Indices of `wanted` frames, evenly spaced in time from first to last; fewer for short videos."""
     moments = np.linspace(times_F[0], times_F[-1], min(len(times_F), wanted))
     return np.unique(views.nearest(times_F, moments))
 
@@ -84,7 +84,7 @@ def pictures(path: Path, wanted: int) -> np.ndarray:
     """`wanted` evenly spread pictures of a video, uint8 (F, H, W, 3).
 
     Raises:
-        UserError: it is torn or no video.
+        UserError: it is damaged or not a video.
     """
     facts = codec.inspect(path)
     places = spread(facts.times, wanted).tolist()
@@ -93,7 +93,7 @@ def pictures(path: Path, wanted: int) -> np.ndarray:
 
 
 def asking(ask: Ask, frames: int) -> Judge:
-    """A judge that shows so many pictures of a video and asks the two questions."""
+    """A judge that sends a number of frames of a video to a model and asks the two questions."""
 
     def judge(path: Path, caption: str) -> Judgement:
         shown = pictures(path, frames)

@@ -1,15 +1,15 @@
-"""Judges by what the simulator knows: how wrong a counterfactual was made, or how far a sample is from the true clip.
+"""The judge `simulator`: the known severity of a counterfactual, or the distance of a sample from the true clip.
 
-Both mean the same, a deviation as a share of that of the clip in which nothing moves:
+Both are deviations, relative to that of the clip in which nothing moves:
 
     a counterfactual (sim/worlds/counterfactual.py)   pc = 1 - severity                          sa = 1
-    a sample of a true clip's first picture    pc = 1 - min(1, L2 / L2_frozen)            sa = 1 - vanished
+    a sample of a true clip's first frame    pc = 1 - min(1, L2 / L2_frozen)            sa = 1 - vanished
 
-with PISA's L2 (metrics/pisa.py, equation 6; where the object vanished it is 1) of the sample's masks and of the true
-clip's first mask held, and `vanished` the share of frames in which the object that the caption names is not found,
-among them those that a sample lacks of the true clip. The truth has pc = 1, a frozen picture or worse pc = 0; where
-nothing moves in the true clip, any deviation does. A counterfactual's caption names what falls, and that is there until
-it is not: sa = 1.
+L2 is PISA's (metrics/pisa.py, equation 6; 1 in frames where the object has vanished) for the sample's masks, L2_frozen
+the same for the true clip's first mask repeated. `vanished` is the share of frames in which the object of the caption
+is missing, including frames by which a sample is too short. The truth has pc = 1, a static video or worse pc = 0; if
+nothing moves in the true clip, any deviation gives 0. A counterfactual always has sa = 1, since its caption names the
+object that falls.
 
 Shape letters: F frames, H W pixels.
 """
@@ -41,7 +41,7 @@ def of_metrics(l2: float, l2_frozen: float, vanished: float) -> Scores:
 
 
 def counterfactuals(clips: Clips) -> Judge:
-    """Judges the clips of a dataset folder, true ones and counterfactuals, by the severity in their rows."""
+    """A judge of the clips of a dataset folder, true ones and counterfactuals, by the severity in their rows."""
     rows = {clips.video(index): clips.row(index) for index in range(len(clips))}
 
     def judge(path: Path, caption: str) -> Scores:
@@ -52,26 +52,26 @@ def counterfactuals(clips: Clips) -> Judge:
 
 
 def samples(clips: Clips, track: Track, device: torch.device) -> Judge:
-    """Judges samples, named as data/groups.py says, by the true clips that they continue.
+    """A judge of samples (file names as in data/groups.py) by the true clips that they continue.
 
     Args:
         clips: the true ones, with masks.
         track: follows the object in the samples, from its true mask in frame 0; on `device`.
 
     Raises:
-        UserError: the clips have no masks, or two have one name. When asked: a sample is torn, continues none of them
-            or another one's first picture, or its true clip shows no object at first.
+        UserError: the clips have no masks, or two have the same name. When called: a sample is damaged, continues none
+            of the clips, has another first frame, or its true clip shows no object in frame 0.
     """
     if not clips.annotated:
         where = clips.splits[0].folder
-        message = f"{where}: has no masks, which the simulator judges by; take clips that `sim make` filmed"
+        message = f"{where}: has no masks, which the judge `simulator` needs; use clips that `sim make` filmed"
         raise UserError(message, "unsupported", "--clips")
     places = names(clips)
 
     def judge(path: Path, caption: str) -> Scores:
         sample = sample_of(path.stem, places)
         if sample is None:
-            raise UserError(f"{path}: continues no true clip of {clips.splits[0].folder}; remove it", "mismatch")
+            raise UserError(f"{path}: is not named after a clip of {clips.splits[0].folder}; remove it", "mismatch")
         index = places[sample[0]]
         true_FHWC, instances_FHW = clips.read(index)
         assert instances_FHW is not None
@@ -79,7 +79,7 @@ def samples(clips: Clips, track: Track, device: torch.device) -> Judge:
         assert target is not None
         true_FHW = instances_FHW == target + 1
         if not true_FHW[0].any():
-            message = f"{clips.video(index)}: shows no object to follow in its first picture; leave it out"
+            message = f"{clips.video(index)}: does not show the object in its first frame; leave it out"
             raise UserError(message, "mismatch")
         facts, size = codec.inspect(path), true_FHW.shape[1:]
         frames = facts.marks or tuple(range(len(facts.times)))

@@ -1,7 +1,7 @@
-"""Asks a model of transformers that sees pictures and reads text: Qwen-VL, LLaVA, SmolVLM, Gemma and their like.
+"""The judge `vlm`: a vision-language model of the transformers library, such as Qwen-VL, LLaVA, SmolVLM or Gemma.
 
-A video is shown as several pictures, also to a model that takes videos besides. One that takes videos alone is refused:
-of transformers' classes that is InstructBlipVideo, which has no chat template.
+The model gets several frames as pictures, even if it also takes videos. Models that take only videos are refused; in
+transformers that is InstructBlipVideo, which has no chat template.
 """
 
 from pathlib import Path
@@ -16,13 +16,13 @@ from posttrain.judges.questions import WORDS, Answer, Ask, weigh, word
 
 
 def load(path: str, device: torch.device) -> Ask:
-    """The model in a folder of transformers' layout, or of a hub id; in bf16 on a GPU, in float32 elsewhere.
+    """The model in a transformers folder or of a hub id; in bf16 on a GPU, in float32 on a CPU.
 
-    Yes and no are all tokens that say so (questions.py: `word`). Code that a model brings along is never run.
+    All tokens for yes and no are counted (questions.py: `word`). Code in a model's folder is never run.
 
     Raises:
-        UserError: about --model. missing, format: it is no such model, or cannot be had; unsupported: it takes no
-            pictures, or has no chat template or no such tokens; not_installed: it needs a library more. When asked:
+        UserError: about --model. missing, format: it is not such a model, or cannot be loaded; unsupported: it takes no
+            pictures, or has no chat template or no such tokens; not_installed: it needs another library. When called:
             answer: it says neither yes nor no.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -39,7 +39,7 @@ def load(path: str, device: torch.device) -> Ask:
     except ImportError as error:
         raise _refused(f"{path} cannot be loaded ({_line(error)}); install what it lacks", "not_installed") from error
     except (OSError, ValueError) as error:
-        remedy = "name a model that takes pictures and text, as Qwen/Qwen2.5-VL-3B-Instruct"
+        remedy = "name a model that takes pictures and text, such as Qwen/Qwen2.5-VL-3B-Instruct"
         code: Code = "format" if Path(path).is_dir() else "missing"
         raise _refused(f"{path} cannot be loaded ({_line(error)}); {remedy}", code) from error
     model = model.to(device).eval()

@@ -1,11 +1,11 @@
-"""What a method is: a module of this package, or of pretraining/, that a recipe names in `method:`.
+"""The protocol of methods: modules of this package, or of pretraining/, that a recipe names in `method:`.
 
-It is one page: a docstring with the paper, its equation and every departure, a `Config`, a pure loss, and the loop
+A method has a docstring with the paper, its equation and every departure, a `Config`, a pure loss, and the loop
 
     train(run, model, config, **inputs)
 
-All else that is asked of a method is a field of `Method` below, with a default. A top-level name in the module
-overrides the default of that field.
+Everything else is a field of `Method` below, with a default. A top-level name in the module overrides the default of
+that field.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,12 +27,12 @@ PROTOCOL = ("Config", "train")  # what a module must have
 
 
 class Source(NamedTuple):
-    """What the data of a method are made of."""
+    """The inputs from which a method's data are built."""
 
     model: Any  # a VideoModel, or a network of nets/
     clips: Clips
     groups: GroupsConfig | None  # `data.groups` of the recipe, of methods with GROUPS
-    image_conditioned: bool  # whether the base that makes samples is given first pictures
+    image_conditioned: bool  # whether the base that makes samples is given first frames
     cache: Path  # where latents are kept
 
 
@@ -42,23 +42,23 @@ def latents(source: Source, config: Any) -> Data:
 
 
 def annotated_latents(source: Source, config: Any) -> Data:
-    """The same, and the truth about the clips: video_BCFHW, instances_BFHW and what `truths` names."""
+    """As `latents`, and the clips' video_BCFHW, instances_BFHW and the annotations that `truths` names."""
     need_masks(source.clips)
     return Annotated(Latents(source.model, source.clips, source.cache), source.clips)
 
 
 def pixels(source: Source, config: Any) -> Data:
-    """The clips as they are, with masks: video_BCFHW, instances_BFHW, target_B and what `truths` names."""
+    """The clips in pixels: video_BCFHW, instances_BFHW, target_B and the annotations that `truths` names."""
     need_masks(source.clips)
     return source.clips
 
 
 def need_masks(clips: Clips) -> None:
-    """Refuse clips of which it is not known what is where in them."""
+    """Refuse clips without masks."""
     if not clips.annotated:
         bare = next(split.folder for split in clips.splits if not split.annotated)
         raise UserError(
-            f"{bare}: has no masks, which the method learns from; use clips that `sim make` filmed",
+            f"{bare}: has no masks, which the method needs; use clips that `sim make` filmed",
             "mismatch",
             "data.clips",
         )
@@ -66,7 +66,7 @@ def need_masks(clips: Clips) -> None:
 
 @dataclass(frozen=True)
 class Dry:
-    """What a training step without values (commands/dry.py) has to know of a video model's method."""
+    """The inputs of a dry run (commands/dry.py) of a video model's method."""
 
     # the Config without what looks at values
     config: Callable[[Any], Any] = lambda config: config
@@ -82,7 +82,7 @@ class Dry:
 
 @dataclass(frozen=True)
 class Method:
-    """All that is asked of a method, with what holds where its module does not say."""
+    """The interface of a method, with the defaults for names that its module does not define."""
 
     Config: type[Strict]
     train: Callable[..., None]  # (run, model, config, **inputs)
@@ -108,11 +108,11 @@ def method_of(part: Plugin) -> Method:
 
 
 def sampler(config: Strict) -> SamplerConfig | None:
-    """How a method samples; None if its Config has no `sampler`, so that it does not."""
+    """The sampler settings of a method; None if it does not sample (its Config has no `sampler`)."""
     return dict(config).get("sampler")
 
 
 def fingerprints(rewards: Sequence[Plugin]) -> dict[str, str]:
-    """Hashes of the networks that these rewards ask, by the recipe's key."""
+    """Hashes of the networks that these rewards use, by the recipe's key."""
     asked = {part.name: part for part in rewards if hasattr(part.module, "net")}
     return {f"method.rewards.{name}": start_fingerprint(part.module.net(part.config)) for name, part in asked.items()}

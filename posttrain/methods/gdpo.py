@@ -1,7 +1,7 @@
-"""PhyGDPO: prefer what is true. A true clip w wins against m losers l_j, by the errors of its velocity.
+"""PhyGDPO: groupwise preference optimisation of a true clip w (winner) over m rejected clips l_j (losers).
 
-Paper: PhyGDPO (Cai et al. 2025). With err = mean |v(z_t, t, text) - (eps - z_0)|^2 of a member of a group, err_ref the
-same of the reference, and x_j = beta T [(err_w - err_ref_w) - (err_l - err_ref_l)_j], one time t for the whole group:
+Paper: PhyGDPO (Cai et al. 2025). With err = mean |v(z_t, t, text) - (eps - z_0)|^2 of a clip of a group, err_ref that
+of the reference, and x_j = beta T [(err_w - err_ref_w) - (err_l - err_ref_l)_j], one time t for the whole group:
 
     exact   log(1 + sum_j exp(x_j))                                           eq. 6
     sum     sum_j gamma_j log(1 + exp(alpha_j x_j))                           eq. 8, first line; at least eq. 6
@@ -14,15 +14,15 @@ same of the reference, and x_j = beta T [(err_w - err_ref_w) - (err_l - err_ref_
 Without physics rewarding alpha = gamma = 1. The reference is the model with its adapter switched off (LoRA-SR), which
 costs no memory, or a frozen copy of it as it was at the start.
 
-Departures from the paper: err is a mean over elements, where the paper has a sum, which is part of beta T (not stated
-there; 1000 in the released code). That code leaves out the factor m, divides gamma by alpha_j, uses other constants in
-eq. 9, weighs err by time (`weighting: bell`) and draws noise for each member by itself (`noise: independent`). The
-first latent frame is given and bears no loss, as in psft.py; losers get the winner's, for that is what all continue.
+Departures from the paper: err is a mean over elements, while the paper has a sum; the number of elements is part of
+beta T (not stated there; 1000 in the released code). That code leaves out the factor m, divides gamma by alpha_j, uses
+other constants in eq. 9, weights err by time (`weighting: bell`) and draws noise for each clip (`noise: independent`).
+The first latent frame is the condition and has no loss, as in psft.py; losers get the winner's first latent frame.
 With `loser_weight` lambda_l < 1 losers count less, x_j = beta T [(err_w - err_ref_w) - lambda_l (err_l - err_ref_l)_j],
-as in DPO-Shift (arXiv 2502.07599): the difference alone is also made larger by both errors growing, and where a large
-one is asked for they do (docs/log). The inequalities above hold for any x.
-Flow-DPO (beta T 50, for its 100 has a factor 1/2) and VideoDPO (2500, independent noise) are `pair` with one loser and
-without physics rewarding.
+as in DPO-Shift (arXiv 2502.07599). Without it, the loss also falls if both errors grow and the loser's grows more,
+which happens with large beta T (docs/log). The inequalities above hold for any x.
+Flow-DPO (beta T 50, because its 100 includes a factor 1/2) and VideoDPO (2500, independent noise) are `pair` with one
+loser and without physics rewarding.
 """
 
 import copy
@@ -53,7 +53,7 @@ Mode = Literal["pair", "sum", "exact"]
 
 
 class Physics(Strict):
-    """The constants of eq. 9, by default the paper's."""
+    """The constants of eq. 9; defaults as in the paper."""
 
     alpha_min: Annotated[float, Field(gt=0, le=1)] = 0.5
     k_alpha: float = 5.0
@@ -80,7 +80,7 @@ class Config(Strict):
 
 
 def data(source: Source, config: Config) -> Groups:
-    """The latents of true clips and of losers, with scores where `physics` weighs them, which all then need."""
+    """The latents of true clips and of losers, with scores if `physics` weights them (then all losers need scores)."""
     assert source.groups is not None
     scored = config.physics is not None
     return Groups(source.model, source.clips, source.groups, source.cache, source.image_conditioned, scored)
@@ -90,7 +90,7 @@ def physics_weights(sa: Tensor, pc: Tensor, constants: Physics | None = None) ->
     """alpha and gamma of eq. 9, each of the shape of `sa`.
 
     Args:
-        sa: how well a loser follows its text, 0 to 1.
+        sa: how well a loser follows its caption, 0 to 1.
         pc: how well it obeys physics, 0 to 1.
     """
     c = constants or Physics()
@@ -113,8 +113,10 @@ def gdpo_loss(
     generator: torch.Generator | None = None,
     loser_weight: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, a mean over groups, and what to log. At the start of training, where err = err_ref, it is
-    m gamma log 2, summed over the losers without the m for `sum`, and log(1 + m) for `exact`.
+    """The loss, a mean over groups, and the metrics to log.
+
+    At the start of training err = err_ref, and the loss is m gamma log 2 for `pair`, sum_j gamma_j log 2 for `sum`, and
+    log(1 + m) for `exact`.
 
     Args:
         err_w, err_w_ref: mean squared velocity errors of the winners (B,), of the model and the reference.
@@ -151,9 +153,9 @@ Name = tuple[str | int, ...]  # of a group, of its draw of time and noise, of it
 
 @dataclass(frozen=True)
 class Draw:
-    """What of a batch of groups is compared, and where on the path. N = 1 + M members: the winner, then losers.
+    """The clips of a batch of groups that are compared, with times and noise. N = 1 + M members: winner, then losers.
 
-    Of mode "pair" M is 1, and gamma has the factor m, so that losers which were not drawn cost nothing.
+    In mode "pair" M is 1 and gamma includes the factor m, so losers that were not drawn need no computation.
     """
 
     z0_BNCFHW: Tensor
@@ -167,7 +169,7 @@ class Draw:
 
 
 def draw(model: VideoModel, batch: Batch, config: Config, run: Run) -> Draw:
-    """Losers, times and noise. With `cached_draws`, the step chooses one of a group's own draws of times and noise."""
+    """Draw losers, times and noise. With `cached_draws`, choose one of the group's fixed (time, noise) draws."""
     z0_BCFHW, losers_BMCFHW, text_BLD = batch.z0_BCFHW, batch.losers_BMCFHW, batch.text_BLD
     assert z0_BCFHW is not None
     assert losers_BMCFHW is not None
@@ -185,7 +187,7 @@ def draw(model: VideoModel, batch: Batch, config: Config, run: Run) -> Draw:
     if config.physics:
         if batch.semantic_adherence_BM is None or batch.physical_commonsense_BM is None:
             raise UserError(
-                "method.physics: needs scores of all losers; score the samples, or set method.physics=null",
+                "method.physics: needs scores of all rejected clips; score the samples, or set method.physics=null",
                 "required",
                 "method.physics",
             )
@@ -202,7 +204,7 @@ def draw(model: VideoModel, batch: Batch, config: Config, run: Run) -> Draw:
 def place(
     model: VideoModel, z0_BCFHW: Tensor, losers_BMCFHW: Tensor, source: Random, config: Config
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All members (B, N, C, F, H, W) with the winner's given frames, their noise of the same shape, and times (B,)."""
+    """All members (B, N, C, F, H, W), with the winner's first latent frame, their noise (same shape), times (B,)."""
     z0_BNCFHW = torch.cat([z0_BCFHW[:, None], losers_BMCFHW], dim=1)
     z0_BNCFHW[:, :, :, : model.n_cond_frames] = z0_BCFHW[:, None, :, : model.n_cond_frames]
     t_B = sample_time(source, config.timesteps, config.shift, *model.times).to(z0_BCFHW.device)
@@ -229,7 +231,7 @@ ALL = slice(None)
 
 
 def errors(model: VideoModel, drawn: Draw, config: Config, groups: slice = ALL, members: slice = ALL) -> Tensor:
-    """err_BN of these: the mean squared errors of their velocities, without given frames; float32."""
+    """err_BN: the mean squared velocity error of each clip, without the conditioning frames; float32."""
     z0_BNCFHW, eps_BNCFHW = drawn.z0_BNCFHW[groups, members], drawn.eps_BNCFHW[groups, members]
     count = z0_BNCFHW.shape[1]
 
@@ -245,7 +247,7 @@ def errors(model: VideoModel, drawn: Draw, config: Config, groups: slice = ALL, 
 
 
 def portions(drawn: Draw, config: Config) -> list[slice]:
-    """Which members go through the model at once. The same for policy and reference, that they are rounded alike."""
+    """Slices of members that share a forward pass; equal for policy and reference, so that both round alike."""
     count = drawn.z0_BNCFHW.shape[1]
     return [ALL] if config.backward == "together" else [slice(n, n + 1) for n in range(count)]
 
@@ -255,7 +257,7 @@ def all_errors(model: VideoModel, drawn: Draw, config: Config, groups: slice = A
 
 
 def cached_errors(model: VideoModel, drawn: Draw, config: Config, cache: dict[Name, Tensor]) -> Tensor:
-    """The same out of `cache`. What it lacks is asked group by group, so that its bits do not depend on the batch."""
+    """As `all_errors`, from `cache`. Missing errors are computed group by group, so they do not depend on the batch."""
     for n, name in enumerate(drawn.names):
         if name not in cache:
             cache[name] = all_errors(model, drawn, config, groups=slice(n, n + 1))[0]
@@ -263,7 +265,7 @@ def cached_errors(model: VideoModel, drawn: Draw, config: Config, cache: dict[Na
 
 
 def inputs(model: VideoModel, config: Config) -> dict[str, nn.Module | None]:
-    """`base`, the frozen copy that is the reference; None where that is the model without its adapter.
+    """`base`: the frozen copy used as reference; None if the reference is the model without its adapter.
 
     Raises:
         UserError: the model without its adapter is not what training starts from.
@@ -272,14 +274,15 @@ def inputs(model: VideoModel, config: Config) -> dict[str, nn.Module | None]:
         return {"base": copy.deepcopy(model.transformer).requires_grad_(False)}
     if not lora.attached(model.transformer):
         raise UserError(
-            "model.adapter: is missing; the reference is the model without it. Or method.reference=full_copy",
+            "model.adapter: is missing, but the reference is the model without its adapter; set it, or "
+            "method.reference=full_copy",
             "required",
             "model.adapter",
         )
     adapter = [p for name, p in model.transformer.named_parameters() if ".lora_B." in name and not p.is_meta]
     if any(p.any() for p in adapter):
         raise UserError(
-            "model.start: the reference would be the model before it; name the adapter in model.merge",
+            "model.start: the reference would be the model without this start; give the adapter as model.merge instead",
             "conflict",
             "model.start",
         )
@@ -288,10 +291,10 @@ def inputs(model: VideoModel, config: Config) -> dict[str, nn.Module | None]:
 
 @contextmanager
 def reference(model: VideoModel, base: nn.Module | None, precision: str) -> Iterator[None]:
-    """Inside, `model` is the reference: `base`, or its own transformer with the adapter off.
+    """Context in which `model` is the reference: `base`, or its own transformer with the adapter off.
 
-    Calls go past what accelerate has wrapped around that, so that processes may ask a different number of times; the
-    precision is therefore set again.
+    Calls bypass accelerate's wrapper, so that processes may make different numbers of calls; the precision is therefore
+    set here again.
     """
     policy = model.transformer
     model.transformer = lora.unwrap(policy) if base is None else base
@@ -312,10 +315,10 @@ def compare(err_BN: Tensor, ref_BN: Tensor, drawn: Draw, config: Config) -> tupl
 def in_turn(
     run: Run, model: VideoModel, drawn: Draw, ref_BN: Tensor, config: Config
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same loss, after the gradients of the losers were taken one by one; what is left is the winner's.
+    """The same loss, with one backward pass per clip: the losers' are done here, the winner's is left to the caller.
 
-    d loss = sum_n (d loss / d err_n) d err_n. The first factors come from a forward pass of all members that keeps
-    nothing; it is the price for the memory of a single one.
+    d loss = sum_n (d loss / d err_n) d err_n. The first factors come from an extra forward pass of all clips without
+    gradient; so the memory is that of a single clip.
     """
     with torch.no_grad():
         err_BN = all_errors(model, drawn, config)
@@ -333,7 +336,7 @@ def in_turn(
 
 
 def train(run: Run, model: VideoModel, config: Config, base: nn.Module | None) -> None:
-    """`base` is what `inputs` gave."""
+    """The training loop; `base` is from `inputs`."""
     cache: dict[Name, Tensor] = {}
     for batch in run.batches():
         drawn = draw(model, batch, config, run)
@@ -349,12 +352,12 @@ def train(run: Run, model: VideoModel, config: Config, base: nn.Module | None) -
 
 
 def without_values(config: Config) -> Config:
-    """The same work where no score is looked at, and where the reference is asked for what it is asked once."""
+    """The config for a dry run: without scores, and with the reference computed at every step."""
     return config.model_copy(update={"physics": None, "cached_draws": 0})
 
 
 def dry_batch(batch: Batch, config: Config, losers: int, clip: tuple[int, int, int]) -> Batch:
-    """With losers beside the true clips (commands/dry.py)."""
+    """A batch without values that also has losers (commands/dry.py)."""
     assert batch.z0_BCFHW is not None
     count, *shape = batch.z0_BCFHW.shape
     return replace(batch, losers_BMCFHW=torch.empty(count, losers, *shape))

@@ -1,17 +1,17 @@
 """ORO: object reward optimisation, the gradient of rewards through the decoder and the sampler into the weights.
 
-Paper: PISA (Li et al. 2025), section 4.3 and appendix C, eq. 9: with x_0' = D(z_0') the clip that the sampler, from its
-noise eps, and the decoder D make of a simulated clip x_0's first picture and caption,
+Paper: PISA (Li et al. 2025), section 4.3 and appendix C, eq. 9. x_0 is a simulated clip. From its first frame, its
+caption and noise eps, the sampler makes latents z_0', and the decoder D makes the clip x_0' = D(z_0'):
 
     J = E_{x_0, eps} [ R(x_0', x_0) ],    dJ / dtheta = E sum_t (dR / dz_t) (dz_t / dtheta),    L = -J,
 
-where R = sum_k w_k R_k compares the clip with the truth about x_0: its masks, its flow, its depth.
+where R = sum_k w_k R_k compares the generated clip with the true masks, flow and depth of x_0.
 
-Departures from the paper's code: the clip is sampled as it is afterwards, by the scheduler of the model's folder with
-the same steps and guidance; nothing is dropped, pixels have one range, and the decoder is frozen. Every step and every
-picture is differentiated (`grad` and `frames` take fewer), in the memory of one step and one latent frame, for the
-backward pass computes them again (flow.py, models/wan/decode.py). Pixels beyond the range get the gradient that leads
-back.
+Departures from the paper's code: training samples as evaluation does, with the scheduler of the model's folder and the
+same steps and guidance; there is no dropout, pixels are always in [-1, 1], and the decoder is frozen. The gradient goes
+through every step and every frame (`grad` and `frames` can reduce this). It needs the memory of one step and one latent
+frame, because the backward pass recomputes them (flow.py, models/wan/decode.py). A pixel outside the range keeps the
+gradient that moves it back.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ data = annotated_latents
 
 
 class Sampling(Strict):
-    """How a clip is made, and what of it is differentiated."""
+    """How a clip is sampled, and through which steps and frames the gradient goes."""
 
     sampler: SamplerConfig = SamplerConfig()  # what a recipe leaves out is as in its eval.sampler
     grad: Grad = "all"  # or {last: 2}, or {active: [0, 5, 11]}: the steps that are differentiated
@@ -51,7 +51,7 @@ class Config(Sampling):
     @model_validator(mode="after")
     def _once(self) -> "Config":
         if len({part.name for part in self.rewards}) < len(self.rewards):
-            raise PydanticCustomError("part", "a reward stands in rewards twice; keep one")
+            raise PydanticCustomError("part", "rewards has a reward twice; keep one")
         return self
 
 
@@ -67,11 +67,11 @@ def oro_loss(
     random: Random,
     negative_1LD: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one batch (scalar), and what to log.
+    """The loss of one batch (scalar), and the metrics to log.
 
     Args:
-        reward: gives the clips' rewards (B,), and what they are the sum of (rewards/base.py).
-        negative_1LD: the text of the unwanted prompt; needed where the sampler has guidance.
+        reward: function that returns the clips' rewards (B,) and their summands (rewards/base.py).
+        negative_1LD: text embedding of the negative prompt; needed if the sampler has guidance.
 
     Metrics:
         saturated: the share of pixel values at -1 or 1.
@@ -101,7 +101,7 @@ def oro_loss(
     )
     if torch.is_grad_enabled() and not z0_BCFHW.requires_grad:
         raise UserError(
-            "method.grad: at these steps no weight that is trained is asked; name steps of model.expert",
+            "method.grad: the trained expert is not used at these steps; name steps of model.expert",
             "conflict",
             "method.grad",
         )
@@ -115,7 +115,7 @@ def oro_loss(
 
 
 def train(run: Run, model: VideoModel, config: Config, rewards: Mapping[str, tuple[float, base.Reward]]) -> None:
-    """`rewards` are the recipe's, loaded."""
+    """The training loop; `rewards` are the recipe's, loaded."""
     reward = base.total(rewards)
     negative_1LD = model.encode_text([""]) if config.sampler.guided else None
     model.unload()
@@ -126,7 +126,7 @@ def train(run: Run, model: VideoModel, config: Config, rewards: Mapping[str, tup
 
 
 def dry_batch(batch: Batch, config: Config, losers: int, clip: tuple[int, int, int]) -> Batch:
-    """With the truth beside latents (commands/dry.py)."""
+    """A batch without values that has latents and the truth (commands/dry.py)."""
     count, (frames, height, width), known = len(batch.ids), clip, base.truths(config.rewards)
     return replace(
         batch,
@@ -138,7 +138,7 @@ def dry_batch(batch: Batch, config: Config, losers: int, clip: tuple[int, int, i
 
 
 def shorter(config: Config, steps: int) -> Config | None:
-    """The same with a sampler of fewer steps, where all are differentiated."""
+    """The config with fewer sampler steps, if the gradient goes through all of them."""
     if config.grad != "all" or config.sampler.steps <= steps:
         return None
     return config.model_copy(update={"sampler": config.sampler.model_copy(update={"steps": steps})})

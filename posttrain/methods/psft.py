@@ -4,12 +4,13 @@ Paper: PISA (Li et al. 2025), section 4; the flow objective is that of Liu et al
 
     L = E_{z_0, eps, t} || v(z_t, t, text) - (eps - z_0) ||^2,    z_t = (1 - t) z_0 + t eps.
 
-The first `model.n_cond_frames` latent frames are given: they stay clean, have time 0 and bear no loss. The mean runs
-over the other frames' elements of each clip, then over clips. Models that take no picture, or take it another way, have
-all frames noisy and all in the loss. An expert for some times alone (`model.times`) is trained on these.
+The first `model.n_cond_frames` latent frames are the condition: they stay clean, have time 0 and are not in the loss.
+The mean is over the elements of the other frames of each clip, then over clips. For models without a first frame, or
+with another kind of conditioning, all frames are noisy and in the loss. An expert for a range of times (`model.times`)
+is trained on this range only.
 
 Departures from the paper: Wan's time runs from data to noise, so the target has the opposite sign of Open-Sora's;
-how times are drawn is a choice of the recipe (Open-Sora's is near to logit_normal). Trains an adapter or all weights,
+the recipe sets the distribution of times (Open-Sora's is close to logit_normal). Trains an adapter or all weights,
 from pretrained or random ones, as `model:` in the recipe says.
 """
 
@@ -29,12 +30,12 @@ class Config(Strict):
 
 
 def psft_loss(model: VideoModel, batch: Batch, config: Config, random: Random) -> tuple[Tensor, dict[str, Metric]]:
-    """The loss of one batch (scalar, float32), and what to log.
+    """The loss of one batch (scalar, float32), and the metrics to log.
 
     Metrics:
-        explained: 1 - loss / mean square of the target; 0 for a model that answers 0, 1 for a perfect one. A pair
-            (mean square of the target - loss, mean square of the target), whose means the log divides: the mean of
-            ratios would depend on how a batch is split.
+        explained: 1 - loss / mean square of the target; 0 for a model that always predicts 0, 1 for a perfect one. It
+            is a pair (mean square of the target - loss, mean square of the target). The log divides their means, since
+            a mean of ratios would depend on how the batch is split.
     """
     assert batch.z0_BCFHW is not None
     assert batch.text_BLD is not None

@@ -1,6 +1,7 @@
-"""Does a model cover all falls that its first picture allows? PISA, arXiv 2503.09595, sections 5.1-5.2, appendices D-G.
+"""Does a model generate all falls that a first frame allows? PISA, arXiv 2503.09595, sections 5.1-5.2, appendices D-G.
 
-One picture shows on which ray an object's bottom is, but not at which distance. With a level camera `h` metres up,
+One frame shows on which ray from the camera an object's bottom is, but not at which distance. With a level camera `h`
+metres above the floor,
 
     Y(Z) = h + beta Z,   beta = (H / 2 - r) sensor / (H f) = (H / 2 - r) / f_pixels,   Y = g t^2 / 2
 
@@ -12,9 +13,9 @@ the ambiguous set are Z ~ U(2, 18) m, so heights are uniform too, and fall times
 For beta < 0 the limits swap and Z ends at -h / beta, where the ray meets the floor. For beta = 0 all fall from h.
 
 Departures from the paper. Its eq. 3 omits the camera's height. It compares with 1,000 quantised draws in a two-sample
-test for continuous values, whose p-values are too large with ties. Here the distribution of the impact frame is exact,
-can include errors of measurement, and the p-value allows for ties. A fall that does not end within the clip is an
-outcome of its own, later than all frames.
+test for continuous values, whose p-values are too large with ties. Here the distribution of the impact frame is exact
+and can include measurement errors, and the p-value is correct with ties. A fall that does not end within the clip is a
+separate outcome, later than all frames.
 
 Shape letters: F frames of a clip, K = F + 1 outcomes: impact frame k < F, and last no contact.
 """
@@ -29,7 +30,7 @@ from scipy.stats import monte_carlo_test, uniform
 DEPTH = (2.0, 18.0)  # metres, of the ambiguous set
 GRAVITY = 9.81
 
-Heights = tuple[float, float]  # metres, lowest and highest Y that a first picture allows; uniform in between
+Heights = tuple[float, float]  # metres, lowest and highest Y that a first frame allows; uniform in between
 Errors = Mapping[int | None, float]  # share of each (estimated - true impact frame); None: the contact was missed
 
 
@@ -108,7 +109,7 @@ def frame_pmf(
 
 
 def estimator_errors(estimated: Sequence[int | None], true: Sequence[int]) -> dict[int | None, float]:
-    """Share of each difference between an estimator's impact frames in true clips and the simulator's."""
+    """Distribution of the difference between estimated and true impact frames in true clips."""
     errors = Counter(
         None if estimate is None else estimate - known for estimate, known in zip(estimated, true, strict=True)
     )

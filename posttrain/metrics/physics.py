@@ -1,7 +1,7 @@
-"""A scorecard of one clip in SI units: how its masks agree with the laws of a falling body.
+"""The scorecard of one clip in SI units: how well its masks agree with the laws of a falling body.
 
-A level pinhole sees a body that starts at `depth` Z and stays there while it falls, so a pixel is Z / focal metres.
-Least squares fit the height z(t) of its centre, at rest until the release t0, through the contact at t_c,
+A level pinhole camera sees a body that starts at `depth` Z and stays there while it falls, so a pixel is Z / focal
+metres. Least squares fit the height z(t) of its centre, at rest until the release t0, through the contact at t_c,
 
     z(t) = z0 - g max(t - t0, 0)^2 / 2                     t <= t_c
     z(t) = z(t_c) + w (t - t_c) + a (t - t_c)^2 / 2        t_c < t <= t_c + AFTER frames (metrics/pisa.py)
@@ -20,10 +20,10 @@ and with the speed v = g (t_c - t0) and the depth d = g (t_c - t0)^2 / 2 of the 
     permanence      1      share of the frames in which the body is visible, by the time that they stand for
     size            1/s    slope of log sqrt(area), Theil-Sen; 0 in truth, unless the body rotates or comes closer
 
-A surface hides the part of a body that sinks into it, and the visible centre is that of the rest: see `_unhidden`.
+If a body sinks into a surface, only the rest is visible, and its centre is that of the rest: see `_unhidden`.
 
-A sigma is one standard deviation, to first order: the fit's, and the systematic ones below. Only permanence and size
-look at frames after the first contact: a body that rolls off a pile and then into the floor has no penetration.
+A sigma is one standard deviation, to first order: that of the fit, and the systematic errors below. Only permanence and
+size use frames after the first contact, so a body that rolls off a pile and then into the floor has no penetration.
 
 Shape letters: F frames, H W pixels, K candidates (t0, t_c).
 """
@@ -88,7 +88,7 @@ def scorecard(
     drop_height: float | None = None,
     gravity: float = 9.81,
 ) -> dict[str, Measure | None]:
-    """Measure a clip that continues the first picture of a true one.
+    """Measure a clip that continues the first frame of a true one.
 
     Args:
         masks_FHW: bool or 0/1, the body that falls; empty where it is not visible.
@@ -99,8 +99,9 @@ def scorecard(
         gravity: G, metres per second squared.
 
     Returns:
-        QUANTITIES; None if one cannot be measured: the body is fully visible in fewer than four frames (of the fall,
-        for sideways quantities), does not fall, or does not land. A body that vanishes below drop_height sank that far.
+        QUANTITIES; None for a quantity that cannot be measured: the body is fully visible in fewer than four frames
+        (for sideways quantities: of the fall), does not fall, or does not land. A body that vanishes below drop_height
+        counts as having sunk that far.
 
     Raises:
         ValueError: masks_FHW is not (frames, H, W) or holds other values than a mask; the times do not fit or ascend; a
@@ -262,11 +263,11 @@ def _size(t: np.ndarray, masks_FHW: np.ndarray) -> Measure:
 
 
 def _unhidden(fallen_F: np.ndarray, masks_FHW: np.ndarray, surface: float) -> np.ndarray:
-    """How far (pixels) the whole body has fallen if the centre of its visible part has fallen `fallen_F`.
+    """How far the whole body has fallen, in pixels, if the centre of its visible part has fallen `fallen_F`.
 
-    A body that sinks `cut` pixels into the surface shows the first mask without its lowest `cut` rows. Both the visible
-    centre and the visible area give an estimate of that. The smaller counts, as rotation or landing beside the surface
-    changes only one of them.
+    If a body sinks `cut` pixels into the surface, its visible mask is the first mask without the lowest `cut` rows. The
+    visible centre and the visible area each give an estimate of `cut`. The smaller estimate is used, because rotation
+    or a landing next to the surface changes only one of them.
     """
     rows, area_F = masks_FHW[0].sum(1).astype(float), masks_FHW.sum((1, 2))
     top, bottom = np.flatnonzero(rows)[[0, -1]] + [0, 1]

@@ -18,9 +18,9 @@ There are two conventions, because the authors' released code differs from their
     video too short   its missing frames: object vanished      cut: the rest of the true clip is not compared
     mask values       anything but 0 is the object             1 is the object: 0/255 masks look empty
 
-In both, each frame has its own time t, IoU is 1 where both masks are empty, and frames beyond the end of the true clip
-are not compared. Missing frames continue a video at its mean step until the last true frame. One that lacks a single
-frame is not short, for its last picture is shown for a whole frame: that is compared instead.
+In both, each frame has its own time t, IoU is 1 if both masks are empty, and frames after the end of the true clip are
+not compared. Missing frames are those that would continue a short video at its mean step until the last true frame. A
+video that lacks only one frame is not short: its last frame, which is shown for a whole step, is compared instead.
 
 Shape letters: F frames of the video, H W pixels.
 """
@@ -45,7 +45,7 @@ GRAIN = 1e-3  # seconds: a file may round its times to these
 
 
 def even_times(frames: int, fps: float) -> np.ndarray:
-    """The seconds (frames,) at which a clip's frames are shown that come at one rate."""
+    """Times (frames,) in seconds of the frames of a clip with a constant rate."""
     return np.arange(frames) / fps
 
 
@@ -55,9 +55,9 @@ def frame_step(times_F: np.ndarray) -> float:
 
 
 def true_frames(times_F: np.ndarray, true: int, fps_true: float, convention: Convention = "paper") -> np.ndarray:
-    """The frame of the true clip (`true` frames long) with which each frame of a video is compared; int64.
+    """For each frame of a video, the index of the true frame to compare with (the true clip has `true` frames); int64.
 
-    Shorter than `times_F` where the true clip ends earlier.
+    Shorter than `times_F` if the true clip ends earlier.
     """
     at = times_F * fps_true
     j = np.floor(at + 0.5 + 1e-9) if convention == "paper" else np.trunc(at + GRAIN / 2 * fps_true)
@@ -65,13 +65,13 @@ def true_frames(times_F: np.ndarray, true: int, fps_true: float, convention: Con
 
 
 def missing_times(times_F: np.ndarray, true: int, fps_true: float) -> np.ndarray:
-    """The times of the frames that a video lacks until the last true frame, at its mean step."""
+    """Times of the frames that a too short video lacks until the last true frame, at its mean step."""
     step, end = frame_step(times_F) if len(times_F) > 1 else 1 / fps_true, (true - 1) / fps_true
     return times_F[-1] + step * np.arange(1, math.floor((end + GRAIN - times_F[-1]) / step) + 1)
 
 
 def durations(times_F: np.ndarray) -> np.ndarray:
-    """The time (F,) that each frame stands for, until halfway to its neighbours, in mean steps."""
+    """The duration (F,) of each frame, from halfway to the previous one to halfway to the next, in mean steps."""
     if len(times_F) < 2:
         return np.ones(1)
     step, between = frame_step(times_F), (times_F[1:] + times_F[:-1]) / 2
@@ -113,7 +113,8 @@ def score(
     Returns:
         l2, chamfer: in units of sqrt(2) H, smaller is better; NaN if no frame has a true mask (released: both masks).
         iou: in [0, 1].
-        vanished: share of the frames with a true mask in which the generated mask is empty; missing ones count.
+        vanished: share of the frames with a true mask in which the generated mask is empty; missing frames count as
+            empty.
         span: share of the true clip that was compared, 1 unless the generated one is too short.
 
     Raises:
@@ -165,8 +166,8 @@ def score(
 def drop_time(drop_height: float, gravity: float = 9.81) -> float:
     """t_drop = sqrt(2 Y0 / g) in seconds, Y0 in metres.
 
-    Y0 belongs to the moment of first contact, Y0 = g t_c^2 / 2: the height of the lowest point above what lies below it
-    is wrong where a body lands off the centre of a pile.
+    Y0 is defined by the first contact, Y0 = g t_c^2 / 2. The height of the lowest point above the pile would be wrong
+    if a body does not land on the pile's centre.
     """
     return math.sqrt(2 * drop_height / gravity)
 
@@ -186,14 +187,14 @@ def impact_frame(masks_FHW: np.ndarray, times_F: np.ndarray) -> int | None:
 
 
 def _impact(contact: float | None, times_F: np.ndarray) -> int | None:
-    """As `first_frame_after`, of frames at any times."""
+    """As `first_frame_after`, for frames at any times."""
     return None if contact is None else max(1, int(np.searchsorted(times_F, contact - 1e-9)))
 
 
 def contact_time(masks_FHW: np.ndarray, times_F: np.ndarray) -> float | None:
     """Seconds at which the masks' fall ends; None if the object does not fall or its fall does not end.
 
-    A change point tau joins a free fall and what follows, of which the first frames count:
+    The fit has a free fall until the change point tau, and a constant velocity in the first frames after it:
         y(t) = y0 + v t + a t^2 / 2              for t <= tau   (a > 0, v >= 0)
         y(t) = y(tau) + w (t - tau)              for tau < t <= tau + AFTER frames,  w < SLOWER * (v + a tau)
     The tau with the least squared error wins. A frame that is left out costs a fixed misfit, so a tau that explains
@@ -225,7 +226,7 @@ def contact_time(masks_FHW: np.ndarray, times_F: np.ndarray) -> float | None:
 
 
 def after_contact(step: float) -> float:
-    """Seconds after the contact that fits explain, of a video with so many seconds between its frames; see AFTER."""
+    """How long after the contact the fit uses frames, in seconds; `step` is the time between two frames. See AFTER."""
     return AFTER * max(step, 1 / RATE)
 
 
@@ -252,7 +253,7 @@ def time_error(
     """How wrong the moment of impact is (equation 8).
 
     E_time = 0 if t_drop lies between frames F - 1 and F, else the distance to the nearer one, |t_(F-1) - t_drop| or
-    |t_F - t_drop|. It is 0 for whatever is wrong by less than a frame, which time_offset is not.
+    |t_F - t_drop|. It is 0 if the error is less than a frame; time_offset also shows smaller errors.
 
     Args:
         generated_masks: (F, H, W) of the object in the generated clip.
@@ -262,9 +263,9 @@ def time_error(
 
     Returns:
         time_error: seconds, None if nothing lands.
-        time_offset: milliseconds by which the contact is late, below 0 where it is early; None if nothing lands.
+        time_offset: milliseconds by which the contact is late, below 0 if it is early; None if nothing lands.
         impact_frame: F, None if nothing lands.
-        no_contact: 1 if nothing lands, else 0. Average it beside the error: it is an outcome, not a missing value.
+        no_contact: 1 if nothing lands, else 0. Report its mean together with the error.
         t_drop: seconds.
     """
     t_drop = drop_time(drop_height, gravity)

@@ -1,7 +1,7 @@
-"""What the house asks of a family of video models, and how a recipe names a model.
+"""The interface of a family of video models, and `model:` of a recipe.
 
-A family is a package or a module, `posttrain/models/<name>`. It implements `Family`, and what its `load` returns
-implements `VideoModel`. Nothing outside it names it.
+A family is a package or a module, `posttrain/models/<name>`. It implements `Family`, and the result of its `load`
+implements `VideoModel`. No other code names a family.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,17 +34,18 @@ class AdapterConfig(Strict):
 
 
 class Merged(Strict):
-    """An adapter that is folded into the weights, `scale` times as strong as it was trained to be."""
+    """An adapter that is merged into the weights, `scale` times as strong as it was trained."""
 
     path: str  # a run, its adapter folder, or a file
     scale: float = 1.0
 
 
 class ModelConfig(Strict):
-    """`model:` in a recipe. What training starts from is `path`, with `merge` folded in, continued from `start`.
+    """`model:` in a recipe. Training starts from `path`, with `merge` merged into the weights, and continues `start`.
 
-    `start` is a run (its name in runs/ or its folder), an adapter or a transformer folder. An adapter is trained on, so
-    that `adapter` must be of its rank, alpha and targets; a transformer takes the place of the one in `path`.
+    `start` is a run (its name in runs/ or its folder), an adapter or a transformer folder. If it is an adapter,
+    training continues with it, so `adapter` must have its rank, alpha and targets; a transformer replaces the one in
+    `path`.
     """
 
     family: str = FAMILY  # posttrain/models/<family>; for pretraining a network, posttrain/nets/<family>.py
@@ -54,7 +55,7 @@ class ModelConfig(Strict):
     dtype: Literal["fp32", "bf16"] = "fp32"  # of frozen weights and the text encoder; an adapter is always fp32
     adapter: AdapterConfig | None = None  # None: all weights are trained
     seed: Seed = 0  # of the adapter's and of random weights
-    conditioning: Literal["image", "text"] = "image"  # image: the first picture of a clip is given
+    conditioning: Literal["image", "text"] = "image"  # image: the first frame of a clip is given
     expert: Literal["high", "low"] | None = None  # which of two (Wan2.2-A14B) is trained: that of much or little noise
     other_adapter: str | None = None  # folder of the adapter of the expert that is not trained, for sampling
     start: str | None = None
@@ -83,7 +84,7 @@ class ModelConfig(Strict):
         if given and not is_video(self.family):
             raise PydanticCustomError(
                 "part",
-                "{given} is for video models, and {family} is a network, which starts from path; leave it out",
+                "{given} is for video models; a network such as {family} starts from model.path; leave it out",
                 {"given": given[0], "family": self.family},
             )
         return self
@@ -91,17 +92,17 @@ class ModelConfig(Strict):
     @model_validator(mode="after")
     def _nothing_on_random_weights(self) -> Self:
         if self.init == "random" and (self.start or self.merge):
-            raise PydanticCustomError("start", "init: random excludes start and merge; drop them or init")
+            raise PydanticCustomError("start", "init: random cannot be used with start or merge; leave one of them out")
         return self
 
 
 class VideoModel(Protocol):
     """A latent video model under rectified flow. Pixels are in [-1, 1]; latents are normalised per channel.
 
-    Inside, latents, times and the sign of velocities may be a family's own; what goes in and out is as in types.py.
+    Internally, a family may use its own latents, times and sign of velocities; inputs and outputs are as in types.py.
 
-    Its parts lie in main memory. Each comes to `device` when it is first used; `release` lets some leave it again, and
-    `unload` main memory too.
+    Its parts are in main memory. Each moves to `device` when it is first used; `release` moves some back, and `unload`
+    frees their main memory too.
     """
 
     transformer: (
@@ -115,7 +116,7 @@ class VideoModel(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """`transformer`, by the name that what is trained has in networks (posttrain/nets), too."""
+        """`transformer`, under the name of the trained module that networks (posttrain/nets) also use."""
 
     @module.setter
     def module(self, module: nn.Module) -> None: ...
@@ -124,7 +125,7 @@ class VideoModel(Protocol):
         """(C, F, H, W) of the latents of a clip. Raises UserError for sizes that the model cannot take."""
 
     def latent_frames(self, frames: int) -> int:
-        """How many latent frames the first so many pictures of a clip need."""
+        """The number of latent frames for this many frames from the start of a clip."""
 
     def encode(self, video_BCFHW: Tensor) -> Tensor:
         """Latents z_BCFHW: the posterior's mode, normalised."""
@@ -132,21 +133,22 @@ class VideoModel(Protocol):
     def decode(self, z_BCFHW: Tensor, recompute: bool = True, offload: bool = False) -> Tensor:
         """Pixels video_BCFHW in [-1, 1]; differentiable.
 
-        The gradient is for a loss that is minimised: a pixel beyond the range gets what leads it back.
+        Assumes that the loss is minimised: a pixel outside the range has only the gradient that moves it back.
 
         Args:
-            recompute: the backward pass computes again what it needs, latent frame by latent frame, or all is kept.
-            offload: what is kept for the backward pass waits in main memory.
+            recompute: whether the backward pass recomputes activations, latent frame by latent frame; else all are
+                kept.
+            offload: whether activations kept for the backward pass are moved to main memory.
         """
 
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         """text_BLD float32, zero after each caption's last token.
 
-        These zeros are the text's mask: a transformer that takes one gets it of `text_lengths`.
+        The zeros mark the padding: a transformer that takes a mask gets it from `text_lengths`.
         """
 
     def condition(self, first_BC1HW: Tensor, frames: int) -> dict[str, Tensor]:
-        """What `velocity` wants to know of the first picture besides clean latents, for clips of `frames` pictures."""
+        """Inputs of `velocity` from the first frame besides clean latents, for clips of `frames` frames."""
 
     def velocity(
         self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor, condition: Mapping[str, Tensor] | None = None
@@ -154,10 +156,10 @@ class VideoModel(Protocol):
         """v_BCFHW at per-frame times t_BF in [0, 1]; without clean frames, a clip has one time for all its frames."""
 
     def weights(self) -> Sequence[nn.Module]:
-        """Every module that `velocity` may ask, the trained one among them."""
+        """Every module that `velocity` may use, including the trained one."""
 
     def release(self) -> None:
-        """Let all that `transformer` does not need for training leave the device, until it is used again."""
+        """Move all parts that training does not need off the device, until they are used again."""
 
     def unload(self) -> None:
         """Free the main memory of the same parts too; each is read from its file again when it is next used."""
@@ -166,7 +168,7 @@ class VideoModel(Protocol):
         """A fresh scheduler, as the model folder configures it."""
 
     def cache_key(self) -> str:
-        """Changes whenever encode, encode_text or condition could give other numbers."""
+        """A hash of everything that encode, encode_text and condition depend on."""
 
     def save(self, path: Path) -> list[Path]:
         """Write what was trained (adapter file or transformer folder) below `path`; return the paths."""
@@ -182,7 +184,7 @@ def text_lengths(text_BLD: Tensor) -> Tensor:
 
 
 class Defaults(NamedTuple):
-    """What a model is used with where nobody says otherwise."""
+    """Default frames, size, fps and sampler settings of a model."""
 
     frames: int
     size: tuple[int, int]  # (height, width)
@@ -196,7 +198,7 @@ SAMPLER = ("steps", "guidance", "guidance_low")  # those of them that say how it
 
 
 class Outline(NamedTuple):
-    """A model as shapes alone, for clips of one size; its weights lie on torch's meta device."""
+    """A model without weights, for clips of one size; its parameters are on torch's meta device."""
 
     model: VideoModel  # with its adapter; the times of its scheduler can be read where tensors have no values
     decoder: nn.Module  # what `model.decode` asks
@@ -206,14 +208,14 @@ class Outline(NamedTuple):
 
 
 class Family(Protocol):
-    """The package or module posttrain.models.<name>. PROTOCOL lists what is here."""
+    """The interface of the package or module posttrain.models.<name>. PROTOCOL lists its names."""
 
     SIDE: int  # height and width of clips in multiples of this fit every model of the family
     FRAMES: int  # so does this number of frames, a small one
     TARGETS: tuple[str, ...]  # name endings of the layers that get an adapter where the recipe does not say
 
     def load(self, config: ModelConfig, device: str | torch.device = "cpu") -> VideoModel:
-        """The model that a recipe names, in main memory; only what will be trained has requires_grad.
+        """Load the model that a recipe names, into main memory; only the weights to train have requires_grad.
 
         Raises:
             UserError: there is no such model, or a part is missing, broken or does not fit the others.
@@ -226,16 +228,16 @@ class Family(Protocol):
         """Write the diffusers folder `path`: that transformer with `adapter` folded in."""
 
     def outline(self, config: ModelConfig, frames: int, height: int, width: int) -> Outline:
-        """What `load` would give, without weights. Raises UserError: no such model, or the clips do not fit it."""
+        """The model of `load` without weights. Raises UserError: no such model, or the clips do not fit it."""
 
     def defaults(self, path: str) -> Defaults:
-        """Of the model that `path` names."""
+        """The defaults of the model that `path` names."""
 
     def needs_picture(self, path: str, revision: str | None = None) -> bool:
-        """Whether the model that `path` names is made to continue a first picture, and is of no use without."""
+        """Whether the model that `path` names always needs a first frame (image-to-video)."""
 
     def original_name(self, layer: str) -> str | None:
-        """What the original code, and with it ComfyUI, calls a layer of the transformer; None: it has no such name."""
+        """The name of a transformer layer in the original code and ComfyUI; None if it has none."""
 
     def load_stock_adapter(self, transformer: nn.Module, file: Path) -> None:
         """Put the adapter in `file` onto `transformer` (as from `bare`) as users of the stock pipeline do."""
@@ -243,11 +245,11 @@ class Family(Protocol):
     def pipeline_code(
         self, config: ModelConfig, adapter: bool, clip: Mapping[str, Any], sampler: Mapping[str, Any]
     ) -> str | None:
-        """Python that makes a clip with the stock pipeline, run in a run's folder; None where no pipeline does.
+        """Python code that samples a clip with the stock pipeline, from a run's folder; None if no pipeline can.
 
         Args:
-            adapter: adapter/ holds an adapter, else the whole transformer.
-            clip: caption, frames, size and fps, as far as they are known.
+            adapter: whether adapter/ has an adapter; else the whole transformer.
+            clip: those of caption, frames, size and fps that are known.
             sampler: the values of SAMPLER.
         """
 
@@ -263,9 +265,9 @@ def is_video(name: str) -> bool:
 
 
 def sampler(defaults: Defaults, *asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of SAMPLER, each where the last of `asked` that has it says so, else as in `defaults`.
+    """The sampler settings SAMPLER: each from the last of `asked` that has it, else from `defaults`.
 
-    A guidance without its own guidance_low is that of both experts.
+    If guidance is given without guidance_low, both experts use it.
     """
     chosen = defaults._asdict()
     for changes in asked:

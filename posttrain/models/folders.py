@@ -1,5 +1,5 @@
-"""Folders of diffusers and transformers: where `model.path` leads, and reading a part or a network of its own, with
-whatever is wrong with it said in one line."""
+"""Diffusers and transformers folders: find what `model.path` names, and load its parts or a network, with errors of one
+line."""
 
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ WANTED = ["model_index.json", *(f"{part}/*.{kind}" for part in PARTS for kind in
 
 
 def find(path: str, revision: str | None = None, embedded: str | None = None) -> Path:
-    """The diffusers folder that `path` names: "pocket", a folder, or a hub id, which is fetched unless it is there.
+    """The diffusers folder that `path` names: "pocket", a folder, or a hub id, which is downloaded if necessary.
 
     Args:
-        embedded: the folder in posttrain/pocket that "pocket" means; None: there is no embedded model of this family.
+        embedded: the folder in posttrain/pocket for "pocket"; None: this family has no embedded model.
 
     Raises:
         UserError: there is none.
@@ -57,20 +57,20 @@ def find(path: str, revision: str | None = None, embedded: str | None = None) ->
     except Exception as error:  # the hub, the network and the disk each raise their own kinds
         at = f" at revision {revision}" if revision else ""
         raise UserError(
-            f"model.path: {path}{at} is no folder and cannot be got from the hub ({_reason(error)}); check its name, "
-            "model.revision, the network and the login (hf auth login), or give a folder",
+            f"model.path: {path}{at} is no folder and cannot be downloaded from the hub ({_reason(error)}); check its "
+            "name, model.revision, the network and the login (hf auth login), or give a folder",
             "network",
             "model.path",
         ) from error
 
 
 def network(kind: type[PreTrainedModel], config: ModelConfig, part: str) -> Any:
-    """A network of `kind` with the weights that `config.path` names, float32; of `init: random` its config alone.
+    """A network of `kind` with the weights that `config.path` names, float32; `init: random` uses only its config.
 
     The path is a transformers folder, a hub id, or "pocket": the embedded folder `part`.
 
     Raises:
-        UserError: it is no such network, or not a whole one.
+        UserError: it is not such a network, or incomplete.
     """
     local = Path(config.path).exists() or config.path.startswith((".", "/", "~")) or config.path.count("/") != 1
     path, name = str(whole(part)) if config.path == "pocket" else config.path, kind.__name__
@@ -96,7 +96,7 @@ def _reason(error: Exception) -> str:
 
 
 def check_files(part: Path) -> None:
-    """Refuse a part whose weights are missing, torn, quantised, or lack a shard; their headers alone are read."""
+    """Refuse a part whose weights are missing, damaged, quantised, or lack a shard; reads only their headers."""
     config = read_object(part / "config.json") if (part / "config.json").is_file() else {}
     if "quantization_config" in config:
         quantised = config["quantization_config"]
@@ -113,7 +113,7 @@ def check_files(part: Path) -> None:
     for name in names:
         if Path(name).name != name:
             raise UserError(
-                f"{part}: its index names {name!r}, which is no file of this folder; get the model again", "outside"
+                f"{part}: its index lists {name!r}, which is not a file of this folder; get the model again", "outside"
             )
         try:
             with safe_open(part / name, framework="pt") as tensors:
@@ -122,7 +122,7 @@ def check_files(part: Path) -> None:
             raise UserError(f"{part / name}: does not exist; get this file of the model again", "missing") from error
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"{part / name}: is torn ({_reason(error)}); get this file of the model again", "damaged"
+                f"{part / name}: is damaged ({_reason(error)}); get this file of the model again", "damaged"
             ) from error
         if small := sorted(dtype for dtype in dtypes if dtype.startswith(("F8", "F4", "I8", "U8"))):
             raise _quantised(part, small[0])
@@ -130,7 +130,7 @@ def check_files(part: Path) -> None:
 
 def _quantised(part: Path, what: str) -> UserError:
     return UserError(
-        f"{part}: is quantised ({what}), which is not read here; name the model with weights of 16 or 32 bits "
+        f"{part}: is quantised ({what}), which is not supported; use the model with weights of 16 or 32 bits "
         "(model.dtype=bf16 holds them in half the memory)",
         "unsupported",
         "model.path",
@@ -138,7 +138,7 @@ def _quantised(part: Path, what: str) -> UserError:
 
 
 def load_part(kind: Any, root: Path, name: str, **options: Any) -> Any:
-    """One component of the folder `root`; whatever is wrong with it becomes a UserError that names it.
+    """Load one component of the folder `root`; any error becomes a UserError that names it.
 
     `kind` is the class whose `from_pretrained` reads it, or a function that does.
     """
@@ -167,10 +167,10 @@ def load_part(kind: Any, root: Path, name: str, **options: Any) -> Any:
 
 
 def load_tokenizer(root: Path, name: str) -> Any:
-    """The tokenizer in the folder `name` of `root`; no code that the folder brings along is run.
+    """The tokenizer in the folder `name` of `root`; code in the folder is never run.
 
     Raises:
-        UserError: its vocabulary is missing, for which transformers would make another; or as `load_part`.
+        UserError: its vocabulary is missing (transformers would silently make another); or as `load_part`.
     """
     if (root / name).is_dir() and not any((root / name / file).is_file() for file in VOCABULARIES):
         raise UserError(

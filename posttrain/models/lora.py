@@ -1,9 +1,9 @@
 """Low-rank adapters: attach to a transformer, switch off (the reference model), save, load, fold into the weights.
 
-W' = W + (alpha / rank) B A with B = 0 at the start (Hu et al. 2021). The saved file is diffusers' own. The scale
-alpha / rank is multiplied into its B, so that every way of loading it gives the same adapter; older files say alpha in
-their header, and are read too. A transformer here is any ModelMixin of diffusers that is a PeftAdapterMixin; what a
-family has of its own is an argument.
+W' = W + (alpha / rank) B A with B = 0 at the start (Hu et al. 2021). The saved file has diffusers' format. Its B
+is already multiplied by alpha / rank, so that every loader gives the same adapter; older files, with alpha in the
+header, are read too. A transformer here is any ModelMixin of diffusers that is a PeftAdapterMixin; differences between
+families are arguments.
 """
 
 import json
@@ -98,7 +98,7 @@ def attach(transformer: nn.Module, rank: int, alpha: int | None, targets: Sequen
 
 @contextmanager
 def disabled(transformer: nn.Module) -> Iterator[None]:
-    """Inside, the transformer is the base model again, bit for bit: the reference of preference losses."""
+    """Context in which the adapter is off: the transformer equals the base model bit for bit (the DPO reference)."""
     inner = unwrap(transformer)
     inner.disable_adapters()
     try:
@@ -109,10 +109,10 @@ def disabled(transformer: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def share(transformer: nn.Module, other: nn.Module) -> float:
-    """How much of the adapter on `transformer` is in the weights of `other`: 1 all of it, 0 nothing.
+    """The share of the adapter on `transformer` that is in the weights of `other`: 1: all of it, 0: nothing.
 
-    It is <D, D'> / <D, D> over all adapted layers, with D what the adapter adds to a layer's weight, and D' what an
-    adapter on `other` adds, or where there is none, what its weight has more than the base of `transformer`.
+    It is <D, D'> / <D, D> over all adapted layers. D is the change of a layer's weight by the adapter. D' is the change
+    by an adapter on `other` or, if that has none, the difference of its weight from the base of `transformer`.
     """
     both = own = 0.0
     layers = {name: layer for name, layer in unwrap(transformer).named_modules() if hasattr(layer, "lora_A")}
@@ -130,7 +130,7 @@ def share(transformer: nn.Module, other: nn.Module) -> float:
 
 
 def _added(layer: Any) -> torch.Tensor:
-    """What the adapter on a layer adds to its weight, float32."""
+    """The change of a layer's weight by its adapter, float32."""
     (name,) = layer.active_adapters
     added: torch.Tensor = layer.get_delta_weight(name)
     return added.float()
@@ -170,7 +170,7 @@ def save_comfyui(file: Path | str, path: Path | str, original_name: Callable[[st
     """Write the adapter that `save` put into `file` as ComfyUI reads it: in the original names, alpha folded into B.
 
     Args:
-        original_name: the name of a layer there, None where it has none.
+        original_name: maps a layer to its name there; None if it has none.
 
     Raises:
         UserError: it adapts a layer for which there is no original name.
@@ -194,7 +194,7 @@ Weights = tuple[dict[str, torch.Tensor], dict[str, Any]]  # of an adapter by nam
 
 
 def read(file: Path) -> Weights:
-    """What `save` put into `file`."""
+    """The weights that `save` wrote into `file`."""
     with safe_open(file, "pt") as tensors:
         metadata = json.loads((tensors.metadata() or {}).get("lora_adapter_metadata", "{}"))
         return {name: tensors.get_tensor(name) for name in sorted(tensors.keys())}, metadata
@@ -203,10 +203,10 @@ def read(file: Path) -> Weights:
 def load(transformer: nn.Module, path: Path | str, read: Callable[[Path], Weights] = read) -> None:
     """Put the adapter at `path` (a file, or the folder that `save` wrote into) onto `transformer`.
 
-    It takes the place of one that is there.
+    It replaces an adapter that is already attached.
 
     Args:
-        read: how the file is read; a family may know more layouts than that of `save`.
+        read: function that reads the file; a family may support more layouts than that of `save`.
 
     Raises:
         UserError: the file is absent, it and this transformer do not have the same layers, or it is more than a
@@ -228,7 +228,7 @@ def _file(path: Path | str) -> Path:
 
 
 def _add(inner: Any, path: Path, read: Callable[[Path], Weights], name: str) -> None:
-    """Put the adapter in the file `path` beside those that are there. Raises UserError: see `load`."""
+    """Attach the adapter in the file `path` in addition to existing ones. Raises UserError: see `load`."""
     from diffusers.utils import logging
     from peft.functional import cast_adapter_dtype
 
@@ -294,7 +294,7 @@ def _weights(inner: Any, name: str) -> dict[str, torch.Tensor]:
 
 
 def _check_foreign(path: Path) -> None:
-    """Refuse what is no file of low-rank matrices in names that are read here, and say what it is."""
+    """Refuse a file that does not have low-rank matrices in supported names, and say what it is."""
     try:
         with safe_open(path, "pt") as tensors:
             names = sorted(tensors.keys())
@@ -304,7 +304,7 @@ def _check_foreign(path: Path) -> None:
         raise UserError(f"{path}: is damaged ({error}); get it again", "damaged") from error
     for part, what, remedy in FOREIGN:
         if wrong := [name for name in names if part in name]:
-            raise UserError(f"{path}: is {what} ({wrong[0]}), which is not read here; {remedy}", "unsupported")
+            raise UserError(f"{path}: is {what} ({wrong[0]}), which is not supported; {remedy}", "unsupported")
     if not any("lora" in name or ".diff" in name for name in names):
         what = "a model's own weights" if any(name.endswith(".weight") for name in names) else "no adapter"
         raise UserError(
@@ -344,7 +344,7 @@ def _check_foreign(path: Path) -> None:
 
 
 def _check_plain(path: Path, metadata: dict[str, Any]) -> None:
-    """Refuse a header that asks for more than W + scale B A, or for a base that its first step changed."""
+    """Refuse a header with options beyond W + scale B A, or with an initialisation that changes the base."""
     from dataclasses import asdict
 
     from peft import LoraConfig
@@ -359,8 +359,8 @@ def _check_plain(path: Path, metadata: dict[str, Any]) -> None:
         if field == "bias" and value == "none":
             continue
         raise UserError(
-            f"{path}: its header says {field}: {value!r}, which is not read here; "
-            "fold it into the base with the program that made it",
+            f"{path}: its header says {field}: {value!r}, which is not supported; "
+            "merge it into the base with the program that made it",
             "unsupported",
         )
 
@@ -373,9 +373,9 @@ def _linear(transformer: nn.Module, targets: Sequence[str]) -> list[str]:
 
 
 def proceed(transformer: nn.Module, path: Path | str, read: Callable[[Path], Weights] = read) -> None:
-    """Give the adapter that is attached the weights at `path`, read as in `load`, so that training goes on from there.
+    """Copy the weights at `path`, read as in `load`, into the attached adapter, so that training continues from them.
 
-    What is attached keeps its alpha, whatever that of the file is: B is scaled so that both add the same to W.
+    The attached adapter keeps its own alpha: B is rescaled so that the change of W is that of the file.
 
     Raises:
         UserError: as `load`, or it has another rank or other targets than the one attached, or biases.
@@ -385,7 +385,7 @@ def proceed(transformer: nn.Module, path: Path | str, read: Callable[[Path], Wei
     wanted, given = _shapes(inner, NAME), _shapes(inner, OTHER)
     if biases := [name for name in given if name.endswith(".bias")]:
         raise UserError(
-            f"{path}: has {biases[0]}, and model.adapter has no biases; fold it in with model.merge",
+            f"{path}: has {biases[0]}, but model.adapter has no biases; merge it with model.merge",
             "mismatch",
             "model.adapter",
         )
@@ -402,7 +402,7 @@ def proceed(transformer: nn.Module, path: Path | str, read: Callable[[Path], Wei
         if rank != found:
             raise UserError(
                 f"{path}: has rank {found}, but model.adapter has {rank}; set model.adapter.rank to that of the file, "
-                "or fold it in with model.merge",
+                "or merge it with model.merge",
                 "mismatch",
                 "model.adapter.rank",
             )
@@ -428,7 +428,7 @@ def adapted_layers(transformer: nn.Module) -> list[Any]:
 
 
 def _shapes(transformer: nn.Module, name: str) -> dict[str, tuple[int, ...]]:
-    """Of the matrices and biases of an adapter, by names without its own."""
+    """The shapes of an adapter's matrices and biases, by name without the adapter's name."""
     named = transformer.named_parameters()
     return {key.replace(f".{name}.", "."): tuple(p.shape) for key, p in named if ".lora_" in key and f".{name}." in key}
 
@@ -437,7 +437,7 @@ def merge(transformer: nn.Module, path: Path | str, scale: float = 1.0, read: Ca
     """Fold the adapter at `path`, times `scale`, into a transformer that has none: W + scale alpha / rank B A.
 
     Raises:
-        UserError: as `load`, or the weights are so coarse that they round it away.
+        UserError: as `load`, or rounding to the precision of the weights removes it.
     """
     load(transformer, path, read)
     if not any(layer.lora_B[NAME].weight.any() for layer in adapted_layers(transformer)):
@@ -445,8 +445,9 @@ def merge(transformer: nn.Module, path: Path | str, scale: float = 1.0, read: Ca
     survives, dtype = fuse(transformer, scale), unwrap(transformer).dtype
     if dtype != torch.float32 and abs(survives - 1) > 1 - SURVIVES:
         raise UserError(
-            f"{path}: times {scale:g}, folded into {str(dtype).removeprefix('torch.')} weights, {survives:.1%} of it "
-            "is left; set model.dtype=fp32, or use the adapter beside the weights (model.start; hand out the file)",
+            f"{path}: times {scale:g}, merged into {str(dtype).removeprefix('torch.')} weights, {survives:.1%} of it "
+            "is left; set model.dtype=fp32, or keep the adapter separate from the weights (model.start; "
+            "distribute the adapter file)",
             "mismatch",
             "model.merge",
         )
@@ -455,11 +456,11 @@ def merge(transformer: nn.Module, path: Path | str, scale: float = 1.0, read: Ca
 
 @torch.no_grad()
 def fuse(transformer: nn.Module, scale: float = 1.0) -> float:
-    """Fold the adapter that is attached, times `scale`, into the weights, and take it off.
+    """Merge the attached adapter, times `scale`, into the weights, and remove it.
 
     Returns:
-        The share of it that the weights took: <D, D'> / <D, D> over all adapted layers, with D what it adds to a
-        weight, and D' by what the weight, which is rounded, has changed.
+        The share of it that is in the weights after rounding: <D, D'> / <D, D> over all adapted layers, with D the
+        exact change of a weight and D' the actual change.
     """
     inner = unwrap(transformer)
     both = own = 0.0
@@ -474,6 +475,6 @@ def fuse(transformer: nn.Module, scale: float = 1.0) -> float:
 
 
 def rescale(transformer: nn.Module, scale: float) -> None:
-    """Let the adapter count `scale` times as much as it was trained to; 0 is the base."""
+    """Set the adapter's strength to `scale` times that of training; 0 gives the base."""
     for layer in adapted_layers(transformer):
         layer.set_scale(NAME, scale)

@@ -1,4 +1,4 @@
-"""Pixels that a decoder makes: kept in range, with a gradient that leads back into it."""
+"""Clamp decoded pixels to [-1, 1], with a gradient that moves outside pixels back into the range."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class _Clamp(torch.autograd.Function):
-    """x clamped to [-1, 1]. Its gradient is the loss's own, without what pushes x further out: for descent alone."""
+    """x clamped to [-1, 1]. The gradient is passed on, except where a descent step would push x further outside."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

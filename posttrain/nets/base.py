@@ -1,3 +1,3 @@
-"""The protocol of this package's modules, which a pretraining recipe names in `model.family`."""
+"""The protocol of the modules in this package. A pretraining recipe names one in `model.family`."""
 
 PROTOCOL = ("load",)

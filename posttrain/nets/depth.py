@@ -64,7 +64,7 @@ class Depth(nn.Module):
 
 
 def new(config: DepthAnythingConfig, seed: int = 0) -> Depth:
-    """Random weights whose output is about 1 / (2 metres), where the last ReLU passes a gradient."""
+    """Random weights, initialised so that the output is about 1 / (2 metres): the last ReLU then passes a gradient."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = DepthAnythingForDepthEstimation(config)
@@ -93,7 +93,7 @@ def load(config: ModelConfig, device: str = "cpu") -> Model:
     depth-anything/Depth-Anything-V2-Small-hf; "pocket" is the embedded one.
 
     Raises:
-        UserError: it is no DepthAnythingForDepthEstimation, or not a whole one.
+        UserError: it is not a DepthAnythingForDepthEstimation, or incomplete.
     """
     net = network(DepthAnythingForDepthEstimation, config, "depth")
     module = new(net, config.seed) if config.init == "random" else Depth(net)

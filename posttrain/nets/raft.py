@@ -4,8 +4,8 @@ Weights may be `pocket` (embedded), `raft_large` or `raft_small` (torchvision's)
 a file: torchvision's state dict (.pth, .safetensors) or one of the original code (such as raft-things.pth), whose names
 are mapped.
 
-torchvision's forward cuts the gradient before each update, as the paper does for training. The rest is not the
-derivative of the flow and may have another direction. `Flow.see` runs the same parts without the cut.
+torchvision's forward stops the gradient before each update, as the paper does for training. The remaining gradient is
+not the derivative of the flow and may have another direction. `Flow.see` runs the same parts without stopping it.
 
 Under autocast the encoders and the updates are computed in bf16; coordinates, flow and resized pictures stay float32.
 """
@@ -161,7 +161,7 @@ def load(config: ModelConfig, device: str = "cpu") -> Model:
     """The RAFT that `config.path` names (see the module's docstring); `init: random` uses only a folder's sizes.
 
     Raises:
-        UserError: there is no such file, or it holds no RAFT.
+        UserError: there is no such file, or it does not contain a RAFT.
     """
     if config.path in PUBLISHED:
         return Model(Flow(_published(config.path)).to(device))
@@ -170,7 +170,7 @@ def load(config: ModelConfig, device: str = "cpu") -> Model:
         return Model(Flow(_from_file(path)).to(device))
     if not (path / "config.json").is_file():
         known = ", ".join(PUBLISHED)
-        message = f"{path}: is no RAFT; name pocket, {known}, a folder with config.json, or a file of weights"
+        message = f"{path}: is not a RAFT; name pocket, {known}, a folder with config.json, or a file of weights"
         raise UserError(message, "missing", "path")
     sizes = read_object(path / "config.json")
     with torch.random.fork_rng(devices=[]):
@@ -220,7 +220,9 @@ def _published(name: str) -> raft.RAFT:
     try:
         return getattr(optical_flow, name)(weights="DEFAULT", progress=False)
     except OSError as error:
-        message = f"{name}: torchvision's weights cannot be fetched ({error}); fetch them elsewhere and name the file"
+        message = (
+            f"{name}: torchvision's weights cannot be downloaded ({error}); download them elsewhere and name the file"
+        )
         raise UserError(message, "network", "path") from error
 
 
@@ -243,10 +245,10 @@ def _read(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{path}: does not exist; train it, or choose another path", "missing", "path") from None
     except Exception as error:  # safetensors, pickle, zip and the system each raise their own types
-        message = f"{path}: cannot be read as weights ({printable(str(error), 200)}); get the file again"
+        message = f"{path}: cannot be read as weights ({printable(str(error), 200)}); download the file again"
         raise UserError(message, "damaged", "path") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{path}: holds no state dict; name a file of RAFT's weights", "format", "path")
+        raise UserError(f"{path}: does not contain a state dict; name a file of RAFT's weights", "format", "path")
     return weights
 
 

@@ -5,7 +5,7 @@ attend to the memory, decode a mask, encode the memory) are called in the same o
 batch is the clips. For one clip the logits are equal bit for bit (tested). Two lines in transformers 5 assume a batch
 of one: the memory attention returns its axes in another order, and a mask prompt's object pointer is broadcast.
 
-Before using the gradient, know that: an object score <= 0 sets all logits to -1024, without gradient (the embedded
+Notes on the gradient: an object score <= 0 sets all logits to -1024, without gradient (the embedded
 model's score is fixed at +10); frame 0's output is the prompt itself; the network's masks have a quarter of its picture
 size; memories are kept in bf16.
 """
@@ -66,14 +66,14 @@ class Sam2Tracker(nn.Module):
         labels_P: Tensor | None = None,
         teacher_BFHW: Tensor | None = None,
     ) -> Iterator[Tensor]:
-        """The same picture by picture: logits (B, 1, H, W) for each of `frames` pictures (B, C, H, W) in [-1, 1].
+        """As `forward`, frame by frame: logits (B, 1, H, W) for each of `frames` pictures (B, C, H, W) in [-1, 1].
 
         Old memories are dropped, so a long video needs no more memory than a short one. Instead of a mask, clicks on
         frame 0 may be given (for one clip at a time); then frame 0's mask is made from them.
 
         Args:
             points_P2: x (right) and y (down) in pixels of the picture; 0 is the centre of the first pixel.
-            labels_P: 1 on the object, 0 beside it.
+            labels_P: 1 on the object, 0 outside it.
         """
         size = (self.sam.config.image_size, self.sam.config.image_size)
         memory = max(self.sam.config.num_maskmem, self.sam.config.max_object_pointers_in_encoder)
@@ -181,7 +181,7 @@ def load(config: ModelConfig, device: str = "cpu") -> Model:
     "pocket" is the embedded one; `init: random` uses only its architecture.
 
     Raises:
-        UserError: it is no Sam2VideoModel, or not a whole one.
+        UserError: it is not a Sam2VideoModel, or incomplete.
     """
     sam = network(Sam2VideoModel, config, "sam2")
     module = new(sam, config.seed) if config.init == "random" else Sam2Tracker(sam)

@@ -10,21 +10,22 @@ FAMILY = "wan"  # of the embedded video model: the package in posttrain/models
 
 
 def folder(part: str) -> Path:
-    """Where an embedded part lives: `wan` (the diffusers folder), `tracker`, `sam2`, `raft` or `depth`."""
+    """The folder of an embedded part: `wan` (the diffusers folder), `tracker`, `sam2`, `raft` or `depth`."""
     return Path(__file__).parent / part
 
 
 @lru_cache
 def whole(part: str) -> Path:
-    """The same, after a look at its files.
+    """The folder of a part, after checking its files.
 
     Raises:
-        UserError: damaged: one is missing or not what SHA256SUMS says.
+        UserError: damaged: a file is missing or does not match SHA256SUMS.
     """
     lines = (folder("") / "SHA256SUMS").read_text().splitlines()
     noted = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     if wrong := files.changed(folder(""), {name: noted[name] for name in noted if name.startswith(f"{part}/")}):
         raise UserError(
-            f"{folder(wrong[0])}: is missing or not what was published; get posttrain's files again", "damaged"
+            f"{folder(wrong[0])}: is missing or was changed; reinstall posttrain or restore the file with git",
+            "damaged",
         )
     return folder(part)

@@ -1,7 +1,7 @@
-"""How clips are changed before networks learn from them (segmenter.py, flow_net.py, depth_net.py).
+"""Augmentation of training clips for the networks (segmenter.py, flow_net.py, depth_net.py).
 
-The networks will see generated clips. So training pictures get other colours, noise and blur, and a fixed share of the
-clips is encoded and decoded by a video autoencoder.
+The networks will be used on generated clips. So training pictures get other colours, noise and blur, and a fixed share
+of the clips is encoded and decoded by a video autoencoder.
 """
 
 import zlib

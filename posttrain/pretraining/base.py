@@ -1,3 +1,3 @@
-"""The modules of this package that train are methods, like those of methods/."""
+"""The protocol of this package's training modules: they are methods, like those of methods/."""
 
 from posttrain.methods.base import PROTOCOL as PROTOCOL

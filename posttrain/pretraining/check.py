@@ -8,7 +8,7 @@
 
 segmenter  IoU after frame 0 by size, by motion and by company, on the clips and as the VAE shows them.
 vae        the tracker's masks of true clips as the VAE shows them, and how close the pictures are.
-base       the model's own clips, and the first picture repeated, against the truth.
+base       the model's own clips, and the first frame repeated, against the truth.
 flow       RAFT's endpoint error in pixels, everywhere and where a body moves by half a pixel or more; zero flow's.
 depth      Depth Anything's error as a share of the true depth, everywhere except the sky, and on bodies.
 """

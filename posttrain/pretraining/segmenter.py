@@ -79,7 +79,7 @@ def windows(
 
 
 def follow(instances_FHW: Tensor, draw: float, min_pixels: int) -> Tensor:
-    """Masks, bool (F, H, W), of a body with `min_pixels` in the first picture, or of the largest if there is none."""
+    """Masks, bool (F, H, W), of a body with `min_pixels` in the first frame, or of the largest if there is none."""
     first = instances_FHW[0]
     bodies, pixels = first[first > 0].unique(return_counts=True)
     if not len(bodies):

@@ -4,14 +4,14 @@ Loss, for pixels x in [-1, 1], their reconstruction y, and object weight w (1 on
 
     L = mean[w (|y - x| + 2 (y - x)^2)] / mean[w] + g mean[|d(y - x)|] + k KL(q(z|x) || N(0, 1)),
 
-where d are the differences to the right, lower and next-frame neighbours (edges and motion, on which a small moving
-object lives). KL is averaged over latent values. Objects cover a few percent of a picture; without w they dissolve.
+where d are the differences to the right, lower and next-frame neighbours (edges and motion, which matter for a
+small moving object). KL is averaged over latent values. Objects cover a few percent of a picture; without w they blur.
 
 The first steps are on single pictures: they are learnt many times faster than clips, and without them clips stay grey
 (docs/log/pocket-model.md). The decoder is causal and runs chunk by chunk, so errors grow along a clip unless it is
 trained on long ones: every later step draws a clip length, a time stride (which makes slow motion fast), mirrorings and
-transpositions. Each step has about the same number of frames, whatever the length. Most of a clip lies still, and one
-latent smears fast motion over its four frames: so bodies of other clips fly through the picture.
+transpositions. Each step has about the same number of frames, whatever the length. Most of a clip does not move, and
+one latent smears fast motion over its four frames: so bodies of other clips are made to fly through the picture.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The report's charts: SVG that stretches with the page, with labels that do not. report.html draws them."""
+"""The report's charts: SVG lines that scale with the page, with labels that do not. report.html draws them."""
 
 import math
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines in a box, as SVG wants them.
+    """The data of one SVG chart: lines in a box, and labels.
 
     Attributes:
         lines: CSS class and path data of each.
-        x: of each label where it stands (percent from the left), its CSS class and its text.
-        y: of each label where it stands (percent from the top), and its text.
-        side: of the box, in which the lines are drawn.
+        x: for each label: position (percent from the left), CSS class and text.
+        y: for each label: position (percent from the top) and text.
+        side: side length of the box in which the lines are drawn.
     """
 
     grid: str
@@ -55,7 +55,7 @@ def curves(log: list[dict[str, Any]], metrics: Sequence[Metric]) -> list[Figure]
 
 
 def curve(points: Sequence[Point]) -> Chart:
-    """One quantity over steps: every value faintly and their running mean, or the values alone where they are few."""
+    """One quantity over steps: all values in a light colour and their running mean, or only the values if few."""
     steps, values = np.array(points).T
     low, high = np.quantile(values, [0.0, 0.995])
     if low == high or 0 <= low < 0.5 * high:
@@ -93,7 +93,7 @@ def chart(
     x_ticks: Sequence[tuple[float, str]],
     y_ticks: Sequence[tuple[float, str]],
 ) -> Chart:
-    """Lines (class, points; None breaks a line) in a box that stretches while its strokes and labels do not."""
+    """A chart of lines (class, points; None breaks a line); strokes and labels keep their size when the box scales."""
     size = 1000
 
     def at(value: float, span: Point) -> float:

@@ -1,4 +1,4 @@
-"""The report's section on p(t|y): whether a model makes all falls that a first picture allows, and no others."""
+"""The report's section on p(t|y): whether a model generates all falls that a first frame allows, and no others."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 from posttrain.evaluation.records import Record
 from posttrain.reporting.charts import Figure, Point, chart, nice_ticks
 
-SHOWN = 3  # first pictures: those with the lowest, the middle and the highest beta
+SHOWN = 3  # first frames: those with the lowest, the middle and the highest beta
 LIFTED = 24  # videos per picture whose heights are drawn
 
 
 def section(
     records: Sequence[Record], falls: Sequence[Mapping[str, Any]], styles: Mapping[str, str]
 ) -> dict[str, Any] | None:
-    """A table of the tests, the distributions for three first pictures, and the falls in metres; None without falls.
+    """A table of the tests, the distributions for three first frames, and the falls in metres; None without falls.
 
     Args:
         records: from records.read_apart.

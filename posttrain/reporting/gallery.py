@@ -1,4 +1,4 @@
-"""Sample from a picture and a prompt into clips, a contact sheet and a GIF."""
+"""Sample clips from a first frame and a prompt; write clips, a contact sheet and a GIF."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ LINE = 14  # pixels of a line of text
 
 @dataclass(frozen=True)
 class Wish:
-    """What a model is asked to sample. `size` is (height, width) in pixels."""
+    """The settings of one sampling request. `size` is (height, width) in pixels."""
 
     prompt: str
     size: tuple[int, int]
@@ -36,10 +36,10 @@ class Wish:
 
 
 def open_picture(path: Path | str | np.ndarray) -> Image.Image:
-    """A picture file, or a video's first picture, upright and in RGB, or one of uint8 (H, W, 3).
+    """A picture file, or a video's first frame, upright and in RGB, or one of uint8 (H, W, 3).
 
     Raises:
-        UserError: it is none of these.
+        UserError: it cannot be read as a picture or video, or has another type or shape.
     """
     if isinstance(path, np.ndarray):
         if path.dtype != np.uint8 or path.ndim != 3 or path.shape[2] != 3 or not path.size:
@@ -58,7 +58,7 @@ def natural_size(picture: Image.Image, size: tuple[int, int], side: int) -> tupl
 
 
 def fit(picture: Image.Image, size: tuple[int, int]) -> tuple[Pixels, str]:
-    """The middle of the picture at (height, width) pixels, uint8 (H, W, 3), and a text on how it was changed."""
+    """The picture, cropped around its centre and scaled, uint8 (H, W, 3), and a text that describes the changes."""
     height, width = size
     across = min(picture.width, round(picture.height * width / height))
     down = min(picture.height, round(picture.width * height / width))
@@ -70,7 +70,7 @@ def fit(picture: Image.Image, size: tuple[int, int]) -> tuple[Pixels, str]:
 
 
 def blank(size: tuple[int, int]) -> tuple[Pixels, str]:
-    """As `fit`, without a picture: models of text alone use only the size of it."""
+    """As `fit`, for text-to-video models, which use only the size of the result."""
     return np.zeros((*size, 3), np.uint8), f"{size[1]} x {size[0]}"
 
 
@@ -85,7 +85,7 @@ def sample_side_by_side(
     """Let each model continue `picture` once per seed; return the paths of the clips, the sheet and the GIF.
 
     Args:
-        models: label -> a function that gives a context in which the model is ready.
+        models: label -> function that returns a context manager with the model.
         picture: uint8 (H, W, 3).
         stem: the beginning of the files' paths: <stem>-s<seed>-<label>.mp4, <stem>.png and <stem>.gif.
 

@@ -74,7 +74,7 @@ def summarise(
     log: list[dict[str, Any]],
     falls: Sequence[Record] = (),
 ) -> dict[str, Any]:
-    """What report.json holds.
+    """The content of report.json.
 
     Rows, paired differences from `base`, the tests of p(t|y), versions, machine, times (seconds), recipe.
     """
@@ -198,7 +198,7 @@ def lead(facts: dict[str, Any], records: Sequence[Record]) -> str:
 
 
 def headline(facts: dict[str, Any], tuned: Sequence[str], benchmark: Benchmark) -> list[dict[str, str]]:
-    """The figures that answer whether it worked: the tuned model against its base on the hardest split."""
+    """The main result: the tuned model compared with its base on the hardest split."""
     split = facts["rows"][0]["split"]
     rows = {row["model"]: row for row in facts["rows"] if row["split"] == split}
     if not tuned or not {BASE.name, tuned[-1]} <= rows.keys():
@@ -242,7 +242,7 @@ def table(facts: dict[str, Any], styles: dict[str, str], benchmark: Benchmark) -
 
 
 def scorecard(facts: dict[str, Any], styles: dict[str, str], quantities: Sequence[Metric]) -> dict[str, Any] | None:
-    """What the hardest split's masks say in SI units: medians over the clips that tell, 95% intervals, how many."""
+    """The scorecard of the hardest split in SI units: medians over clips with a value, 95% intervals, their number."""
     rows = [row for row in facts["rows"] if row["split"] == facts["rows"][0]["split"] and row.get("physics")]
     if not rows:
         return None
@@ -272,17 +272,17 @@ def gain(row: dict[str, Any], metric: Metric) -> str:
 
 
 def hint(metric: Metric) -> str:
-    """What stands below a column's title."""
+    """The text below a column's title."""
     return metric.hint or metric.unit or ("larger is better" if metric.better == "more" else "smaller is better")
 
 
 def column(metric: Metric, first: Metric) -> str:
-    """The class of a column: on a small screen there are the first one and those of the headline."""
+    """The CSS class of a column: small screens show only the first column and the headline metrics."""
     return "first" if metric is first else "main" if metric.headline else "aside"
 
 
 def cell(style: str, value: dict[str, Any], decimals: int, clips: int) -> dict[str, str]:
-    """The mean, and below it the interval and, where it is not of all clips, of how many it is."""
+    """The mean, and below it the interval and, if not all clips have a value, their number."""
     below = ", ".join(part for part in (interval(value, decimals), f"n {value['n']}" * (value["n"] < clips)) if part)
     return {"style": style, "value": number(value["mean"], decimals), "below": below}
 

@@ -1,15 +1,15 @@
 """Depth Anything's depth against the true one (PISA, arXiv 2503.09595, section 4.4).
 
-With q the inverse depth that Depth Anything V2 sees, z the simulator's depth in metres, and r the range of 1/z over the
-true clip:
+q is the inverse depth from Depth Anything V2, z the simulator's depth in metres, and r the range of 1/z over the true
+clip:
 
     R = -mean_{t > 0, pixels} [ u |s q + o - 1/z| / r + (1 - u) ],   s, o = argmin sum (s q*_0 + o - 1/z_0)^2
 
-The scale s and the shift o are fitted once, to the true first picture, which is given to the model. They depend on
-nothing that is generated, so no clip can change them. One scale for all pictures also keeps the change of depth over
+The scale s and the shift o are fitted once, to the true first frame, which is the model's condition. They do not depend
+on the generated clip, so the model cannot change them. One scale for all pictures also keeps the change of depth over
 time, which the paper's normalisation by each picture's range removes. u is the contrast (rewards/base.py).
 
-Know that an object in the wrong position counts twice, where it is and where it should be, whatever the distance; a
+Caution: an object in the wrong position counts twice, where it is and where it should be, whatever the distance; a
 missing object counts once. So a clip without the object has a better reward than one in which it hovers: use this
 reward together with `segmentation` and `trajectory`.
 """

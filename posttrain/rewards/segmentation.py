@@ -1,7 +1,7 @@
 """SAM 2's soft masks against the true ones (PISA, arXiv 2503.09595, section 4.4), also if the object is absent.
 
-SAM 2 follows the scored object from its true mask in frame 0. With p its sigmoid mask, m the true one, and a the area
-of the true mask in frame 0, in pixels:
+SAM 2 follows the scored object from its true mask in frame 0. p is its sigmoid mask, m the true mask, and a the area of
+the true mask in frame 0, in pixels:
 
     R = mean_{t > 0} (sum p m + a e) / (sum (p + m - p m) + a e),   e = 1 where m is empty, else 0
 
@@ -11,8 +11,8 @@ empty mask and falls with the area of p. R is in [0, 1].
 Departure from the paper's code: there, if SAM 2 decides that the object is gone, its logits are constant, and a
 vanished object gets no gradient. Here it never decides that (nets/sam2.py: `always_there`).
 
-Not measured: the distance between masks that do not overlap. A clip that hovers then gets no gradient towards the
-truth; add `trajectory`.
+Not measured: the distance between masks that do not overlap. In a clip in which the object hovers there is then no
+gradient towards the truth; add `trajectory`.
 """
 
 from collections.abc import Callable

@@ -7,7 +7,7 @@ the true mask m, and D the picture's diagonal, all in pixels:
 
 with s^2 the mean squared distance of that mask's pixels from its centre, s*^2 the larger of the same of the true masks
 now and in frame 0, and u = 1 unless the picture has lost most of its contrast (rewards/base.py). So an object that has
-vanished, is smeared over a noisy picture, or is imagined in a blank one, has the largest possible distance. w is 1 from
+vanished, is smeared over a noisy frame, or is detected in a blank one, has the largest possible distance. w is 1 from
 half of the true area on, up to about twice its extent. R is in [-1, 0]; 0 if m is always empty. It is a differentiable
 form of PISA's L2 (posttrain/metrics/pisa.py).
 

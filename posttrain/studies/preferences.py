@@ -1,4 +1,4 @@
-"""What trained models prefer compared with their base models, on held-out groups, as a Markdown table.
+"""Which clips trained models prefer, compared with their base models, on held-out groups, as a Markdown table.
 
     python -m posttrain.studies.preferences runs/pocket-gdpo runs/pocket-psft \
         --clips data/pocket-drop --samples runs/pocket-gdpo/samples/base/test_unseen

@@ -10,13 +10,13 @@ For each reward (a file of posttrain/rewards) and each kind of violation
              positive.
     nearer   share of clips at which the gradient pulls the object to its true position: the derivative is positive
              along the change of pixels that moves the visible object by one pixel towards its true position.
-    step     share of clips at which a step along the gradient helps: all pixels after the first picture change by
+    step     share of clips at which a step along the gradient helps: all pixels after the first frame change by
              `STEP` (root mean square), and then the object is nearer to its true masks (Chamfer distance,
              posttrain/metrics/pisa.py), as measured by the embedded tracker, which no reward uses.
 
 `towards` and `nearer` hold for small steps in pixels only. All three are taken at a kind's least and most severe clip.
 A kind that a reward declares in its RANKS should have rho <= -0.9 and is printed in bold. A second table has the mean
-rewards of clips that no reward may prefer: the first picture repeated, or the first picture followed by black, a flat
+rewards of clips that no reward may prefer: the first frame repeated, or the first frame followed by black, a flat
 colour or noise.
 
 Shape letters: B batch, C channels, F frames, H W pixels.
@@ -234,7 +234,7 @@ def right(clips: Sequence[Judged], kind: str, quantity: str) -> str:
 
 
 def impostors(batch: Batch) -> dict[str, Tensor]:
-    """Clips that no reward may prefer; all begin with the true first picture, which is given."""
+    """Clips that no reward may prefer; all begin with the true first frame, which is given."""
     assert batch.video_BCFHW is not None
     first, rest = batch.video_BCFHW[:, :, :1], torch.ones_like(batch.video_BCFHW[:, :, 1:])
     noise = torch.rand(rest.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1

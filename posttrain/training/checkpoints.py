@@ -1,8 +1,8 @@
 """Checkpoints of a run: folders step-000100/ with weights.safetensors, state.pt and meta.json.
 
-meta.json has the digests of the others, and its own.
+meta.json has the digests of the other files and its own.
 
-They are whole or absent. A damaged one is put aside, and the one before it is used.
+A checkpoint is complete or absent. A damaged one is renamed, and the previous one is used.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ class Checkpoint(NamedTuple):
 
 
 class Damaged(Exception):
-    """A checkpoint is not what was written; the message says which part."""
+    """A checkpoint is incomplete or does not match its digests; the message says which part."""
 
 
 def kept(folder: Path) -> list[Path]:
@@ -41,7 +41,7 @@ def kept(folder: Path) -> list[Path]:
 
 
 def save(folder: Path, meta: Mapping[str, Any], weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write that of step meta["step"], and delete those that are too old."""
+    """Write the checkpoint of step meta["step"], and delete the oldest ones."""
     stored = io.BytesIO()  # written by Python, whose errors say what the disk said
     torch.save(dict(state), stored)
     contents = {"weights.safetensors": save_tensors(dict(weights)), "state.pt": stored.getvalue()}
@@ -60,13 +60,13 @@ def drop_old(folder: Path) -> None:
 
 
 def newest(folder: Path, meaning: Mapping[str, Any]) -> Checkpoint | None:
-    """The newest whole checkpoint, None where there is none. Every process has to call.
+    """The newest intact checkpoint, None if there is none. Every process must call this.
 
     Args:
-        meaning: what the weights depend on now.
+        meaning: everything that the weights depend on now.
 
     Raises:
-        UserError: it was made with something else.
+        UserError: the checkpoint was made with other settings.
     """
     process = distributed.process()
     if process.is_main_process:
@@ -77,7 +77,10 @@ def newest(folder: Path, meaning: Mapping[str, Any]) -> Checkpoint | None:
             checkpoint = read(path)
         except Damaged as error:
             aside = path.with_name(f"damaged-{path.name}")
-            print(f"{path}: is damaged ({error}); the one before it is used, it becomes {aside}", file=sys.stderr)
+            print(
+                f"{path}: is damaged ({error}); the previous one is used; this one is renamed to {aside}",
+                file=sys.stderr,
+            )
             process.wait_for_everyone()  # all have looked
             if process.is_main_process:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -97,7 +100,7 @@ def read(path: Path) -> Checkpoint:
     """The checkpoint in the folder `path`.
 
     Raises:
-        Damaged: something in it is absent or changed. A disk that does not answer is no damage, and raises OSError.
+        Damaged: a file is missing or changed. Errors of the disk itself are raised as OSError.
     """
     try:
         meta = files.read_sealed(path / "meta.json")
@@ -108,13 +111,13 @@ def read(path: Path) -> Checkpoint:
         raise Damaged(str(error).partition(";")[0]) from error  # without a remedy: the caller has one
     for name, content in contents.items():
         if files.sha256_bytes(content) != meta["files"][name]:
-            raise Damaged(f"{name} is not what was written")
+            raise Damaged(f"{name} does not match its digest")
     state = torch.load(io.BytesIO(contents["state.pt"]), map_location="cpu", weights_only=True)
     return Checkpoint(meta, load_tensors(contents["weights.safetensors"]), state)
 
 
 def start_fingerprint(module: nn.Module) -> str:
-    """Hash of the weights, and of which are trained: what a run starts from."""
+    """Hash of the weights a run starts from, and of which of them are trained."""
     digest = hashlib.sha256()
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())

@@ -1,6 +1,6 @@
-"""What steps the weights: AdamW, its schedule, the gradient's norm, the weights' average.
+"""The optimiser: AdamW, learning rate schedule, gradient clipping, moving average of the weights (EMA).
 
-At step s, with the gradient g of its batch:
+At step s, with the gradient g of the batch:
 
     g' = g min(1, clip / |g|),   theta <- AdamW(theta, g', lr(s)),   ema <- d ema + (1 - d) theta
 """
@@ -22,7 +22,7 @@ from posttrain.core.trackers import TrackerName
 
 
 class TrainConfig(Strict):
-    """How a run optimises. `batch` is global: over all ranks and micro-batches of one optimiser step."""
+    """Settings of the optimiser. `batch` is global: over all ranks and micro-batches of one optimiser step."""
 
     steps: int = Field(ge=1)
     batch: int = Field(ge=1)
@@ -46,7 +46,7 @@ class TrainConfig(Strict):
     def _ends_below(self) -> "TrainConfig":
         if self.lr_end is not None and (self.schedule != "cosine" or self.lr_end > self.lr):
             raise PydanticCustomError(
-                "part", "lr_end is where a cosine ends, at most at lr; mend both, or leave it out"
+                "part", "lr_end needs schedule: cosine, and must be at most lr; change them, or leave it out"
             )
         return self
 
@@ -71,10 +71,10 @@ def schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> Any:
 
 
 class Optimizer:
-    """AdamW over the parameters of `plain` that require gradients, with its schedule and the weights' average.
+    """AdamW over the parameters of `plain` that require gradients, with its schedule and the EMA of the weights.
 
     Attributes:
-        module: `plain` as accelerate wraps it, for several processes and another precision.
+        module: `plain` wrapped by accelerate, for several processes and mixed precision.
 
     Raises:
         UserError: nothing in `plain` requires gradients.
@@ -86,8 +86,8 @@ class Optimizer:
         self._plain, self._clip, self._accelerator = plain, train.clip, accelerator
         if not self.parameters:
             raise UserError(
-                "model: nothing in it is trainable; give it an adapter, load it in fp32 to train all of it, and where "
-                "there are two experts name model.expert",
+                "model: none of its weights can be trained; set model.adapter, or model.dtype=fp32 to train all "
+                "weights; for a model with two experts also set model.expert",
                 "conflict",
                 "model",
             )
@@ -104,20 +104,20 @@ class Optimizer:
         return [p for p in self._plain.parameters() if p.requires_grad]
 
     def named(self) -> dict[str, nn.Parameter]:
-        """The same by name, without what accelerate puts before it."""
+        """The trained parameters by name, without the prefix of accelerate's wrapper."""
         return {name: p for name, p in self._plain.named_parameters() if p.requires_grad}
 
     @property
     def lr(self) -> float:
-        """Of the next step."""
+        """The learning rate of the next step."""
         return float(self._schedule.get_last_lr()[0])
 
     def clip(self) -> float:
-        """Scale the gradient down to the largest norm; the norm that it had."""
+        """Scale the gradient down to the largest allowed norm; returns its norm before."""
         return float(self._accelerator.clip_grad_norm_(self.parameters, self._clip))
 
     def step(self) -> None:
-        """Move the weights and their average, let the gradients go."""
+        """Update the weights and their average, and free the gradients."""
         self._adamw.step()
         self._adamw.zero_grad()
         self._schedule.step()
@@ -126,7 +126,7 @@ class Optimizer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The averaged weights are in the module inside this context (its own where there is no average)."""
+        """Context in which the module has the averaged weights (its own if there is no average)."""
         if self._ema is None:
             yield
             return
@@ -138,18 +138,18 @@ class Optimizer:
             self._ema.restore(self.parameters)
 
     def finish(self) -> nn.Module:
-        """Put the averaged weights in for good, take off what accelerate wrapped around the module, return it."""
+        """Put the averaged weights into the module permanently and return it without accelerate's wrapper."""
         if self._ema:
             self._ema.copy_to(self.parameters)
         self.module = self._accelerator.unwrap_model(self.module, keep_fp32_wrapper=False)
         return self.module
 
     def weights(self) -> dict[str, Tensor]:
-        """What is trained, as a checkpoint stores it."""
+        """The trained weights, as a checkpoint stores them."""
         return {name: p.detach().contiguous() for name, p in self.named().items()}
 
     def state(self) -> dict[str, Any]:
-        """The rest of what the next step depends on. Every process has to call."""
+        """All other state of the optimiser. Every process must call this."""
         return {
             "optimizer": distributed.optimizer_state(self._adamw, self.parameters),
             "scheduler": self._schedule.state_dict(),
@@ -157,7 +157,7 @@ class Optimizer:
         }
 
     def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Put back what `weights` and `state` gave."""
+        """Restore the results of `weights` and `state`."""
         for name, parameter in self.named().items():
             parameter.data.copy_(weights[name])
         distributed.load_optimizer_state(self._adamw, self.parameters, state["optimizer"])

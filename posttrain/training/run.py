@@ -1,23 +1,23 @@
-"""One training run: the loop, the order of the data, the log. It knows no method and no model.
+"""One training run: the loop, the order of the data, the log. It does not depend on the method or the model.
 
     for batch in run.batches():
         loss, metrics = some_loss(run.module, batch, config, run.random)
         run.step(loss, **metrics)
 
-A method that learns from what the model makes takes several optimiser steps on each of these rollouts:
+A method that learns from the model's own samples can take several optimiser steps on each of these rollouts:
 
     for samples in run.rollouts(make_samples, updates=4):
         loss, metrics = some_loss(run.module, samples, config, run.random)
         run.step(loss, **metrics)
 
-A run that is killed at any moment and started again ends with the same weights, bit for bit, and the same log (but for
-`seconds`). Step s sees positions s * batch ... (s + 1) * batch - 1 of an endless sequence of samples, in which each
-epoch is a permutation from (seed, epoch); random numbers depend on (seed, step, position); all else is in the
+A run that is killed at any moment and started again ends with the same weights, bit for bit, and the same log (except
+`seconds`). Step s uses positions s * batch ... (s + 1) * batch - 1 of an endless sequence of samples, in which each
+epoch is a permutation from (seed, epoch). Random numbers depend on (seed, step, position). All other state is in the
 checkpoint.
 
-With several updates, s // updates stands for s in the order of the samples, and checkpoints are written after a
-rollout's last update alone. So no rollout is stored: a run that continues makes it again, with the weights and the
-random numbers that it was made with. A run that is asked to stop does so after the last update.
+With several updates, the order of the samples uses s // updates instead of s, and checkpoints are written only after a
+rollout's last update. So no rollout is stored: a continued run computes it again, with the same weights and random
+numbers. A run that is asked to stop ends after the last update.
 """
 
 import json
@@ -53,14 +53,14 @@ Metric = float | Tensor | tuple[Tensor, Tensor]  # a pair stands for the first o
 
 
 class Data(Protocol):
-    """What a run draws batches from."""
+    """The data from which a run draws batches."""
 
     @property
     def ids(self) -> Sequence[str]: ...
 
     @property
     def key(self) -> str:
-        """Changes with the content."""
+        """A hash of the content."""
 
     def __len__(self) -> int: ...
 
@@ -82,7 +82,7 @@ def sample_order(seed: int, size: int, positions: Sequence[int]) -> list[int]:
 
 
 def share(train: TrainConfig, processes: int) -> int:
-    """How many clips of a micro-batch each process takes. Raises UserError where the batch cannot be divided so."""
+    """Number of clips per process in a micro-batch. Raises UserError if the batch cannot be divided."""
     parts = train.accumulate * processes
     if train.batch % parts:
         raise UserError(
@@ -95,16 +95,16 @@ def share(train: TrainConfig, processes: int) -> int:
 
 
 class Run:
-    """A training run in `folder` (log.jsonl, checkpoints/), which continues from its newest whole checkpoint.
+    """A training run in `folder` (log.jsonl, checkpoints/), which continues from its newest intact checkpoint.
 
     Args:
-        module: what is trained; only parameters that require gradients are stepped, averaged and stored.
+        module: the module to train; only parameters that require gradients are updated, averaged and stored.
         data: anything with `ids`, `key`, `len` and `load(indices) -> Batch`.
         validate: called with the step number and averaged weights in place every `validate_every` steps; the numbers
             that it returns join that step's row of the log, and the video files, by name, go to the trackers.
-        depends: what else the trained weights depend on, by name; values that JSON can hold.
-        ends: asked with the step number after each validation, of which there is then one before the first step too,
-            and on every process: whether training ends here.
+        depends: further settings that the trained weights depend on, by name; JSON values.
+        ends: function of the step that returns whether training ends here. Every process calls it after each
+            validation; if it is given, there is a validation before the first step too.
 
     Attributes:
         random: random numbers for the batch at hand.
@@ -156,7 +156,7 @@ class Run:
 
     @property
     def module(self) -> nn.Module:
-        """The module to call in the loss; the caller puts it back where its model looks for it."""
+        """The (wrapped) module to call in the loss; the caller must put it into its model."""
         return self._optimizer.module
 
     # ------------------------------------------------------------------ the loop
@@ -171,10 +171,10 @@ class Run:
         return self.rollouts(lambda batch: batch, updates=1)
 
     def rollouts(self, make: Callable[[Batch], Rollout], updates: int) -> Iterator[Rollout]:
-        """What `make` makes of each micro-batch, the same for `updates` optimiser steps; call `step` once for each.
+        """Yield `make(micro-batch)`, reused for `updates` optimiser steps; call `step` once for each.
 
-        `make` runs in the first of these steps, and the loss draws its random numbers after those of `make`. Where no
-        gradient is wanted through the rollout, `make` says torch.no_grad() itself. Raises as `batches` does.
+        `make` runs in the first of these steps; the loss draws its random numbers after those of `make`. If the rollout
+        needs no gradient, `make` must use torch.no_grad() itself. Raises as `batches` does.
         """
         self._updates, made = updates, dict[int, Rollout]()
         with self._surroundings():
@@ -189,18 +189,18 @@ class Run:
                 self._update()
 
     def step(self, loss: Tensor, **metrics: Metric) -> None:
-        """Take the gradient of a micro-batch's loss. The weights move when the loop asks for the next one.
+        """Compute the gradient of a micro-batch's loss. The weights are updated when the loop requests the next batch.
 
-        The log has each metric's mean over micro-batches and processes; of a pair, the ratio of the two means.
+        The log has each metric's mean over micro-batches and processes; for a pair, the ratio of the two means.
         """
         with torch.autocast(self.accelerator.device.type, enabled=False):
             self.accelerator.backward(loss)
         self._losses.append({name: _numbers(value) for name, value in {"loss": loss, **metrics}.items()})
 
     def add(self, part: Callable[[], Tensor]) -> None:
-        """Take the gradient of a part of a micro-batch's loss, and free what it needed; `step` takes the last part's.
+        """Add the gradient of a part of a micro-batch's loss and free its graph; `step` handles the last part.
 
-        `part` makes it, so that its forward pass too knows that processes need not meet for it.
+        `part` computes the loss, so that the forward pass also runs inside `no_sync`.
         """
         synchronises = self.accelerator.sync_gradients
         with self.accelerator.no_sync(self.module):
@@ -242,7 +242,7 @@ class Run:
         return self._ended or self.steps >= self.train.steps
 
     def finish(self) -> nn.Module:
-        """Put the averaged weights into the module for good, take off what accelerate wrapped around it, return it."""
+        """Put the averaged weights into the module permanently and return it without accelerate's wrapper."""
         return self._optimizer.finish()
 
     # ------------------------------------------------------------------ what a step needs
@@ -267,7 +267,7 @@ class Run:
 
     @contextmanager
     def _surroundings(self) -> Iterator[None]:
-        """Around all steps: the log cut to those done, signals that wait, trackers, the progress bar."""
+        """Context of all steps: cuts the log to the steps done, defers signals, opens trackers and progress bar."""
         self._cut_log()
         if self.done:
             yield
@@ -282,7 +282,7 @@ class Run:
 
     @contextmanager
     def _micro_batch(self, part: int) -> Iterator[None]:
-        """Around one micro-batch: its random numbers, precision, and whether processes exchange its gradient."""
+        """Context around one micro-batch: sets random numbers, precision, and whether processes exchange gradients."""
         self.random = Random(self.train.seed, self.steps, self._positions(part))
         # for layers that draw on their own, as dropout does
         entropy = np.random.SeedSequence([self.train.seed, self.steps, part, self._rank], spawn_key=(LAYERS,))
@@ -292,7 +292,7 @@ class Run:
             yield
 
     def _positions(self, part: int) -> range:
-        """Of this process's share of a micro-batch in the sequence of samples."""
+        """Positions of this process's share of a micro-batch in the sequence of samples."""
         first = self._first() + (part * self.accelerator.num_processes + self._rank) * self._share
         return range(first, first + self._share)
 
@@ -305,7 +305,7 @@ class Run:
         return batch.to(self.accelerator.device)
 
     def _look(self) -> dict[str, float]:
-        """Validate: the numbers, while the videos go to the trackers; and whether training ends here."""
+        """Validate: send videos to the trackers; returns the numbers and whether training ends here."""
         assert self._validate is not None
         with self._optimizer.averaged():
             scores, videos = self._validate(self.steps)
@@ -316,14 +316,14 @@ class Run:
         return scores
 
     def _mean(self, values: Sequence[float]) -> float:
-        """Over micro-batches and ranks."""
+        """The mean over micro-batches and ranks."""
         mean = torch.tensor(sum(values) / len(values), dtype=torch.float64)
         if self.accelerator.num_processes > 1:
             mean = self.accelerator.reduce(mean.to(self.accelerator.device), "mean")
         return float(mean)
 
     def _ratio(self, values: Sequence[tuple[float, ...]]) -> float:
-        """The mean, or of pairs the ratio of the means, over micro-batches and ranks."""
+        """The mean over micro-batches and ranks, or for pairs the ratio of the two means."""
         above, *below = (self._mean(each) for each in zip(*values, strict=True))
         return above if not below else above / below[0] if below[0] else math.nan
 
@@ -336,9 +336,9 @@ class Run:
         clips = ", ".join(self.data.ids[index] for index in order)
         broken = [self.data.ids[index] for index in order if not _finite(self.data.load([index]))]
         if broken:
-            remedy = f"what is read of {broken[0]} is not finite: delete its cached latents, or leave it out"
+            remedy = f"the data of clip {broken[0]} are not finite: delete its cached latents, or leave the clip out"
         else:
-            remedy = "all that is read of these clips is finite, so it is not they: lower train.lr"
+            remedy = "the data of these clips are finite, so they are not the cause: lower train.lr"
         return UserError(
             f"{self.folder}: {what} at step {self.steps + 1}, clips {clips}; {last}; {remedy}",
             "not_finite",
@@ -347,7 +347,7 @@ class Run:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT wait for the end of the step, or of a rollout's last; a second one acts at once."""
+        """Context that defers SIGTERM and SIGINT to the end of the step or rollout; a second one acts at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -366,7 +366,7 @@ class Run:
             raise Interrupted(self._stop)
 
     def _asked_to_stop(self) -> int:
-        """The signal that came, 0 for none; every rank answers the same."""
+        """The signal received, 0 for none; equal on every rank."""
         stop = self._stop or 0
         if self.accelerator.num_processes > 1:
             stops = self.accelerator.gather(torch.tensor([stop], device=self.accelerator.device))
@@ -381,7 +381,7 @@ class Run:
 
     @property
     def meaning(self) -> dict[str, Any]:
-        """What the trained weights depend on here; a checkpoint is continued only if it is the same."""
+        """Everything that the trained weights depend on; a checkpoint is continued only if it is equal."""
         train = self.train.model_dump(mode="json", exclude={"checkpoint_every", "trackers"})
         settings = {f"train.{name}": value for name, value in train.items()}
         return {**settings, "data": self.data.key, "model": self._start, **self._depends}
@@ -399,7 +399,7 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> int:
-        """Continue from the newest whole checkpoint; the length of its log."""
+        """Restore the newest intact checkpoint; returns the length of its log in bytes, 0 without a checkpoint."""
         checkpoint = checkpoints.newest(self._checkpoints, self.meaning)
         if checkpoint is None:
             return 0
@@ -424,7 +424,7 @@ class Run:
             self.accelerator.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=row["step"])
 
     def _cut_log(self) -> None:
-        """Take the steps off the log that will be done again."""
+        """Remove from the log the steps that will be done again."""
         if self.accelerator.is_main_process:
             log = self.folder / "log.jsonl"
             with files.explain(log), open(log, "ab") as stream:
@@ -437,7 +437,7 @@ def _numbers(metric: Metric) -> tuple[float, ...]:
 
 
 def _finite(batch: Batch) -> bool:
-    """Whether all its numbers are."""
+    """Whether all numbers are finite."""
     tensors = [value for value in vars(batch).values() if isinstance(value, Tensor) and value.is_floating_point()]
     return all(bool(value.isfinite().all()) for value in tensors)
 

@@ -1,35 +1,36 @@
-"""Tripwires: what must not get worse while a reward is trained, followed on clips that are not trained on.
+"""Tripwires: quantities that must not get worse while a reward is trained, measured on held-out clips.
 
-A model can raise a reward by what the reward does not see. So before the first step and every `eval.every` steps the
-same held-out clips are sampled from the same noise (a look), and of each clip are measured
+A model can raise a reward while the clips get worse in ways that the reward does not measure. So before the first step
+and every `eval.every` steps the same held-out clips are sampled from the same noise (a look). Measured on each clip:
 
-    reward          1      what is trained, the weighted sum
-    reward_*        1      its summands where there are several, and the rewards of `watch`
-    l2, iou, ...           the benchmark's metrics but for those that leave wires out, of the tracker that scores
-    g_error         m/s^2  |g - G|, of the scorecard (metrics/physics.py), where the clips' rows tell the distance
-    drift, jump, growth    the magnitudes of what the scorecard finds sideways (m/s, m) and in size (1/s); 0 in truth
+    reward          1      the trained reward, a weighted sum
+    reward_*        1      its summands if there are several, and the rewards of `watch`
+    l2, iou, ...           the benchmark's metrics with `wire` set, from the evaluation's tracker
+    g_error         m/s^2  |g - G| from the scorecard (metrics/physics.py), if the clips' rows have the distance
+    drift, jump, growth    magnitudes from the scorecard: sideways (m/s, m) and of the size (1/s); 0 in truth
     motion          ratio  mean |x_(f+1) - x_f| of the pictures
     sharpness       ratio  variance of the pictures' Laplacian
     size            ratio  area of the object's mask, geometric mean over the frames in which both have one
     colour          0..1   root mean square distance of the object's mean colour from the true one, over those frames
 
-where a ratio is to the true clip's, and of all together distance = |theta - theta_0| / |theta_0|, of what is trained.
+where a ratio is relative to the true clip. For all clips together: distance = |theta - theta_0| / |theta_0| of the
+trained weights.
 
 With q turned so that more is better (-l2; -|log q| for a ratio) and d the change of a clip since the first look, the
 wire of q is tripped where, over the clips,
 
     mean d(reward) > 0,  p <= CHANCE,  and  mean d(q) < 0,  p <= CHANCE / (looks x wires),
 
-and q by more than `tolerance`, for what is certain may be too little to matter. p is that of the one-sided sign-flip
-test, the share of all choices of signs of the d whose mean is as large: where two sets of samples are of one model, a
-coin decides which one is the first look's, so that it is exact for any law and any dependence of the quantities.
-`looks` are those that the whole run plans after the first (Bonferroni): where nothing but the reward changes, chance
-trips some wire in at most CHANCE of the runs. With n clips p is 2^-n at least, so few clips for many looks are refused,
-and a wire that fewer than LEAST clips have is not looked at. The best look is the one with the highest reward
-among those where no wire is tripped; its weights lie in runs/<run>/best, which `model.start` takes.
+and q changes by more than `tolerance`, because a significant change may still be too small to matter. p is that of the
+one-sided sign-flip test: the share of all choices of signs of the d whose mean is as large. If two sets of samples come
+from the same model, each sign is equally likely, so the test is exact for any distribution and any dependence of the
+quantities. `looks` is the number of looks of the whole run after the first (Bonferroni): if nothing but the reward
+changes, chance trips some wire in at most CHANCE of the runs. With n clips p is at least 2^-n, so too few clips for
+many looks are refused, and a wire with values for fewer than LEAST clips is not tested. The best look is the one with
+the highest reward among those without a tripped wire; its weights are in runs/<run>/best, which `model.start` accepts.
 
-All that is known stands in runs/<run>/tripwires.jsonl, a row for each look. A look reads the rows of earlier steps and
-writes them with its own, so that a run that was killed goes on as if it had not been.
+All results are in runs/<run>/tripwires.jsonl, a row for each look. A look reads the rows of earlier steps and writes
+them again with its own, so a killed run continues correctly.
 """
 
 import math
@@ -77,9 +78,9 @@ Values = dict[str, list[float | None]]  # by quantity, clip by clip
 
 @dataclass(frozen=True)
 class Look:
-    """What was measured at one step: the wires that are tripped by then, all values, and which files best/ then had.
+    """The measurements at one step: the wires tripped so far, all values, and the digests of the files in best/.
 
-    `version` is that of the code that measured them.
+    `version`: that of the measuring code.
     """
 
     step: int
@@ -101,7 +102,7 @@ class TripwiresConfig(Strict):
 
 
 def chooses_by_the_test(wires: TripwiresConfig, measured: EvalConfig) -> bool:
-    """Whether the clips by which weights are chosen are among those that evaluation measures them on."""
+    """Whether the clips that choose the weights are also clips of the evaluation."""
     return wires.on_trip == "roll_back" and (wires.split or watched_split(measured)) in measured.splits
 
 
@@ -115,23 +116,24 @@ def watching(
     looks: int,
     version: str = "",
 ) -> Watch:
-    """A function for `evaluate.validation(look=...)`, which gives the means for the log; one process calls it.
+    """A function for `evaluate.validation(look=...)` that returns the means for the log; one process calls it.
 
-    Made before training continues, for what the model is now is the start that `distance` is from; it is kept in main
-    memory.
+    Create it before training: the model's present weights are the start for `distance`; they are kept in main memory.
 
     Args:
         trained: weight and function of each reward that is trained.
         metrics: of the benchmark that scores.
-        looks: how many the run plans after the first.
-        version: of the code that measures. Earlier looks of another one are kept, but nothing is compared with them.
+        looks: number of looks of the whole run after the first.
+        version: of the measuring code. Earlier looks of another version are kept, but not compared with.
 
     Raises:
-        UserError: a reward of `watch` is trained, or is not there. When called: there are too few clips.
+        UserError: a reward of `watch` is trained, or does not exist. When called: there are too few clips.
     """
     if both := [part.name for part in config.watch if part.name in trained]:
         raise UserError(
-            f"tripwires.watch: {both[0]} is trained, and followed anyway; leave it out", "conflict", "tripwires.watch"
+            f"tripwires.watch: {both[0]} is trained, so it is measured anyway; leave it out",
+            "conflict",
+            "tripwires.watch",
         )
     watched = {part.name: part.module.load(part.config, model.device) for part in config.watch}
     summands = {name: reward for name, (_, reward) in trained.items()}
@@ -195,12 +197,12 @@ def read_looks(run: Path) -> list[Look]:
     """Every look of a run.
 
     Raises:
-        UserError: a line of the file is no look (format), or not what was written (damaged).
+        UserError: a line of the file is not a look (format), or does not match its digest (damaged).
     """
     path, looks = run / LOOKS, []
     for number, line in enumerate(files.read_jsonl(path) if path.exists() else (), 1):
         if not isinstance(line.get("step"), int) or not line.keys() >= {field.name for field in fields(Look)}:
-            raise UserError(f"{path}:{number}: is no look; delete {run} and train again", "format")
+            raise UserError(f"{path}:{number}: is not a look; delete {run} and train again", "format")
         if files.seal(line) != line:
             raise UserError(f"{path}:{number}: is not what was written; delete {run} and train again", "damaged")
         looks.append(Look(**{field.name: line[field.name] for field in fields(Look)}))
@@ -211,7 +213,7 @@ def best(run: Path) -> tuple[int, Path]:
     """The step of a run's best look, and the folder with its weights.
 
     Raises:
-        UserError: as `read_looks`; damaged: the weights are not those that were written.
+        UserError: as `read_looks`; damaged: the weights do not match their digests.
     """
     looks = read_looks(run)
     if wrong := files.changed(run / BEST, looks[-1].best):
@@ -226,16 +228,16 @@ def ended(run: Path, config: TripwiresConfig, step: int) -> bool:
 
 
 def best_look(looks: Sequence[Look]) -> Look:
-    """The look with the highest mean reward where no wire is tripped; of equals, the first.
+    """The look with the highest mean reward among those without a tripped wire; the first one of equals.
 
-    Of those that were measured by the code that measured the last one.
+    Only looks with the code version of the last one are considered.
     """
     alike = [look for look in looks if look.version == looks[-1].version]
     return max((look for look in alike if not look.tripped), key=lambda look: mean(look.values["reward"]) or -math.inf)
 
 
 def enough(clips: int, looks: int, wires: int) -> None:
-    """Refuse so few clips that no wire could trip.
+    """Refuse a number of clips with which no wire could trip.
 
     Raises:
         UserError: mismatch.
@@ -250,7 +252,7 @@ def enough(clips: int, looks: int, wires: int) -> None:
         )
     if needed > EXACT:
         raise UserError(
-            f"eval.every: {looks} looks at {wires} wires are too many to tell chance from change; look less often",
+            f"eval.every: {looks} looks at {wires} wires are too many to tell changes from chance; look less often",
             "mismatch",
             "eval.every",
         )
@@ -274,7 +276,7 @@ def _signs(count: int) -> np.ndarray:
 
 
 def tripped(first: Values, now: Values, tolerance: float, known: Mapping[str, Metric], looks: int) -> list[str]:
-    """The wires that are tripped (see the file's head). What is not `known`, as a reward, is better the more."""
+    """The tripped wires (see the module's docstring). For quantities not in `known` (rewards), more is better."""
     wires = [name for name in now if name != "reward"]
 
     def moved(name: str, sign: int, least: float, level: float) -> bool:
@@ -292,7 +294,7 @@ def tripped(first: Values, now: Values, tolerance: float, known: Mapping[str, Me
 
 
 def goodness(better: str, value: float) -> float:
-    """The quantity turned so that more is better; see `Metric.better`."""
+    """The quantity transformed so that more is better; see `Metric.better`."""
     if better == "one":
         return -abs(math.log(max(value, 1e-3)))
     if better == "zero":
@@ -301,12 +303,12 @@ def goodness(better: str, value: float) -> float:
 
 
 def change(name: str, first: Values, now: Values) -> str:
-    """As in "iou .412 -> .301", the means of two looks."""
+    """The means of two looks as text, such as "iou .412 -> .301"."""
     return f"{name} {mean(first[name]):.3g} -> {mean(now[name]):.3g}"
 
 
 def card(physics: Mapping[str, Pair | None], row: ClipRow) -> dict[str, float | None]:
-    """g_error, drift, jump and growth of a clip (see the file's head); None where the scorecard has none of it."""
+    """g_error, drift, jump and growth of a clip (see the module's docstring); None if the scorecard lacks it."""
     g, gravity = physics.get("g"), row.gravity
     found = {"g_error": abs(g[0] - math.hypot(*gravity)) if g and gravity else None}
     for name, quantity in (("drift", "drift"), ("jump", "jump"), ("growth", "size")):
@@ -318,7 +320,7 @@ def card(physics: Mapping[str, Pair | None], row: ClipRow) -> dict[str, float | 
 def appearance(
     video_FHWC: np.ndarray, masks_FHW: np.ndarray, true_FHWC: np.ndarray, true_masks_FHW: np.ndarray
 ) -> dict[str, float | None]:
-    """motion, sharpness, size and colour of one clip (see the file's head), None where the truth has nothing of it.
+    """motion, sharpness, size and colour of one clip (see the module's docstring); None if undefined for the true clip.
 
     Args:
         video_FHWC, true_FHWC: uint8.

@@ -1,8 +1,8 @@
-"""PISA's ambiguous set (Li et al. 2025, section 5.2 and appendix F): one first picture, several falls.
+"""PISA's ambiguous set (Li et al. 2025, section 5.2 and appendix F): one first frame, several falls.
 
 A single object hangs in front of a level camera, without shadows. It is moved along the camera's rays and scaled with
-its distance, so the first picture stays the same; its mass grows with its volume. The clips of a group share their
-first picture byte for byte and differ in the depth Z of the object's lowest point, and so in its height and fall time:
+its distance, so the first frame stays the same; its mass grows with its volume. The clips of a group share their
+first frame byte for byte and differ in the depth Z of the object's lowest point, and so in its height and fall time:
 
     Z ~ U(depth),   Y = h + beta Z,   t = sqrt(2 Y / g)
 
@@ -39,7 +39,7 @@ class Config(drop.Config):
 
 
 def group(draw: Draw, config: Config, simulate: Simulate) -> list[Scene]:
-    """The scenes of a group; if one of them can be filmed, all can.
+    """The scenes of a group; if one of them fits the picture, all do.
 
     Raises:
         UserError: no such scene fits the ranges.

@@ -24,7 +24,7 @@ from sim.worlds.base import Amounts, Draw, Positives, Take
 
 AIR = ("hover", "drift", "spin", "orbit")
 MOTIONS = (*AIR, "slide", "roll")
-# headings by quarter turns, for captions: a model cannot know them from the first picture
+# headings by quarter turns, for captions: a model cannot know them from the first frame
 UPRIGHT = ("to the right", "up", "to the left", "down")
 LEVEL = ("to the right", "away", "to the left", "towards us")
 

@@ -2,9 +2,9 @@
 
     eval: {benchmark: {name: pisa}, ...}
 
-A benchmark is a module of this folder with a `Config` (its keys in the recipe) and `BENCHMARK`, which declares once
-what its table shows and how it is measured. Records, printed tables, reports, charts and tripwires go by that; none of
-them names a metric. A module without these two names is a helper.
+A benchmark is a module of this folder with a `Config` (its keys in the recipe) and `BENCHMARK`, which declares the
+metrics of its table and how they are measured. Records, printed tables, reports, charts and tripwires use this
+declaration; none of them names a metric. A module without these two names is a helper.
 
 Shape letters: B batch, C channels, F frames, H W pixels.
 """
@@ -28,7 +28,7 @@ Pair = list[float]  # [value, sigma]
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that is measured on each clip.
+    """A metric: a number that is measured on each clip.
 
     Attributes:
         key: its name in files.
@@ -37,10 +37,10 @@ class Metric:
         better: less; more; zero: the nearer to 0, of a signed number; one: the nearer to 1, of a ratio to the truth;
             truth: the nearer to the truth's own value.
         decimals: how many are shown.
-        hint: what a table says below the title; "": the unit or what is better.
-        headline: what a report says of it at its head; "": it is not there.
-        share: it is a share of 1, which a headline shows in percent.
-        wire: tripwires follow it.
+        hint: text below the title in a table; "": the unit or which direction is better.
+        headline: text for the head of a report; "": not shown there.
+        share: whether it is a share of 1, which a headline shows in percent.
+        wire: whether tripwires watch it.
     """
 
     key: str
@@ -56,13 +56,13 @@ class Metric:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table that is no trained model.
+    """A row of the table that is not a trained model.
 
     Attributes:
-        note: what the table says of it.
-        video: (true_BCFHW in [-1, 1], model) -> what the row shows; None: the model samples.
-        uses_model: `video` asks the model.
-        shown: it has a place in the players; if not, its numbers say enough.
+        note: its description in the table.
+        video: (true_BCFHW in [-1, 1], model) -> the row's video; None: the model samples.
+        uses_model: whether `video` uses the model.
+        shown: whether the report's players show it.
     """
 
     name: str
@@ -82,7 +82,7 @@ TRUTH_VAE = Row(
 )
 FROZEN = Row(
     "frozen",
-    "the first picture held",
+    "the first frame repeated",
     lambda true_BCFHW, model: true_BCFHW[:, :, :1].expand_as(true_BCFHW),
     shown=False,
 )
@@ -92,18 +92,18 @@ ROWS = (TRUTH, TRUTH_VAE, FROZEN, BASE)
 
 @dataclass(frozen=True)
 class ClipScore:
-    """What was measured on one clip. Of several samples: means over those that have a number, and a list of the rest.
+    """The measurements of one clip. For several samples: means over those that have a number, and lists of the rest.
 
     Attributes:
-        numbers: by the benchmark's metrics; None where there is none.
-        id, caption: of the clip; a benchmark leaves them out.
-        truth: what a test needs of the clip's row, see `TestSet.facts`.
-        released: the metrics that the authors' released code computes otherwise, so computed.
+        numbers: the benchmark's metrics by key; None if a metric has no value.
+        id, caption: of the clip; `score` does not set them.
+        truth: the fields of the clip's row that a test needs, see `TestSet.facts`.
+        released: the metrics that the authors' released code computes in another way, computed in that way.
         physics: the scorecard, by quantity.
-        true_path: the object's centre in the true clip, `paths` in each sample.
-        impact_frames: of each sample, None where nothing lands.
-        lifted: of each sample, see distribution.lifted; None where it was not asked.
-        notes: on samples of which not all is measured, or not at the times of their frames; None: there are none.
+        true_path: the object's centre in the true clip; `paths`: in each sample.
+        impact_frames: of each sample, None if nothing lands.
+        lifted: of each sample, see distribution.lifted; None if it was not computed.
+        notes: on samples that are not measured completely, or not at the times of their frames; None: no notes.
     """
 
     numbers: Mapping[str, float | None]
@@ -131,10 +131,10 @@ class Score(Protocol):
     """Scores one video for each clip of a batch.
 
     Args:
-        videos_BFHWC: uint8; the first picture is the clip's.
-        batch: the true clips, in pixels, with instances and target where they are known.
-        rows: what is known of them.
-        times_F: seconds at which the videos' frames are shown, ascending from 0; a rate says it only of steady ones.
+        videos_BFHWC: uint8; the first frame is the clip's.
+        batch: the true clips, in pixels, with instances and target if they are known.
+        rows: the rows of the true clips.
+        times_F: seconds at which the videos' frames are shown, ascending from 0; the rate need not be constant.
         tracker: follows an object, on the batch's device.
     """
 
@@ -148,9 +148,9 @@ class TestSet(NamedTuple):
 
     Attributes:
         seeds: samples of each clip.
-        rows: of the rows that no model samples, those that are measured on it; None: all.
+        rows: the reference rows (no model samples them) that are measured on it; None: all.
         facts: fields of the clips' rows that records keep, in `ClipScore.truth`.
-        needed: fields without which the clips are none of this test; `world` films such.
+        needed: fields that the clips' rows must have; `world` is the world that writes them.
     """
 
     folder: str
@@ -164,17 +164,17 @@ class TestSet(NamedTuple):
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Everything that is asked of a benchmark.
+    """The interface of a benchmark.
 
     Attributes:
         metrics: the table's columns. The first one is drawn and has intervals everywhere.
         score: measures videos.
-        heading, note: what a report says above its table.
+        heading, note: text above its table in a report.
         scorecard: quantities of `ClipScore.physics`, which a report shows by their medians.
-        rows: those of the table that are no trained model; the first one is the truth.
-        sources: other modules that numbers depend on; where their text changes, nothing is reused.
-        tests: (config, seeds) -> test sets beside the splits that the recipe names, by their name in files.
-        split: (split, clip) -> the split under which the table shows a clip; None: it does not.
+        rows: rows of the table that are not trained models; the first one is the truth.
+        sources: other modules that the numbers depend on; if their source changes, records are measured again.
+        tests: (config, seeds) -> further test sets besides the recipe's splits, by their name in files.
+        split: (split, clip) -> the split under which the table shows a clip; None: it is not shown.
     """
 
     metrics: tuple[Metric, ...]
@@ -189,7 +189,7 @@ class Benchmark:
 
     @property
     def references(self) -> tuple[Row, ...]:
-        """The rows that no model samples. Nothing in them is random, so one seed is enough."""
+        """The reference rows, which no model samples. Nothing in them is random, so one seed is enough."""
         return tuple(row for row in self.rows if row.video is not None)
 
     @property
@@ -198,7 +198,7 @@ class Benchmark:
 
 
 def merge(scores: Sequence[ClipScore]) -> ClipScore:
-    """Several samples of one clip as one."""
+    """The scores of several samples of one clip, merged."""
     first = scores[0]
     return replace(
         first,
@@ -213,7 +213,7 @@ def merge(scores: Sequence[ClipScore]) -> ClipScore:
 
 
 def pooled(measures: Sequence[Pair | None]) -> Pair | None:
-    """[value, sigma] of the mean of the measures that exist."""
+    """[value, sigma] of the mean of the measures that are not None."""
     present = np.array([measure for measure in measures if measure is not None])
     if not len(present):
         return None
@@ -221,6 +221,6 @@ def pooled(measures: Sequence[Pair | None]) -> Pair | None:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Mean of the values that exist."""
+    """Mean of the values that are not None."""
     present = [value for value in values if value is not None]
     return float(np.mean(present)) if present else None

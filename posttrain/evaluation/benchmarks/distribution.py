@@ -1,7 +1,7 @@
-"""A measured run's numbers on p(t|y) and on 3D (PISA, section 5.2), from impact frames and masks.
+"""A run's results for p(t|y) and for falls in 3D (PISA, section 5.2), from impact frames and masks.
 
 A helper of pisa.py. The formulas are in posttrain/metrics/distribution.py. In an ambiguous set
-(sim/worlds/ambiguous.py), rows say which clips have the same first picture (`group`), along which ray the object is
+(sim/worlds/ambiguous.py), rows say which clips have the same first frame (`group`), along which ray the object is
 (`beta`), and between which `depths`.
 """
 
@@ -20,21 +20,21 @@ LEVEL = 0.05  # a p-value up to this rejects
 
 
 def falls(record: Record, truth: Record | None, rng: np.random.Generator) -> dict[str, Any]:
-    """Test p(t|y) on the videos of a model, first picture by first picture; the paper takes 128 videos of each of 50.
+    """Test p(t|y) on the videos of a model, for each first frame. The paper has 128 videos for each of 50 first frames.
 
     Args:
         record: with `impact_frames`, `lifted` and `truth` of each clip.
-        truth: the record of the true clips, from which the test gets the errors of measurement; None: no errors.
+        truth: the record of the true clips, from which the measurement errors are estimated; None: no errors.
         rng: draws the samples behind the p-values.
 
     Returns:
-        pictures: for each its beta, number of videos, the pmf (K,) and the measured shares (K,), whose last entry is no
-            contact, and `ks_test`'s numbers.
-        rejected: share of the pictures with a p-value up to LEVEL; LEVEL for a perfect model.
+        pictures: for each first frame its beta, number of videos, the pmf (K,) and the measured shares (K,), whose last
+            entry is "no contact", and the results of `ks_test`.
+        rejected: share of the first frames with a p-value of at most LEVEL; a perfect model has LEVEL.
         never: share of the videos in which nothing lands.
-        lifted: number of falls that can be lifted.
-        fall_error: metres, their median.
-        inside: share of them with a depth within the training clips' range.
+        lifted: number of falls that can be lifted to 3D.
+        fall_error: median over these falls, metres.
+        inside: share of these falls with a depth in the range of the training clips.
     """
     errors = None if truth is None else calibrate(truth.clips)
     groups: dict[int, list[ClipScore]] = {}
@@ -62,7 +62,7 @@ def falls(record: Record, truth: Record | None, rng: np.random.Generator) -> dic
 
 
 def calibrate(clips: Sequence[ClipScore]) -> dict[int | None, float]:
-    """Errors of the impact frames measured in true clips, see `distribution.estimator_errors`."""
+    """The errors of impact frames, measured on true clips, see `distribution.estimator_errors`."""
     landing = [clip for clip in clips if clip.truth["contact_time"] is not None]
     known = [pisa.first_frame_after(clip.truth["contact_time"], clip.truth["fps"]) for clip in landing]
     return distribution.estimator_errors([clip.impact_frames[0] for clip in landing], known)
@@ -76,14 +76,14 @@ def fall_times(
     rng: np.random.Generator,
     errors: distribution.Errors | None = None,
 ) -> dict[str, Any]:
-    """Test p(t|y) on the videos of one first picture.
+    """Test p(t|y) on the videos of one first frame.
 
     Args:
-        impact_frames: of its videos; None if nothing lands.
-        facts: beta, camera, depths and gravity of one of its true clips.
-        frames: of a generated video.
+        impact_frames: of the videos; None if nothing lands.
+        facts: beta, camera, depths and gravity of one of the true clips.
+        frames: number of frames of a generated video.
         fps: its frames per second.
-        errors: of the measured frames, see `calibrate`.
+        errors: measurement errors of impact frames, see `calibrate`.
     """
     heights = distribution.drop_heights(facts["beta"], facts["camera"]["position"][2], depths(facts))
     pmf_K = distribution.frame_pmf(heights, fps, frames, math.hypot(*facts["gravity"]), errors)

@@ -1,17 +1,17 @@
-"""PisaBench on simulated clips: let a model continue the first picture, follow the object, compare with the truth.
+"""PISA's evaluation on simulated clips: a model continues the first frame, a tracker follows the object, compare masks.
 
 PISA, arXiv 2503.09595, section 3 and appendix B. For every clip and seed
-    1. a row of the table makes a video of the clip's first picture and caption,
+    1. a row of the table makes a video of the clip's first frame and caption,
     2. a tracker follows the object that drops, from its true mask in frame 0,
     3. posttrain.metrics.pisa compares the masks with the simulator's,
 and the seeds of a clip are averaged before clips are.
 
-Departures from the paper: masks come from a tracker that no reward is computed with, where the paper uses SAM 2 for
-both; the truth is the simulator's mask, not a tracked one.
+Departures from the paper: masks come from a tracker that no reward uses, while the paper uses SAM 2 for both; the truth
+is the simulator's mask, not a tracked one.
 
-Beside the splits there may be the grid, whose clips the table shows as two splits, `id` with depths and heights as in
-training and `ood` with others, and the falls, which test p(t|y) and of the references need `truth` alone; see
-distribution.py.
+Besides the splits there may be two more sets. The grid is shown in the table as two splits: `id`, with depths and
+heights as in training, and `ood`, with others. The falls test p(t|y); of the references, only `truth` is measured on
+them; see distribution.py.
 """
 
 import math
@@ -37,16 +37,16 @@ GRID, FALLS = "grid", "falls"  # test sets beside the splits
 
 
 class FallsConfig(Strict):
-    """The test of p(t|y): an ambiguous set (sim/worlds/ambiguous.py), and the number of videos of each of its clips."""
+    """The test of p(t|y): an ambiguous set (sim/worlds/ambiguous.py), and the number of samples of each clip."""
 
     clips: str
     seeds: int = Field(6, ge=1)
 
 
 class Config(Strict):
-    """`grid` is a folder that tells depths and heights which training had from others (sim/worlds/grid.py).
+    """`grid` is a dataset with depths and heights inside and outside the training range (sim/worlds/grid.py).
 
-    Of it and of `falls` the split test_unseen is measured.
+    The split test_unseen of `grid` and of `falls` is measured.
     """
 
     grid: str | None = None
@@ -83,7 +83,7 @@ NOTE = (
 
 
 def tests(config: Config, seeds: int) -> dict[str, TestSet]:
-    """The grid and the falls."""
+    """The test sets of the grid and the falls."""
     found: dict[str, TestSet] = {}
     if config.grid:
         found[GRID] = TestSet(config.grid, "test_unseen", seeds, facts=("id",), needed=("id",), world="grid")
@@ -96,7 +96,7 @@ def tests(config: Config, seeds: int) -> dict[str, TestSet]:
 
 
 def split(name: str, clip: ClipScore) -> str | None:
-    """The grid is two splits of the table, the falls are a test of their own."""
+    """The table's split of a clip: the grid gives two splits; the falls are not in the table."""
     if name == GRID:
         return "id" if clip.truth["id"] else "ood"
     return None if name == FALLS else name
@@ -113,7 +113,7 @@ def score(
     """Score one generated video per clip of `batch`.
 
     Args:
-        videos_BFHWC: uint8, the generated videos; the first picture is the clip's.
+        videos_BFHWC: uint8, the generated videos; the first frame is the clip's.
         batch: the true clips with `instances_BFHW` and `target_B`.
         rows: of them fps, drop_height, gravity, camera and distance.
         times_F: seconds at which the generated videos' frames are shown, ascending from 0.
@@ -122,10 +122,10 @@ def score(
             their times, or not at all where they have none. None: each frame is true when it is shown.
 
     Returns:
-        For each clip METRICS in the paper's convention (time_error in seconds and time_offset in milliseconds, None
-        where nothing lands), `released` with l2, chamfer, iou, vanished, span in the other one; the scorecard, empty
-        where camera and distance are not known, of what is sideways the magnitude; `lifted` of an ambiguous set. A
-        number that does not exist is None.
+        For each clip METRICS in the paper's convention (time_error in seconds and time_offset in milliseconds, None if
+        nothing lands); `released`: l2, chamfer, iou, vanished, span in the convention of the released code; the
+        scorecard, with magnitudes of sideways quantities, empty if camera and distance are not known; `lifted` for an
+        ambiguous set. A number that does not exist is None.
     """
     assert batch.instances_BFHW is not None
     assert batch.target_B is not None
@@ -165,9 +165,9 @@ def score(
 
 
 def card(masks_FHW: np.ndarray, times_F: np.ndarray, row: ClipRow, span: float = 1.0) -> dict[str, Pair | None]:
-    """The scorecard of a video of the clip of a row: [value, sigma] by quantity.
+    """The scorecard of a video that continues the clip of a row: [value, sigma] by quantity.
 
-    In what it lacks of the true clip, all but a share `span`, nothing is seen.
+    If the video covers only a share `span` of the true clip, the object counts as not visible in the rest.
     """
     gravity = math.hypot(*(row.gravity or (0.0,)))
     if not (row.camera and row.distance and gravity):
@@ -184,7 +184,7 @@ def card(masks_FHW: np.ndarray, times_F: np.ndarray, row: ClipRow, span: float =
 
 
 def finite(numbers: dict[str, Any]) -> dict[str, float | None]:
-    """The same numbers, NaN as None, which JSON can say."""
+    """The same numbers with None instead of NaN, which JSON does not have."""
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in numbers.items()}
 
 

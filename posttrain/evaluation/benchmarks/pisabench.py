@@ -1,12 +1,12 @@
-"""Clips whose truth is known, from PisaBench as it was published or from a dataset folder of ours. A helper of pisa.py.
+"""True clips of a benchmark: PisaBench as published, or a dataset folder of `sim`. A helper of pisa.py.
 
     <...>/0000/clip_info.json, 00000.jpg, ...                  PisaBench real: 361 clips, 120 fps, clicks on frame 0
     <...>/00/clip_info.json, mask.npz, rgba_00000.jpg, ...     PisaBench simulated (seen and unseen): 16 fps
     <...>/<split>/metadata.jsonl                               ours (data/dataset.py)
 
-These rates stand nowhere in PisaBench's files. A set of one's own in its layout says in clip_info.json how many frames
-per second there are ("fps": 24), or is opened with the rate; else it is refused, unless it has PisaBench's own number
-of real clips, or its names of simulated ones.
+PisaBench's files do not contain these rates. For your own clips in this layout, give the rate in clip_info.json
+("fps": 24) or as an argument. Without a rate a set is refused, unless it has PisaBench's number of real clips, or its
+names of simulated clips.
 
 clip_info.json is {"prompt": "A black eraser falls.", "points": [{"positive": [[x, y], ...], "negative": [...]}, ...]},
 an entry of `points` for each object; simulated clips have no `points`. mask.npz holds `mask` (frames, objects, H, W).
@@ -14,7 +14,7 @@ Only the object that drops is scored: the last one in simulated clips, the one w
 clips.
 
 The real set has no masks. SAM 2 makes them from the clicks, at the pictures' own size and rate, for the frames that are
-needed; they are cached. A mask.npz beside real pictures (the authors' own script writes it) is used instead.
+needed; they are cached. If a folder of real pictures has a mask.npz (the authors' own script writes it), that is used.
 
 Shape letters: F frames, H W pixels, P clicks.
 """
@@ -53,10 +53,10 @@ class Truth:
     """A clip of a benchmark.
 
     Attributes:
-        row: caption, fps, size, and if known drop_height, gravity, camera and distance.
-        picture: returns its first picture, uint8 (H, W, 3).
-        masks: takes n, returns the first n masks of the scored object (fewer if the clip ends), bool (F, H, W).
-        key: changes with everything that the masks depend on.
+        row: caption, fps, size and, if known, drop_height, gravity, camera and distance.
+        picture: function that returns the first frame, uint8 (H, W, 3).
+        masks: function of n that returns the scored object's first n masks (fewer if the clip ends), bool (F, H, W).
+        key: hash of everything that the masks depend on.
         context: text that is added to the caption in a model's prompt.
     """
 
@@ -83,17 +83,17 @@ def open_benchmark(
 
     Args:
         clicks: SAM 2, for the real set.
-        follower: changes with everything that its masks depend on.
+        follower: hash of everything that its masks depend on.
         cache: the folder for its masks.
         fps: frames per second of the true clips, if their files do not say it.
 
     Raises:
-        UserError: there is no clip, a file of one is wrong, clicks need SAM 2 and there is none, or the rate is
-            not known (required, --truth-fps), is none (value), or is another one in the files (conflict).
+        UserError: there is no clip, a file is wrong, clicks need SAM 2 and none is given, or the rate is not known
+            (required, --truth-fps), is not a rate (value), or differs from that in the files (conflict).
     """
     folder = Path(folder)
     if fps is not None and not 0 < fps < math.inf:
-        raise UserError(f"--truth-fps: {fps:g} is no rate; give frames per second", "value", "--truth-fps")
+        raise UserError(f"--truth-fps: {fps:g} is not a frame rate; give frames per second", "value", "--truth-fps")
     scenes = sorted(path.parent for path in folder.rglob("clip_info.json") if not _hidden(path.relative_to(folder)))
     if scenes:
         split_scenes: dict[str, list[Path]] = {}
@@ -110,7 +110,9 @@ def open_benchmark(
     if not splits:
         raise UserError(f"{folder}: holds no clips to compare with; name PisaBench's real or sim, or a dataset folder")
     if fps is not None:
-        raise UserError(f"{folder}: says its clips' rate itself; leave --truth-fps out", "conflict", "--truth-fps")
+        raise UserError(
+            f"{folder}: its files already give the frame rate; leave --truth-fps out", "conflict", "--truth-fps"
+        )
     tests = [split for split in splits if split.startswith("test")]
     return {split: _ours(folder, split) for split in tests or splits}
 
@@ -143,7 +145,7 @@ def _ours(folder: Path, split: str) -> list[Truth]:
 
 
 def _rates(split: str, scenes: Sequence[Path], asked: float | None) -> dict[Path, float]:
-    """The frames per second of each clip of a split: as its file says, as it is asked for, or those of PisaBench."""
+    """The frames per second of each clip of a split: from its file, from the argument, or PisaBench's."""
     infos = {scene: _info(scene) for scene in scenes}
     silent = [scene for scene, info in infos.items() if "fps" not in info]
     assumed = asked
@@ -160,7 +162,8 @@ def _rates(split: str, scenes: Sequence[Path], asked: float | None) -> dict[Path
                 "--truth-fps",
             )
         print(
-            f"{split}: nothing says the rate of the true clips; taken as PisaBench's {assumed:g} fps", file=sys.stderr
+            f"{split}: the files do not give the frame rate of the true clips; PisaBench's {assumed:g} fps is assumed",
+            file=sys.stderr,
         )
     rates: dict[Path, Any] = {scene: info.get("fps", assumed) for scene, info in infos.items()}
     for scene, rate in rates.items():
@@ -198,7 +201,7 @@ def _published(scene: Path, fps: float, clicks: Clicks | None, follower: str, ca
         raise UserError(f"{archive}: does not exist; unpack PisaBench again")
     if clicks is None or cache is None:
         raise UserError(
-            f"{scene}: its masks come from clicks through SAM 2; name one, as in --tracker facebook/sam2.1-hiera-large"
+            f"{scene}: SAM 2 must make its masks from clicks; name one, as in --tracker facebook/sam2.1-hiera-large"
         )
     # the pictures' names and sizes are hashed instead of their bytes, about 40 GB in total
     sizes = [[picture.name, picture.stat().st_size] for picture in pictures]
@@ -237,7 +240,7 @@ def _stored(archive: Path, target: int, objects: int, n: int) -> np.ndarray:
 
 
 def _clicked(pictures: list[Path], clicked: dict[str, Any], clicks: Clicks, kept: Path, n: int) -> np.ndarray:
-    """The first n masks, from the file `kept`, or from SAM 2 if that has fewer."""
+    """The first n masks, from the cache file `kept`, or from SAM 2 if the file has fewer."""
     n = min(n, len(pictures))
     if kept.exists():
         arrays = read_annotations(kept, ["shape", "bits"])

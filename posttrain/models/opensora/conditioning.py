@@ -104,7 +104,7 @@ def apply_mask_strategy(
 # ---------------------------------------------------------------------------------------------- training masks
 
 # With which probability a clip gets which `frame_mask` in stage 3 of the published training; the others are identity.
-# PISA's is {"image_head": 1.0}, the first picture of every clip, which `model.conditioning: image` means too.
+# PISA's is {"image_head": 1.0}, the first frame of every clip, which `model.conditioning: image` means too.
 MASK_RATIOS = {
     "random": 0.01,
     "intepolate": 0.002,

@@ -4,8 +4,8 @@
 - a folder with transformer/, vae/, text_encoder/ and tokenizer/; model_index.json may say {"fps": ...},
 - a folder with the transformer itself, as hpcai-tech/OpenSora-STDiT-v3 has it, or that hub id,
 - the folder of a training checkpoint of Open-Sora or PISA (see weights.py), of which model/ is read, else ema.pt.
-What is not in the folder is the published part, from the hub. `model.start` may name ema.pt alone, as any file of
-weights, and its model in `model.path`.
+Parts that the folder lacks are the published ones, from the hub. `model.start` may be a single file of weights, such as
+ema.pt; then `model.path` names its model.
 """
 
 from collections.abc import Callable
@@ -47,10 +47,10 @@ class Parts(NamedTuple):
 
 
 def locate(path: str, revision: str | None = None) -> Parts:
-    """Where the parts of the model that `path` names lie, fetched where they are not here.
+    """The folders of the parts of the model that `path` names; missing parts are downloaded.
 
     Raises:
-        UserError: `path` is no folder and not to be had from the hub.
+        UserError: `path` is not a folder and cannot be downloaded from the hub.
     """
     root = folder_of(path, revision)
     text = None
@@ -67,7 +67,7 @@ def locate(path: str, revision: str | None = None) -> Parts:
 
 
 def folder_of(path: str, revision: str | None = None) -> Path:
-    """The folder that `path` names, absolute, for later the working directory may be another. Errors as `locate`."""
+    """The absolute folder that `path` names, since the working directory may change later. Errors as `locate`."""
     if Path(path).is_dir():
         if revision is not None:
             raise UserError(
@@ -78,7 +78,7 @@ def folder_of(path: str, revision: str | None = None) -> Path:
         return Path(path).absolute()
     if Path(path).is_file():
         raise UserError(
-            f"model.path: {path} is a file; name the model's folder or hub id, and the file in model.start",
+            f"model.path: {path} is a file; set it to the model's folder or hub id, and model.start to the file",
             "format",
             "model.path",
         )
@@ -88,7 +88,7 @@ def folder_of(path: str, revision: str | None = None) -> Path:
 
 
 def read_configs(path: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the configs of transformer and VAE say; {}: as our classes' defaults, which are the published models.
+    """The configs of transformer and VAE; {} means the defaults of our classes, which are those of the published model.
 
     Raises:
         UserError: as `locate`. The published model is known without the hub.
@@ -109,7 +109,7 @@ def _fetch(name: str, revision: str | None, *patterns: str) -> Path:
     except Exception as error:  # the hub, the network and the disk each raise their own kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"model.path: {name} cannot be got from the hub ({reason}); check the network and the login "
+            f"model.path: {name} cannot be downloaded from the hub ({reason}); check the network and the login "
             "(hf auth login), or name a folder that has transformer/, vae/, text_encoder/ and tokenizer/",
             "network",
             "model.path",
@@ -117,7 +117,7 @@ def _fetch(name: str, revision: str | None, *patterns: str) -> Path:
 
 
 def bare(config: ModelConfig, dtype: torch.dtype | None = None) -> STDiT3:
-    """The transformer as training starts from it, before there is an adapter; None: in `config.dtype`.
+    """The transformer from which training starts, without a new adapter; dtype None: `config.dtype`.
 
     Raises:
         UserError: it cannot be loaded, or `start` or `merge` do not fit it.
@@ -131,7 +131,7 @@ def _transformer_folder(config: ModelConfig) -> Path:
 
 
 def _transformer(config: ModelConfig, folder: Path, dtype: torch.dtype | None) -> STDiT3:
-    """None: in the dtype of the files."""
+    """The transformer; dtype None: that of the files."""
     shape = STDiT3.read_config(folder)
     if config.init == "random":
         return initialise(shape, config.seed)
@@ -155,7 +155,7 @@ def _transformer(config: ModelConfig, folder: Path, dtype: torch.dtype | None) -
 
 
 def freeze(transformer: STDiT3, trained: bool) -> None:
-    """Say what is trained where there is no adapter: all but the text's projection and the frequencies along time."""
+    """Without an adapter, train all weights except the text projection and the rotary frequencies along time."""
     transformer.requires_grad_(trained)
     for frozen in (transformer.rope, transformer.y_embedder):
         frozen.requires_grad_(False)
@@ -167,7 +167,7 @@ def _is_adapter(start: str) -> bool:
 
 
 def save_merged(config: ModelConfig, adapter: Path, path: Path) -> None:
-    """Write the folder `path` as the published one: the transformer with `adapter` folded in, in its files' dtype.
+    """Write the folder `path` in the published layout: the transformer with `adapter` merged, in its files' dtype.
 
     Raises:
         UserError: as `bare` and `lora.load`, or the folder cannot be written.
@@ -178,10 +178,10 @@ def save_merged(config: ModelConfig, adapter: Path, path: Path) -> None:
 
 
 def load(config: ModelConfig, device: str | torch.device = "cpu") -> OpenSora:
-    """The model that a recipe names, in main memory; only what will be trained has requires_grad.
+    """Load the model that a recipe names, into main memory; only the weights to train have requires_grad.
 
-    Where all weights are trained, the text's projection is not, nor are the frequencies along time, as published.
-    Weights of `dtype: bf16` are not trained themselves. The transformer is read now, the others when they are used.
+    Without an adapter, all weights are trained except the text projection and the frequencies along time, as published.
+    Weights with `dtype: bf16` cannot be trained themselves. The transformer is read now, other parts when first used.
 
     Raises:
         UserError: no such model, or a part is missing, broken or does not fit the others.
@@ -195,7 +195,9 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> OpenSora:
         )
     if config.init == "random" and config.dtype != "fp32":
         raise UserError(
-            "model.dtype: random weights are fp32, for all of them are trained; leave it out", "conflict", "model.dtype"
+            "model.dtype: with init=random all weights are trained, so they are fp32; leave it out",
+            "conflict",
+            "model.dtype",
         )
     parts, dtype = locate(config.path, config.revision), DTYPES[config.dtype]
     files_of(parts.vae)

@@ -1,13 +1,14 @@
-"""Open-Sora v1.2 as a `VideoModel`: its own time (0 to 1000) and sign (data - noise) are turned into ours in here.
+"""Open-Sora v1.2 as a `VideoModel`. Converts its own time (0 to 1000) and sign (data - noise) to ours.
 
-The first picture is a clean latent frame, marked as clean by the transformer's `x_mask`, as in the published
-model. Texts are encoded as they are, in training and in sampling; what the published sampling script makes of a prompt
-before is `prompt` in text.py. The text "" is the learned one that stands for none: all zeros here, and put in when the
-transformer is asked; where the first half of a batch is without text, it is cut to the lengths of the other half's, as
-the published guidance does.
+The first frame is a clean latent frame, marked as clean by the transformer's `x_mask`, as in the published model. Texts
+are encoded unchanged, in training and in sampling; `prompt` in text.py does what the published sampling script does to
+a prompt first. The text "" stands for the learned null text: it is all zeros here, and is replaced when the transformer
+is called. If the first half of a batch has no text, the null text is cut to the lengths of the other half, as in the
+published guidance.
 
-Latents are the means of both posteriors (the published code draws from them). How many pictures they stand for they do
-not say: 9 are 30 to 33 pictures. It is the clip's that `latent_shape`, `encode` or `condition` was last asked for.
+Latents are the means of both posteriors (the published code samples them). The number of latent frames does not
+determine the number of frames: 9 stand for 30 to 33. The number of the clip last passed to `latent_shape`, `encode` or
+`condition` is used.
 """
 
 import hashlib
@@ -42,9 +43,9 @@ class OpenSora:
     """A `VideoModel` (see base.py).
 
     Args:
-        vae: its shape; its weights are not asked, and may lie on the meta device.
-        read: reads "vae" and "text_encoder", each when it is first asked for, and again after `unload`.
-        fps: the transformer's fps input for clips of more than one picture.
+        vae: used only for its shape; its weights may be on the meta device.
+        read: function that reads "vae" and "text_encoder", called when first needed, and again after `unload`.
+        fps: the transformer's fps input for clips of more than one frame.
     """
 
     times = (0.0, 1.0)
@@ -97,7 +98,7 @@ class OpenSora:
         return [self.transformer]
 
     def _here(self, part: Any) -> Any:
-        """A part, on the device from now on."""
+        """Read a part if necessary, and move it to the device."""
         if next(part.parameters()).device != self.device:
             part.to(self.device)
         return part
@@ -135,7 +136,7 @@ class OpenSora:
         return length, -length % self.time
 
     def latent_frames(self, frames: int) -> int:
-        """Of the first so many pictures of the clip that is worked on; of a clip of so many where that is shorter."""
+        """Latent frames for so many first frames of the current clip (or of a clip of that length, if it is longer)."""
         if self._clip is None or frames > self._clip[0]:
             return count_latents(frames, self.piece, self.time)
         pieces, rest = divmod(frames, self.piece) if self.piece else (0, frames)
@@ -143,7 +144,7 @@ class OpenSora:
         return before + math.ceil((rest + self._piece(frames - rest)[1]) / self.time) * (rest > 0)
 
     def _pictures(self, latents: int) -> int:
-        """How many pictures the first so many latent frames stand for."""
+        """The number of frames that the first so many latent frames stand for."""
         pieces, rest = divmod(latents, math.ceil(self.piece / self.time)) if self.piece else (0, latents)
         before = pieces * (self.piece or 0)
         if not rest:
@@ -160,14 +161,14 @@ class OpenSora:
         return z_BCFHW
 
     def decode(self, z_BCFHW: Tensor, recompute: bool = True, offload: bool = False) -> Tensor:
-        """In the dtype of z, clamped; the gradient is for descent (see pixels.py)."""
+        """Pixels in the dtype of z, clamped; for the gradient see pixels.py."""
         vae, keeps = self._here(self.vae), torch.is_grad_enabled() and z_BCFHW.requires_grad
         with save_on_cpu(pin_memory=z_BCFHW.is_cuda) if offload and keeps else nullcontext():
             video_BCFHW = vae.decode(z_BCFHW.to(vae.dtype), self._pictures(z_BCFHW.shape[2]), recompute)
             return clamp(video_BCFHW).to(z_BCFHW.dtype)
 
     def condition(self, first_BC1HW: Tensor, frames: int) -> dict[str, Tensor]:
-        """Nothing: the picture is a clean latent."""
+        """Empty: the first frame is a clean latent frame."""
         self._clip = frames, first_BC1HW.shape[3], first_BC1HW.shape[4]
         return {}
 
@@ -225,7 +226,7 @@ class OpenSora:
         return -v_BCFHW[:, :channels].to(z_BCFHW.dtype)
 
     def scheduler(self) -> RFlowScheduler:
-        """For the clips that are worked on."""
+        """The scheduler for the current clips."""
         scheduler = RFlowScheduler()
         scheduler.clip = self._clip
         return scheduler

@@ -1,4 +1,4 @@
-"""What a recipe, a report and an export ask of the family beside the model itself."""
+"""Functions of the family for recipes, reports and exports."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ def defaults(path: str) -> Defaults:
 
 
 def needs_picture(path: str, revision: str | None = None) -> bool:
-    """Never: the model makes clips of text alone, too."""
+    """Never: the model can also sample from text alone."""
     return False
 
 

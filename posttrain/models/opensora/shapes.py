@@ -1,4 +1,4 @@
-"""An Open-Sora without weights: what the dry run of a training step runs."""
+"""An Open-Sora without weights, for the dry run of a training step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -38,7 +38,7 @@ class Shapes(OpenSora):
 
 
 def outline(config: ModelConfig, frames: int, height: int, width: int) -> Outline:
-    """What `load` would give, without weights, for clips of this size in pixels.
+    """The model of `load` without weights, for clips of this size in pixels.
 
     Raises:
         UserError: there is no such model, or the clips do not fit it.
@@ -49,7 +49,7 @@ def outline(config: ModelConfig, frames: int, height: int, width: int) -> Outlin
 def of_configs(
     config: ModelConfig, transformer: Mapping[str, Any], vae: Mapping[str, Any], frames: int, height: int, width: int
 ) -> Outline:
-    """The same of the configs of these parts; what they do not say is as published."""
+    """As `outline`, from the configs of the parts; missing values are as published."""
     with torch.device("meta"):
         body = STDiT3(**transformer).eval()
         nn.Module.to(body, DTYPES[config.dtype])  # diffusers' own warns of parts to keep in float32, and there are none

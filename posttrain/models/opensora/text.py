@@ -1,6 +1,6 @@
-"""Text for Open-Sora: T5's last layer, and what becomes of a prompt before.
+"""Text for Open-Sora: the last layer of T5, and the preprocessing of prompts.
 
-Trained is with captions as they are. The published sampling script appends scores and then cleans: `prompt` does that.
+Training uses captions unchanged. The published sampling script appends scores and then cleans the text: see `prompt`.
 """
 
 from collections.abc import Sequence

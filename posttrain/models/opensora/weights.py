@@ -1,4 +1,4 @@
-"""Weights of Open-Sora in every layout they come in, into our classes, whose names are the published ones.
+"""Read Open-Sora's weights in all their layouts into our classes, which use the published parameter names.
 
 A folder holds config.json and, in safetensors, whole or in shards with an index, diffusers' or transformers' file; a
 training checkpoint holds model/ with pytorch_model*.bin, or ema.pt. Pickles are read for tensors alone.
@@ -34,7 +34,7 @@ def files_of(path: Path) -> list[Path]:
             maps = [read_object(index).get("weight_map", {}) for index in indexes]
             names = sorted({str(name) for entries in maps for name in entries.values()})
             if wrong := [name for name in names if Path(name).name != name]:
-                raise UserError(f"{indexes[0]}: names {wrong[0]!r}, which is no file of its folder", "outside")
+                raise UserError(f"{indexes[0]}: lists {wrong[0]!r}, which is not a file of its folder", "outside")
             return [path / name for name in names]
         if files := sorted(path.glob(f"*.{ending}")):
             return files
@@ -67,7 +67,7 @@ def read(path: Path) -> dict[str, Tensor]:
             ) from error
         except Exception as error:  # of the unpickler, for all that is no tensor
             raise UserError(
-                f"{file}: holds other things than tensors, which are not read ({_reason(error)}); save its tensors as "
+                f"{file}: has objects other than tensors, which are not read ({_reason(error)}); save its tensors as "
                 "safetensors",
                 "format",
             ) from error
@@ -77,7 +77,7 @@ def read(path: Path) -> dict[str, Tensor]:
             )
         if twice := sorted(tensors.keys() & weights.keys()):
             raise UserError(
-                f"{file}: holds {twice[0]}, and so does another file here; move one of the two away", "duplicate"
+                f"{file}: has {twice[0]}, and so does another file here; remove one of the two", "duplicate"
             )
         weights |= tensors
     return weights
@@ -119,10 +119,10 @@ class Published(ModelMixin, ConfigMixin):
 
     @classmethod
     def read_config(cls, folder: Path) -> dict[str, Any]:
-        """What our class knows of a folder's config.json; of a training checkpoint without, the published model's.
+        """The fields of a folder's config.json that our class has; {} for a training checkpoint without config.json.
 
         Raises:
-            UserError: there is none beside safetensors.
+            UserError: a folder with safetensors has no config.json.
         """
         bare = not (folder / CONFIG).exists() and files_of(folder)[0].suffix != ".safetensors"
         config, known = {} if bare else read_object(folder / CONFIG), inspect.signature(cls.__init__).parameters
@@ -148,7 +148,10 @@ class Published(ModelMixin, ConfigMixin):
         if missing := sorted(wanted.keys() - weights.keys()):
             raise UserError(f"{source}: lacks {missing[0]}; get this part of the model again", "damaged")
         if unknown := sorted(weights.keys() - wanted.keys()):
-            raise UserError(f"{source}: has {unknown[0]}, which this model has not; use the one it is for", "mismatch")
+            raise UserError(
+                f"{source}: has {unknown[0]}, which this model does not have; use the model that it belongs to",
+                "mismatch",
+            )
         for name, tensor in wanted.items():
             if weights[name].shape != tensor.shape:
                 shapes = f"{list(weights[name].shape)}, and the model's is {list(tensor.shape)}"

@@ -40,7 +40,7 @@ COMFYUI = "diffusion_model."  # before each name in a file of ComfyUI
 
 
 def original_name(layer: str) -> str | None:
-    """What the original Wan code calls a layer of diffusers' transformer, None where it has no name for it."""
+    """The name in the original Wan code of a layer of diffusers' transformer; None if it has none."""
     block = re.match(r"blocks\.\d+\.", layer)
     prefix = block.group() if block else ""
     original = ORIGINAL.get(layer.removeprefix(prefix))
@@ -51,7 +51,7 @@ def read(file: Path) -> Weights:
     """An adapter in diffusers', ComfyUI's or musubi's names: its weights in diffusers', and its metadata.
 
     Raises:
-        UserError: diffusers would leave a part of it out that is not zero, such as a change to a norm.
+        UserError: diffusers would ignore a part of it that is not zero, such as a change of a norm.
     """
     weights, metadata = WanLoraLoaderMixin.lora_state_dict(
         str(file), return_lora_metadata=True, use_safetensors=True, local_files_only=True
@@ -62,14 +62,14 @@ def read(file: Path) -> Weights:
     if unused:
         raise UserError(
             f"{file}: {unused[0]} and {len(unused) - 1} more would not be used; only low-rank matrices and biases of "
-            "linear layers are; fold the file into the base with the program that made it",
+            "linear layers are; merge the file into the base with the program that made it",
             "unsupported",
         )
     return weights, metadata or {}
 
 
 def _converted(name: str) -> str:
-    """Where diffusers puts what a file in ComfyUI's names calls `name`, if anywhere; an alpha goes into its A."""
+    """Diffusers' name for a tensor called `name` in ComfyUI's names, if there is one; alpha is multiplied into A."""
     layer, _, part = name.removeprefix(COMFYUI).partition(".lora_")
     if part:
         matrix = {"A": "A", "down": "A", "B": "B", "up": "B"}.get(part.removesuffix(".weight"), part) + ".weight"

@@ -1,12 +1,12 @@
 """The Wan VAE's decoder without hidden state, so that the gradient of a long clip fits into memory.
 
-diffusers decodes latent frame by latent frame; the causal convolutions' last inputs ("feature caches") go from one to
-the next in a list that it changes. Here a latent frame is a pure function, (latent, caches) -> (pixels, caches), of the
-same layers in the same order, which the backward pass computes again. Alive at once are then what one latent frame
-keeps, and the caches of all boundaries between two; these may wait in main memory (`offload`).
+diffusers decodes latent frame by latent frame and passes the causal convolutions' last inputs ("feature caches") on in
+a list that it changes. Here decoding a latent frame is a pure function, (latent, caches) -> (pixels, caches), of the
+same layers in the same order, which the backward pass recomputes. Memory is then needed only for the activations of one
+latent frame and for the caches between all latent frames; these can be kept in main memory (`offload`).
 
-The pixels are those of `AutoencoderKLWan.decode`, bit for bit, and so is the gradient where they lie in the range. A
-pixel that overshot has none in diffusers, so that it stays there whatever the loss says; here see `pixels.clamp`.
+The pixels equal those of `AutoencoderKLWan.decode` bit for bit, and so does the gradient for pixels in the range. A
+pixel outside the range has no gradient in diffusers, so training could not move it back; here see `pixels.clamp`.
 
 Axes: B batch, C channels, F frames (of latents; of pixels where they are called video), H W cells or pixels.
 """
@@ -33,8 +33,8 @@ def decode(vae: AutoencoderKLWan, z_BCFHW: Tensor, recompute: bool = True, offlo
     """Pixels video_BCFHW in [-1, 1] of the VAE's own (not normalised) latents; see above.
 
     Args:
-        recompute: False keeps everything for the backward pass, which is quicker.
-        offload: what is kept (the caches: `cache_bytes` together) waits in main memory, on a GPU pinned.
+        recompute: False keeps everything for the backward pass, which is faster.
+        offload: keep the caches (`cache_bytes` in total) in main memory, pinned if there is a GPU.
     """
     again = partial(checkpoint, _chunk, use_reentrant=False) if recompute else _chunk
     caches: Sequence[Cache] = [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())

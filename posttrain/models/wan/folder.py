@@ -1,4 +1,4 @@
-"""Where `model.path` of a Wan leads: the folder of a whole model of diffusers."""
+"""Find the diffusers folder that `model.path` of a Wan names."""
 
 from pathlib import Path
 
@@ -13,13 +13,13 @@ def diffusers_folder(path: str, revision: str | None = None) -> Path:
     """The diffusers folder that `path` names: "pocket", a folder, or a hub id.
 
     Raises:
-        UserError: there is none, or it is no whole model in the layout of diffusers.
+        UserError: there is none, or it is not a complete model in the layout of diffusers.
     """
     return _diffusers(path, find(path, revision, EMBEDDED))
 
 
 def _diffusers(path: str, folder: Path) -> Path:
-    """`folder`, which `path` named, if it is a whole model of diffusers. Raises UserError: it is not."""
+    """`folder`, if it is a complete diffusers model; else raises UserError that names `path`."""
     if (folder / "model_index.json").is_file():
         return folder
     config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}

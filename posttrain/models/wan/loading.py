@@ -43,7 +43,7 @@ def initialise(config: dict[str, Any], seed: int) -> WanTransformer3DModel:
 
 
 def _source(config: ModelConfig) -> tuple[Path, str]:
-    """The folder below which the transformer that is trained lies, and the name of its folder there."""
+    """(folder, subfolder name) of the transformer to train."""
     start = Path(config.start) if config.start else None
     if start and start.is_dir():
         return start.parent, start.name
@@ -51,7 +51,7 @@ def _source(config: ModelConfig) -> tuple[Path, str]:
 
 
 def bare(config: ModelConfig, dtype: torch.dtype | None = None) -> WanTransformer3DModel:
-    """diffusers' own transformer as training starts from it, before there is an adapter; None: in `config.dtype`.
+    """diffusers' transformer from which training starts, without a new adapter; dtype None: `config.dtype`.
 
     Raises:
         UserError: it cannot be loaded, or `start` or `merge` do not fit it.
@@ -74,7 +74,7 @@ def bare(config: ModelConfig, dtype: torch.dtype | None = None) -> WanTransforme
 
 
 def save_merged(config: ModelConfig, adapter: Path, path: Path) -> None:
-    """Write the diffusers folder `path`: the transformer with `adapter` folded in, in the dtype of its base's files.
+    """Write the diffusers folder `path`: the transformer with `adapter` merged, in the dtype of its base's files.
 
     Raises:
         UserError: as `bare` and `lora.load`, or the folder cannot be written.
@@ -104,8 +104,8 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
 
     The transformer is read now, the other parts when they are used; that they fit together is checked now.
 
-    Weights of `dtype: bf16` are not trained themselves (small steps vanish in them), and neither is a model of two
-    experts where none is named; both can be sampled.
+    Weights with `dtype: bf16` cannot be trained themselves (rounding would remove small updates), nor can a model with
+    two experts if none is named; both can be sampled.
 
     Raises:
         UserError: no such model, or a part is missing, broken or does not fit the others.
@@ -116,11 +116,11 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
     two = isinstance(second, list) and second[0] is not None
     if not isinstance(second, list) or not isinstance(boundary, float) or two != (0 < boundary < 1):
         raise UserError(
-            f"{root / 'model_index.json'}: transformer_2 and boundary_ratio need each other; get it again", "damaged"
+            f"{root / 'model_index.json'}: has only one of transformer_2 and boundary_ratio; get it again", "damaged"
         )
     if two and config.adapter is not None and config.expert is None:
         raise UserError(
-            f"model.expert: is missing; {config.path} has two experts, say which to train: high or low",
+            f"model.expert: is missing; {config.path} has two experts; set which one to train: high or low",
             "required",
             "model.expert",
         )
@@ -133,7 +133,7 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
         )
     if config.init == "random" and config.dtype != "fp32":
         raise UserError(
-            "model.dtype: random weights are fp32, for all of them are trained; leave it out",
+            "model.dtype: with init=random all weights are trained, so they are fp32; leave it out",
             "conflict",
             "model.dtype",
         )
@@ -219,13 +219,13 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
 
 
 def _vae_config(root: str, **options: Any) -> Any:
-    """The VAE's config with what diffusers fills in, without its weights."""
+    """The VAE's config including diffusers' defaults, without loading weights."""
     with torch.device("meta"):
         return AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(root, **options)).config
 
 
 def _check_parts(file: Path, shape: Mapping[str, Any], vae: Any, text_encoder: Any, image_encoder: Any = None) -> None:
-    """Refuse a transformer that does not fit the other parts, or that no code here feeds; all are given by configs."""
+    """Refuse a transformer that does not fit the other parts, or needs unsupported inputs; checks only the configs."""
     z, time = vae.z_dim, vae.scale_factor_temporal
     fits = {
         "in_channels": ((z, 2 * z + time), f"the vae's z_dim is {z}, which asks for {z} or {2 * z + time}"),

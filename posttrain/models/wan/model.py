@@ -1,6 +1,6 @@
-"""Wan 2.1 / 2.2, every size, from a diffusers folder or a hub id. What a folder is, its data decide:
+"""Wan 2.1 / 2.2, every size, from a diffusers folder or a hub id. Its config decides which kind of model it is:
 
-in_channels = the VAE's            text-to-video and TI2V. The first picture is given the TI2V way: latent frame 0 is
+in_channels = the VAE's            text-to-video and TI2V. The first frame is given the TI2V way: latent frame 0 is
                                    its clean latent and has timestep 0, as in Wan2.2-TI2V-5B (`expand_timesteps` of
                                    WanImageToVideoPipeline). The transformers of text-to-video models take this too and
                                    learn it from post-training.
@@ -43,9 +43,9 @@ class Wan:
 
     Args:
         transformer: what is trained; of two experts, the one that `expert` names.
-        vae_config: of the VAE, with all that it does not say filled in.
-        read: reads "vae", "text_encoder", of Wan2.1 I2V "image_encoder", and of two experts "other", the one that is
-            not trained. Each is read when it is first asked for, and again after `unload`.
+        vae_config: the VAE's config including defaults.
+        read: function that reads "vae", "text_encoder", for Wan2.1 I2V "image_encoder", and with two experts "other",
+            the one that is not trained. Called when a part is first needed, and again after `unload`.
         image_processor: of Wan2.1 I2V, else None.
         boundary: from this t on, the high-noise expert answers.
     """
@@ -105,7 +105,7 @@ class Wan:
         return [self.transformer, self.other] if self.expert == "high" else [self.other, self.transformer]
 
     def _here(self, part: Any) -> Any:
-        """A part, on the device from now on."""
+        """Read a part if necessary, and move it to the device."""
         if next(part.parameters()).device != self.device:
             part.to(self.device)
         return part
@@ -149,7 +149,7 @@ class Wan:
         return (z_BCFHW - mean) / std
 
     def decode(self, z_BCFHW: Tensor, recompute: bool = True, offload: bool = False) -> Tensor:
-        """In the dtype of z. Where gradients are wanted, as decode.py does: the same pixels in less memory."""
+        """Pixels in the dtype of z. If gradients are needed, by decode.py: the same pixels with less memory."""
         mean, std = self._statistics(z_BCFHW)
         vae, raw_BCFHW = self._here(self.vae), (z_BCFHW * std + mean).to(self.vae.dtype)
         if torch.is_grad_enabled() and z_BCFHW.requires_grad:
@@ -242,7 +242,7 @@ class Wan:
         return digest.hexdigest()
 
     def _reading(self) -> list[dict[str, Any]]:
-        """How captions are read: tokenizer and text encoder, without what a call or a place changes."""
+        """Configs of tokenizer and text encoder without paths and per-call settings, for the cache key of captions."""
         words = json.loads(self.tokenizer.backend_tokenizer.to_str())
         encoder = self.text_encoder.config.to_dict()
         passing = ("truncation", "padding", "_name_or_path", "transformers_version", "dtype", "torch_dtype")
@@ -275,5 +275,5 @@ class Wan:
 
 
 def architecture(config: dict[str, Any]) -> dict[str, Any]:
-    """A diffusers config without what tells where it was loaded from."""
+    """A diffusers config without the fields that depend on where it was loaded from."""
     return {name: value for name, value in config.items() if not name.startswith("_")}

@@ -1,4 +1,4 @@
-"""Wan's text attention without its padding: 512 tokens of which ten are words cost ten, with equal results."""
+"""Wan's text attention without the cost of padding: of 512 tokens, only the real ones are computed; equal results."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ class FoldedTextAttention(WanAttnProcessor):
 def fold_padding(transformer: WanTransformer3DModel) -> None:
     """Let `transformer` attend to one padded text token per caption instead of hundreds, with equal results.
 
-    One that attends to pictures too is left as it is: diffusers finds its text as the last 512 tokens.
+    A transformer that also attends to pictures is not changed: diffusers takes its last 512 tokens as the text.
     """
     if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
         return

@@ -1,4 +1,4 @@
-"""What of a Wan stays float32 under autocast, so that training computes what sampling does.
+"""Keep Wan's time embedding in float32 under autocast, so that training and sampling compute the same.
 
 diffusers keeps the weights of the time embedding in float32 and computes it in float32, as the original code does.
 Autocast runs every linear layer in bfloat16, which moves the velocity by 0.3 to 0.9%.
@@ -16,14 +16,14 @@ class Float32TimestepEmbedding(TimestepEmbedding):
 
 
 class WeightRMSNorm(nn.RMSNorm):
-    """Computes in the dtype of its weight: torch has a kernel for equal dtypes alone, and warns of others."""
+    """RMSNorm in the dtype of its weight: torch has a fused kernel only for equal dtypes, and warns otherwise."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 def keep_float32(transformer: nn.Module) -> None:
-    """Let `transformer` do so. Names and weights of its layers stay; without autocast, so does every bit."""
+    """Keep the time embedding of `transformer` in float32 under autocast. Layer names and weights do not change."""
     for module in transformer.modules():
         if type(module) is TimestepEmbedding:
             module.__class__ = Float32TimestepEmbedding

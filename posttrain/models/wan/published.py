@@ -1,7 +1,7 @@
-"""The published Wan models: what is needed to check them without their weights, as facts about their config.json.
+"""The published Wan models: the values of their config.json, to check recipes without downloading weights.
 
-Of the defaults, frames, size and fps are those that each was made for; steps and guidance those that its authors' code
-samples with.
+Defaults: frames, size and fps are those of the model's training; steps and guidance those of its authors' sampling
+code.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ POCKET = Defaults(frames=33, size=(64, 64), fps=16, steps=12, guidance=1.0)
 
 
 class Published(NamedTuple):
-    """A published model: what its config.json of transformer and VAE say, how many experts it has, its defaults."""
+    """A published model: config values of transformer and VAE, number of experts, defaults."""
 
     transformer: dict[str, Any]
     vae: dict[str, Any]
@@ -59,19 +59,19 @@ PUBLISHED = {
 
 
 def defaults(path: str) -> Defaults:
-    """What the model that `path` names is used with where nobody says otherwise.
+    """The defaults of the model that `path` names.
 
-    A folder counts as the published model whose name it bears; what is unknown is taken for a usual Wan.
+    A folder counts as the published model of the same name; any other model gets the defaults of a usual Wan.
     """
     known = {"pocket": POCKET} | {Path(name).name: entry.defaults for name, entry in PUBLISHED.items()}
     return known.get(Path(path).name, USUAL)
 
 
 def read_configs(path: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The configs of transformer and VAE of `model.path`; those of the published models without the hub.
+    """The configs of transformer and VAE of `model.path`; for published models no download is needed.
 
     Raises:
-        UserError: it is neither a folder nor one of these, and is not to be had from the hub.
+        UserError: it is neither a folder nor a published model, and cannot be downloaded from the hub.
     """
     if path in PUBLISHED and not Path(path).is_dir():
         return PUBLISHED[path].transformer, PUBLISHED[path].vae
@@ -81,7 +81,7 @@ def read_configs(path: str, revision: str | None = None) -> tuple[dict[str, Any]
 
 
 def needs_picture(path: str, revision: str | None = None) -> bool:
-    """Whether `model.path` takes the first picture as further channels, as the image-to-video models do.
+    """Whether `model.path` takes the first frame as further channels, as the image-to-video models do.
 
     Raises:
         UserError: as read_configs.

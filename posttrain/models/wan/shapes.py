@@ -1,4 +1,4 @@
-"""A Wan without weights: what the dry run of a training step runs."""
+"""A Wan without weights, for the dry run of a training step."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +36,7 @@ class Timetable(UniPCMultistepScheduler):
 
 
 def outline(config: ModelConfig, frames: int, height: int, width: int) -> Outline:
-    """What `load` would give, without weights, for clips of this size in pixels.
+    """The model of `load` without weights, for clips of this size in pixels.
 
     Raises:
         UserError: there is no such model, or the clips do not fit it.
@@ -59,7 +59,7 @@ def of_configs(
     width: int,
     clip_tokens: int = CLIP_TOKENS,
 ) -> Outline:
-    """The same of the configs of these parts; what they do not say is as in diffusers."""
+    """As `outline`, from the configs of the parts; missing values are diffusers' defaults."""
     with torch.device("meta"):
         body = WanTransformer3DModel.from_config(dict(transformer))
         keep_float32(body)
