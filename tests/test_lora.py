@@ -497,3 +497,15 @@ def test_an_adapter_of_zeros_is_folded_in_with_a_line(
             disturb(wan)
         load(ModelConfig(path=str(folder), merge=(Merged(path=str(wan.save(tmp_path)[0])),)))
         assert capsys.readouterr().err.count("changes nothing") == lines
+
+
+def test_an_adapter_of_several_ranks_can_be_folded_in_alone(folder: Path, tmp_path: Path) -> None:
+    weights = load_file(adapted(folder).save(tmp_path)[0])
+    first = {name: w for name, w in weights.items() if name.startswith("transformer.blocks.0.attn1.to_q.")}
+    cut = {name: w[:2] if "lora_A" in name else w[:, :2].contiguous() for name, w in first.items()}
+    save_file(weights | cut, tmp_path / "ranks.safetensors")
+    config = ModelConfig(path=str(folder), adapter=AdapterConfig(rank=4), start=str(tmp_path / "ranks.safetensors"))
+    with pytest.raises(UserError, match="layers of rank 2, 4.* fold it in with model.merge") as error:
+        load(config)
+    assert error.value.field == "model.adapter.rank"
+    load(ModelConfig(path=str(folder), merge=(Merged(path=str(tmp_path / "ranks.safetensors")),)))

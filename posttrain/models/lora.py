@@ -320,8 +320,8 @@ def _check_foreign(path: Path) -> None:
         )
     if strange := [name for name in names if not name.startswith(PREFIXES)]:
         raise UserError(
-            f"{path}: has {strange[0]} and {len(strange) - 1} more names that do not begin with {', '.join(PREFIXES)}; "
-            "rename or take out these: diffusers' layers are `transformer.<layer>.lora_A.weight`",
+            f"{path}: has {strange[0]} and {len(strange) - 1} more names that do not begin with "
+            f"{', '.join(PREFIXES)}; rename them (in diffusers `transformer.<layer>.lora_A.weight`) or take them out",
             "unsupported",
         )
     ours = [name for name in names if name.startswith("transformer.")]
@@ -388,6 +388,14 @@ def proceed(transformer: nn.Module, path: Path | str, read: Callable[[Path], Wei
             f"{path}: has {biases[0]}, but model.adapter has no biases; merge it with model.merge",
             "mismatch",
             "model.adapter",
+        )
+    ranks = sorted({min(shape[:2]) for name, shape in given.items()})
+    if len(ranks) > 1:
+        several = ", ".join(map(str, ranks))
+        raise UserError(
+            f"{path}: has layers of rank {several}, and model.adapter has one for all; fold it in with model.merge",
+            "mismatch",
+            "model.adapter.rank",
         )
     for name in sorted(wanted.keys() & given.keys()):
         rank, found = (min(shapes[name][:2]) for shapes in (wanted, given))
