@@ -348,7 +348,7 @@ def score_video(
     )
     pictures = retimed.pictures(pictures_FHWC, times_F) if path is not None else None  # our own are as they were made
     found = pisa.score(pictures_FHWC[None], batch, [truth.row], times_F, tracker, pictures)[0]
-    if pictures is not None:
+    if path is not None and pictures is not None:
         notes = [*(timing_notes(times_F, pictures, truth.row.fps) or ()), *codec.inspect(path).notes]
         found = replace(found, notes=notes or None)
     seen = metric.true_frames(times_F, len(true_FHW), truth.row.fps)
