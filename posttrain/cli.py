@@ -207,7 +207,7 @@ def _add_sample(parsers: Any) -> None:
     command.add_argument("target", metavar="RUN|MODEL", help='a run, "pocket", a diffusers folder or a hub id')
     image = "the first frame, cropped to the size around its centre; leave it out for text-to-video models"
     command.add_argument("--image", type=Path, help=image)
-    command.add_argument("--family", help="the model's family, as in model.family, if it is not a run (default: wan)")
+    command.add_argument("--family", help="the model's family, as in model.family, if it is not a run")
     command.add_argument("--prompt", required=True)
     command.add_argument("--negative", help="the negative prompt; used only if guidance is above 1")
     command.add_argument(

@@ -251,9 +251,8 @@ def picture(path: Path | str) -> Image.Image:
                     raise UserError(f"{path}: has pixels of 32 bits; save it with 8 or 16", "format")
                 if upright.mode.startswith("I;16"):  # Pillow would make all above 255 white
                     upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
-                alpha = np.asarray(upright.convert("RGBA"))[..., 3] if upright.has_transparency_data else np.array(255)
-                if (least := int(alpha.min())) < 255:
-                    raise UserError(f"{path}: is transparent (alpha {least}); flatten it onto a background", "format")
+                if upright.has_transparency_data and np.asarray(upright.convert("RGBA"))[..., 3].min() < 255:
+                    raise UserError(f"{path}: is transparent in parts; flatten it onto a background", "format")
                 return upright.convert("RGB")
     except UserError:
         raise
