@@ -31,22 +31,30 @@ TOOLS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = recipe.Parser(prog="posttrain", description="Train a pretrained video model further until what it generates obeys physics.")
+    parser = recipe.Parser(
+        prog="posttrain", description="Train a pretrained video model further until what it generates obeys physics."
+    )
     parsers = parser.add_subparsers(dest="command", required=True)
     for name, text in COMMANDS.items():
         command = parsers.add_parser(name, help=text, description=text)
         command.add_argument("target", metavar="RECIPE|RUN", help="a recipe file, a run's folder, or its name in runs/")
-        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a key of the recipe, as in train.steps=20")
+        command.add_argument(
+            "overrides", nargs="*", metavar="KEY=VALUE", help="change a key of the recipe, as in train.steps=20"
+        )
         if name == "export":
             command.add_argument(
-                "--check", action="store_true", help="load every file as its program does, and compare with the trained model"
+                "--check",
+                action="store_true",
+                help="load every file as its program does, and compare with the trained model",
             )
         if name == "eval":
             _scoring(command)
     for name, text in TOOLS.items():
         tool = parsers.add_parser(name, help=text, description=text)
         if name == "doctor":
-            tool.add_argument("recipe", nargs="?", metavar="RECIPE", help="also estimate the memory and operations of its training")
+            tool.add_argument(
+                "recipe", nargs="?", metavar="RECIPE", help="also estimate the memory and operations of its training"
+            )
             tool.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a key, as in train.batch=4")
             processes = "how many processes share train.batch (default: 1)"
             tool.add_argument("--processes", type=positive, default=1, metavar="N", help=processes)
@@ -163,7 +171,9 @@ def _scoring(command: argparse.ArgumentParser) -> None:
     runs = "first sample the videos with a run's base and tuned model, from the benchmark's first frames and prompts"
     group.add_argument("--run", nargs="+", default=[], metavar="RUN", help=runs)
     group.add_argument("--steps", type=positive, help="sampler steps, for --run (default: the run's recipe)")
-    group.add_argument("--guidance", type=number, help="classifier-free guidance, for --run; 1: none, and no negative prompt")
+    group.add_argument(
+        "--guidance", type=number, help="classifier-free guidance, for --run; 1: none, and no negative prompt"
+    )
     group.add_argument("--seeds", type=positive, metavar="N", help="number of videos that --run samples for each clip")
     group.add_argument(
         "--tracker",
@@ -197,12 +207,12 @@ def _add_sample(parsers: Any) -> None:
     command.add_argument("target", metavar="RUN|MODEL", help='a run, "pocket", a diffusers folder or a hub id')
     image = "the first frame, cropped to the size around its centre; leave it out for text-to-video models"
     command.add_argument("--image", type=Path, help=image)
-    command.add_argument(
-        "--family", help="the model's family, as in model.family, if it is not a run (default: wan)"
-    )
+    command.add_argument("--family", help="the model's family, as in model.family, if it is not a run (default: wan)")
     command.add_argument("--prompt", required=True)
     command.add_argument("--negative", help="the negative prompt; used only if guidance is above 1")
-    command.add_argument("--seed", type=seed, nargs="+", dest="seeds", metavar="SEED", help="random seeds, one clip for each (default 0)")
+    command.add_argument(
+        "--seed", type=seed, nargs="+", dest="seeds", metavar="SEED", help="random seeds, one clip for each (default 0)"
+    )
     for side in ("height", "width"):
         command.add_argument(f"--{side}", type=positive, help="pixels")
     command.add_argument(
@@ -211,9 +221,13 @@ def _add_sample(parsers: Any) -> None:
     command.add_argument("--fps", type=rate, help="frame rate of the files")
     command.add_argument("--steps", type=positive, help="sampler steps")
     command.add_argument("--guidance", type=number, help="classifier-free guidance; 1: none")
-    command.add_argument("--guidance-low", type=number, help="guidance of the second of two experts (default: the same)")
+    command.add_argument(
+        "--guidance-low", type=number, help="guidance of the second of two experts (default: the same)"
+    )
     command.add_argument("--scale", type=number, default=1.0, help="strength of the run's adapter (default 1)")
-    command.add_argument("--output", type=Path, help="folder for the clips (default: samples/asked in the run's folder)")
+    command.add_argument(
+        "--output", type=Path, help="folder for the clips (default: samples/asked in the run's folder)"
+    )
 
 
 def _add_score(parsers: Any) -> None:
@@ -231,7 +245,9 @@ def _add_score(parsers: Any) -> None:
     command.add_argument("--frames", type=positive, help="pictures of each video, for vlm and endpoint (default 16)")
     url = "for endpoint, such as http://localhost:8000/v1; the key is read from OPENAI_API_KEY"
     command.add_argument("--url", help=url)
-    command.add_argument("--rate", type=rate, metavar="N", help="for endpoint, the largest number of requests per minute")
+    command.add_argument(
+        "--rate", type=rate, metavar="N", help="for endpoint, the largest number of requests per minute"
+    )
     side = "for endpoint, scale larger pictures down to this length of the longer side (default: full size, in PNG)"
     command.add_argument("--side", type=positive, metavar="PIXELS", help=side)
     command.add_argument("--tracker", metavar="FOLDER|HUB", help="for simulator with --clips, as in `posttrain eval`")

@@ -5,7 +5,7 @@
     clip = sim.film(scene, sim.simulate(scene))
     sim.write_video("fall.mp4", clip.rgb, scene.fps)
 
-The functions are in sim/api.py, which is imported when the first is used. sim knows nothing of learning.
+The functions are in sim/api.py, which is imported when one is first used. sim has no code for training.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What is not there yet: a function or a record of sim/api.py."""
+    """Import sim/api.py when one of its functions or classes is first used."""
     if name not in __all__:
         raise AttributeError(f"module 'sim' has no attribute {name!r}")
     from sim import api

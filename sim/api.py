@@ -1,7 +1,7 @@
 """What `import sim` offers: build a scene by hand, simulate it, film it, write a video; film a whole dataset.
 
 Lengths are metres, times seconds, masses kilograms. World: z up, the floor at z = 0. The camera is level and looks
-along +y with x to the right. What a user can fix is raised as posttrain.UserError.
+along +y with x to the right. Errors that a user can fix are raised as posttrain.UserError.
 """
 
 from collections.abc import Sequence
@@ -74,11 +74,11 @@ def make_body(
     Args:
         shape: a category such as "ball", "box", "cone", "duck" or "toy", or an asset of it, as in "box/03".
         at: x and y of its centre of mass.
-        height: air between its lowest point and the floor: how deep it falls.
+        height: distance from its lowest point to the floor, which is how far it falls.
         size: the longest side of its bounding box.
         role: `dropped` falls from rest at time 0, `pile` rests there, `moved` is a fixed obstacle.
-        density: kilograms per cubic metre, of which its mass follows.
-        friction: coefficient. restitution: share of the speed that a bounce keeps, times that of what it hits.
+        density: kilograms per cubic metre; determines its mass.
+        friction: coefficient. restitution: a bounce keeps the product of both bodies' restitutions of the speed.
         orientation: unit quaternion, w first.
 
     Raises:
@@ -91,7 +91,9 @@ def make_body(
             f"shape: {printable(repr(shape))} does not exist; choose from: {known}", "unknown_name", "shape"
         )
     if role not in get_args(Role):
-        raise UserError(f"role: {printable(repr(role))} is none of {', '.join(get_args(Role))}", "value", "role")
+        raise UserError(
+            f"role: {printable(repr(role))} is not a role; choose from: {', '.join(get_args(Role))}", "value", "role"
+        )
     for name, value, most in (("size", size, 100), ("density", density, 1e5)):
         if not 0 < value <= most:
             raise UserError(f"{name}: {value:g} should be above 0 and at most {most:g}", "value", name)
@@ -120,25 +122,29 @@ def make_scene(
     fps: float = 16.0,
     target: int = 0,
 ) -> Scene:
-    """A scene with these bodies on a floor; what is left out is a studio, as the pocket model knows it.
+    """A scene with these bodies on a floor. Defaults are the studio of the pocket model's training clips.
 
     Args:
-        bodies: of `make_body`; they must not overlap.
-        caption: "" makes one of the dropped bodies' names: "a red ball falls."
+        bodies: from `make_body`; they must not overlap.
+        caption: "": built from the dropped bodies' names: "a red ball falls."
         camera: None: 64 x 64 pixels, 2 m in front of y = 0 at a height of 0.5 m.
-        background: None: a grey floor, and behind it its own colour.
+        background: None: a grey floor, and a backdrop of the same colour.
         light: None: a sun 85 degrees above the horizon.
         gravity: metres per second squared, downwards.
-        frames: pictures. fps: pictures per second; frame k is at time k / fps.
+        frames: number of frames. fps: frames per second; frame k is at time k / fps.
         target: index of the body that metrics score.
 
     Raises:
-        UserError: value: there is no body, `target` is none of them, or a number is out of range.
+        UserError: value: there is no body, `target` is not an index, or a number is out of range.
     """
     from sim.worlds.drop import seamless, sentence
 
     if not bodies or not 0 <= target < len(bodies):
-        raise UserError(f"target: {target} is none of {len(bodies)} bodies; name one by its index", "value", "target")
+        raise UserError(
+            f"target: {target} is not an index of the {len(bodies)} bodies; give 0 to {len(bodies) - 1}",
+            "value",
+            "target",
+        )
     if frames < 2 or not 1 <= fps <= 1000 or not 0 < gravity <= 1e4:
         reason = f"{frames}, {fps:g}, {gravity:g}; give frames of 2 or more, fps from 1 to 1000, gravity above 0"
         raise UserError(f"frames, fps, gravity: are {reason}", "value", "frames")
@@ -173,7 +179,7 @@ def simulate(scene: Scene, interventions: Sequence[Intervention] = (), engine: s
         Positions (T, N, 3) in metres, unit quaternions (T, N, 4), w first, contacts, and the energy in joules.
 
     Raises:
-        UserError: unknown_name: there is no such engine; unsupported: it cannot do this scene.
+        UserError: unknown_name: there is no such engine; unsupported: it cannot simulate this scene.
     """
     module = recipe.resolve("sim.physics", engine)
     trajectory: Trajectory = module.simulate(scene, interventions, module.Config())
@@ -181,7 +187,7 @@ def simulate(scene: Scene, interventions: Sequence[Intervention] = (), engine: s
 
 
 def film(scene: Scene, trajectory: Trajectory, renderer: str = "gl") -> Clip:
-    """What the scene's camera sees.
+    """Render the clip that the scene's camera sees.
 
     Args:
         renderer: a module of sim/render: "gl" (OpenGL without a display), or "tiny", simpler pictures on any machine.
@@ -199,7 +205,7 @@ def film(scene: Scene, trajectory: Trajectory, renderer: str = "gl") -> Clip:
 
 
 def write_video(path: Path | str, rgb: np.ndarray, fps: float) -> Path:
-    """Write uint8 (T, H, W, 3) as an H.264 mp4 that every browser plays; of odd sides the last pixel is cut.
+    """Write uint8 (T, H, W, 3) as an H.264 mp4 that every browser plays; odd sides lose their last pixel.
 
     Raises:
         UserError: value: `rgb` is something else; disk_full or not_writable.
@@ -207,17 +213,17 @@ def write_video(path: Path | str, rgb: np.ndarray, fps: float) -> Path:
     if rgb.dtype != np.uint8 or rgb.ndim != 4 or rgb.shape[3] != 3 or min(rgb.shape) < 1 or min(rgb.shape[1:3]) < 2:
         raise UserError(f"rgb: is {rgb.dtype} {rgb.shape}; give uint8 (frames, height, width, 3)", "value", "rgb")
     if not 1e-3 <= fps <= 1e6:
-        raise UserError(f"fps: {fps:g} is no rate; give frames per second", "value", "fps")
+        raise UserError(f"fps: {fps:g} is not a frame rate; give frames per second", "value", "fps")
     write_bytes(Path(path), playable(rgb, fps, crf=10))
     return Path(path)
 
 
 def make_dataset(path: Path | str, *overrides: str, workers: int | None = None) -> Path:
-    """Film the dataset of a recipe, as `sim make`; what is there already is kept.
+    """Film the dataset of a recipe, as `sim make`; existing clips are kept.
 
     Args:
         path: a recipe file; recipes/pocket/drop.yaml and others come with the package.
-        overrides: as in "out=my_clips", "splits={train: 10}", "world.gravity=1.62".
+        overrides: such as "out=my_clips", "splits={train: 10}", "world.gravity=1.62".
         workers: processes (default: one per core). A script that calls it needs `if __name__ == "__main__":`.
 
     Returns:
@@ -238,6 +244,6 @@ def _plain(color: str) -> Material:
     else:
         known = ", ".join([*surfaces.HUES, *GREYS])
         raise UserError(
-            f"color: {printable(repr(color))} has no meaning; choose from: {known}", "unknown_name", "color"
+            f"color: {printable(repr(color))} is not a colour; choose from: {known}", "unknown_name", "color"
         )
     return Material("plain", rgb, rgb, 1.0, 0)

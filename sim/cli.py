@@ -49,14 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     making.add_argument("overrides", nargs="*", metavar="a.b=c")
     making.add_argument("--workers", type=positive, help="processes (default: one per core)")
     making.add_argument("--parent", type=positive, metavar="PID", help="end when this process, its parent, ends")
-    timing = commands.add_parser("bench", help="measure CPU seconds of a recipe's groups and their parts")
+    timing = commands.add_parser("bench", help="measure the CPU seconds of a recipe's groups and of their parts")
     timing.add_argument("recipe")
     timing.add_argument("overrides", nargs="*", metavar="a.b=c")
-    showing = commands.add_parser("show", help="write a sheet of a dataset's clips, or a page on which they play")
+    showing = commands.add_parser(
+        "show", help="write a contact sheet of a dataset's clips, or a page on which they play"
+    )
     showing.add_argument("dataset")
     showing.add_argument("--split")
-    showing.add_argument("--count", type=positive, default=8, help="clips, or groups, of each split")
-    showing.add_argument("-o", "--output", default="sheet.png", help="a .png, or an .html (default: %(default)s)")
+    showing.add_argument("--count", type=positive, default=8, help="number of clips, or groups, of each split")
+    showing.add_argument(
+        "-o", "--output", default="sheet.png", help="the file to write, a .png or an .html (default: %(default)s)"
+    )
     options = recipe.arguments(parser, arguments)
     try:
         if options.command == "make":

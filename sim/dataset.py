@@ -1,6 +1,6 @@
-"""Clips to a dataset folder that Hugging Face `videofolder` reads: parallel, resumable, every file whole or absent.
+"""Write a dataset folder that Hugging Face `videofolder` reads: parallel, resumable, every file complete or absent.
 
-    <out>/recipe.json                what the clips are made of; another recipe in the same folder is refused
+    <out>/recipe.json                the settings of the clips; another recipe in the same folder is refused
     <out>/<split>/metadata.jsonl     a row per clip, written when the split is complete
     <out>/<split>/<id>.mp4, .npz     lossless RGB, and the annotations
     <out>/.rows/<split>/<id>.json    the rows of a scene's clips, with a digest; written last, so the clips are complete
@@ -69,7 +69,7 @@ VERSION = "3"  # of the generator; raised when the same recipe gives other bytes
 
 
 class Job(Strict):
-    """What clips are made of: a world, the engine that moves it, the renderer that films it, and a seed."""
+    """The settings of clips: a world, a physics engine, a renderer, and a seed."""
 
     world: Annotated[Plugin, PluginFrom("sim.worlds")]
     physics: Annotated[Plugin, PluginFrom("sim.physics")] = Field({"name": "bullet"}, validate_default=True)
@@ -84,7 +84,7 @@ class Job(Strict):
 def write(
     out: Path | str, job: Job, splits: dict[str, int], workers: int | None = None, console: Console | None = None
 ) -> None:
-    """Make the clips that are missing below `out`, on `workers` processes (default: one per core).
+    """Film the clips that are missing in `out`, with `workers` processes (default: one per core).
 
     Raises:
         UserError: the folder has clips of another recipe, another process writes there, or the disk is full.
@@ -96,7 +96,9 @@ def write(
         _kept(out, job, splits)
         listed = all((out / split / "metadata.jsonl").is_file() for split in splits)
         if listed and all(finished(out, *scene) for scene in wanted):
-            console.print(f"{out}: complete, {len(wanted)} scenes; it cannot be written, and need not be")
+            console.print(
+                f"{out}: complete, {len(wanted)} scenes (the folder is not writable, but nothing needs to be written)"
+            )
             return
     with alone(out, "makes clips", "out"):
         _claim(out, job, splits)
@@ -263,7 +265,7 @@ def _run(out: Path, job: Job, scenes: list[tuple[str, int]], workers: int) -> No
 
 @contextmanager
 def _for_workers() -> Iterator[None]:
-    """Inside, new workers get one thread each for BLAS and Mesa, and ignore Ctrl-C, which the parent handles."""
+    """Context in which new workers have one thread for BLAS and Mesa, and ignore Ctrl-C, which the parent handles."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))
@@ -284,7 +286,7 @@ def _claim(out: Path, job: Job, splits: dict[str, int]) -> None:
 
 
 def _kept(out: Path, job: Job, splits: dict[str, int]) -> dict[str, int]:
-    """The number of scenes of each split in the folder; refuses what `_claim` refuses."""
+    """The number of scenes of each split in the folder; raises the errors of `_claim`."""
     path, mine = out / "recipe.json", job.describe()
     kept: dict[str, int] = {}
     if path.exists():
@@ -292,7 +294,7 @@ def _kept(out: Path, job: Job, splits: dict[str, int]) -> dict[str, int]:
         kept = theirs.pop("splits", None)
         if not isinstance(kept, dict) or not all(type(count) is int for count in kept.values()):
             raise UserError(
-                f"{path}: splits: is no mapping of names to numbers; remove {out} and film again", "damaged"
+                f"{path}: splits: should be a mapping of names to numbers; remove {out} and film again", "damaged"
             )
         here, there = flat(mine), flat(theirs)
         differ = [key for key in sorted(here | there) if here.get(key) != there.get(key)]

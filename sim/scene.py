@@ -30,7 +30,7 @@ class Material:
 
 @dataclass(frozen=True)
 class Body:
-    """One rigid object. Its role: `dropped` falls, `pile` waits below, `moved` follows a given path."""
+    """One rigid object. Its role: `dropped` falls, `pile` rests below, `moved` follows a given path."""
 
     asset: str
     name: str  # the noun a caption uses
@@ -57,9 +57,9 @@ class Camera:
 
 @dataclass(frozen=True)
 class Light:
-    """A sun (`direction` points from the scene to it), its linear RGB, and the hemisphere light around it.
+    """A sun (`direction` points from the scene to it), its linear RGB, and the ambient light of the sky (hemisphere).
 
-    Without `shadows`, bodies cast none, not even on themselves.
+    Without `shadows`, bodies cast no shadows, not even on themselves.
     """
 
     direction: Vector
@@ -82,7 +82,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that physics and renderer need. `target` is the index of the body that metrics score."""
+    """The input of engines and renderers. `target` is the index of the body that metrics score."""
 
     bodies: tuple[Body, ...]
     camera: Camera
@@ -161,7 +161,7 @@ Intervention = Hold | Tunnel | AddEnergy | Teleport  # they break a law during a
 
 @dataclass(frozen=True)
 class Clip:
-    """What the camera saw.
+    """A rendered clip.
 
     rgb uint8 (T, H, W, 3); instances uint8 (T, H, W), 0 background, i + 1 body i; depth float32 (T, H, W) metres
     along the optical axis, inf in the sky; flow float32 (T, H, W, 2) pixels (x right, y down) to frame k + 1,

@@ -37,7 +37,7 @@ def show(folder: Path | str, split: str | None, count: int, output: Path | str) 
     names = [split] if split else sorted(path.parent.name for path in folder.glob("*/metadata.jsonl"))
     if not names:
         raise UserError(
-            f"{folder}: holds no split with a metadata.jsonl; make it with `python -m sim make RECIPE`", "no_clips"
+            f"{folder}: has no split with a metadata.jsonl; make one with `python -m sim make RECIPE`", "no_clips"
         )
     if output.suffix not in (".png", ".html"):
         raise UserError(f"--output: {output} is neither a .png nor an .html", "value", "--output")

@@ -41,6 +41,7 @@ def test_undisturbed_killed_and_damaged_runs_end_byte_equal(tmp_path: Path) -> N
     assert attacks.damage("made/*-s*.mp4", draws) == "right"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["posttrain", "sim"])
 def test_ctrl_c_in_the_first_moment_is_one_line(module: str, tmp_path: Path) -> None:
     process = subprocess.Popen(

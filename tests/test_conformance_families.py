@@ -207,6 +207,7 @@ def test_switched_off_the_adapter_is_the_base(home: Path, name: str) -> None:
     assert model.cache_key() == base.cache_key()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("adapter", [True, False])
 def test_what_is_saved_is_restored(home: Path, tmp_path: Path, name: str, adapter: bool) -> None:

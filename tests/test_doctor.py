@@ -76,6 +76,7 @@ def test_disk_is_that_of_the_folder(tmp_path: Path) -> None:
     assert finding.text == f"{shutil.disk_usage(tmp_path).free / 2**30:.1f} GiB free here"
 
 
+@pytest.mark.slow
 def test_bench_times_every_stage(tmp_path: Path) -> None:
     model = load(ModelConfig(path=str(wan_folder(tmp_path / "wan")), adapter=AdapterConfig(rank=2)))
     calls = []

@@ -81,6 +81,7 @@ def test_a_step_of_each_published_model(name: str) -> None:
     assert found.optimizer * 2**30 == pytest.approx(8 * found.trained)
 
 
+@pytest.mark.slow
 def test_the_work_of_a_step_is_what_its_shapes_say() -> None:
     """1.3B at 480 x 832 x 81, TFLOP: forward 82.1 + 197.8 + 3.1 twice, back through the maps and 2.5 x attention."""
     model = PUBLISHED["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
@@ -284,6 +285,7 @@ def test_in_turn_needs_the_memory_of_one() -> None:
     assert all_four.activations < 1.3 * clip.activations
 
 
+@pytest.mark.slow
 def test_a_copy_is_weights() -> None:
     lean, copied = small(preference()), small(preference(reference="full_copy"))
     assert copied.weights == pytest.approx(2 * lean.weights)

@@ -228,6 +228,7 @@ def test_whole_weights_have_one_format(run: Path) -> None:
     assert len(checked(files, run, config)) == 1
 
 
+@pytest.mark.slow
 def test_one_file_per_expert(run: Path) -> None:
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["model"] |= {"expert": "low", "path": str(wan_folder(run.parent / "two" / "wan", "wan2.2-t2v-a14b"))}

@@ -70,6 +70,7 @@ def write_for_ever(path: Path) -> None:
         files.write_text(path, str(number) * 10_000)
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_a_whole_file(tmp_path):
     path = tmp_path / "a.txt"
     for _ in range(5):

@@ -166,6 +166,7 @@ def test_with_gamma_too_small_the_bound_fails() -> None:
     assert exact > summed
 
 
+@pytest.mark.slow
 def test_the_mean_of_pair_is_the_sum() -> None:
     """Over 4,000 draws, within four standard errors; and each draw is one of the terms."""
     errors, weights = random_errors(2, batch=1), random_weights(3, batch=1)

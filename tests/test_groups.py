@@ -277,6 +277,7 @@ def test_a_sample_without_a_score_among_scored_ones_is_refused(folder: Path, tmp
     assert "has no row for 00000-0-s0-base.mp4" in refusal(folder, losers=2, samples=(str(place),))
 
 
+@pytest.mark.slow
 def test_a_batch(wan: Wan, folder: Path, tmp_path: Path) -> None:
     """Latents are those that each clip has by itself, in the order of the scores; another batch of it is the same."""
     groups = GroupsConfig(losers=3, counterfactuals=True)
@@ -364,7 +365,7 @@ def test_a_recipe_runs(home: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["data.groups=null"], "data.groups: is missing, and method gdpo compares true clips"),
+        (["data.groups=null"], "data.groups: is missing, and method gdpo needs it"),
         (["method={name: psft}"], "data.groups: is not for psft"),
         (["data.groups={losers: 3}"], "there are no rejected clips; set counterfactuals: true, or samples"),
         (["data.groups={counterfactuals: true, samples_each: 2}"], "set samples to their folder"),
@@ -467,6 +468,7 @@ def test_samples_of_another_model_are_refused(home: Path, capsys: pytest.Capture
     assert said.endswith("or delete made [mismatch]")
 
 
+@pytest.mark.slow
 def test_samples_of_another_model_are_refused_also_where_none_are_made(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -520,6 +522,7 @@ def test_losers_are_sampled_as_is_usual_unless_the_recipe_says_otherwise(home: P
         assert (wanted.sampler, wanted.batch) == (SamplerConfig(steps=12, guidance=1), 10)
 
 
+@pytest.mark.slow
 def test_how_losers_are_sampled_is_not_how_the_run_is_measured(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_dataset(home / "tests", ["test_unseen"], clips=1, frames=5)
     measured = "eval={clips: tests, splits: [test_unseen], sampler: {steps: 3}}"

@@ -641,6 +641,7 @@ def test_a_folder_of_groups_by_severity(home: Path, capsys: pytest.CaptureFixtur
             assert members.scores(index) == (row["sa"], row["pc"])  # what groups take it for
 
 
+@pytest.mark.slow
 def test_samples_are_scored_where_groups_look(home: Path, llava: Path, port: int) -> None:
     """By a model and by its server, with the same result; what is no sample of a true clip is left alone."""
     write_video(home / "made" / "other-s0.mp4", film(rows_of(2, 5), 8, 200)[0], FPS)
@@ -686,6 +687,7 @@ def test_samples_by_the_embedded_tracker(home: Path, capsys: pytest.CaptureFixtu
     assert read_jsonl(home / "made" / "scores.jsonl") == rows
 
 
+@pytest.mark.slow
 def test_what_changed_is_scored_again_and_judges_are_not_mixed(
     home: Path, port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

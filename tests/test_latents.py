@@ -134,6 +134,7 @@ def test_another_caption_is_another_entry(model, drops, tmp_path):
     assert torch.equal(second.load([1]).text_BLD, model.encode_text(["something else falls."]))
 
 
+@pytest.mark.slow
 def test_another_autoencoder_is_another_entry(drops, tmp_path):
     folder = wan_folder(tmp_path / "wan")
     first_model, other_model = (wan.load(ModelConfig(path=str(folder))) for _ in range(2))

@@ -294,6 +294,7 @@ def written(file: Path, **header: object) -> Path:
     return other
 
 
+@pytest.mark.slow
 def test_every_way_of_loading_gives_one_adapter(folder: Path, tmp_path: Path) -> None:
     """Rank 4, alpha 8: the weights alone have the same strength as the file; an old file, with alpha in its header."""
     wan = adapted(folder, rank=4, alpha=8)
@@ -453,3 +454,58 @@ def test_files_of_other_programs_are_named(
         load(ModelConfig(path=str(folder), merge=(Merged(path=str(tmp_path / "theirs.safetensors")),)))
     assert error.value.code in ("unsupported", "format")
     assert "the base that it was trained on" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        (lambda name, w: (name, w.fill_(float("nan"))), "damaged", "not finite"),
+        (lambda name, w: (name, w.to(torch.int8)), "unsupported", "quantised .*I8"),
+        (lambda name, w: (name.removeprefix("transformer."), w), "unsupported", "do not begin with transformer."),
+        (lambda name, w: (name.replace("transformer.", "transformer_2."), w), "unsupported", "do not begin with"),
+        (lambda name, w: (name.replace("lora_A", "lora_down"), w), "unsupported", "lora_down.weight, which diffusers'"),
+        (
+            lambda name, w: (
+                "lora_unet_"
+                + str(original_name(name.removeprefix("transformer.").rsplit(".lora_", 1)[0])).replace(".", "_")
+                + (".lora_down.weight" if "lora_A" in name else ".lora_up.weight"),
+                w,
+            ),
+            "format",
+            "lacks lora_unet_blocks_0_.*alpha",
+        ),
+    ],
+)
+def test_a_file_that_would_be_read_wrongly_is_refused_by_what_is_wrong(
+    folder: Path, tmp_path: Path, change: Callable[[str, Tensor], tuple[str, Tensor]], code: str, said: str
+) -> None:
+    """Values that are not finite or not numbers of their own, and names or alphas that diffusers leaves out."""
+    weights = load_file(adapted(folder).save(tmp_path)[0])
+    save_file(dict(change(name, w) for name, w in weights.items()), tmp_path / "theirs.safetensors")
+    with pytest.raises(UserError, match=said) as error:
+        load(ModelConfig(path=str(folder), merge=(Merged(path=str(tmp_path / "theirs.safetensors")),)))
+    assert error.value.code == code
+    assert "the base that it was trained on" not in str(error.value)
+
+
+def test_an_adapter_of_zeros_is_folded_in_with_a_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for strength, lines in ((0.0, 1), (1.0, 0)):
+        wan = adapted(folder)
+        if strength:
+            disturb(wan)
+        load(ModelConfig(path=str(folder), merge=(Merged(path=str(wan.save(tmp_path)[0])),)))
+        assert capsys.readouterr().err.count("changes nothing") == lines
+
+
+def test_an_adapter_of_several_ranks_can_be_folded_in_alone(folder: Path, tmp_path: Path) -> None:
+    weights = load_file(adapted(folder).save(tmp_path)[0])
+    first = {name: w for name, w in weights.items() if name.startswith("transformer.blocks.0.attn1.to_q.")}
+    cut = {name: w[:2] if "lora_A" in name else w[:, :2].contiguous() for name, w in first.items()}
+    save_file(weights | cut, tmp_path / "ranks.safetensors")
+    config = ModelConfig(path=str(folder), adapter=AdapterConfig(rank=4), start=str(tmp_path / "ranks.safetensors"))
+    with pytest.raises(UserError, match=r"layers of rank 2, 4.* fold it in with model.merge") as error:
+        load(config)
+    assert error.value.field == "model.adapter.rank"
+    load(ModelConfig(path=str(folder), merge=(Merged(path=str(tmp_path / "ranks.safetensors")),)))

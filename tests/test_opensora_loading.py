@@ -235,6 +235,7 @@ def test_random_weights(folder: Path) -> None:
     assert error.value.field == "model.dtype"
 
 
+@pytest.mark.slow
 def test_start_from_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     """As PISA's are published: no config, the learned text as the base has it where they lack it."""
     weights = transformer(seed=7).state_dict()

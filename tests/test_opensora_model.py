@@ -160,6 +160,7 @@ def test_what_was_encoded_is_decoded_to_its_length(folder: Path) -> None:
     assert video.condition(pixels[:, :, :1], 31) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", [False, True])
 def test_pixels_have_gradients(folder: Path, offload: bool) -> None:
     video = model(folder)
@@ -204,6 +205,7 @@ def test_key_of_the_cache(folder: Path) -> None:
     assert video.cache_key() != again.cache_key()
 
 
+@pytest.mark.slow
 def test_parts_are_let_go_and_read_again(folder: Path) -> None:
     video = model(folder)
     before = video.vae

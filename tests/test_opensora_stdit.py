@@ -165,6 +165,7 @@ def reference(made: STDiT3, given: dict[str, Tensor], b: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- tests
 
 
+@pytest.mark.slow
 def test_names_and_shapes_are_the_published_ones() -> None:
     with torch.device("meta"):
         made = STDiT3()

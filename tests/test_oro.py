@@ -226,6 +226,7 @@ def test_twenty_steps_cost_the_memory_of_two(wan: Wan) -> None:
     assert two < 0.7 * peaks[()][2]
 
 
+@pytest.mark.slow
 def test_steps_of_an_expert_that_is_not_trained_are_refused(tmp_path: Path) -> None:
     family = "wan2.2-t2v-a14b"
     wan = load(ModelConfig(path=str(wan_folder(tmp_path / "wan", family)), expert="high"))

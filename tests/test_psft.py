@@ -159,6 +159,7 @@ class Still:
         )
 
 
+@pytest.mark.slow
 def test_the_share_explained_does_not_depend_on_how_a_batch_is_split(folder: Path, tmp_path: Path) -> None:
     """1 - sum of errors / sum of squares, of clips of which some are four times as bright as others."""
 

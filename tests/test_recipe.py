@@ -71,6 +71,7 @@ def test_the_resolved_recipe_reads_back_to_the_same(path):
     assert load(path, [], Recipe) == plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "line", "code", "field"),
     [

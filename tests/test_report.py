@@ -206,6 +206,7 @@ def test_page_plays(page: Page) -> None:
     assert not dots.nth(0).is_visible()
 
 
+@pytest.mark.slow
 def test_page_says_what_was_measured(page: Page, run: Path) -> None:
     found = json.loads((run / "report.json").read_text())
     assert page.inner_text("h1") == "pocket & co"
@@ -252,6 +253,7 @@ def test_page_fits_the_screen(page: Page, width: int) -> None:
 HOSTILE = ("test_<svg onload=alert(1)>", "<img src=x onerror=alert(1)>", "\"><script>alert(1)<\\script>'{{ 7 * 7 }}")
 
 
+@pytest.mark.slow
 def test_names_from_elsewhere_are_shown_as_text(browser: Any, run: Path, tmp_path: Path) -> None:
     """Of the run's folder, a model, a split, a clip, a caption and the recipe; the page works as any other."""
     folder = Path(shutil.copytree(run, tmp_path / HOSTILE[0]))
@@ -291,6 +293,7 @@ def test_names_from_elsewhere_are_shown_as_text(browser: Any, run: Path, tmp_pat
     assert said == []
 
 
+@pytest.mark.slow
 def test_what_is_put_into_a_page_after_all_does_not_run(browser: Any, run: Path, tmp_path: Path) -> None:
     """The page's policy, were something not escaped: no handlers, scripts, styles within tags, pictures or requests."""
     text = (run / "report.html").read_text()
@@ -313,6 +316,7 @@ def test_what_is_put_into_a_page_after_all_does_not_run(browser: Any, run: Path,
         assert asked == []
 
 
+@pytest.mark.slow
 def test_the_page_of_a_dataset_shows_its_clips(browser: Any, tmp_path: Path) -> None:
     """`sim show` of clips whose folder, captions and violations come from elsewhere."""
     split = tmp_path / HOSTILE[0] / HOSTILE[1]
@@ -352,6 +356,7 @@ def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
     assert all(len(f"{tick:g}") <= 6 for tick in ticks)
 
 
+@pytest.mark.slow
 def test_a_missing_sample_is_named(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     gone = tmp_path / "run" / "samples" / "psft" / "test_unseen" / "00001-s0.mp4"
@@ -360,6 +365,7 @@ def test_a_missing_sample_is_named(run: Path, tmp_path: Path) -> None:
         report(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_without_training_has_a_report(run: Path, tmp_path: Path) -> None:
     """Evaluation alone, of the references and the base: no curves, no headline, but the table and the players."""
     shutil.copytree(run, tmp_path / "run")
@@ -430,7 +436,9 @@ def test_runs_of_a_row_are_pooled(run: Path, tmp_path: Path) -> None:
     for path in (folders[2] / "evaluation").glob("*.json"):
         record = json.loads(path.read_text())
         files.write_sealed(path, record | {"settings": record["settings"] | {"seeds": 9}})
-    with pytest.raises(UserError, match=r"2: was measured with other settings than .*0; run `posttrain eval` on both again"):
+    with pytest.raises(
+        UserError, match=r"2: was measured with other settings than .*0; run `posttrain eval` on both again"
+    ):
         gather({"best": folders})
     with pytest.raises(UserError, match=r"b: was measured with other eval\.seeds or eval\.sampler than a"):
         comparable(gather({"a": folders[:1], "b": folders[2:]}), "ab")

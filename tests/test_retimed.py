@@ -132,6 +132,7 @@ def median(scores: Sequence[ClipScore], name: str) -> float:
     return float(np.median(found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suffix", "fps", "rule"),
     [
@@ -192,6 +193,7 @@ def test_pictures_that_are_shown_again_at_no_steady_rate(truths: Sequence[Truth]
     assert clip.notes == ["frames are repeated irregularly, so g, landing and the like are not measured"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fps", [24, 60])
 def test_what_was_filmed_at_its_rate_is_not_taken_for_another(tmp_path: Path, fps: int) -> None:
     """Among it are bodies that hang for a moment, and that lie still at the end."""

@@ -398,6 +398,7 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path):
     assert sorted(p.name for p in (cut / "checkpoints").iterdir()) == ["step-000038", "step-000040"]  # no remnants
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_and_leaves(tmp_path, number):
     process = start(tmp_path, pause=0.02)

@@ -161,7 +161,7 @@ def test_a_benchmark_says_its_rate_or_is_asked_for_it(tmp_path: Path, capsys: py
     with pytest.raises(UserError) as error:
         open_benchmark(tmp_path / "drops", fps=16)
     assert (error.value.code, error.value.field) == ("conflict", "--truth-fps")
-    assert "taken as" not in capsys.readouterr().err
+    assert "is assumed" not in capsys.readouterr().err
     # what was published is known by its number of real clips, or the names of simulated ones, and it is said
     for i in range(1, 361):
         shutil.copytree(mine / "0000", mine / f"{i:04d}")
@@ -301,6 +301,7 @@ def filmed_at(path: Path, times_F: np.ndarray, codec: str, pixels: str, start: i
         container.mux(stream.encode())
 
 
+@pytest.mark.slow
 def test_each_frame_has_its_own_time(tmp_path: Path) -> None:
     """One fall as GIF, WebM, at 60 frames per second, at any moments: L2 within 0.02, IoU 0.15, g 6%, whole spans."""
     write_dataset(tmp_path / "drops", ["test_unseen"], clips=1, frames=17)
@@ -398,7 +399,9 @@ def test_scores_of_another_tracker_do_not_mix(tmp_path) -> None:
     score.score(tmp_path / "out", benchmark, {"a": tmp_path / "a"}, RedTracker())
     other = RedTracker()
     torch.nn.init.constant_(other.module.weight, 5.0)
-    with pytest.raises(UserError, match=r"protocol\.json: its scores were made with another tracker; choose another --out"):
+    with pytest.raises(
+        UserError, match=r"protocol\.json: its scores were made with another tracker; choose another --out"
+    ):
         score.score(tmp_path / "out", benchmark, {"a": tmp_path / "a"}, other)
 
 
@@ -417,9 +420,7 @@ def test_what_has_no_video_is_said(tmp_path, capsys) -> None:
 def test_what_is_wrong_with_a_benchmark_is_named(tmp_path) -> None:
     real = write_real(tmp_path / "real", [LINE[:2]])
     info = real / "0000" / "clip_info.json"
-    with pytest.raises(
-        UserError, match=r"0000: SAM 2 must make its masks from clicks; name one, as in --tracker face"
-    ):
+    with pytest.raises(UserError, match=r"0000: SAM 2 must make its masks from clicks; name one, as in --tracker face"):
         open_benchmark(real)
     good = json.loads(info.read_text())
     for points in ([], [{"positive": []}], [{"positive": [[40, 1]]}], [{"positive": [[1, "a"]]}], "x", [[1, 2]]):

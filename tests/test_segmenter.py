@@ -167,6 +167,7 @@ def test_the_tracker_learns(tmp_path: Path) -> None:
     assert sum(ious[-5:]) / 5 > 0.8
 
 
+@pytest.mark.slow
 def test_sam2_takes_a_step(tmp_path: Path) -> None:
     model = sam2.Model(sam2.new(Sam2VideoConfig.from_pretrained(folder("sam2"))))
     before = {name: p.clone() for name, p in model.module.named_parameters()}
@@ -178,6 +179,7 @@ def test_sam2_takes_a_step(tmp_path: Path) -> None:
     assert not any("pred_obj_score_head" in name for name in moved)
 
 
+@pytest.mark.slow
 def test_a_run_is_not_continued_with_another_autoencoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,6 +38,7 @@ def groups() -> list[list[tuple[Scene, Trajectory]]]:
     return [[(scene, bullet.simulate(scene)) for scene in group(i)] for i in range(12)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_first_pictures_are_equal_within_a_grey_level(setting: dict) -> None:
     for index in range(3):
@@ -65,6 +66,7 @@ def test_without_shadows_the_floor_does_not_know_of_the_object(renderer) -> None
         assert np.ptp(clip.rgb[k][~wide_THW[k]].astype(int), axis=0).max() <= 1  # one colour, as the floor is plain
 
 
+@pytest.mark.slow
 def test_contact_is_when_the_law_says() -> None:
     signs = set()
     for members in groups():
@@ -104,6 +106,7 @@ def test_density_is_kept_and_mass_is_not() -> None:
     assert far.mass == pytest.approx(9**3 * near.mass)
 
 
+@pytest.mark.slow
 def test_the_bottom_row_measures_beta() -> None:
     """To some pixels: the outline's lowest edge is seldom as far away as the lowest point."""
     for members in groups():

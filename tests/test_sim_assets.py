@@ -110,6 +110,7 @@ def test_cone_hangs_from_its_centre_of_mass():
         assert -z[:, 2].min() / height == pytest.approx((1 + 2 * t + 3 * t * t) / (4 * (1 + t + t * t)), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_duck_balances_column_by_column():
     """Volume and centre of mass against a count of little columns, each as long as the duck is thick there."""
     mesh = library.mesh("duck/00")
@@ -183,6 +184,7 @@ def test_srgb_curve_there_and_back():
     assert surfaces.encoded(surfaces.linear(values)) == pytest.approx(values, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_choose_shows_toys_half_of_the_time():
     rng, ids = np.random.default_rng(0), library.object_ids()
     drawn = [library.choose(rng, ids) for _ in range(2000)]
@@ -235,6 +237,7 @@ def test_principal_axes_and_moments_give_the_tensor_back():
         assert np.linalg.det(axes) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_concave_meshes_fall_into_convex_parts():
     two_bars = np.concatenate([box_mesh(1, 0.2, 0.2)[0], box_mesh(1, 0.2, 0.2)[0] + [0, 2, 0]])
     faces = box_mesh(1, 0.2, 0.2)[1]

@@ -213,6 +213,7 @@ def test_the_static_clip_has_severity_1_and_the_true_one_0(ball: tuple[Scene, Tr
         assert counterfactual.severity(scene, kind, picture, still, true, clip) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_a_group_shares_its_first_picture(tmp_path: Path) -> None:
     """Byte for byte, as decoded from the files; and every kind differs from the truth later."""
     values = {kind: (sweep[-1],) for kind, (_, _, sweep) in counterfactual.VIOLATIONS.items()}
@@ -259,6 +260,7 @@ def test_groups_are_drawn(tmp_path: Path) -> None:
     assert len({str(name) for name in names}) == 3
 
 
+@pytest.mark.slow
 def test_severity_does_not_fall_as_the_knob_grows() -> None:
     """Of one scene it may, as bounces are chaotic; the mean over scenes may not (docs/log has all kinds)."""
     config = counterfactual.Config(**POCKET, dropped=(1, 1), pile=(0, 1), drop=(0.5, 0.8), restitution=(0.6, 0.9))

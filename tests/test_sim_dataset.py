@@ -141,6 +141,7 @@ def test_contact_times_give_drop_heights():
     assert 0.45 < row["drop_height"] < 1.55
 
 
+@pytest.mark.slow
 def test_videofolder_reads_it(made: Path, tmp_path: Path):
     import datasets
 
@@ -256,6 +257,7 @@ def test_torn_rows_and_no_clips_are_not_shown(copy: Path, tmp_path: Path, capsys
         cli.main(["show", str(copy), "--count", "0"])
 
 
+@pytest.mark.slow
 def test_torn_files_are_made_again(made: Path, copy: Path):
     clip, annotations, row = copy / "train/00000.mp4", copy / "train/00001.npz", copy / ".rows/train/00002.json"
     os.truncate(clip, 100)
@@ -268,6 +270,7 @@ def test_torn_files_are_made_again(made: Path, copy: Path):
     assert files(copy) == files(made)
 
 
+@pytest.mark.slow
 def test_what_is_there_is_reused_and_more_can_be_added(made: Path, copy: Path):
     before = {path: path.stat().st_mtime_ns for path in copy.glob("*/0*")}
     remake(copy, train=11)

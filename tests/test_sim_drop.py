@@ -49,6 +49,7 @@ def motions() -> list[tuple[Scene, Trajectory]]:
     return [made(motion, motion.Config(**POCKET), i) for i in range(2 * len(motion.MOTIONS))]
 
 
+@pytest.mark.slow
 def test_shapes_choose_among_objects():
     config = drop.Config(**POCKET, shapes=("egg", "cone"))
     for module in (drop, motion):
@@ -63,6 +64,7 @@ def test_shapes_choose_among_objects():
     assert (error.value.code, error.value.field) == ("value", "world.shapes")
 
 
+@pytest.mark.slow
 def test_a_studio_has_no_horizon():
     for i in range(4):
         scene, trajectory = made(drop, drop.Config(**POCKET, studio=True, texture=0.0), i)
@@ -70,6 +72,7 @@ def test_a_studio_has_no_horizon():
         assert np.ptp(left, axis=0).max() <= 1
 
 
+@pytest.mark.slow
 def test_at_time_0_nothing_interpenetrates():
     for scene, _ in drops():
         assert bullet.clearance(scene) >= drop.TOUCH
@@ -116,6 +119,7 @@ def test_energy_of_whole_scenes_never_rises():
     assert max(energy_gain(trajectory) for _, trajectory in drops()) <= 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("corpus", [drops, motions])
 def test_everything_is_in_the_picture_and_the_target_stays_there(corpus):
     for scene, trajectory in corpus():

@@ -184,6 +184,7 @@ def test_same_scene_same_bytes_in_another_process():
     assert other.stdout.strip() == digest(gl.render(*tumble(1, 3)))
 
 
+@pytest.mark.slow
 def test_long_clips_are_drawn_in_batches_without_a_seam():
     """At 256 pixels twelve frames fit one target; frames drawn alone have the same labels."""
     scene, trajectory = tumble(6, 14, size=256)

@@ -157,6 +157,7 @@ def test_a_tracker_shows_the_log_and_the_videos_and_changes_nothing(home, finish
     assert command(home, *arguments[:-1])[0] == 0  # and without it, the run is the same one
 
 
+@pytest.mark.slow
 def test_another_recipe_in_the_same_folder_is_refused(home, finished):
     said = refused(home, "run", "recipe.yaml", "train.lr=0.02", "model.adapter.rank=4")
     assert said.startswith("runs/try/recipe.yaml: differs from recipe.yaml in model.adapter.rank (2, now 4), train.lr ")
@@ -165,6 +166,7 @@ def test_another_recipe_in_the_same_folder_is_refused(home, finished):
     assert command(home, "train", "recipe.yaml")[0] == 0  # and the folder keeps the last word
 
 
+@pytest.mark.slow
 def test_other_clips_under_a_finished_run_are_refused(home, finished):
     metadata = home / "drops" / "train" / "metadata.jsonl"
     before = metadata.read_text()
@@ -203,8 +205,8 @@ def test_the_embedded_tracker_takes_no_large_clips(home, finished):
     for path in (home / "large").glob("*/metadata.jsonl"):
         files.write_jsonl(path, [row | {"size": [96, 96]} for row in files.read_jsonl(path)])
     expected = (
-        "eval.tracker: the embedded tracker was made for 64 x 64 pixels, and the clips in large/test_seen have 96 x 96; "
-        "name a SAM 2, as facebook/sam2.1-hiera-large\n"
+        "eval.tracker: the embedded tracker was made for 64 x 64 pixels, and the clips in large/test_seen have "
+        "96 x 96; name a SAM 2, as facebook/sam2.1-hiera-large\n"
     )
     words = ("recipe.yaml", "run=large", "data.clips=large", "eval.clips=large")
     assert refused(home, "run", *words) == refused(home, "eval", "try", "eval.clips=large") == expected
@@ -413,7 +415,10 @@ def test_a_table_is_a_run_for_each_row_and_seed_and_one_report(home):
     said = refused(home, "run", *base, table, "sweep={data.limit: [3]}")
     assert "table: cannot be used together with sweep; keep one" in said
     said = refused(home, "run", *base, "table={rows: {few: {eval.seeds: 7}}}")
-    assert said == "runs/rows/recipe.yaml: table.rows.few: changes eval, but all rows must be measured in the same way; leave it out\n"
+    assert said == (
+        "runs/rows/recipe.yaml: table.rows.few: changes eval, but all rows must be measured in the same way; "
+        "leave it out\n"
+    )
     for row in ("a/b: {}", "..: {}", "few: {train.seed: 3}"):
         assert "table.rows" in refused(home, "run", *base, f"table={{rows: {{{row}}}}}")
     shutil.rmtree(folder / "fast" / "3" / "evaluation")

@@ -206,7 +206,7 @@ def test_what_is_no_start_is_one_line(home: Path) -> None:
         (["model.start=none"], "model.start: none is no run, adapter file or transformer folder; name an existing one"),
         (
             ["model.start=unfinished"],
-            "runs/unfinished/adapter: is missing or incomplete; finish `posttrain train` first",
+            "runs/unfinished/adapter: is missing or incomplete; run `posttrain train` to its end first",
         ),
         (["model.start=deep"], "model.start: deep was trained from another model; name that one in model.path"),
         (
@@ -215,7 +215,7 @@ def test_what_is_no_start_is_one_line(home: Path) -> None:
         ),
         (
             ["model.start=first", "model.init=random", "model.adapter=null"],
-            "recipe.yaml:5: model: init: random excludes",
+            "recipe.yaml:5: model: init: random cannot be used with",
         ),
         (
             ["model.merge=[{path: first, scal: 2}]"],

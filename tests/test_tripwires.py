@@ -334,6 +334,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(home: Path) -> None
     assert same(again / BEST, whole / BEST)
 
 
+@pytest.mark.slow
 def test_looks_of_another_version_are_not_compared_with(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = home / "runs" / "older"
     with pytest.raises(KeyboardInterrupt):
@@ -373,6 +374,7 @@ def test_the_best_weights_are_those_of_their_look(home: Path) -> None:
     assert distance(start, trainable(model)) == pytest.approx(told[best_look(read_looks(run)).step])
 
 
+@pytest.mark.slow
 def test_looks_and_best_weights_are_what_was_written(home: Path) -> None:
     run = Path(shutil.copytree(hack(home, "warned"), home / "runs" / "torn"))
     (run / TRAINED).unlink()  # with it the recipe would be read too

@@ -495,7 +495,7 @@ def test_a_list_beside_the_splits_counts_before_their_videos(tmp_path, name, pre
 
 def test_a_list_that_is_none_is_named(tmp_path) -> None:
     table(tmp_path / "metadata.csv", [{"clip": "a.mp4", "text": "x"}])
-    with pytest.raises(UserError, match=r"metadata\.csv: has no column of file names; name that column file_name, video"):
+    with pytest.raises(UserError, match=r"metadata\.csv: has no column of file names, but clip, text; call it"):
         entries(tmp_path, "train")
     table(tmp_path / "metadata.csv", [{"video": "", "text": "x"}])
     with pytest.raises(UserError, match=r"metadata\.csv:2: names no video"):
@@ -865,6 +865,7 @@ def test_any_videos_train_psft_and_are_listed_before(home) -> None:
     assert contents(home / "runs" / "mine" / "adapter") == before
 
 
+@pytest.mark.slow
 def test_clips_that_are_given_whole_are_refused_before_they_are_encoded(home) -> None:
     code, out, said = command(home, "train", "recipe.yaml", "run=single", "data.frames=1")
     assert code == 1

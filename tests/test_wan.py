@@ -37,6 +37,7 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.mark.slow
 def test_text_equals_the_stock_pipeline(wan: Wan, folder: Path) -> None:
     """Cleaned the same way, 512 tokens, zero after the last one; one caption is empty and one too long."""
     text_BLD = wan.encode_text(CAPTIONS)
@@ -347,12 +348,16 @@ def test_a_hub_id_is_read_at_the_revision_that_is_asked(hub: str) -> None:
     assert newest.vae.config.latents_std != pinned.vae.config.latents_std == [2.0] * 8
     with pytest.raises(UserError) as error:
         load(ModelConfig(path=hub, revision="c" * 40))
-    assert f"model.path: {hub} at revision {'c' * 40} is no folder and cannot be downloaded from the hub" in str(error.value)
+    assert f"model.path: {hub} at revision {'c' * 40} is no folder and cannot be downloaded from the hub" in str(
+        error.value
+    )
     assert "\n" not in str(error.value)
 
 
 def test_a_hub_id_that_cannot_be_got_is_named(hub: str) -> None:
-    with pytest.raises(UserError, match=r"model\.path: no-one/nothing is no folder and cannot be downloaded from the hub"):
+    with pytest.raises(
+        UserError, match=r"model\.path: no-one/nothing is no folder and cannot be downloaded from the hub"
+    ):
         load(ModelConfig(path="no-one/nothing"))
 
 
@@ -383,7 +388,7 @@ def test_bfloat16_weights_themselves_are_not_trained(folder: Path, tmp_path: Pat
     half = load(ModelConfig(path=str(folder), dtype="bf16"))
     assert not any(p.requires_grad for p in half.transformer.parameters())
     points = type("Points", (), {"ids": ["a"], "key": "", "__len__": lambda self: 1})()
-    with pytest.raises(UserError, match="none of its weights can be trained; set model.adapter, or"):
+    with pytest.raises(UserError, match="none of its weights can be trained"):
         Run(tmp_path, half.module, points, TrainConfig(steps=1, batch=1, lr=1.0))
 
 

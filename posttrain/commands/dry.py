@@ -1,4 +1,4 @@
-"""A dry run of a whole training step at full size. Tensors have a shape and a type but no values, so it needs no memory.
+"""A dry run of a training step at full size: tensors have a shape and a type but no values, so it needs no memory.
 
 The method's own loop runs on the real transformer with its adapter; if the method decodes, also the sampler and the
 decoder, forward and backward. It counts the peak of the bytes in use and the floating point operations, including
@@ -201,14 +201,14 @@ def needs(
     """
     if not is_video(config.family):
         raise UserError(
-            f"model.family: the dry run supports only video models, not {config.family}; run `posttrain doctor` without it",
+            f"model.family: the dry run supports only video models, not {config.family}; run doctor without it",
             "unsupported",
             "model.family",
         )
     asked = method_of(method)
     if sampler(method.config) and config.expert is not None:
         raise UserError(
-            f"model.expert: the dry run supports {method.name} only for models with one expert; run `posttrain doctor` without it",
+            f"model.expert: the dry run supports {method.name} only for models with one expert; run doctor without it",
             "unsupported",
             "model.expert",
         )

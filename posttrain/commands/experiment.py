@@ -143,13 +143,15 @@ class Recipe(Strict):
                     "duplicate", "has two values whose folder is {name}; keep one", {"name": printable(twice)}
                 )
             if odd := [n for n in names if n[:1] in (".", "") or not n.isprintable() or len(n) > 100]:
-                raise PydanticCustomError("value", "has a value that cannot be a folder name: {name}", {"name": printable(odd)})
+                raise PydanticCustomError(
+                    "value", "has a value that cannot be a folder name: {name}", {"name": printable(odd)}
+                )
         return sweep
 
     @field_validator("method")
     @classmethod
     def _trains_this_family(cls, method: Plugin, info: ValidationInfo) -> Plugin:
-        """Refuse a method that cannot train this family: it trains video models, or the networks in its module's TRAINS."""
+        """Refuse a method that cannot train this family: it trains video models, or the networks in its TRAINS."""
         model, networks = info.data.get("model"), method_of(method).TRAINS
         if model is None:  # what is wrong with it is said elsewhere
             return method
@@ -239,7 +241,9 @@ def _recipe_and_folder(target: Path | str) -> tuple[Path, Path | None]:
         if folder.is_dir():
             path = folder / "recipe.yaml"
             if not path.exists():
-                raise UserError(f"{path}: does not exist; {folder} is not a run; give a recipe or a folder below {RUNS}")
+                raise UserError(
+                    f"{path}: does not exist; {folder} is not a run; give a recipe or a folder below {RUNS}"
+                )
             return path, folder
     return Path(target), None
 
@@ -252,7 +256,9 @@ def open_run(target: Recipe | Path | str, overrides: Sequence[str] = ()) -> tupl
     """
     if isinstance(target, Recipe):
         if overrides:
-            raise UserError(f"{printable(overrides[0])}: overrides must be given to load_recipe, which checks them", "conflict")
+            raise UserError(
+                f"{printable(overrides[0])}: overrides must be given to load_recipe, which checks them", "conflict"
+            )
         plan, folder, name = target, None, f"the recipe {target.run}"
     else:
         path, folder = _recipe_and_folder(target)
@@ -326,7 +332,10 @@ def members(plan: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
         words = [f"{key}={json.dumps(value)}" for key, value in values.items()]
         found[name] = recipe.load(path, [*words, f"run={plan.run}/{name}", "sweep=null", "table=null"], Recipe)
         if plan.table and _measured(found[name]) != _measured(plan):
-            raise UserError(f"{path}: table.rows.{name.partition('/')[0]}: changes eval, but all rows must be measured in the same way; leave it out")
+            raise UserError(
+                f"{path}: table.rows.{name.partition('/')[0]}: changes eval, but all rows "
+                "must be measured in the same way; leave it out"
+            )
         claim(found[name], folder / name, str(path))
     return [(member, folder / name) for name, member in found.items()]
 
@@ -357,7 +366,9 @@ def is_trained(folder: Path, meaning: dict[str, Any] | None = None) -> bool:
         )
     if meaning is not None and (other := [key for key, value in meaning.items() if kept.get(key) != value]):
         what = ", ".join(other)
-        raise UserError(f"{folder / ADAPTER}: was trained with another {what}; choose another run=... or delete {folder}")
+        raise UserError(
+            f"{folder / ADAPTER}: was trained with another {what}; choose another run=... or delete {folder}"
+        )
     return True
 
 
@@ -389,7 +400,7 @@ def resolved(config: ModelConfig) -> ModelConfig:
 
 
 def _weights(field: str, source: str, merge: tuple[Merged, ...]) -> Path:
-    """The adapter file or transformer folder of `source`, which may depend on no other adapters than those in `merge`."""
+    """The adapter file or transformer folder of `source`, which may depend on no adapters except those in `merge`."""
     for place in (Path(source), RUNS / source):
         if (place / "recipe.yaml").is_file():
             need_training(place)

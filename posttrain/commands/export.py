@@ -4,8 +4,8 @@
     adapter/<run>_comfyui.safetensors          the same adapter for ComfyUI
     merged/transformer                         a diffusers transformer with the adapter folded in
 
-If a model has two experts, each has its own run. The file names contain "high_noise" or "low_noise", and the merged low-noise
-expert is the folder `transformer_2`, as in diffusers.
+If a model has two experts, each has its own run. The file names contain "high_noise" or "low_noise", and the merged
+low-noise expert is the folder `transformer_2`, as in diffusers.
 """
 
 import math
@@ -55,7 +55,7 @@ def export(
     model = yaml.safe_load(text)["model"]
     if weights.is_dir() and (other := sorted(set(formats) - {"diffusers"})):
         raise UserError(
-            f"{run}: export: {other[0]} is made from an adapter, but this run trained all weights; leave it out, and use "
+            f"{run}: export: {other[0]} is made from an adapter, and this run trained all weights; leave it out, use "
             f"{weights}",
             "conflict",
             "export",
@@ -77,7 +77,7 @@ def export(
 
 @torch.no_grad()
 def check(files: Sequence[Path], model: VideoModel, config: ModelConfig) -> Iterator[str]:
-    """Load each file as other programs do, compare velocity and adapter with the trained model; yield a line about each.
+    """Load each file as other programs do and compare it with the trained model; yield a line about each.
 
     Only one transformer at a time is on the device.
 

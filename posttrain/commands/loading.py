@@ -31,7 +31,8 @@ def memory(what: str, remedy: str) -> Iterator[None]:
 def base_model(plan: Recipe) -> Iterator[Any]:
     """The model that training started from; for `init: random`, the pretrained model, for comparison.
 
-    An adapter that training continued stays an adapter, as in training: merged into low-precision weights it would be rounded.
+    An adapter that training continued stays an adapter, as in training: merged into low-precision weights it would be
+    rounded.
     """
     config = resolved(plan.model).model_copy(update={"init": "pretrained", "other_adapter": None})
     if not (config.start and Path(config.start).is_file()):

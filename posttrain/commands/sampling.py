@@ -57,7 +57,9 @@ def sample(
         plan, folder = open_run(target)
         need_training(folder)
         if plan.model.conditioning == "text" and image is not None:
-            raise UserError(f"--image: {target} was trained without first frames (model.conditioning=text); leave it out")
+            raise UserError(
+                f"--image: {target} was trained without first frames (model.conditioning=text); leave it out"
+            )
         if plan.model.conditioning == "image" and image is None:
             raise UserError(f"--image: is missing; {target} was trained to continue a first frame; name one")
         if family is not None:
@@ -71,7 +73,9 @@ def sample(
             with tuned_model(plan, folder) as model:
                 if scale != 1:
                     if not lora.attached(model.transformer):
-                        raise UserError(f"--scale: {folder} has no adapter, because all weights were trained; leave it out")
+                        raise UserError(
+                            f"--scale: {folder} has no adapter, because all weights were trained; leave it out"
+                        )
                     lora.rescale(model.transformer, scale)
                 yield model
 
@@ -88,7 +92,11 @@ def sample(
         output = output or RUNS / "samples" / name
     file = image if isinstance(image, Path) else None
     if file and any((output / f"{file.stem}{s}").resolve() == file.resolve() for s in (".png", ".gif")):
-        raise UserError(f"--output: the contact sheet would replace {file}; name another folder than {output}", "conflict", "--output")
+        raise UserError(
+            f"--output: the contact sheet would replace {file}; name another folder than {output}",
+            "conflict",
+            "--output",
+        )
     of_model = family_of(config.family)
     defaults = of_model.defaults(config.path)
     asked = {**defaults._asdict(), **usual, **wishes, **sampler(defaults, usual, wishes)}
@@ -126,7 +134,7 @@ def as_evaluated(plan: Recipe) -> dict[str, Any]:
 
 
 def groups(plan: Recipe, folder: Path, shown: int = 8, show: bool = False) -> Path:
-    """Write a contact sheet of the first `shown` groups of a recipe, in one process; return its path, and print it if `show`.
+    """Write a contact sheet of the first `shown` groups of a recipe, in one process; return its path (`show`: print).
 
     Raises:
         UserError: the recipe has no groups, or they are not comparable.

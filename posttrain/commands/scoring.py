@@ -188,6 +188,13 @@ def _ready(folder: Path, by: str, clips: Path | None, split: str, asked: Mapping
     from posttrain.judges.questions import asking
 
     if by == "simulator" and clips is None:
+        if not (folder / split / "metadata.jsonl").is_file():
+            raise UserError(
+                f"{folder}: is no dataset of `sim make`, whose truth the simulator knows; name that of these videos by "
+                "--clips, or let --judge vlm or endpoint score them",
+                "mismatch",
+                "--clips",
+            )
         truths = Clips(DataConfig(clips=str(folder), split=split), preload=False, violated=True)
         return lambda: simulator.counterfactuals(truths), "simulator", version_of(simulator)
     if by == "simulator":

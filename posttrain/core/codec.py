@@ -34,6 +34,10 @@ MOST_IN_MEMORY = 2**29  # pixels of a video that is held whole, 1.6 GB: 259 pict
 ENCODERS = ("libx264", "libx264rgb")  # for files to look at, and for files without loss
 
 
+ATTACHED = 0x400  # FFmpeg's mark of a cover picture
+HDR = {16: "PQ", 18: "HLG"}  # FFmpeg's numbers of transfer functions
+
+
 class Turn(NamedTuple):
     """Steps that make a picture upright: transpose, then flip left-right, then flip top-bottom.
 
@@ -67,6 +71,7 @@ class Facts:
     marks: tuple[int, ...] | None  # timestamps in the file's own unit, which identify frames; None: it has none
     size: tuple[int, int]
     turn: Turn
+    notes: tuple[str, ...] = ()  # on what of the file is not shown as a player would, each "what: detail"
 
 
 def inspect(path: Path) -> Facts:
@@ -93,6 +98,7 @@ def _inspect(path: Path, size: int, changed: int) -> Facts:
             frames = container.decode(stream)
             picture = next(frames)
             (height, width), turn = (picture.height, _width(picture, stream)), _turn(picture, path)
+            notes = _notes(picture, stream, container)
             if stream.codec_context.has_b_frames and None not in stamps and stamps == sorted(stamps):
                 # frames are stored in another order than shown, but with ascending times: AVI numbers its packets
                 shown = [picture.pts, *(frame.pts for frame in frames)]
@@ -113,7 +119,24 @@ def _inspect(path: Path, size: int, changed: int) -> Facts:
     else:
         raise UserError(f"{path}: cannot be read: its frames have no time stamps", "format")
     upright = (width, height) if turn.transposed else (height, width)
-    return Facts(files.sha256(path), times, marks, upright, turn)
+    return Facts(files.sha256(path), times, marks, upright, turn, notes)
+
+
+def _notes(picture: Any, stream: Any, container: Any) -> tuple[str, ...]:
+    notes = []
+    if picture.interlaced_frame:
+        notes.append("interlaced: what moves may have combs; deinterlace it, for example by ffmpeg's bwdif")
+    if transfer := HDR.get(picture.color_trc):
+        notes.append(f"HDR: the colours of {transfer} are used as stored, too flat; map them to BT.709")
+    alpha = any(part.is_alpha for part in picture.format.components)  # every GIF's has; most are opaque
+    if stream.metadata.get("alpha_mode") == "1" or (alpha and picture.to_ndarray(format="rgba")[..., 3].min() < 255):
+        notes.append("transparent: its alpha is not used, so colours that it hides are shown")
+    if "STEREO3D" in {data.type.name for data in picture.side_data}:
+        notes.append("stereo: the views of both eyes are shown as they are stored")
+    others = [other for other in container.streams.video if not int(other.disposition) & ATTACHED]
+    if len(others) > 1:
+        notes.append(f"several streams: stream {stream.index} of its {len(others)} videos is used")
+    return tuple(notes)
 
 
 def _state(path: Path) -> tuple[int, int]:
@@ -216,13 +239,24 @@ def picture(path: Path | str) -> Image.Image:
     """The picture in a file (the first one of several), upright and in RGB.
 
     Raises:
-        UserError: missing; format: it is not a picture, not in one of the formats PICTURES, or too large; memory.
+        UserError: missing; format: it is not a picture, not in one of the formats PICTURES, too large, or transparent;
+            memory.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=PICTURES) as opened:
-                return ImageOps.exif_transpose(opened).convert("RGB")
+                upright = ImageOps.exif_transpose(opened)
+                if upright.mode in ("I", "F"):
+                    raise UserError(f"{path}: has pixels of 32 bits; save it with 8 or 16", "format")
+                if upright.mode.startswith("I;16"):  # Pillow would make all above 255 white
+                    upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
+                alpha = np.asarray(upright.convert("RGBA"))[..., 3] if upright.has_transparency_data else np.array(255)
+                if (least := int(alpha.min())) < 255:
+                    raise UserError(f"{path}: is transparent (alpha {least}); flatten it onto a background", "format")
+                return upright.convert("RGB")
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: does not exist; name a picture", "missing") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:

@@ -1,8 +1,9 @@
 """Several processes that train one model: connecting them, and the optimiser state that ZeRO-2 divides.
 
 torchrun, or `accelerate launch` with a file of recipes/launch/, starts them. Without a GPU they communicate by gloo.
-DeepSpeed's ZeRO-2 (Rajbhandari et al. 2020) gives each process a share of the gradients and of AdamW's moments. This module
-joins the shares for a checkpoint, so a run may be continued with any number of processes, with or without ZeRO-2.
+DeepSpeed's ZeRO-2 (Rajbhandari et al. 2020) gives each process a share of the gradients and of AdamW's moments. This
+module joins the shares for a checkpoint, so a run may be continued with any number of processes, with or without
+ZeRO-2.
 """
 
 import os

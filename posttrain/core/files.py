@@ -90,8 +90,8 @@ def _flush(path: Path) -> None:
 def replacing(path: Path | str, flush: bool = True) -> Iterator[Path]:
     """Yield a temporary path next to `path`; the file or folder written there is renamed to `path` at the end.
 
-    `flush` waits until the data are on the disk, so that they survive a power cut; without it they survive only a killed
-    process. It is not used for files that are numerous, cheap to make again and checked by their digest.
+    `flush` waits until the data are on the disk, so that they survive a power cut; without it they survive only a
+    killed process. It is not used for files that are numerous, cheap to make again and checked by their digest.
 
     Raises:
         UserError: disk_full or not_writable; `path` is then unchanged.
@@ -351,7 +351,9 @@ def inside(root: Path | str, name: str) -> Path:
     except FileNotFoundError:
         pass
     except (OSError, ValueError, RuntimeError) as error:  # too long; a NUL; links in a circle
-        raise UserError(f"{root}: the entry {printable(repr(name))} is not a valid file name; fix it", "outside") from error
+        raise UserError(
+            f"{root}: the entry {printable(repr(name))} is not a valid file name; fix it", "outside"
+        ) from error
     if not path.is_relative_to(root):
         raise UserError(f"{root}: the entry {printable(repr(name))} points outside the folder; fix it", "outside")
     return path
@@ -378,9 +380,7 @@ def read_sealed(path: Path | str) -> dict[str, Any]:
         value = read_object(path)
     except UserError as error:
         if error.code == "format":
-            raise UserError(
-                f"{path}: is damaged ({error}); delete it and make it again", "damaged"
-            ) from error
+            raise UserError(f"{path}: is damaged ({error}); delete it and make it again", "damaged") from error
         raise
     if value.get("sha256") != seal(value)["sha256"]:
         raise UserError(
@@ -403,7 +403,7 @@ def changed(folder: Path | str, noted: dict[str, str]) -> list[str]:
 
 
 def note_digest(path: Path, written: Path) -> None:
-    """Write the digest of the file `written`, which will be renamed to `path`, into the hidden folder .sha256 next to it.
+    """Write the digest of `written`, which will be renamed to `path`, into the hidden folder .sha256 next to `path`.
 
     Call it before renaming, so that a killed process leaves no file without a digest.
     """

@@ -1,8 +1,9 @@
 """Stopping a command by a signal, and child processes that end with their parent.
 
 Every file is complete or absent, so a command may end anywhere: SIGINT (Ctrl-C) and SIGTERM raise `Interrupted`, which
-becomes one line and the shell's exit code, 128 + signal. A signal more than a second later ends the process at once. While modules are
-imported, the first signal already does: no work has begun, and C libraries would change the exception.
+becomes one line and the shell's exit code, 128 + signal. A signal more than a second later ends the process at once.
+While modules are imported, the first signal already does: no work has begun, and C libraries would change the
+exception.
 """
 
 import importlib
@@ -44,7 +45,7 @@ def launch(module: str) -> int:
 
 
 class _Stop:
-    """Signal handler: the first signal raises `Interrupted`; a later one, or one during imports, ends it."""
+    """Signal handler: the first signal raises `Interrupted`; a later one, or one during imports, ends the process."""
 
     asked: float | None = None  # when the first of all signals came
 

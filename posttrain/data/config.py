@@ -28,7 +28,8 @@ class Wanted:
 class GroupsConfig(Strict):
     """The rejected clips of preference methods: counterfactuals, samples of a model, or both.
 
-    If a true clip has more rejected clips than `losers`, it gives several groups of that size; with fewer, it gives none.
+    If a true clip has more rejected clips than `losers`, it gives several groups of that size; with fewer, it gives
+    none.
     """
 
     losers: PositiveInt = 3  # m, in each group
@@ -44,9 +45,13 @@ class GroupsConfig(Strict):
     @model_validator(mode="after")
     def _any(self) -> "GroupsConfig":
         if (self.samples_each or self.judge) and not self.samples:
-            raise PydanticCustomError("part", "samples_each and judge are only used with samples; set samples to their folder")
+            raise PydanticCustomError(
+                "part", "samples_each and judge are only used with samples; set samples to their folder"
+            )
         if self.winner == "sample" and (self.counterfactuals or not self.samples):
-            raise PydanticCustomError("part", "winner: sample compares samples with samples; set samples, and leave out counterfactuals")
+            raise PydanticCustomError(
+                "part", "winner: sample compares samples with samples; set samples, and leave out counterfactuals"
+            )
         if not self.counterfactuals and not self.samples:
             raise PydanticCustomError("part", "there are no rejected clips; set counterfactuals: true, or samples")
         return self
@@ -75,9 +80,7 @@ class DataConfig(Strict):
         if None in (self.frames, self.fps, self.size) and (self.frames, self.fps, self.size) != (None, None, None):
             raise PydanticCustomError("part", "frames, fps and size set the clips' format together; give all three")
         if self.crop != "center" and self.size is None:
-            raise PydanticCustomError(
-                "part", "crop is only used with frames, fps and size; give them, or leave it out"
-            )
+            raise PydanticCustomError("part", "crop is only used with frames, fps and size; give them, or leave it out")
         return self
 
     @property

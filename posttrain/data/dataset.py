@@ -192,7 +192,9 @@ def read_annotations(path: Path | str, keys: Sequence[str] | None = None) -> dic
             unpacked = sum(arrays.zip.getinfo(f"{key}.npy").file_size for key in wanted)
             if unpacked > MOST_ANNOTATIONS:
                 size = f"{unpacked / 2**30:.1f} GiB, more than {MOST_ANNOTATIONS / 2**30:.0f}"
-                raise UserError(f"{path}: its arrays would need {size} in memory; make smaller or shorter clips", "format")
+                raise UserError(
+                    f"{path}: its arrays would need {size} in memory; make smaller or shorter clips", "format"
+                )
             return {key: arrays[key] for key in wanted}
     except UserError:
         raise
@@ -237,7 +239,7 @@ class Clips:
         ]
         if self.annotated and len(set(self.ids)) < len(self.ids):  # a list of videos may name one twice
             raise UserError(
-                f"data.clips: {', '.join(config.folders)}: two folders have clips with the same name; rename one of the folders",
+                f"data.clips: {', '.join(config.folders)}: clips with the same name; rename one of the folders",
                 "duplicate",
                 "data.clips",
             )
@@ -320,7 +322,8 @@ class Clips:
         instances = read_annotations(annotations, ["instances"])["instances"]
         if instances.shape != video.shape[:3]:
             raise UserError(
-                f"{annotations}: instances have shape {instances.shape}, the video {video.shape[:3]}; delete it, and {FILM}",
+                f"{annotations}: instances have shape {instances.shape}, the video {video.shape[:3]}; "
+                f"delete it, and {FILM}",
                 "damaged",
             )
         if view is not None:
@@ -338,7 +341,8 @@ class Clips:
         for name, array in arrays.items():
             if array.shape[:3] != (split.frames, *split.size):
                 raise UserError(
-                    f"{path}: {name} has shape {array.shape}, the video {split.frames, *split.size}; delete it, and {FILM}",
+                    f"{path}: {name} has shape {array.shape}, the video {split.frames, *split.size}; "
+                    f"delete it, and {FILM}",
                     "damaged",
                 )
         return arrays

@@ -2,9 +2,9 @@
 
 The winner is the true clip. Losers are clips of a dataset folder that break a law in the true clip's scene
 (sim/worlds/counterfactual.py), samples of a model with several seeds, or both. Alternatively the best sample is the
-winner and the other samples are the losers. Samples are files of any folder: <clip>-s<seed>.mp4 as a recipe's base model
-makes them (losers.py), or <clip>-s<seed>-<model>.mp4 as `posttrain sample` makes them from <clip>.png. A judge's scores
-are in scores.jsonl in the same folder, both from 0 to 1:
+winner and the other samples are the losers. Samples are files of any folder: <clip>-s<seed>.mp4 as a recipe's base
+model makes them (losers.py), or <clip>-s<seed>-<model>.mp4 as `posttrain sample` makes them from <clip>.png. A judge's
+scores are in scores.jsonl in the same folder, both from 0 to 1:
 
     {"file_name": "00012-s0.mp4", "sa": 0.9, "pc": 0.2}     semantic adherence, physical commonsense
 
@@ -79,7 +79,7 @@ def names(clips: Clips) -> dict[str, int]:
         path = clips.video(index)
         if (other := by_name.setdefault(path.stem, index)) != index:
             raise UserError(
-                f"{path}: has the same name as {clips.video(other)}, so the clip of a sample would be ambiguous; rename one",
+                f"{path}: has the same name as {clips.video(other)}, so a sample's clip would be ambiguous; rename one",
                 "duplicate",
             )
     return by_name

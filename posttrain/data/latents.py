@@ -6,7 +6,6 @@ encoded again, or refused if training is already reading it.
 """
 
 import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,12 +28,11 @@ from posttrain.models.base import VideoModel
 from posttrain.types import Batch
 
 VERSION = "1"  # of what this code makes of a clip; with another one, entries are made again
-NOTED = "posttrain"  # the header's entry that holds the digest and the version
 CONDITION = "condition."  # what names in an entry begin with that are of Batch.condition
 
 
 class Readable(Protocol):
-    """The interface of `Clips` that encoding needs; see there. Of a row only the caption and, if any, the target are used."""
+    """The part of the interface of `Clips` that encoding needs. Of a row only caption and target are used."""
 
     @property
     def ids(self) -> Sequence[str]: ...
@@ -88,9 +86,8 @@ class Latents:
             entry = {"z0": z0_CFHW.float(), "text": texts[caption].float()}
             entry |= {f"{CONDITION}{name}": value[0] for name, value in condition.items()}
             entry = {k: v.contiguous().cpu() for k, v in entry.items()}
-            noted = {"sha256": _digest(self.keys[index], entry), "version": VERSION}
-            # one entry alone: safetensors writes several in a random order
-            content = save(entry, {NOTED: json.dumps(noted)})
+            # one field alone: safetensors writes several in an order that changes from process to process
+            content = save(entry, {"sha256": _digest(self.keys[index], entry)})
             files.write_bytes(self._files[index], content, flush=False)
         model.unload()  # UMT5 alone is 11 GiB, and training needs it not
         state.wait_for_everyone()
@@ -132,15 +129,14 @@ class Latents:
         path = self._files[index]
         try:
             with safe_open(path, "pt") as stored:
-                entry = {name: stored.get_tensor(name) for name in stored.keys()}
-                noted = json.loads((stored.metadata() or {}).get(NOTED, "{}"))
+                entry, noted = {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path}: is damaged; start again: it is then encoded again", "damaged") from error
-        if noted.get("version") != VERSION:
-            message = f"{path}: was encoded by another version of the code; start again: it is then encoded again"
-            raise UserError(message, "damaged")
         if noted.get("sha256") != _digest(self.keys[index], entry):
-            raise UserError(f"{path}: does not match its digest; start again: it is then encoded again", "damaged")
+            said = (
+                "does not match its digest, or is of another version of the code; start again: it is then encoded again"
+            )
+            raise UserError(f"{path}: {said}", "damaged")
         return entry
 
     def _whole(self, index: int) -> bool:
@@ -152,8 +148,8 @@ class Latents:
 
 
 def _digest(key: str, entry: dict[str, Tensor]) -> str:
-    """The digest of an entry's name and tensors."""
-    digest = hashlib.sha256(key.encode())
+    """The digest of the code's version, an entry's name and its tensors."""
+    digest = hashlib.sha256(f"{VERSION} {key}".encode())
     for name, tensor in sorted(entry.items()):
         digest.update(f" {name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

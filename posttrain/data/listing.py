@@ -3,7 +3,8 @@
 They are searched in `<folder>/<split>`, then in `<folder>`. If there is a list, it is used; else the video files:
 
     metadata.jsonl, .json, .csv, .tsv   rows with a VIDEO and a CAPTION column (finetrainers, videofolder,
-                                        DiffSynth-Studio); the recipe may also name such a file
+                                        DiffSynth-Studio); the recipe may also name such a file. Of several
+                                        caption columns the first that is filled in a row counts
     videos.txt and prompts.txt          one file name and one caption per line (finetrainers)
     a.mp4 and a.txt                     a text file next to each video (finetrainers), in folders of any depth
 
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from posttrain.core import codec, files
-from posttrain.core.errors import UserError
+from posttrain.core.errors import UserError, printable
 from posttrain.core.progress import track
 from posttrain.data.config import Wanted
 from posttrain.data.schema import ClipRow
@@ -43,6 +44,8 @@ PROMPTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 VIDEO = ("filename", "video", "videopath", "videofile", "path", "filepath", "mediapath")
 CAPTION = ("caption", "prompt", "text")
 PART = ("start", "end", "true_fps")
+UNREAD = re.compile("(start|end|begin)")  # columns that begin so, and are none of PART, probably mean a part
+EMPTY = {"nan", "none", "null", "n/a"}  # what programs write into a cell of text for no value
 SUFFIXES = {
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wmv", ".flv", ".mpg", ".mpeg", ".gif"),
     *(".ogv", ".ts", ".mts", ".m2ts", ".3gp", ".3g2", ".f4v", ".vob", ".asf", ".mxf", ".m2v", ".dv", ".qt"),
@@ -59,6 +62,7 @@ class Entry:
     caption: str | None
     part: Part = WHOLE
     captions: int = 1
+    notes: tuple[str, ...] = ()
 
 
 class VideoNote(NamedTuple):
@@ -87,13 +91,26 @@ def entries(folder: Path | str, split: str) -> list[Entry]:
                 if (home / name).is_file():
                     return _of_split(read_list(home / name), split)
     for home in (folder / split, folder):
-        if videos := videos_in(home):
-            return [Entry(home, path.name, _beside(home, path)) for path in videos]
-    for home in (folder / split, folder):
-        deeper = [path for path in _walk(home) if path.suffix.lower() in SUFFIXES]
-        if deeper and not _lists_below(home):
-            return _of_split([Entry(home, str(path.relative_to(home)), _beside(home, path)) for path in deeper], split)
+        videos = videos_in(home)
+        if not _lists_below(home):
+            videos += [path for path in _walk(home) if path.suffix.lower() in SUFFIXES and path.parent != home]
+        if videos:
+            listed = [Entry(home, str(path.relative_to(home)), _beside(home, path)) for path in videos]
+            return _of_split(listed, split)
     return []
+
+
+def _others(folder: Path, listed: Sequence[Entry]) -> list[VideoNote]:
+    """A note on each file with a caption beside it that is no video by its name; none in a folder with a list."""
+    if _lists_below(folder):
+        return []
+    stems = {(folder / entry.name).with_suffix("") for entry in listed}
+    captioned = {path.with_suffix("") for path in _walk(folder) if path.suffix == ".txt"} - stems
+    return [
+        VideoNote(str(path.relative_to(folder)), False, ["no video: its name does not end as one of a video does"])
+        for path in _walk(folder)
+        if path.with_suffix("") in captioned and path.suffix.lower() not in (".txt", *SUFFIXES)
+    ]
 
 
 def videos_in(folder: Path) -> list[Path]:
@@ -101,6 +118,12 @@ def videos_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+
+
+def _unread(folder: Path) -> list[Path]:
+    """The one table in a folder, if it is not called as those that are looked for."""
+    tables = [path for path in folder.iterdir() if path.suffix.lower() in (".csv", ".tsv", ".jsonl")]
+    return sorted(path for path in tables if path.name not in TABLES) if len(tables) == 1 else []
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -152,29 +175,51 @@ def _of_split(listed: Sequence[Entry], split: str) -> list[Entry]:
 def _table(path: Path) -> list[Entry]:
     """The rows of a table, by its suffix."""
     rows: Any
-    if path.suffix == ".jsonl":
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
         rows = list(enumerate(files.read_jsonl(path), 1))
-    elif path.suffix == ".json":
+    elif suffix == ".json":
         rows = files.read_json(path)
         rows = rows.get("data") if isinstance(rows, dict) else rows
         rows = list(enumerate(rows, 1)) if isinstance(rows, list) else []
-    elif path.suffix in (".csv", ".tsv"):
+    elif suffix in (".csv", ".tsv"):
         rows = _csv(path)
     else:
         raise UserError(
-            f"{path}: is neither a folder nor a .jsonl, .json, .csv or .tsv; name a folder or a list of videos", "format"
+            f"{path}: is neither a folder nor a .jsonl, .json, .csv or .tsv; name a folder or a list of videos",
+            "format",
         )
     if not rows or not all(isinstance(row, dict) for _, row in rows):
-        raise UserError(f"{path}: should be a list of rows, each a mapping with a video and a caption", "format")
+        raise UserError(f"{path}: should hold rows, each a mapping with a video and a caption; write it so", "format")
+    columns = list(dict.fromkeys(name for _, row in rows for name in row))
+    for line, row in rows:
+        if twice := [name for name, times in Counter(map(_column, row)).items() if times > 1]:
+            raise UserError(f"{path}:{line}: has two columns called {twice[0]}; rename one", "duplicate", twice[0])
     rows = [(line, {_column(name): value for name, value in row.items()}) for line, row in rows]
     there = set().union(*(row for _, row in rows))
-    name, caption = (next((column for column in columns if column in there), "") for columns in (VIDEO, CAPTION))
+    name = next((column for column in VIDEO if column in there), "")
     if not name:
-        raise UserError(f"{path}: has no column of file names; name that column file_name, video or path", "format")
+        has = ", ".join(printable(column) for column in columns[:8])
+        raise UserError(f"{path}: has no column of file names, but {has}; call it file_name, video or path", "format")
+    unread = [column for column in columns if UNREAD.match(_column(column)) and _column(column) not in PART]
+    notes = tuple(f"{printable(column)} is not read: only start and end, in seconds, are" for column in unread)
+    if not there & set(CAPTION):
+        notes += (f"no caption column: {path.name} has none called caption, prompt or text",)
     return [
-        _entry(path, line, row.get(name), row.get(caption), *(row.get(_column(number)) for number in PART))
+        replace(
+            _entry(path, line, row.get(name), _caption(row), *(row.get(_column(number)) for number in PART)),
+            notes=notes,
+        )
         for line, row in rows
     ]
+
+
+def _caption(row: dict[str, Any]) -> Any:
+    """What the first caption column of a row says that says anything; None: none does."""
+    cells = [row[column] for column in CAPTION if column in row]
+    return next(
+        (cell for cell in cells if cell and not (isinstance(cell, str) and cell.strip().lower() in EMPTY)), None
+    )
 
 
 def _column(name: str) -> str:
@@ -185,7 +230,9 @@ def _csv(path: Path) -> list[tuple[int, dict[str, str]]]:
     """(line, row) of a CSV. A row with more cells than the header is refused."""
     text = files.read_text(path)
     header = text.partition("\n")[0]
-    reader = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=header.count), strict=True)
+    delimiter = max(",;\t", key=header.count)
+    # a quote after a comma and a space opens a cell too; spaces in a TSV are left, for a tab is one of them
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True, skipinitialspace=delimiter != "\t")
     rows, columns = list[tuple[int, dict[str, str]]](), list[str]()
     try:
         while True:
@@ -197,12 +244,19 @@ def _csv(path: Path) -> list[tuple[int, dict[str, str]]]:
                 continue
             if not columns:
                 columns = cells
+                if not {_column(cell) for cell in cells} & set(VIDEO):
+                    return [(line, dict.fromkeys(cells, ""))]  # its caller names what is missing
+                if len(set(map(_column, cells))) < len(cells):
+                    raise UserError(f"{path}:{line}: two columns have one name; rename one", "duplicate")
                 continue
             if len(cells) > len(columns):
                 many = f"has {len(cells)} cells, but the header {len(columns)}"
                 raise UserError(f'{path}:{line}: {many}; put captions with commas into quotes ("...")', "format")
             if any(re.search(r"\n[^\n]*\.(mp4|mov|mkv|webm|avi)\W", cell) for cell in cells):
-                raise UserError(f"{path}:{line}: a quote is not closed, so the next rows become part of it; close or double it", "format")
+                raise UserError(
+                    f"{path}:{line}: a quote is not closed, so the next rows become part of it; close or double it",
+                    "format",
+                )
             rows.append((line, dict(zip(columns, cells, strict=False))))
     except csv.Error as error:
         raise UserError(f"{path}:{line}: cannot be read ({error}); fix its quotes", "format") from error
@@ -212,9 +266,12 @@ def _lists(path: Path) -> list[Entry]:
     prompts = next((path.parent / name for name in PROMPTS if (path.parent / name).is_file()), None)
     if prompts is None:
         raise UserError(
-            f"{path}: has no captions; write one per line into {path.parent / PROMPTS[0]}", "missing"
+            f"{path}: has no captions beside it; write one per line into {path.parent / PROMPTS[0]}", "missing"
         )
-    names, captions = (files.read_text(file).rstrip("\n").split("\n") for file in (path, prompts))
+    names = files.read_text(path).rstrip("\n").split("\n")
+    captions = files.read_text(prompts).removesuffix("\n").split("\n")  # the last ones may be empty
+    while len(captions) > len(names) and not captions[-1].strip():
+        captions.pop()
     if len(names) != len(captions):
         many = f"{len(captions)} lines, but {path.name} {len(names)}"
         raise UserError(f"{prompts}: has {many}; write one caption a line", "mismatch")
@@ -316,11 +373,15 @@ def choose(
                 video_notes.append(VideoNote(entry.name, view is not None, notes))
         finally:
             pool.shutdown(cancel_futures=True)  # those over the limit, or all after Ctrl-C
+    video_notes += _others(folder, listed)
     if not rows:
+        mend = "mend them or data.*"
+        if all("no caption" in video.notes for video in video_notes) and (tables := _unread(folder)):
+            mend = f"to read their captions from {tables[0].name}, name it: data.clips={tables[0]}"
         first_note = f"{video_notes[0].file}: {'; '.join(video_notes[0].notes)}"
         raise UserError(
             f"{folder}: none of its {len(video_notes)} videos can be used ({count(video_notes)}), for example "
-            f"{first_note}; fix them or data.*",
+            f"{first_note}; {mend}",
             "no_clips",
         )
     return rows, views, video_notes
@@ -330,7 +391,7 @@ def _look(entry: Entry, wanted: Wanted, uncaptioned: str) -> tuple[str, View | N
     """A video's digest, how it becomes a clip (None if it cannot), and the notes."""
     path = within(entry.folder, entry.name)
     if entry.caption is None and uncaptioned != "empty":
-        return "", None, ["no caption"]
+        return "", None, ["no caption", *entry.notes]
     if not path.is_file():
         return "", None, ["does not exist"]
     try:
@@ -342,6 +403,7 @@ def _look(entry: Entry, wanted: Wanted, uncaptioned: str) -> tuple[str, View | N
         return "", None, [str(error).removeprefix(f"{path}: ").removesuffix("; fix or remove it")]
     if view is not None and entry.captions > 1:
         notes = [*notes, f"several captions: the first of {entry.captions} is taken"]
+    notes = [*notes, *entry.notes]
     return facts.sha256, view, notes
 
 
@@ -355,7 +417,7 @@ def count(video_notes: Sequence[VideoNote]) -> str:
 
 
 def summary(video_notes: Sequence[VideoNote], lines: int = 5) -> list[str]:
-    """A line that says how the videos are used, then a line for each of the first `lines` that are left out, and why."""
+    """A line on how the videos are used, then a line for each of the first `lines` that are left out, and why."""
     used = [video for video in video_notes if video.used]
     out = [video for video in video_notes if not video.used]
     changes = f" ({count(used)})" if count(used) else ""

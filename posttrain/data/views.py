@@ -73,6 +73,7 @@ def see(facts: Facts, wanted: Wanted, part: Part = WHOLE) -> tuple[View | None, 
         return None, done
     if facts.turn != Turn():
         notes = [f"{facts.turn}, as the file says", *notes]
+    notes = [*notes, *facts.notes]
     positions = inside[positions]
     frames = tuple(int(position) if facts.marks is None else facts.marks[position] for position in positions)
     return View(frames, facts.marks is not None, box, wanted.size), notes + done
@@ -121,7 +122,7 @@ def plan(
 
 
 def pace(times: np.ndarray) -> tuple[float, bool]:
-    """Seconds between two frames (0 for a single frame): the mean if the rate is constant, else the median; and whether."""
+    """(seconds between two frames, whether the rate is constant): the mean if it is, else the median; 0: one frame."""
     steps = np.diff(times)
     middle = float(np.median(steps)) if len(steps) else 0.0
     steady = not middle or bool((np.abs(steps / middle - 1) < 0.5).all())

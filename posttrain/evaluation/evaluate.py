@@ -6,8 +6,8 @@ recipe's splits and further sets of the benchmark.
 
 A row on a test set is a record, a file evaluation/<row>-<set>.json. Its key is a hash of all that it depends on:
 weights, clips, tracker, settings, the source of the metrics. A record with the same key is reused; otherwise it is
-measured again. It is written after each batch of clips, so a killed evaluation continues. Rows that depend on no trained
-weights are stored by key in a folder that runs share. records.py makes tables from the records.
+measured again. It is written after each batch of clips, so a killed evaluation continues. Rows that depend on no
+trained weights are stored by key in a folder that runs share. records.py makes tables from the records.
 """
 
 import hashlib

@@ -199,12 +199,15 @@ def gather(runs: Mapping[str, Sequence[Path]]) -> list[Record]:
             same = name in fixed(first)
             if len(records) < len(folders):
                 raise UserError(
-                    f"{folders[0].parent}: not all its runs were measured on {split} clips; run `posttrain eval`", "unfinished"
+                    f"{folders[0].parent}: not all its runs were measured on {split} clips; run `posttrain eval`",
+                    "unfinished",
                 )
             for record, folder in zip(records, folders, strict=True):
                 if record.settings != first.settings or (same and record.key != first.key):
                     raise UserError(
-                        f"{folder}: was measured with other settings than {folders[0]}; run `posttrain eval` on both again", "mismatch"
+                        f"{folder}: was measured with other settings than {folders[0]}; "
+                        "run `posttrain eval` on both again",
+                        "mismatch",
                     )
             record = first if same else pooled(records)
             shared = same and found.get((name, split), record).key == record.key
@@ -227,7 +230,8 @@ def comparable(records: Sequence[Record], origins: Sequence[str]) -> list[list[R
     splits = {split: found for split, found in splits.items() if len(found) == len(origins)}
     if not splits:
         raise UserError(
-            f"{', '.join(origins)}: there is no split on which all of them were measured; run `posttrain eval` on each", "unfinished"
+            f"{', '.join(origins)}: there is no split on which all of them were measured; run `posttrain eval` on each",
+            "unfinished",
         )
     for split, (first, *others) in splits.items():
         for record in others:
@@ -358,8 +362,8 @@ def unequal(records: Sequence[Record]) -> list[str]:
 def print_table(records: Sequence[Record], console: Console | None = None, released: bool = False) -> None:
     """Print the records' means, the first metric with its interval; `released`: in the released code's convention.
 
-    If not all clips have a number, their count is shown next to it. Columns that do not fit the console are printed in a
-    second table below. The warnings of `unequal` follow.
+    If not all clips have a number, their count is shown next to it. Columns that do not fit the console are printed in
+    a second table below. The warnings of `unequal` follow.
     """
     metrics = named(records[0].benchmark).metrics
     shown = [metric for metric in metrics if not released or metric.key in records[0].clips[0].released]

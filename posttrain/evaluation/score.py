@@ -348,8 +348,9 @@ def score_video(
     )
     pictures = retimed.pictures(pictures_FHWC, times_F) if path is not None else None  # our own are as they were made
     found = pisa.score(pictures_FHWC[None], batch, [truth.row], times_F, tracker, pictures)[0]
-    if pictures is not None:
-        found = replace(found, notes=timing_notes(times_F, pictures, truth.row.fps))
+    if path is not None and pictures is not None:
+        notes = [*(timing_notes(times_F, pictures, truth.row.fps) or ()), *codec.inspect(path).notes]
+        found = replace(found, notes=notes or None)
     seen = metric.true_frames(times_F, len(true_FHW), truth.row.fps)
     return replace(found, true_path=pisa.path(true_FHW[seen]))
 
@@ -371,7 +372,7 @@ def timing_notes(times_F: np.ndarray, pictures: retimed.Pictures, fps_true: floa
 
 
 def steady(times_F: np.ndarray) -> tuple[np.ndarray, float]:
-    """To show a video at a constant rate (its average): the index of the frame to show at each step (F,), and the rate."""
+    """To show a video at a constant rate (its average): the frame to show at each step (F,), and the rate."""
     step = metric.frame_step(times_F)
     return views.nearest(times_F, metric.even_times(len(times_F), 1 / step)), 1 / step
 

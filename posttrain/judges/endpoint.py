@@ -5,10 +5,10 @@ count as probability 0. If a server requires `max_completion_tokens`, or its own
 Not every server returns logprobs. Some must be configured for the number of pictures in a request (vLLM:
 --limit-mm-per-prompt).
 
-A server is not trusted: an answer must have at most LARGEST bytes, be uncompressed and arrive in time; redirects are not
-followed; its text is shown on one short line, without control characters. Answers are cached by pictures, question and
-model name, so no request is repeated. The key in the environment variable OPENAI_API_KEY, if any, is sent only to the
-server's address, and neither printed nor stored.
+A server is not trusted: an answer must have at most LARGEST bytes, be uncompressed and arrive in time; redirects are
+not followed; its text is shown on one short line, without control characters. Answers are cached by pictures, question
+and model name, so no request is repeated. The key in the environment variable OPENAI_API_KEY, if any, is sent only to
+the server's address, and neither printed nor stored.
 """
 
 import asyncio
@@ -107,7 +107,9 @@ def likeliest(answer: Any, who: str) -> list[tuple[str, float]]:
         reason = f"{who} answers without logprobs (top_logprobs), from which scores are computed; {remedy}"
         raise UserError(reason, "answer", "--url") from error
     if not all(logprob <= 0.01 for _, logprob in top):  # nan as well
-        raise UserError(f"{who} answers with logprobs that are not valid ({printable(top)}); fix the server", "answer", "--url")
+        raise UserError(
+            f"{who} answers with logprobs that are not valid ({printable(top)}); fix the server", "answer", "--url"
+        )
     return [(token, logprob) for token, logprob in top if logprob > -math.inf]
 
 
@@ -139,7 +141,9 @@ def _key() -> str:
 def _headers() -> dict[str, str]:
     key = _key()
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise UserError(f"{KEY}: has a space or another character that is not allowed in a key; set it again", "value", KEY)
+        raise UserError(
+            f"{KEY}: has a space or another character that is not allowed in a key; set it again", "value", KEY
+        )
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
     return headers | ({"Authorization": f"Bearer {key}"} if key else {})
 

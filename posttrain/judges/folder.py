@@ -1,15 +1,15 @@
 """Score the videos of a folder: `posttrain score FOLDER --judge simulator|vlm|endpoint`.
 
-FOLDER contains samples, named <clip>-s<seed>.mp4 after the clips of a dataset, which has their captions. Or it is itself
-a dataset folder, or a folder of any videos with captions (data/listing.py). Scores are written next to the videos, one
-row of scores.jsonl each, where groups read them (data/groups.py):
+FOLDER contains samples, named <clip>-s<seed>.mp4 after the clips of a dataset, which has their captions. Or it is
+itself a dataset folder, or a folder of any videos with captions (data/listing.py). Scores are written next to the
+videos, one row of scores.jsonl each, where groups read them (data/groups.py):
 
     {"file_name": "00012-s0.mp4", "sa": 0.9, "pc": 0.2, "mass": 0.99, "judge": "...", "version": "...", "key": "...",
      "sha256": "..."}
 
-`mass` is the probability that a model's answers begin with yes or no (questions.py); the simulator has none. Each row is
-written as soon as it is computed. A second run only scores videos without a row, or whose video or caption has changed.
-Scores of different judges are not mixed.
+`mass` is the probability that a model's answers begin with yes or no (questions.py); the simulator has none. Each row
+is written as soon as it is computed. A second run only scores videos without a row, or whose video or caption has
+changed. Scores of different judges are not mixed.
 """
 
 import sys
@@ -46,7 +46,8 @@ def find(folder: Path, clips: Path | None, split: str) -> tuple[list[Video], Pat
         listed = listing.entries(folder, split)
         if not listed:
             raise UserError(
-                f"{folder}: has no videos with captions in {split}; for samples, give their dataset as --clips", "no_clips"
+                f"{folder}: has no videos with captions in {split}; for samples, give their dataset as --clips",
+                "no_clips",
             )
         found = [_captioned(e, e.folder / e.name, e.name) for e in listed]
         return found, listed[0].folder / SCORES
@@ -58,7 +59,10 @@ def find(folder: Path, clips: Path | None, split: str) -> tuple[list[Video], Pat
     matched = [(sample_of(path.stem, true), path) for path in listing.videos_in(folder)]
     found = [_captioned(true[sample[0]], path, path.name) for sample, path in matched if sample]
     if found and (others := [path.name for sample, path in matched if not sample]):
-        print(f"{folder}: {len(others)} videos are not named after a clip of {clips}, such as {others[0]}; left out", file=sys.stderr)
+        print(
+            f"{folder}: {len(others)} videos are not named after a clip of {clips}, such as {others[0]}; left out",
+            file=sys.stderr,
+        )
     if not found:
         message = f"{folder}: has no samples of the clips in {clips}, {split}; name them <clip>-s<seed>.mp4"
         raise UserError(message, "no_clips", "--clips")

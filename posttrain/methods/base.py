@@ -48,7 +48,7 @@ def annotated_latents(source: Source, config: Any) -> Data:
 
 
 def pixels(source: Source, config: Any) -> Data:
-    """The clips in pixels, with masks: video_BCFHW, instances_BFHW, target_B and the annotations that `truths` names."""
+    """The clips in pixels: video_BCFHW, instances_BFHW, target_B and the annotations that `truths` names."""
     need_masks(source.clips)
     return source.clips
 

@@ -169,7 +169,7 @@ class Draw:
 
 
 def draw(model: VideoModel, batch: Batch, config: Config, run: Run) -> Draw:
-    """Draw losers, times and noise. With `cached_draws`, the step chooses one of the group's fixed (time, noise) draws."""
+    """Draw losers, times and noise. With `cached_draws`, choose one of the group's fixed (time, noise) draws."""
     z0_BCFHW, losers_BMCFHW, text_BLD = batch.z0_BCFHW, batch.losers_BMCFHW, batch.text_BLD
     assert z0_BCFHW is not None
     assert losers_BMCFHW is not None
@@ -204,7 +204,7 @@ def draw(model: VideoModel, batch: Batch, config: Config, run: Run) -> Draw:
 def place(
     model: VideoModel, z0_BCFHW: Tensor, losers_BMCFHW: Tensor, source: Random, config: Config
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All members (B, N, C, F, H, W), each with the winner's first latent frame, their noise (same shape), times (B,)."""
+    """All members (B, N, C, F, H, W), with the winner's first latent frame, their noise (same shape), times (B,)."""
     z0_BNCFHW = torch.cat([z0_BCFHW[:, None], losers_BMCFHW], dim=1)
     z0_BNCFHW[:, :, :, : model.n_cond_frames] = z0_BCFHW[:, None, :, : model.n_cond_frames]
     t_B = sample_time(source, config.timesteps, config.shift, *model.times).to(z0_BCFHW.device)
@@ -247,7 +247,7 @@ def errors(model: VideoModel, drawn: Draw, config: Config, groups: slice = ALL, 
 
 
 def portions(drawn: Draw, config: Config) -> list[slice]:
-    """Slices of the members that go through the model together; equal for policy and reference, so that both round alike."""
+    """Slices of members that share a forward pass; equal for policy and reference, so that both round alike."""
     count = drawn.z0_BNCFHW.shape[1]
     return [ALL] if config.backward == "together" else [slice(n, n + 1) for n in range(count)]
 
@@ -274,7 +274,8 @@ def inputs(model: VideoModel, config: Config) -> dict[str, nn.Module | None]:
         return {"base": copy.deepcopy(model.transformer).requires_grad_(False)}
     if not lora.attached(model.transformer):
         raise UserError(
-            "model.adapter: is missing, but the reference is the model without its adapter; set it, or method.reference=full_copy",
+            "model.adapter: is missing, but the reference is the model without its adapter; set it, or "
+            "method.reference=full_copy",
             "required",
             "model.adapter",
         )

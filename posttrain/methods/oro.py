@@ -1,7 +1,7 @@
 """ORO: object reward optimisation, the gradient of rewards through the decoder and the sampler into the weights.
 
-Paper: PISA (Li et al. 2025), section 4.3 and appendix C, eq. 9. x_0 is a simulated clip. From its first frame, its caption
-and noise eps, the sampler makes latents z_0', and the decoder D makes the clip x_0' = D(z_0'):
+Paper: PISA (Li et al. 2025), section 4.3 and appendix C, eq. 9. x_0 is a simulated clip. From its first frame, its
+caption and noise eps, the sampler makes latents z_0', and the decoder D makes the clip x_0' = D(z_0'):
 
     J = E_{x_0, eps} [ R(x_0', x_0) ],    dJ / dtheta = E sum_t (dR / dz_t) (dz_t / dtheta),    L = -J,
 

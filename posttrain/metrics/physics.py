@@ -1,7 +1,7 @@
 """The scorecard of one clip in SI units: how well its masks agree with the laws of a falling body.
 
-A level pinhole camera sees a body that starts at `depth` Z and stays there while it falls, so a pixel is Z / focal metres.
-Least squares fit the height z(t) of its centre, at rest until the release t0, through the contact at t_c,
+A level pinhole camera sees a body that starts at `depth` Z and stays there while it falls, so a pixel is Z / focal
+metres. Least squares fit the height z(t) of its centre, at rest until the release t0, through the contact at t_c,
 
     z(t) = z0 - g max(t - t0, 0)^2 / 2                     t <= t_c
     z(t) = z(t_c) + w (t - t_c) + a (t - t_c)^2 / 2        t_c < t <= t_c + AFTER frames (metrics/pisa.py)
@@ -266,8 +266,8 @@ def _unhidden(fallen_F: np.ndarray, masks_FHW: np.ndarray, surface: float) -> np
     """How far the whole body has fallen, in pixels, if the centre of its visible part has fallen `fallen_F`.
 
     If a body sinks `cut` pixels into the surface, its visible mask is the first mask without the lowest `cut` rows. The
-    visible centre and the visible area each give an estimate of `cut`. The smaller estimate is used, because rotation or
-    a landing next to the surface changes only one of them.
+    visible centre and the visible area each give an estimate of `cut`. The smaller estimate is used, because rotation
+    or a landing next to the surface changes only one of them.
     """
     rows, area_F = masks_FHW[0].sum(1).astype(float), masks_FHW.sum((1, 2))
     top, bottom = np.flatnonzero(rows)[[0, -1]] + [0, 1]

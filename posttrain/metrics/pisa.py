@@ -113,7 +113,8 @@ def score(
     Returns:
         l2, chamfer: in units of sqrt(2) H, smaller is better; NaN if no frame has a true mask (released: both masks).
         iou: in [0, 1].
-        vanished: share of the frames with a true mask in which the generated mask is empty; missing frames count as empty.
+        vanished: share of the frames with a true mask in which the generated mask is empty; missing frames count as
+            empty.
         span: share of the true clip that was compared, 1 unless the generated one is too short.
 
     Raises:
@@ -165,8 +166,8 @@ def score(
 def drop_time(drop_height: float, gravity: float = 9.81) -> float:
     """t_drop = sqrt(2 Y0 / g) in seconds, Y0 in metres.
 
-    Y0 is defined by the first contact, Y0 = g t_c^2 / 2. The height of the lowest point above the pile would be wrong if
-    a body does not land on the pile's centre.
+    Y0 is defined by the first contact, Y0 = g t_c^2 / 2. The height of the lowest point above the pile would be wrong
+    if a body does not land on the pile's centre.
     """
     return math.sqrt(2 * drop_height / gravity)
 

@@ -43,8 +43,9 @@ class Merged(Strict):
 class ModelConfig(Strict):
     """`model:` in a recipe. Training starts from `path`, with `merge` merged into the weights, and continues `start`.
 
-    `start` is a run (its name in runs/ or its folder), an adapter or a transformer folder. If it is an adapter, training
-    continues with it, so `adapter` must have its rank, alpha and targets; a transformer replaces the one in `path`.
+    `start` is a run (its name in runs/ or its folder), an adapter or a transformer folder. If it is an adapter,
+    training continues with it, so `adapter` must have its rank, alpha and targets; a transformer replaces the one in
+    `path`.
     """
 
     family: str = FAMILY  # posttrain/models/<family>; for pretraining a network, posttrain/nets/<family>.py
@@ -135,7 +136,8 @@ class VideoModel(Protocol):
         Assumes that the loss is minimised: a pixel outside the range has only the gradient that moves it back.
 
         Args:
-            recompute: whether the backward pass recomputes activations, latent frame by latent frame; else all are kept.
+            recompute: whether the backward pass recomputes activations, latent frame by latent frame; else all are
+                kept.
             offload: whether activations kept for the backward pass are moved to main memory.
         """
 

@@ -57,15 +57,15 @@ def find(path: str, revision: str | None = None, embedded: str | None = None) ->
     except Exception as error:  # the hub, the network and the disk each raise their own kinds
         at = f" at revision {revision}" if revision else ""
         raise UserError(
-            f"model.path: {path}{at} is no folder and cannot be downloaded from the hub ({_reason(error)}); check its name, "
-            "model.revision, the network and the login (hf auth login), or give a folder",
+            f"model.path: {path}{at} is no folder and cannot be downloaded from the hub ({_reason(error)}); check its "
+            "name, model.revision, the network and the login (hf auth login), or give a folder",
             "network",
             "model.path",
         ) from error
 
 
 def network(kind: type[PreTrainedModel], config: ModelConfig, part: str) -> Any:
-    """A network of `kind` with the weights that `config.path` names, float32; with `init: random`, only its config is used.
+    """A network of `kind` with the weights that `config.path` names, float32; `init: random` uses only its config.
 
     The path is a transformers folder, a hub id, or "pocket": the embedded folder `part`.
 

@@ -7,6 +7,7 @@ families are arguments.
 """
 
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,6 +51,8 @@ FOREIGN = (
         "write it anew in ComfyUI's names, with `diffusion_model.` before each name and without `.default`",
     ),
 )
+PREFIXES = ("transformer.", "diffusion_model.", "lora_unet_")  # of the names in diffusers', ComfyUI's, musubi's files
+DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' names of what a matrix may hold
 
 
 def unwrap(transformer: nn.Module) -> Any:
@@ -240,6 +243,19 @@ def _add(inner: Any, path: Path, read: Callable[[Path], Weights], name: str) -> 
     except UserError:
         raise
     except Exception as error:  # peft, diffusers and safetensors each raise their own kinds
+        if isinstance(error, json.JSONDecodeError | KeyError):
+            raise UserError(
+                f"{path}: its header lora_adapter_metadata cannot be read ({error}); write it as diffusers does, each "
+                "key with `transformer.` before it, or leave it out",
+                "format",
+            ) from error
+        if "should be empty" in str(error):
+            left = str(error).partition("dict_keys(")[2].rstrip(").") or str(error)
+            raise UserError(
+                f"{path}: has parts that are not read here ({left[:300]}); take them out, or fold the file into the "
+                "base with the program that made it",
+                "unsupported",
+            ) from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = lines[min(1, len(lines) - 1)].strip()  # torch's first line only says that there are more
         raise UserError(
@@ -282,6 +298,8 @@ def _check_foreign(path: Path) -> None:
     try:
         with safe_open(path, "pt") as tensors:
             names = sorted(tensors.keys())
+            dtypes = {name: tensors.get_slice(name).get_dtype() for name in names}
+            endless = [name for name in names if not tensors.get_tensor(name).float().isfinite().all()]
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: is damaged ({error}); get it again", "damaged") from error
     for part, what, remedy in FOREIGN:
@@ -292,6 +310,37 @@ def _check_foreign(path: Path) -> None:
         raise UserError(
             f"{path}: is {what} ({names[:1]}); name a file with low-rank matrices (lora_A, lora_B)", "format"
         )
+    if endless:
+        raise UserError(f"{path}: {endless[0]} has values that are not finite; get it again", "damaged")
+    if small := [name for name in names if dtypes[name] not in DTYPES]:
+        raise UserError(
+            f"{path}: is quantised ({small[0]} is {dtypes[small[0]]}), which is not read here; write it in 16 or 32 "
+            "bits",
+            "unsupported",
+        )
+    if strange := [name for name in names if not name.startswith(PREFIXES)]:
+        raise UserError(
+            f"{path}: has {strange[0]} and {len(strange) - 1} more names that do not begin with "
+            f"{', '.join(PREFIXES)}; rename them (in diffusers `transformer.<layer>.lora_A.weight`) or take them out",
+            "unsupported",
+        )
+    ours = [name for name in names if name.startswith("transformer.")]
+    if wrong := [name for name in ours if not name.endswith((".lora_A.weight", ".lora_B.weight", ".lora_B.bias"))]:
+        raise UserError(
+            f"{path}: has {wrong[0]}, which diffusers' files do not have; call matrices lora_A.weight and "
+            "lora_B.weight, multiply lora_B by alpha / rank, and take alpha out",
+            "unsupported",
+        )
+    kohya = {name.partition(".lora_")[0] for name in names if name.startswith("lora_unet_") and ".lora_" in name}
+    there = set(names)
+    for layer in sorted(kohya):
+        for part in (".lora_down.weight", ".lora_up.weight", ".alpha"):
+            if layer + part not in there:
+                raise UserError(
+                    f"{path}: lacks {layer}{part}, which each layer has in files of kohya and musubi; get it again, "
+                    "or give an alpha that is the rank",
+                    "format",
+                )
 
 
 def _check_plain(path: Path, metadata: dict[str, Any]) -> None:
@@ -340,6 +389,14 @@ def proceed(transformer: nn.Module, path: Path | str, read: Callable[[Path], Wei
             "mismatch",
             "model.adapter",
         )
+    ranks = sorted({min(shape[:2]) for name, shape in given.items()})
+    if len(ranks) > 1:
+        several = ", ".join(map(str, ranks))
+        raise UserError(
+            f"{path}: has layers of rank {several}, and model.adapter has one for all; fold it in with model.merge",
+            "mismatch",
+            "model.adapter.rank",
+        )
     for name in sorted(wanted.keys() & given.keys()):
         rank, found = (min(shapes[name][:2]) for shapes in (wanted, given))
         if rank != found:
@@ -383,11 +440,14 @@ def merge(transformer: nn.Module, path: Path | str, scale: float = 1.0, read: Ca
         UserError: as `load`, or rounding to the precision of the weights removes it.
     """
     load(transformer, path, read)
+    if not any(layer.lora_B[NAME].weight.any() for layer in adapted_layers(transformer)):
+        print(f"{path}: changes nothing, for all its lora_B are 0", file=sys.stderr)
     survives, dtype = fuse(transformer, scale), unwrap(transformer).dtype
     if dtype != torch.float32 and abs(survives - 1) > 1 - SURVIVES:
         raise UserError(
             f"{path}: times {scale:g}, merged into {str(dtype).removeprefix('torch.')} weights, {survives:.1%} of it "
-            "is left; set model.dtype=fp32, or keep the adapter separate from the weights (model.start; distribute the adapter file)",
+            "is left; set model.dtype=fp32, or keep the adapter separate from the weights (model.start; "
+            "distribute the adapter file)",
             "mismatch",
             "model.merge",
         )

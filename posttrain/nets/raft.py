@@ -220,7 +220,9 @@ def _published(name: str) -> raft.RAFT:
     try:
         return getattr(optical_flow, name)(weights="DEFAULT", progress=False)
     except OSError as error:
-        message = f"{name}: torchvision's weights cannot be downloaded ({error}); download them elsewhere and name the file"
+        message = (
+            f"{name}: torchvision's weights cannot be downloaded ({error}); download them elsewhere and name the file"
+        )
         raise UserError(message, "network", "path") from error
 
 

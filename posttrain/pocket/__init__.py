@@ -25,6 +25,7 @@ def whole(part: str) -> Path:
     noted = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     if wrong := files.changed(folder(""), {name: noted[name] for name in noted if name.startswith(f"{part}/")}):
         raise UserError(
-            f"{folder(wrong[0])}: is missing or was changed; reinstall posttrain or restore the file with git", "damaged"
+            f"{folder(wrong[0])}: is missing or was changed; reinstall posttrain or restore the file with git",
+            "damaged",
         )
     return folder(part)

@@ -1,7 +1,7 @@
 """Augmentation of training clips for the networks (segmenter.py, flow_net.py, depth_net.py).
 
-The networks will be used on generated clips. So training pictures get other colours, noise and blur, and a fixed share of the
-clips is encoded and decoded by a video autoencoder.
+The networks will be used on generated clips. So training pictures get other colours, noise and blur, and a fixed share
+of the clips is encoded and decoded by a video autoencoder.
 """
 
 import zlib

@@ -55,7 +55,7 @@ def curves(log: list[dict[str, Any]], metrics: Sequence[Metric]) -> list[Figure]
 
 
 def curve(points: Sequence[Point]) -> Chart:
-    """One quantity over steps: every value in light colour with the running mean, or only the values if there are few."""
+    """One quantity over steps: all values in a light colour and their running mean, or only the values if few."""
     steps, values = np.array(points).T
     low, high = np.quantile(values, [0.0, 0.995])
     if low == high or 0 <= low < 0.5 * high:

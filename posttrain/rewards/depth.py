@@ -5,8 +5,8 @@ clip:
 
     R = -mean_{t > 0, pixels} [ u |s q + o - 1/z| / r + (1 - u) ],   s, o = argmin sum (s q*_0 + o - 1/z_0)^2
 
-The scale s and the shift o are fitted once, to the true first frame, which is the model's condition. They do not
-depend on the generated clip, so the model cannot change them. One scale for all pictures also keeps the change of depth over
+The scale s and the shift o are fitted once, to the true first frame, which is the model's condition. They do not depend
+on the generated clip, so the model cannot change them. One scale for all pictures also keeps the change of depth over
 time, which the paper's normalisation by each picture's range removes. u is the contrast (rewards/base.py).
 
 Caution: an object in the wrong position counts twice, where it is and where it should be, whatever the distance; a

@@ -8,11 +8,11 @@ where u is 1 unless the later picture has lost most of its contrast (rewards/bas
 nothing, and without u a blank clip would have the reward of a static one.
 
 Caution: over the whole image, an object that moves in the wrong position counts twice, where it is and where it should
-be, but one that does not move counts once. So a hovering object scores better than an almost correct fall (a disc in 64 x 64 pixels: static -0.0167,
-one frame late -0.0190, falling at 0.7 g -0.0221). In `region: objects`, the default, only those pixels count in which
-the true clip has a body in one of the two pictures. Then only a clip that moves the wrong way is worse than a static
-one. Neither region shows where an object is while it lies still, and vanishing after landing costs little: use this
-reward together with `segmentation` and `trajectory`.
+be, but one that does not move counts once. So a hovering object scores better than an almost correct fall (a disc in 64
+x 64 pixels: static -0.0167, one frame late -0.0190, falling at 0.7 g -0.0221). In `region: objects`, the default, only
+those pixels count in which the true clip has a body in one of the two pictures. Then only a clip that moves the wrong
+way is worse than a static one. Neither region shows where an object is while it lies still, and vanishing after landing
+costs little: use this reward together with `segmentation` and `trajectory`.
 
 Departures from the paper: the truth is the simulator's flow, not RAFT's of the true clip; the region; u; the whole
 gradient (nets/raft.py: `see`).

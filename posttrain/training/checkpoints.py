@@ -77,7 +77,10 @@ def newest(folder: Path, meaning: Mapping[str, Any]) -> Checkpoint | None:
             checkpoint = read(path)
         except Damaged as error:
             aside = path.with_name(f"damaged-{path.name}")
-            print(f"{path}: is damaged ({error}); the previous one is used; this one is renamed to {aside}", file=sys.stderr)
+            print(
+                f"{path}: is damaged ({error}); the previous one is used; this one is renamed to {aside}",
+                file=sys.stderr,
+            )
             process.wait_for_everyone()  # all have looked
             if process.is_main_process:
                 shutil.rmtree(aside, ignore_errors=True)

@@ -86,8 +86,8 @@ class Optimizer:
         self._plain, self._clip, self._accelerator = plain, train.clip, accelerator
         if not self.parameters:
             raise UserError(
-                "model: none of its weights can be trained; set model.adapter, or model.dtype=fp32 to train all weights; "
-                "for a model with two experts also set model.expert",
+                "model: none of its weights can be trained; set model.adapter, or model.dtype=fp32 to train all "
+                "weights; for a model with two experts also set model.expert",
                 "conflict",
                 "model",
             )

@@ -267,7 +267,7 @@ class Run:
 
     @contextmanager
     def _surroundings(self) -> Iterator[None]:
-        """Context around all steps: cuts the log to the steps done, defers signals, opens trackers and the progress bar."""
+        """Context of all steps: cuts the log to the steps done, defers signals, opens trackers and progress bar."""
         self._cut_log()
         if self.done:
             yield
@@ -347,7 +347,7 @@ class Run:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Context that defers SIGTERM and SIGINT to the end of the step (or of a rollout's last); a second one acts at once."""
+        """Context that defers SIGTERM and SIGINT to the end of the step or rollout; a second one acts at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

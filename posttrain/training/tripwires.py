@@ -25,9 +25,9 @@ and q changes by more than `tolerance`, because a significant change may still b
 one-sided sign-flip test: the share of all choices of signs of the d whose mean is as large. If two sets of samples come
 from the same model, each sign is equally likely, so the test is exact for any distribution and any dependence of the
 quantities. `looks` is the number of looks of the whole run after the first (Bonferroni): if nothing but the reward
-changes, chance trips some wire in at most CHANCE of the runs. With n clips p is at least 2^-n, so too few clips for many
-looks are refused, and a wire with values for fewer than LEAST clips is not tested. The best look is the one with the
-highest reward among those without a tripped wire; its weights are in runs/<run>/best, which `model.start` accepts.
+changes, chance trips some wire in at most CHANCE of the runs. With n clips p is at least 2^-n, so too few clips for
+many looks are refused, and a wire with values for fewer than LEAST clips is not tested. The best look is the one with
+the highest reward among those without a tripped wire; its weights are in runs/<run>/best, which `model.start` accepts.
 
 All results are in runs/<run>/tripwires.jsonl, a row for each look. A look reads the rows of earlier steps and writes
 them again with its own, so a killed run continues correctly.
@@ -131,7 +131,9 @@ def watching(
     """
     if both := [part.name for part in config.watch if part.name in trained]:
         raise UserError(
-            f"tripwires.watch: {both[0]} is trained, so it is measured anyway; leave it out", "conflict", "tripwires.watch"
+            f"tripwires.watch: {both[0]} is trained, so it is measured anyway; leave it out",
+            "conflict",
+            "tripwires.watch",
         )
     watched = {part.name: part.module.load(part.config, model.device) for part in config.watch}
     summands = {name: reward for name, (_, reward) in trained.items()}
@@ -250,7 +252,7 @@ def enough(clips: int, looks: int, wires: int) -> None:
         )
     if needed > EXACT:
         raise UserError(
-            f"eval.every: {looks} looks at {wires} wires are too many to distinguish a change from chance; look less often",
+            f"eval.every: {looks} looks at {wires} wires are too many to tell changes from chance; look less often",
             "mismatch",
             "eval.every",
         )
@@ -274,7 +276,7 @@ def _signs(count: int) -> np.ndarray:
 
 
 def tripped(first: Values, now: Values, tolerance: float, known: Mapping[str, Metric], looks: int) -> list[str]:
-    """The tripped wires (see the module's docstring). For quantities not in `known`, such as rewards, more is better."""
+    """The tripped wires (see the module's docstring). For quantities not in `known` (rewards), more is better."""
     wires = [name for name in now if name != "reward"]
 
     def moved(name: str, sign: int, least: float, level: float) -> bool:

@@ -1,7 +1,7 @@
-"""A mesh as convex parts whose surface is near the drawn one: what collides.
+"""Divide a mesh into convex parts for collisions, whose surface is close to the mesh.
 
-A mesh is divided into its connected components. A part whose hull stands out into the air by more than a bound is cut
-by a plane, until none does. Cut surfaces stay open: they lie inside, where nothing collides.
+A mesh is divided into its connected components. While the convex hull of a part extends beyond the mesh by more than a
+bound, the part is cut by a plane. Cut surfaces stay open: they are inside the body, where nothing collides.
 
 Shape letters: V vertices, F triangles, P points.
 """
@@ -25,7 +25,7 @@ SURFACE = 10_000  # points that stand for a mesh's surface
 
 
 def components(triangles: np.ndarray) -> list[np.ndarray]:
-    """Triangles (F, 3, 3) by connected component; corners at one spot are one."""
+    """Triangles (F, 3, 3) of each connected component; corners at the same position are merged."""
     spots, index = np.unique(np.round(triangles.reshape(-1, 3), 5), axis=0, return_inverse=True)
     a, b, c = index.reshape(-1, 3).T
     ones = np.ones(2 * len(a))
@@ -44,7 +44,7 @@ def hull_of(triangles: np.ndarray) -> ConvexHull | None:
 
 
 def scattered(triangles: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points on triangles (F, 3, 3), `count` uniformly by area and all corners, and unit normals there: (P, 3) each."""
+    """Points (P, 3) on triangles (F, 3, 3): `count` random ones, uniform by area, and all corners; and unit normals."""
     a, b, c = triangles.swapaxes(0, 1)
     normals = np.cross(b - a, c - a)
     area = np.linalg.norm(normals, axis=1)
@@ -88,7 +88,7 @@ def bulge(
 
 
 def below(triangles: np.ndarray, normal: np.ndarray, offset: float) -> np.ndarray:
-    """What of triangles (F, 3, 3) lies where `normal` @ x <= offset, as triangles; the cut stays open.
+    """The part of triangles (F, 3, 3) where `normal` @ x <= offset, as triangles; the cut stays open.
 
     A triangle in the plane itself counts if the solid lies below it; one that only touches the plane does not.
     """
@@ -111,9 +111,9 @@ def below(triangles: np.ndarray, normal: np.ndarray, offset: float) -> np.ndarra
 
 
 def halves(triangles: np.ndarray, points: np.ndarray) -> list[np.ndarray]:
-    """What a plane through one of the points (P, 3) leaves of triangles on its two sides, none if all of it is flat.
+    """The two parts of triangles, cut by a plane through one of the points (P, 3); none if all parts would be flat.
 
-    The plane with the smallest and most compact hulls is taken: the least sum of volume times the sides of the box.
+    The chosen plane gives the smallest and most compact hulls: the least sum of volume times the sides of the box.
     """
     best, least = list[np.ndarray](), np.inf
     for normal, point in product(NORMALS, points):
@@ -126,9 +126,9 @@ def halves(triangles: np.ndarray, points: np.ndarray) -> list[np.ndarray]:
 
 
 def parts(vertices: np.ndarray, faces: np.ndarray, within: float, most: int = MOST) -> list[np.ndarray]:
-    """The hulls' points (P, 3) of convex parts that bulge over the mesh by at most `within`.
+    """The hull points (P, 3) of each convex part; parts extend beyond the mesh by at most `within`.
 
-    There are at most `most`, if the mesh has not more components than that: what bulges most is cut first.
+    There are at most `most` parts, unless the mesh has more components; the part that extends most is cut first.
     """
     triangles = vertices[faces]
     points, normals = scattered(triangles, SURFACE)

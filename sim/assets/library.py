@@ -64,7 +64,7 @@ def object_ids() -> list[str]:
 
 
 def validation_ids() -> list[str]:
-    """Objects of validation alone, sorted: made shapes, because training or testing uses all toys and models."""
+    """Objects that only validation uses, sorted: generated shapes, as training and testing use all toys and models."""
     numbers = range(VARIANTS, VARIANTS + VALIDATION)
     return sorted(f"{name}/{i:02d}" for name in SHAPES if name != "ball" for i in numbers)
 
@@ -113,7 +113,7 @@ def mesh(asset: str) -> Mesh:
     folder = Path(pybullet_data.getDataPath())
     uv, texture = None, None
     if asset not in object_ids() and asset not in validation_ids():
-        raise UserError(f"{asset}: no such asset; library.object_ids() lists them", "unknown_name")
+        raise UserError(f"{asset}: there is no such asset; library.object_ids() lists them", "unknown_name")
     if name == "toy":
         vertices, faces, _, _ = read_obj(folder / "random_urdfs" / number / f"{number}.obj")
     elif name in MODELS:
@@ -144,9 +144,9 @@ def hull(asset: str) -> np.ndarray:
 
 @cache
 def parts(asset: str) -> tuple[np.ndarray, ...]:
-    """What collides, as convex parts: the points (P, 3) of each one's hull, in the frame of `mesh`.
+    """Convex parts for collisions: the hull points (P, 3) of each, in the frame of `mesh`.
 
-    One part is the hull of all where that is near enough; parts stand off the mesh by NEAR or a little more.
+    A single part, the hull of the mesh, if that is close enough; parts extend beyond the mesh by NEAR or a little more.
     """
     made = mesh(asset)
     if is_round(asset) or ConvexHull(made.vertices).volume <= CONVEX * made.volume:
@@ -156,9 +156,9 @@ def parts(asset: str) -> tuple[np.ndarray, ...]:
 
 @cache
 def inertia(asset: str) -> tuple[np.ndarray, np.ndarray]:
-    """(moments (3,), axes (3, 3)): principal moments of one kilogram, in m^2 at size 1, and a column per axis.
+    """(moments (3,), axes (3, 3)): principal moments per kilogram, in m^2 at size 1, and a column per axis.
 
-    The axes are right-handed and those of the mesh where these are principal, so that rounding turns no round body.
+    The axes are right-handed. If the mesh's own axes are principal, they are used, so rounding rotates no round body.
     """
     if is_round(asset):
         return np.full(3, 0.1), np.eye(3)  # 2/5 m r^2 of a sphere of diameter 1

@@ -90,7 +90,7 @@ def background_ids() -> list[str]:
 
 
 def validation_ids() -> list[str]:
-    """The backgrounds that validation alone uses, sorted."""
+    """The backgrounds that only validation uses, sorted."""
     return [f"background/{i:03d}" for i in range(BACKGROUNDS, BACKGROUNDS + VALIDATION)]
 
 
@@ -102,7 +102,7 @@ def background(id: str) -> Background:
         UserError: no such background.
     """
     if id not in background_ids() and id not in validation_ids():
-        raise UserError(f"{id}: no such background; surfaces.background_ids() lists them", "unknown_name")
+        raise UserError(f"{id}: there is no such background; surfaces.background_ids() lists them", "unknown_name")
     rng = np.random.default_rng([98, int(id.partition("/")[2])])
     floor = surface(rng, float(np.exp(rng.uniform(np.log(0.12), np.log(0.9)))))
     wall = surface(rng, float(np.exp(rng.uniform(np.log(0.15), np.log(1.2))))) if rng.random() < 0.5 else None

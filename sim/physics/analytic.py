@@ -38,7 +38,7 @@ def impact_speed(height: float, gravity: float = GRAVITY) -> float:
 
 @dataclass(frozen=True)
 class Fall:
-    """A body released at rest at `height` metres whose touches return the share `restitution` of its speed."""
+    """A body released at rest at `height` metres; each bounce keeps the share `restitution` of its speed."""
 
     height: float
     restitution: float = 0.0
@@ -75,7 +75,7 @@ class Fall:
 
 
 class Config(Strict):
-    """Nothing to choose."""
+    """No keys."""
 
 
 DEFAULT = Config()

@@ -1,7 +1,7 @@
 """The protocol of physics engines, the modules of this package that a recipe names in `physics:`.
 
-An engine has a `Config` and `simulate(scene, interventions, config)`, see `Simulate`. The laws that every engine keeps
-are in tests/helpers/sim_laws.py. An engine refuses what it cannot do by `unsupported`.
+An engine has a `Config` and `simulate(scene, interventions, config)`, see `Simulate`. The laws that every engine must
+obey are in tests/helpers/sim_laws.py. For scenes that it cannot simulate, an engine raises `unsupported`.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class Simulate(Protocol):
         """The motion from time 0 on: `dropped` bodies fall from rest, `pile` rests, `moved` are fixed obstacles.
 
         Raises:
-            UserError: the engine cannot do this scene, or one of the interventions.
+            UserError: the engine cannot simulate this scene, or one of the interventions.
         """
 
 

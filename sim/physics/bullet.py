@@ -5,8 +5,8 @@ cancels the deviation g t dt / 2 of semi-implicit Euler from the parabola. A ste
 instead of 2 cm, since earlier ones lose their bounce. Penetration is corrected slowly, since correction adds speed: a
 ball keeps 0.005 more of its speed than its restitution (with 1/240 s, 2 mm and ten times the correction it was 0.035
 more, and contacts were 2 ms late). Bodies collide as the convex parts of library.parts without Bullet's margin, with
-which they would touch 1 mm above what is drawn; balls are spheres. A body has the inertia of what is drawn, where
-Bullet takes that of its bounding box; so its frame in Bullet lies along its principal axes.
+which they would touch 1 mm above the mesh; balls are spheres. A body has the inertia of its mesh, while
+Bullet's default is that of its bounding box; so its frame in Bullet is along its principal axes.
 
 Shape letters: S records, T frames, N bodies, V hull vertices.
 """
@@ -48,7 +48,7 @@ Hook = Callable[[int], None]  # called before each step with its number, 0 befor
 
 
 class Config(Strict):
-    """Nothing to choose."""
+    """No keys."""
 
 
 DEFAULT = Config()
@@ -75,13 +75,13 @@ def records_per_frame(fps: float) -> int:
 
 @cache
 def _principal(asset: str) -> Rotation:
-    """From the frame that a body has in Bullet to that of its mesh."""
+    """The rotation from the frame that a body has in Bullet to that of its mesh."""
     return Rotation.from_matrix(library.inertia(asset)[1])
 
 
 @cache
 def _obj(asset: str) -> str:
-    """What collides as an OBJ file with an object per convex part, in the frame that a body has in Bullet."""
+    """The convex parts as an OBJ file with an object per part, in the frame that the body has in Bullet."""
     lines, count = [], 0
     for i, points in enumerate(library.parts(asset)):
         lines.append(f"o {i}")
@@ -93,12 +93,12 @@ def _obj(asset: str) -> str:
 
 
 def _orientations(body: Body, xyzw_S4: np.ndarray) -> np.ndarray:
-    """Orientations (S, 4) of the body, w first, of those that it has in Bullet, w last."""
+    """Orientations (S, 4) of the body, w first, from those in Bullet, w last."""
     return np.roll((Rotation.from_quat(xyzw_S4) * _principal(body.asset).inv()).as_quat(), 1, axis=-1)
 
 
 def _create(bullet: ModuleType, body: Body, mass: float, position: Vector) -> int:
-    """The handle of a new body of Bullet: a sphere, or convex parts, which Bullet takes from a file alone."""
+    """The handle of a new body in Bullet: a sphere, or convex parts, which Bullet can only read from a file."""
     turn = (Rotation.from_quat(xyzw(body.orientation)) * _principal(body.asset)).as_quat().tolist()
     text = "" if library.is_round(body.asset) else _obj(body.asset)  # before the file, since it can take seconds
     with tempfile.NamedTemporaryFile("w", suffix=".obj") as file:
@@ -263,7 +263,7 @@ def _hook(bullet: ModuleType, handles: list[int], scene: Scene, step: float, int
 
 
 def _until_touch(bullet: ModuleType, point: Any, velocity: dict[int, Any], step: float) -> float:
-    """Seconds until the two touch at a point, at most a step, negative for the past: the gap over its closing speed."""
+    """Seconds until two bodies touch at a point: gap / closing speed, at most a step; negative: they touched before."""
     _, a, b, _, _, on_a, on_b, normal, gap, *_ = point
     closing = 0.0
     for handle, position, sign in ((a, on_a, -1.0), (b, on_b, 1.0)):

@@ -1,7 +1,7 @@
 """The protocol of renderers, the modules of this package that a recipe names in `renderer:`.
 
-A renderer has a `Config` and `render(scene, trajectory, config)`, see `Render`. The laws that every renderer keeps are
-in tests/helpers/sim_laws.py.
+A renderer has a `Config` and `render(scene, trajectory, config)`, see `Render`. The laws that every renderer must
+obey are in tests/helpers/sim_laws.py.
 """
 
 from collections.abc import Callable

@@ -46,7 +46,7 @@ DEFAULT = Config()
 
 
 def render(scene: Scene, trajectory: Trajectory, config: Config = DEFAULT) -> Clip:
-    """Film the trajectory; see Clip for what comes back.
+    """Render the clip of the trajectory; see `Clip`.
 
     Raises:
         UserError: no EGL on this machine, or more bodies than a uint8 mask can number.
@@ -69,12 +69,12 @@ def missing_egl(reason: Exception) -> UserError:
 
 @cache
 def stage(process: int) -> "Stage":
-    """The stage of a process: after a fork, a child must not use its parent's context."""
+    """The `Stage` of this process: after a fork, a child must not use its parent's context."""
     return Stage()
 
 
 class Stage:
-    """A context with all that stays on the device between clips: programs, meshes, textures, targets."""
+    """An OpenGL context, and what stays on the device between clips: programs, meshes, textures, targets."""
 
     def __init__(self) -> None:
         os.environ.setdefault("LP_NUM_THREADS", "1")  # llvmpipe: one process per core beats threads

@@ -39,7 +39,7 @@ def world() -> tuple[ModuleType, int]:
 
 
 def render(scene: Scene, trajectory: Trajectory, config: Config = DEFAULT) -> Clip:
-    """Film the trajectory; see Clip for what comes back.
+    """Render the clip of the trajectory; see `Clip`.
 
     Raises:
         UserError: more bodies than a uint8 mask can number, or bodies that change their size.
@@ -47,7 +47,7 @@ def render(scene: Scene, trajectory: Trajectory, config: Config = DEFAULT) -> Cl
     check(scene)
     if trajectory.scales_TN is not None:
         raise UserError(
-            "renderer tiny: cannot let bodies vanish or melt; write `renderer: {name: gl}` in the recipe",
+            "renderer tiny: cannot show bodies that vanish or melt; write `renderer: {name: gl}` in the recipe",
             "unsupported",
             "renderer.name",
         )

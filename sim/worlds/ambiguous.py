@@ -39,7 +39,7 @@ class Config(drop.Config):
 
 
 def group(draw: Draw, config: Config, simulate: Simulate) -> list[Scene]:
-    """The scenes of a group; if one of them can be filmed, all can.
+    """The scenes of a group; if one of them fits the picture, all do.
 
     Raises:
         UserError: no such scene fits the ranges.

@@ -2,7 +2,7 @@
 
 A world has a `Config` (of WorldConfig) and `takes(draw, config, simulate, render)`, which films the clips of one scene
 with the given engine and renderer. All random numbers come from `draw.rng`, so a scene is a function of its draw. The
-laws that every world keeps are in tests/helpers/sim_laws.py.
+laws that every world must obey are in tests/helpers/sim_laws.py.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ PROTOCOL = ("Config", "takes")
 
 
 def ascending(ends: tuple[float, float]) -> tuple[float, float]:
-    """Refuse a range that ends below its start."""
+    """Refuse a range whose end is below its start."""
     if ends[0] > ends[1]:
         raise PydanticCustomError("range", "should have its lower end first")
     return ends

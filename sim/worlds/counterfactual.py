@@ -1,6 +1,6 @@
-"""Clips that are wrong in a known way by a known amount: groups of a true drop scene and violations of it.
+"""Clips that break one law by a known amount: groups of a true drop scene and its violations.
 
-All members of a group have the scene, the camera and the first frame of the true clip (drop.py); each of the others
+All clips of a group have the scene, the camera and the first frame of the true clip (drop.py); each of the others
 breaks one law. A violation's `value` is physical; its `severity` says how wrong the clip is:
 
     severity = min(1, d / d_static),   d = mean over frames and bodies of |x - x_true|, metres,
@@ -197,7 +197,7 @@ def intervention(scene: Scene, true: Trajectory, violation: Violation) -> Interv
 
 
 def _inwards(scene: Scene) -> float:
-    """The side of the target on which the middle of the picture is: -1 left, 1 right."""
+    """The direction from the target to the picture's centre: -1 left, 1 right."""
     return -1.0 if scene.bodies[scene.target].position[0] > 0 else 1.0
 
 

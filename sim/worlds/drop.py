@@ -81,14 +81,18 @@ class Config(WorldConfig):
         size, bodies = self.size[0], self.dropped[1] * (1 + self.pile[1])
         pixels = focal_pixels(Camera((0.0, 0.0, 0.0), width=self.width)) * size / self.nearest()
         if pixels < SMALLEST:
-            remedy = "take larger ones, a nearer camera or more pixels"
+            remedy = "choose larger sizes, a nearer camera or more pixels"
             raise PydanticCustomError("part", f"size: {size:g} m are {pixels:.2g} pixels at most; {remedy}")
         kept = self.restitution[0] * self.floor_restitution[0]
         if kept > BOUNCIEST:
-            remedy = f"take less: their product is {kept:g}, {BOUNCIEST:g} at most keeps the energy from rising"
+            remedy = (
+                f"choose less: their product is {kept:g}, but must be at most {BOUNCIEST:g}, or the energy would rise"
+            )
             raise PydanticCustomError("part", f"restitution and floor_restitution: {remedy}")
         if bodies > MOST:
-            raise PydanticCustomError("part", f"dropped and pile make up to {bodies} bodies; take {MOST} at most")
+            raise PydanticCustomError(
+                "part", f"dropped and pile give up to {bodies} bodies; at most {MOST} are possible"
+            )
         return self
 
 
@@ -241,7 +245,7 @@ def _farthest(camera: Camera, points_P3: np.ndarray) -> float:
 
 
 def _sound(scene: Scene, trajectory: Trajectory) -> bool:
-    """Whether the engine kept its laws: piles wait at rest (2 mm) and energy never rises (1%)."""
+    """Whether the simulation is plausible: piles stay at rest (within 2 mm) and energy never rises (within 1%)."""
     dropped = {i for i, body in enumerate(scene.bodies) if body.role == "dropped"}
     first = min((c.time for c in trajectory.contacts if {c.a, c.b} & dropped), default=np.inf)
     before_TN3 = trajectory.positions_TN3[: int(min(first * scene.fps, scene.frames - 1)) + 1, len(dropped) :]
@@ -250,7 +254,7 @@ def _sound(scene: Scene, trajectory: Trajectory) -> bool:
 
 
 def _large_enough(scene: Scene, config: Config) -> bool:
-    """Whether the target has the right size from the nearest point that shows all of frame 0, or from farther back."""
+    """Whether the target has the right size from the nearest camera that shows all of frame 0, or from farther back."""
     points_P3 = np.concatenate([outline(body) + body.position for body in scene.bodies])
     x, y, z = scene.camera.position
     y = min(y, _farthest(scene.camera, points_P3))
@@ -332,7 +336,7 @@ def _background(rng: np.random.Generator, config: Config, backgrounds: list[str]
 
 
 def seamless(background: Background, light: Light) -> Background:
-    """The background with only the floor, and a sky of the colour that the floor has in that light."""
+    """The background with only the floor, and a sky of the colour that the floor has in this light."""
     radiance = np.array(background.floor.color) * (np.array(light.ambient) + np.array(light.color) * light.direction[2])
     r, g, b = radiance.tolist()
     return replace(background, wall=None, sky_horizon=(r, g, b), sky_zenith=(r, g, b))

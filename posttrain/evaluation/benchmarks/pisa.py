@@ -37,7 +37,7 @@ GRID, FALLS = "grid", "falls"  # test sets beside the splits
 
 
 class FallsConfig(Strict):
-    """The test of p(t|y): an ambiguous set (sim/worlds/ambiguous.py), and the number of samples of each of its clips."""
+    """The test of p(t|y): an ambiguous set (sim/worlds/ambiguous.py), and the number of samples of each clip."""
 
     clips: str
     seeds: int = Field(6, ge=1)

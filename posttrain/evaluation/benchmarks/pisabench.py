@@ -55,7 +55,7 @@ class Truth:
     Attributes:
         row: caption, fps, size and, if known, drop_height, gravity, camera and distance.
         picture: function that returns the first frame, uint8 (H, W, 3).
-        masks: function of n that returns the first n masks of the scored object (fewer if the clip ends), bool (F, H, W).
+        masks: function of n that returns the scored object's first n masks (fewer if the clip ends), bool (F, H, W).
         key: hash of everything that the masks depend on.
         context: text that is added to the caption in a model's prompt.
     """
@@ -110,7 +110,9 @@ def open_benchmark(
     if not splits:
         raise UserError(f"{folder}: holds no clips to compare with; name PisaBench's real or sim, or a dataset folder")
     if fps is not None:
-        raise UserError(f"{folder}: its files already give the frame rate; leave --truth-fps out", "conflict", "--truth-fps")
+        raise UserError(
+            f"{folder}: its files already give the frame rate; leave --truth-fps out", "conflict", "--truth-fps"
+        )
     tests = [split for split in splits if split.startswith("test")]
     return {split: _ours(folder, split) for split in tests or splits}
 
@@ -160,7 +162,8 @@ def _rates(split: str, scenes: Sequence[Path], asked: float | None) -> dict[Path
                 "--truth-fps",
             )
         print(
-            f"{split}: the files do not give the frame rate of the true clips; PisaBench's {assumed:g} fps is assumed", file=sys.stderr
+            f"{split}: the files do not give the frame rate of the true clips; PisaBench's {assumed:g} fps is assumed",
+            file=sys.stderr,
         )
     rates: dict[Path, Any] = {scene: info.get("fps", assumed) for scene, info in infos.items()}
     for scene, rate in rates.items():

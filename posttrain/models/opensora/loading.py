@@ -78,7 +78,7 @@ def folder_of(path: str, revision: str | None = None) -> Path:
         return Path(path).absolute()
     if Path(path).is_file():
         raise UserError(
-            f"model.path: {path} is a file; set model.path to the model's folder or hub id, and model.start to the file",
+            f"model.path: {path} is a file; set it to the model's folder or hub id, and model.start to the file",
             "format",
             "model.path",
         )
@@ -195,7 +195,9 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> OpenSora:
         )
     if config.init == "random" and config.dtype != "fp32":
         raise UserError(
-            "model.dtype: with init=random all weights are trained, so they are fp32; leave it out", "conflict", "model.dtype"
+            "model.dtype: with init=random all weights are trained, so they are fp32; leave it out",
+            "conflict",
+            "model.dtype",
         )
     parts, dtype = locate(config.path, config.revision), DTYPES[config.dtype]
     files_of(parts.vae)

@@ -1,9 +1,9 @@
 """Open-Sora v1.2 as a `VideoModel`. Converts its own time (0 to 1000) and sign (data - noise) to ours.
 
 The first frame is a clean latent frame, marked as clean by the transformer's `x_mask`, as in the published model. Texts
-are encoded unchanged, in training and in sampling; `prompt` in text.py does what the published sampling script does to a
-prompt first. The text "" stands for the learned null text: it is all zeros here, and is replaced when the transformer is
-called. If the first half of a batch has no text, the null text is cut to the lengths of the other half, as in the
+are encoded unchanged, in training and in sampling; `prompt` in text.py does what the published sampling script does to
+a prompt first. The text "" stands for the learned null text: it is all zeros here, and is replaced when the transformer
+is called. If the first half of a batch has no text, the null text is cut to the lengths of the other half, as in the
 published guidance.
 
 Latents are the means of both posteriors (the published code samples them). The number of latent frames does not
@@ -136,7 +136,7 @@ class OpenSora:
         return length, -length % self.time
 
     def latent_frames(self, frames: int) -> int:
-        """Latent frames for the first so many frames of the current clip, or of a clip of that length if it is shorter."""
+        """Latent frames for so many first frames of the current clip (or of a clip of that length, if it is longer)."""
         if self._clip is None or frames > self._clip[0]:
             return count_latents(frames, self.piece, self.time)
         pieces, rest = divmod(frames, self.piece) if self.piece else (0, frames)

@@ -148,7 +148,10 @@ class Published(ModelMixin, ConfigMixin):
         if missing := sorted(wanted.keys() - weights.keys()):
             raise UserError(f"{source}: lacks {missing[0]}; get this part of the model again", "damaged")
         if unknown := sorted(weights.keys() - wanted.keys()):
-            raise UserError(f"{source}: has {unknown[0]}, which this model does not have; use the model that it belongs to", "mismatch")
+            raise UserError(
+                f"{source}: has {unknown[0]}, which this model does not have; use the model that it belongs to",
+                "mismatch",
+            )
         for name, tensor in wanted.items():
             if weights[name].shape != tensor.shape:
                 shapes = f"{list(weights[name].shape)}, and the model's is {list(tensor.shape)}"

@@ -15,8 +15,8 @@ def pipeline_code(
 ) -> str | None:
     """Python that makes a clip with diffusers' pipeline, see `Family`.
 
-    None for an image-to-video model without a first frame, which diffusers cannot sample, and if only the low-noise expert
-    has guidance: with guidance_scale 1, diffusers uses no guidance for either.
+    None for an image-to-video model without a first frame, which diffusers cannot sample, and if only the low-noise
+    expert has guidance: with guidance_scale 1, diffusers uses no guidance for either.
     """
     if sampler["guidance"] <= 1 < (sampler["guidance_low"] or 0):
         return None

@@ -1,12 +1,12 @@
 """The Wan VAE's decoder without hidden state, so that the gradient of a long clip fits into memory.
 
-diffusers decodes latent frame by latent frame and passes the causal convolutions' last inputs ("feature caches") on in a
-list that it changes. Here decoding a latent frame is a pure function, (latent, caches) -> (pixels, caches), of the same
-layers in the same order, which the backward pass recomputes. Memory is then needed only for the activations of one latent
-frame and for the caches between all latent frames; these can be kept in main memory (`offload`).
+diffusers decodes latent frame by latent frame and passes the causal convolutions' last inputs ("feature caches") on in
+a list that it changes. Here decoding a latent frame is a pure function, (latent, caches) -> (pixels, caches), of the
+same layers in the same order, which the backward pass recomputes. Memory is then needed only for the activations of one
+latent frame and for the caches between all latent frames; these can be kept in main memory (`offload`).
 
-The pixels equal those of `AutoencoderKLWan.decode` bit for bit, and so does the gradient for pixels in the range. A pixel
-outside the range has no gradient in diffusers, so training could not move it back; here see `pixels.clamp`.
+The pixels equal those of `AutoencoderKLWan.decode` bit for bit, and so does the gradient for pixels in the range. A
+pixel outside the range has no gradient in diffusers, so training could not move it back; here see `pixels.clamp`.
 
 Axes: B batch, C channels, F frames (of latents; of pixels where they are called video), H W cells or pixels.
 """

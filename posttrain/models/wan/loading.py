@@ -104,8 +104,8 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
 
     The transformer is read now, the other parts when they are used; that they fit together is checked now.
 
-    Weights with `dtype: bf16` cannot be trained themselves (rounding would remove small updates), nor can a model with two
-    experts if none is named; both can be sampled.
+    Weights with `dtype: bf16` cannot be trained themselves (rounding would remove small updates), nor can a model with
+    two experts if none is named; both can be sampled.
 
     Raises:
         UserError: no such model, or a part is missing, broken or does not fit the others.

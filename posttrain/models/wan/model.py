@@ -242,7 +242,7 @@ class Wan:
         return digest.hexdigest()
 
     def _reading(self) -> list[dict[str, Any]]:
-        """What encoded captions depend on: configs of tokenizer and text encoder, without paths and per-call settings."""
+        """Configs of tokenizer and text encoder without paths and per-call settings, for the cache key of captions."""
         words = json.loads(self.tokenizer.backend_tokenizer.to_str())
         encoder = self.text_encoder.config.to_dict()
         passing = ("truncation", "padding", "_name_or_path", "transformers_version", "dtype", "torch_dtype")

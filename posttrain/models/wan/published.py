@@ -1,6 +1,7 @@
 """The published Wan models: the values of their config.json, to check recipes without downloading weights.
 
-Defaults: frames, size and fps are those of the model's training; steps and guidance those of its authors' sampling code.
+Defaults: frames, size and fps are those of the model's training; steps and guidance those of its authors' sampling
+code.
 """
 
 from pathlib import Path
