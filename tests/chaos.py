@@ -60,7 +60,7 @@ UNDONE = {
 }
 # What no run can make again: damage to it is refused.
 GIVEN = r"wan/|(recipe|film)\.yaml|drops/recipe|made/(samples|scores)\.|runs/try/(adapter/pytorch|trained|recipe|log)"
-UNREAD = r"runs/(cache|try/checkpoints|try/samples/validation)/|.*/\.sha256/"  # may stay damaged where it is not read
+UNREAD = r"runs/(cache|try/checkpoints|try/samples/validation)/|.*/\.sha256/|made/sampler\."  # may stay damaged
 MISSED = "missed"  # a hit that came after the end
 LONG = ("steps", "batch", "seeds", "samples_each", "losers", "accumulate", "rank")  # numbers that ask for time
 OFTEN = {signal.SIGKILL: 4, signal.SIGTERM: 1, signal.SIGINT: 1}

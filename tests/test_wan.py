@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -414,6 +415,14 @@ def test_parts_that_do_not_belong_together_are_refused(copy: Path) -> None:
     edit(other / "transformer" / "config.json", in_channels=24, out_channels=8)
     with pytest.raises(UserError, match="in_channels is 24, but the vae's z_dim is 8, which asks for 8 or 20"):
         load(ModelConfig(path=str(other), init="random"))
+
+
+@pytest.mark.parametrize("values", [[0.5] * 7, None, "12345678", [0.5] * 7 + [None]])
+def test_a_vae_without_a_number_for_each_channel_is_refused(copy: Path, values: Any) -> None:
+    edit(copy / "vae" / "config.json", latents_mean=values)
+    with pytest.raises(UserError, match="latents_mean") as error:
+        load(ModelConfig(path=str(copy)))
+    assert error.value.code == "damaged"
 
 
 @pytest.mark.parametrize("path", ["/nowhere/wan", "./nowhere", "nowhere", "a/b/c"])

@@ -165,7 +165,11 @@ def sample_missing(
     ]
     version, note = version_of(sample, flow), folder / VERSION
     if note.exists():
-        if files.read_json(note) != version:
+        try:
+            same = files.read_json(note) == version
+        except UserError:  # damaged: nobody knows
+            same = False
+        if not same:
             print(
                 f"{folder}: has videos by another version of the sampler; delete them to make them anew",
                 file=sys.stderr,

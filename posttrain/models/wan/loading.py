@@ -17,7 +17,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from posttrain.core.errors import UserError
+from posttrain.core.errors import UserError, printable
 from posttrain.core.files import read_object, replacing
 from posttrain.models import lora
 from posttrain.models.base import ModelConfig
@@ -227,6 +227,18 @@ def _vae_config(root: str, **options: Any) -> Any:
 def _check_parts(file: Path, shape: Mapping[str, Any], vae: Any, text_encoder: Any, image_encoder: Any = None) -> None:
     """Refuse a transformer that does not fit the other parts, or needs unsupported inputs; checks only the configs."""
     z, time = vae.z_dim, vae.scale_factor_temporal
+    for field in ("latents_mean", "latents_std"):
+        values = vae[field]
+        if (
+            not isinstance(values, list | tuple)
+            or len(values) != z
+            or not all(isinstance(v, int | float) for v in values)
+        ):
+            raise UserError(
+                f"{file.parent.parent / 'vae' / file.name}: {field} is not a list of z_dim ({printable(z)}) numbers; "
+                "get this part of the model again",
+                "damaged",
+            )
     fits = {
         "in_channels": ((z, 2 * z + time), f"the vae's z_dim is {z}, which asks for {z} or {2 * z + time}"),
         "out_channels": ((z,), f"the vae's z_dim is {z}"),
