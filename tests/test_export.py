@@ -129,7 +129,7 @@ def checked(files: list[Path], run: Path, config: ModelConfig) -> list[str]:
     ours = load(config)
     ours.restore(run / "adapter")
     lines = list(check(files, ours, config))
-    assert not ours._held  # text encoder and VAE are not beside the transformers
+    assert not ours._parts.held  # text encoder and VAE are not beside the transformers
     return lines
 
 

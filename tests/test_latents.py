@@ -79,7 +79,7 @@ def test_what_encodes_leaves_memory_once_the_cache_is_full(drops, tmp_path):
     config = ModelConfig(path=str(wan_folder(tmp_path / "wan")))
     for _ in range(2):
         model = wan.load(config)
-        assert not model._held
+        assert not model._parts.held
         parts = [weakref.ref(model.vae), weakref.ref(model.text_encoder)]
         data = Latents(model, clips(drops), tmp_path / "cache")
         gc.collect()

@@ -60,7 +60,7 @@ def make_samples(plan: Recipe, groups: GroupsConfig) -> None:
     if groups.judge and main_process():
         for folder in folders:
             videos, path = find(folder, Path(str(data.clips)), data.split)
-            score_videos(videos, path, *simulator_judge(str(data.clips), data.split, "pocket"))
+            score_videos(videos, path, *simulator_judge(str(data.clips), data.split, "pocket"), device())
     wait()
 
 

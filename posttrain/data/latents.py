@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 import numpy as np
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from posttrain.core import files
 from posttrain.core.errors import UserError
-from posttrain.core.progress import track
+from posttrain.core.parallel import in_order
+from posttrain.core.progress import progress
 from posttrain.data.dataset import Clips, targets, to_float
 from posttrain.data.schema import ClipRow
 from posttrain.models.base import VideoModel
@@ -73,22 +75,29 @@ class Latents:
         if damaged := [self._files[index] for index in mine if self._files[index].exists()]:
             said = f"{len(damaged)} are damaged or of another version, and made again ({damaged[0]})"
             print(f"latents: {said}", file=sys.stderr)
-        texts: dict[str, Tensor] = {}
-        for index in track(mine, "encoding clips", len(mine)) if mine else ():
+        texts, encoding_text = dict[str, Tensor](), Lock()
+
+        def encode(index: int) -> None:
             video, _ = clips.read(index)
             caption = rows[index].caption
             with torch.no_grad():
                 pixels = to_float(video)[None].to(model.device)
                 z0_CFHW = model.encode(pixels)[0]
                 condition = model.condition(pixels[:, :, :1], pixels.shape[2])
-                if caption not in texts:
-                    texts[caption] = _trim(model.encode_text([caption])[0])
+                with encoding_text:
+                    if caption not in texts:
+                        texts[caption] = _trim(model.encode_text([caption])[0])
             entry = {"z0": z0_CFHW.float(), "text": texts[caption].float()}
             entry |= {f"{CONDITION}{name}": value[0] for name, value in condition.items()}
             entry = {k: v.contiguous().cpu() for k, v in entry.items()}
             # one field alone: safetensors writes several in an order that changes from process to process
             content = save(entry, {"sha256": _digest(self.keys[index], entry)})
             files.write_bytes(self._files[index], content, flush=False)
+
+        if mine:
+            with progress("encoding clips", len(mine)) as advance:
+                for _ in in_order(encode, mine, model.device):
+                    advance("")
         model.unload()  # UMT5 alone is 11 GiB, and training needs it not
         state.wait_for_everyone()
         self._length = model.text_tokens

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from posttrain import flow
 from posttrain.core import files
 from posttrain.core.errors import UserError
+from posttrain.core.parallel import in_order
 from posttrain.core.progress import progress
 from posttrain.core.recipe import Plugin, PluginFrom, Strict
 from posttrain.data import schema
@@ -234,26 +236,35 @@ def complete(
     benchmark: Benchmark = config.benchmark.module.BENCHMARK
     shown, fps = reference(benchmark, record.model), clips.row(0).fps
     title = f"{record.model} on {record.split} clips"
+    starts = range(len(record.clips), record.total, config.batch)
+    batches = [range(first, min(first + config.batch, record.total)) for first in starts]
+
+    def measure(work: tuple[range, int]) -> tuple[Batch, list[ClipScore]]:
+        indices, seed = work
+        batch, rows = clips.load(indices).to(model.device), [clips.row(i) for i in indices]
+        videos = sample_row(shown, model, batch, rows, seed, config.sampler, texts)
+        for name, video in zip(batch.ids, videos, strict=True):
+            sample.write_video(samples / f"{name}-s{seed}.mp4", video, fps, noted=True)
+        return batch, benchmark.score(videos, batch, rows, even_times(videos.shape[1], fps), tracker)
+
     with progress(title, record.total * record.seeds, len(record.clips) * record.seeds) as advance:
-        for first in range(len(record.clips), record.total, config.batch):
-            started = time.monotonic()
-            indices = range(first, min(first + config.batch, record.total))
-            batch, rows = clips.load(indices).to(model.device), [clips.row(i) for i in indices]
-            scores = []
-            for seed in range(record.seeds):
-                videos = sample_row(shown, model, batch, rows, seed, config.sampler, texts)
-                for name, video in zip(batch.ids, videos, strict=True):
-                    sample.write_video(samples / f"{name}-s{seed}.mp4", video, fps, noted=True)
-                times_F = even_times(videos.shape[1], fps)
-                scores.append(benchmark.score(videos, batch, rows, times_F, tracker))
+        measured = in_order(measure, product(batches, range(record.seeds)), model.device)
+        started = time.monotonic()
+        for indices in batches:
+            by_seed = []
+            for _ in range(record.seeds):
+                batch, scores = next(measured)
+                by_seed.append(scores)
                 for _ in indices:
                     advance("")
-            measured = []
-            for name, row, *by_seed in zip(batch.ids, rows, *scores, strict=True):
+            added = []
+            for name, index, *of_clip in zip(batch.ids, indices, *by_seed, strict=True):
+                row = clips.row(index)
                 truth = schema.facts(row, kept_facts)
-                measured.append(replace(merge(by_seed), id=name, caption=row.caption, truth=truth))
-            seconds = round(record.seconds + time.monotonic() - started, 2)
-            record = replace(record, clips=(*record.clips, *measured), seconds=seconds)
+                added.append(replace(merge(of_clip), id=name, caption=row.caption, truth=truth))
+            now = time.monotonic()
+            seconds, started = round(record.seconds + now - started, 2), now
+            record = replace(record, clips=(*record.clips, *added), seconds=seconds)
             records.write(path, record)
     if shared is not None:
         share(shared, record, samples)

@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +32,7 @@ import torch
 from posttrain import flow
 from posttrain.core import codec, files
 from posttrain.core.errors import UserError
+from posttrain.core.parallel import in_order
 from posttrain.core.progress import progress
 from posttrain.data import groups, listing, schema, views
 from posttrain.evaluation import records, sample
@@ -178,24 +178,30 @@ def sample_missing(
         files.write_json(note, version)
     if not wanted:
         return 0
-    told = [truth.caption + truth.context for truth, _, _ in wanted]
     unwanted = [negative] if max(guidance, guidance_low or 1) > 1 else []
     texts: dict[str, torch.Tensor] = {}
     with model() as ready, progress(f"videos for {folder.name}", len(wanted)) as advance:
-        for first in range(0, len(wanted), batch):
-            part, captions = wanted[first : first + batch], told[first : first + batch]
-            if not texts.keys() >= {*captions}:
-                texts.clear()  # before there are more
-                some = islice(dict.fromkeys(told[first:]), max(texts_kept, batch))
-                texts = sample.encode_texts(ready, [*some, *unwanted])
+
+        def make(part: Sequence[tuple[Start, int, Path]]) -> None:
             pictures = np.stack([padded(truth.picture(), size) for truth, _, _ in part])
             noise = [sample.clip_seed(seed, truth.id) for truth, seed, _ in part]
+            captions = [truth.caption + truth.context for truth, _, _ in part]
             made = sample.sample_clips(
                 ready, pictures, captions, noise, frames, steps, guidance, negative, guidance_low, texts
             )
             for (_, _, path), video in zip(part, made, strict=True):
                 sample.write_video(path, video, fps, noted=True)
-                advance("")
+
+        together = max(texts_kept // batch, 1) * batch
+        for first in range(0, len(wanted), together):
+            some = wanted[first : first + together]
+            needed = dict.fromkeys([*(truth.caption + truth.context for truth, _, _ in some), *unwanted])
+            texts = {caption: texts[caption] for caption in needed if caption in texts}
+            texts |= sample.encode_texts(ready, [caption for caption in needed if caption not in texts])
+            batches = [some[i : i + batch] for i in range(0, len(some), batch)]
+            for part, _ in zip(batches, in_order(make, batches, ready.device), strict=True):
+                for _ in part:
+                    advance("")
     return len(wanted)
 
 

@@ -17,12 +17,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from posttrain.core import files
 from posttrain.core.errors import UserError, printable
+from posttrain.core.parallel import in_order
 from posttrain.core.progress import progress
 from posttrain.data import listing
-from posttrain.data.groups import SCORES, sample_of, score_rows
-from posttrain.judges.questions import Judge
+from posttrain.data.groups import SCORES, Scores, sample_of, score_rows
+from posttrain.judges.questions import Judge, Judgement
 
 
 class Video(NamedTuple):
@@ -78,13 +81,19 @@ def _captioned(entry: listing.Entry, path: Path, name: str) -> Video:
 
 
 def score_videos(
-    found: Sequence[Video], path: Path, ready: Callable[[], Judge], name: str, version: str
+    found: Sequence[Video],
+    path: Path,
+    ready: Callable[[], Judge],
+    name: str,
+    version: str,
+    device: torch.device | None = None,
 ) -> list[dict[str, Any]]:
     """Score the videos that have no score in `path` with the judge `name`; returns the rows of all videos.
 
     Args:
         ready: returns the judge; called only if there is something to do.
         version: of the judge's code; scores of another version are computed again, with a message.
+        device: the judge's, if two threads may call it at once.
 
     Raises:
         UserError: other_run: `path` has scores of another judge; or what the judge raises.
@@ -106,9 +115,13 @@ def score_videos(
     if not missing:
         return [rows[video.name] for video in found]
     judge = ready()
+
+    def score(video: Video) -> Scores | Judgement:
+        return judge(video.path, video.caption)
+
     with progress("scores", len(found), len(found) - len(missing)) as advance:
-        for video in missing:
-            scores = judge(video.path, video.caption)
+        scored = map(score, missing) if device is None else in_order(score, missing, device)
+        for video, scores in zip(missing, scored, strict=True):
             told = {
                 "file_name": video.name,
                 **scores._asdict(),

@@ -33,6 +33,7 @@ from posttrain.models.opensora.rflow import TIMES
 from posttrain.models.opensora.scheduler import RFlowScheduler
 from posttrain.models.opensora.stdit import STDiT3
 from posttrain.models.opensora.vae import OpenSoraVAE, count_latents
+from posttrain.models.parts import Parts
 from posttrain.models.pixels import clamp
 
 FPS = 16.0  # of PISA's clips
@@ -69,9 +70,9 @@ class OpenSora:
         self.vae_config = dict(vae.config)
         self.channels, self.space = vae.channels, vae.space_factor
         self.piece, self.time = vae.micro_frame_size, vae.temporal_vae.time_factor
-        self._read, self._held = read, dict[str, Any]()
         self.tokenizer = tokenizer
         self.device = torch.empty(0, device=device).device  # with its number, as tensors give it
+        self._parts = Parts(read, self.device)
         self.n_cond_frames = int(conditioning == "image")
         self.text_tokens: int = self.config.model_max_length
         self.fps = fps
@@ -86,34 +87,19 @@ class OpenSora:
     def module(self, module: nn.Module) -> None:
         self.transformer = module
 
-    def _part(self, name: str) -> Any:
-        if name not in self._held:
-            self._held[name] = self._read[name]()
-        return self._held[name]
-
-    vae = property(lambda self: self._part("vae"))
-    text_encoder = property(lambda self: self._part("text_encoder"))
+    vae = property(lambda self: self._parts["vae"])
+    text_encoder = property(lambda self: self._parts["text_encoder"])
 
     def weights(self) -> list[nn.Module]:
         return [self.transformer]
 
-    def _here(self, part: Any) -> Any:
-        """Read a part if necessary, and move it to the device."""
-        if next(part.parameters()).device != self.device:
-            part.to(self.device)
-        return part
-
     def release(self) -> None:
-        """VAE and text encoder go to main memory, until they are used again."""
-        for part in self._held.values():
-            part.to("cpu")
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        """The parts beside the transformer go to main memory, until they are used again."""
+        self._parts.release()
 
     def unload(self) -> None:
         """Free the main memory of the same parts too; each is read from its file again when it is next used."""
-        self._held.clear()
-        self.release()
+        self._parts.unload()
 
     # --------------------------------------------------------------------------------------------- clips
 
@@ -156,13 +142,13 @@ class OpenSora:
         frames, *size = video_BCFHW.shape[2:]
         if frames > 1:
             self._clip = frames, size[0], size[1]
-        vae = self._here(self.vae)
+        vae = self._parts.here(self.vae)
         z_BCFHW: Tensor = vae.encode(video_BCFHW.to(self.device, vae.dtype), sample=False)
         return z_BCFHW
 
     def decode(self, z_BCFHW: Tensor, recompute: bool = True, offload: bool = False) -> Tensor:
         """Pixels in the dtype of z, clamped; for the gradient see pixels.py."""
-        vae, keeps = self._here(self.vae), torch.is_grad_enabled() and z_BCFHW.requires_grad
+        vae, keeps = self._parts.here(self.vae), torch.is_grad_enabled() and z_BCFHW.requires_grad
         with save_on_cpu(pin_memory=z_BCFHW.is_cuda) if offload and keeps else nullcontext():
             video_BCFHW = vae.decode(z_BCFHW.to(vae.dtype), self._pictures(z_BCFHW.shape[2]), recompute)
             return clamp(video_BCFHW).to(z_BCFHW.dtype)
@@ -177,7 +163,7 @@ class OpenSora:
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         """text_BLD float32: (B, 300, D), zero after each caption's last token; all zeros for ""."""
-        text_BLD, mask_BL = text.encode(self.tokenizer, self._here(self.text_encoder), captions, self.text_tokens)
+        text_BLD, mask_BL = text.encode(self.tokenizer, self._parts.here(self.text_encoder), captions, self.text_tokens)
         given_B = torch.tensor([bool(caption) for caption in captions], device=text_BLD.device)
         return (text_BLD * (mask_BL * given_B[:, None])[..., None]).float()
 
@@ -203,7 +189,7 @@ class OpenSora:
         self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor, condition: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """v_BCFHW in the dtype of z. A clip's time is that of its last frame; given frames are known by position."""
-        transformer = self._here(self.transformer)
+        transformer = self._parts.here(self.transformer)
         batch, channels, frames, *cells = z_BCFHW.shape
         y_B1LD, mask_BL = self._text(text_BLD)
         x_mask = None
@@ -241,7 +227,7 @@ class OpenSora:
         facts = [self.vae_config, words, self.text_encoder.config.to_dict()]
         facts = [{k: v for k, v in fact.items() if k not in passing} for fact in facts]
         digest.update(json.dumps([*facts, self.text_tokens], sort_keys=True).encode())
-        for part in (self._part(name) for name in ("vae", "text_encoder")):
+        for part in (self._parts[name] for name in ("vae", "text_encoder")):
             for name, tensor in sorted(part.state_dict().items()):
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())

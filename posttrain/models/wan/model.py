@@ -13,6 +13,7 @@ With `conditioning: text` no picture is given: all frames are noisy, and an imag
 Wan's own time is 1000 t. Text is 512 tokens, zero after the caption's end.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -31,6 +32,7 @@ from posttrain.core.errors import UserError
 from posttrain.core.files import replacing
 from posttrain.models import lora
 from posttrain.models.folders import load_part
+from posttrain.models.parts import Parts
 from posttrain.models.wan import adapters
 from posttrain.models.wan.decode import decode
 
@@ -70,10 +72,10 @@ class Wan:
         self.config = transformer.config  # kept here: a distributed wrapper hides it
         self.dtype = transformer.dtype
         self.vae_config = vae_config
-        self._read, self._held = read, dict[str, Any]()
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self._scheduler = scheduler
         self.device = torch.empty(0, device=device).device  # with its number, as tensors give it
+        self._parts = Parts(read, self.device)
         self.concatenates = self.config.in_channels != vae_config.z_dim
         self.image_conditioned = conditioning == "image"
         self.n_cond_frames = int(self.image_conditioned and not self.concatenates)
@@ -89,38 +91,23 @@ class Wan:
     def module(self, module: nn.Module) -> None:
         self.transformer = module
 
-    def _part(self, name: str) -> Any:
-        if name not in self._held:
-            self._held[name] = self._read[name]()
-        return self._held[name]
-
-    vae = property(lambda self: self._part("vae"))
-    text_encoder = property(lambda self: self._part("text_encoder"))
-    image_encoder = property(lambda self: self._part("image_encoder"))
-    other = property(lambda self: self._part("other"))  # the expert that is not trained
+    vae = property(lambda self: self._parts["vae"])
+    text_encoder = property(lambda self: self._parts["text_encoder"])
+    image_encoder = property(lambda self: self._parts["image_encoder"])
+    other = property(lambda self: self._parts["other"])  # the expert that is not trained
 
     def weights(self) -> list[nn.Module]:
-        if "other" not in self._read:
+        if "other" not in self._parts:
             return [self.transformer]
         return [self.transformer, self.other] if self.expert == "high" else [self.other, self.transformer]
 
-    def _here(self, part: Any) -> Any:
-        """Read a part if necessary, and move it to the device."""
-        if next(part.parameters()).device != self.device:
-            part.to(self.device)
-        return part
-
     def release(self) -> None:
-        """VAE, text and image encoder and the other expert go to main memory, until they are used again."""
-        for part in self._held.values():
-            part.to("cpu")
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        """The parts beside the transformer go to main memory, until they are used again."""
+        self._parts.release()
 
     def unload(self) -> None:
         """Free the main memory of the same parts too; each is read from its file again when it is next used."""
-        self._held.clear()
-        self.release()
+        self._parts.unload()
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         config = self.vae_config
@@ -143,15 +130,24 @@ class Wan:
         mean, std = (like.new_tensor(v).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
         return mean, std
 
+    def _vae(self) -> Any:
+        """The VAE as an object of its own with the same weights.
+
+        diffusers keeps what is left over from the pictures before as attributes of the VAE, so two threads need two.
+        """
+        return copy.copy(self._parts.here(self.vae))
+
     def encode(self, video_BCFHW: Tensor) -> Tensor:
-        z_BCFHW = self._here(self.vae).encode(video_BCFHW.to(self.device, self.vae.dtype)).latent_dist.mode()
+        vae = self._vae()
+        z_BCFHW = vae.encode(video_BCFHW.to(self.device, vae.dtype)).latent_dist.mode()
         mean, std = self._statistics(z_BCFHW)
         return (z_BCFHW - mean) / std
 
     def decode(self, z_BCFHW: Tensor, recompute: bool = True, offload: bool = False) -> Tensor:
         """Pixels in the dtype of z. If gradients are needed, by decode.py: the same pixels with less memory."""
         mean, std = self._statistics(z_BCFHW)
-        vae, raw_BCFHW = self._here(self.vae), (z_BCFHW * std + mean).to(self.vae.dtype)
+        vae = self._vae()
+        raw_BCFHW = (z_BCFHW * std + mean).to(vae.dtype)
         if torch.is_grad_enabled() and z_BCFHW.requires_grad:
             return decode(vae, raw_BCFHW, recompute, offload).to(z_BCFHW.dtype)
         return vae.decode(raw_BCFHW, return_dict=False)[0].to(z_BCFHW.dtype)
@@ -167,7 +163,7 @@ class Wan:
             return_attention_mask=True,
             return_tensors="pt",
         ).to(self.device)
-        text_BLD = self._here(self.text_encoder)(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        text_BLD = self._parts.here(self.text_encoder)(tokens.input_ids, tokens.attention_mask).last_hidden_state
         return (text_BLD * tokens.attention_mask[..., None]).float()
 
     @torch.no_grad()
@@ -190,7 +186,7 @@ class Wan:
         if self.image_processor is not None:
             pictures = ((first_BC1HW[:, :, 0].float() + 1) * 127.5).round().to("cpu", torch.uint8)
             pixels = self.image_processor(images=list(pictures), return_tensors="pt").pixel_values.to(self.device)
-            states = self._here(self.image_encoder)(pixels, output_hidden_states=True).hidden_states
+            states = self._parts.here(self.image_encoder)(pixels, output_hidden_states=True).hidden_states
             condition["image"] = states[-2].float()
         return condition
 
@@ -211,13 +207,13 @@ class Wan:
             timestep = (1000 * t_BF[:, 0]).to(z_BCFHW.dtype)
         x_BCFHW = torch.cat([z_BCFHW, condition["channels"]], dim=1) if self.concatenates else z_BCFHW
         image = condition["image"].to(self.dtype) if "image" in condition else None
-        transformer = self._here(self._expert(t_BF))
+        transformer = self._parts.here(self._expert(t_BF))
         v_BCFHW = transformer(x_BCFHW.to(self.dtype), timestep, text_BLD.to(self.dtype), image, return_dict=False)[0]
         return v_BCFHW.to(z_BCFHW.dtype)
 
     def _expert(self, t_BF: Tensor) -> nn.Module:
         """Which transformer answers for these times, all of a batch on one side of the boundary."""
-        if "other" not in self._read:
+        if "other" not in self._parts:
             return self.transformer
         high_B = t_BF.amax(dim=1) >= self.boundary
         if high_B.any() != high_B.all():
@@ -235,7 +231,7 @@ class Wan:
             digest.update(json.dumps(["channels", self.image_conditioned]).encode())
         if self.image_processor is not None:
             digest.update(self.image_processor.to_json_string().encode())
-        for part in (self._part(name) for name in ("vae", "text_encoder", "image_encoder") if name in self._read):
+        for part in (self._parts[name] for name in ("vae", "text_encoder", "image_encoder") if name in self._parts):
             for name, tensor in sorted(part.state_dict().items()):
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())

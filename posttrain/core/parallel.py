@@ -1,0 +1,35 @@
+"""Independent pieces of work, two at a time on a CPU.
+
+The operators of small models use two threads badly: sampling and measuring ten pocket clips takes 7.3 s with one thread
+and 6.3 s with two, so two batches with one thread each take 3.7 s per batch.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+AT_ONCE = 2
+
+
+def in_order(work: Callable[[Item], Result], items: Iterable[Item], device: torch.device) -> Iterator[Result]:
+    """Yield work(item) of each item, in the order of the items.
+
+    On a CPU two items are worked on at once, each with half of torch's threads; otherwise one after the other.
+    `work` must be safe to call from two threads, and sets no_grad and autocast itself: they are a thread's own.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads < AT_ONCE:
+        yield from map(work, items)
+        return
+    share = threads // AT_ONCE
+    pool = ThreadPoolExecutor(AT_ONCE, initializer=torch.set_num_threads, initargs=(share,))
+    try:
+        yield from pool.map(work, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # what a thread sets holds for all that begin later
