@@ -14,6 +14,7 @@ from posttrain.core.errors import UserError
 from posttrain.data.config import Wanted
 from posttrain.data.listing import choose, entries
 from posttrain.data.views import see
+from posttrain.reporting.gallery import open_picture
 
 HIDDEN = np.full((32, 32, 4), (200, 30, 30, 255), np.uint8)
 HIDDEN[:, :16, 3] = 0
@@ -125,6 +126,17 @@ def test_a_part_in_columns_of_other_names_is_noted(tmp_path: Path) -> None:
     assert [note for note in notes if "not read" in note] == [
         "start_frame is not read: only start and end, in seconds, are"
     ]
+
+
+def test_of_two_lists_the_one_that_is_not_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clips, _ = chosen(tmp_path, metadata0csv="video,caption\na.mp4,one\n", videos0txt="a.mp4\n", prompts0txt="two\n")
+    assert clips == [("a.mp4", "one")]
+    assert "metadata.csv is read, videos.txt is not" in capsys.readouterr().err
+
+
+def test_a_first_frame_from_an_odd_video_has_its_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    open_picture(film(tmp_path / "combs.mp4", plain(), "libx264", "yuv420p", flags="+ildct+ilme"))
+    assert "combs.mp4: interlaced: " in capsys.readouterr().err
 
 
 def test_the_last_captions_of_a_list_may_be_empty(tmp_path: Path) -> None:

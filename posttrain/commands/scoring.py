@@ -86,7 +86,7 @@ def evaluate_videos(
         UserError: the benchmark, a folder or a run is missing or unusable.
     """
     from posttrain.evaluation.benchmarks.pisabench import open_benchmark
-    from posttrain.evaluation.evaluate import weights_fingerprint
+    from posttrain.evaluation.evaluate import version_of, weights_fingerprint
     from posttrain.evaluation.records import print_table
     from posttrain.evaluation.score import score
     from posttrain.reporting.report import report
@@ -101,7 +101,7 @@ def evaluate_videos(
         raise UserError(f"--out: what is scored would replace {inner[0]}; name another folder", "conflict", "--out")
     follower = load_tracker(tracker)
     masks = CACHE / "masks"
-    follows = weights_fingerprint(follower.module)
+    follows = f"{weights_fingerprint(follower.module)} {version_of(type(follower), type(follower.module))}"
     truths = open_benchmark(benchmark, getattr(follower, "clicks", None), follows, masks, truth_fps)
     if tracker == "pocket" and any(max(truth.row.size) > TRACKED for split in truths.values() for truth in split):
         print(

@@ -22,6 +22,7 @@ import difflib
 import io
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -86,10 +87,10 @@ def entries(folder: Path | str, split: str) -> list[Entry]:
     if folder.is_file():
         return _of_split(_table(folder), split)
     for home in (folder / split, folder):
-        for names, read_list in ((TABLES, _table), (LISTS, _lists)):
-            for name in names:
-                if (home / name).is_file():
-                    return _of_split(read_list(home / name), split)
+        if lists := [home / name for name in (*TABLES, *LISTS) if (home / name).is_file()]:
+            if len(lists) > 1:
+                print(f"{home}: {lists[0].name} is read, {lists[1].name} is not", file=sys.stderr)
+            return _of_split(_lists(lists[0]) if lists[0].name in LISTS else _table(lists[0]), split)
     for home in (folder / split, folder):
         videos = videos_in(home)
         if not _lists_below(home):

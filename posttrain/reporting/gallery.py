@@ -1,6 +1,7 @@
 """Sample clips from a first frame and a prompt; write clips, a contact sheet and a GIF."""
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class Wish:
 def open_picture(path: Path | str | np.ndarray) -> Image.Image:
     """A picture file, or a video's first frame, upright and in RGB, or one of uint8 (H, W, 3).
 
+    Prints what of a video a player would show otherwise (`codec.Facts.notes`).
+
     Raises:
         UserError: it cannot be read as a picture or video, or has another type or shape.
     """
@@ -46,6 +49,8 @@ def open_picture(path: Path | str | np.ndarray) -> Image.Image:
             raise UserError(f"image: is {path.dtype} {path.shape}; give uint8 (height, width, 3)", "value", "image")
         return Image.fromarray(path)
     if Path(path).suffix.lower() in SUFFIXES - {".gif"} and Path(path).is_file():
+        for note in codec.inspect(Path(path)).notes:
+            print(f"{path}: {note}", file=sys.stderr)
         return Image.fromarray(codec.first_picture(Path(path)))
     return codec.picture(path)
 
