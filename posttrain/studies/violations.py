@@ -206,7 +206,7 @@ def figure(clips: Sequence[Measured], path: Path) -> None:
 
 
 def quantity(clip: Measured, name: str) -> float | None:
-    """A metric or quantity of a clip (its magnitude if sideways); None: the clip lacks it. True clips score perfectly."""
+    """A clip's quantity (its magnitude if sideways) or metric (perfect for true clips); None: the clip lacks it."""
     if name in PISA:
         return float(name == "iou") if clip.scores is None else clip.scores[name]
     measure = clip.card[name]
