@@ -216,7 +216,9 @@ def table(facts: dict[str, Any], styles: dict[str, str], benchmark: Benchmark) -
     """Rows by split; means over clips, 95% intervals below them, the first metric also drawn."""
     rows, first, reference_names = facts["rows"], benchmark.metrics[0], {row.name for row in benchmark.references}
     longest = max((row[first.key]["high"] or 0 for row in rows), default=0) or 1
-    columns = [{"style": column(m, first), "title": m.title, "hint": hint(m)} for m in benchmark.metrics]
+    # the share that was compared is a column only where videos are shorter than the true clips
+    metrics = [m for m in benchmark.metrics if m.key != "span" or any((row["span"]["mean"] or 0) < 1 for row in rows)]
+    columns = [{"style": column(m, first), "title": m.title, "hint": hint(m)} for m in metrics]
     splits = []
     for split in dict.fromkeys(row["split"] for row in rows):
         chosen = [row for row in rows if row["split"] == split]
@@ -229,9 +231,7 @@ def table(facts: dict[str, Any], styles: dict[str, str], benchmark: Benchmark) -
                     "marks": " ".join(name for name, on in (("reference", reference), ("last", last)) if on),
                     "model": row["model"],
                     "style": styles.get(row["model"], ""),
-                    "cells": [
-                        cell(column(m, first), row[m.key], m.decimals, row[first.key]["n"]) for m in benchmark.metrics
-                    ],
+                    "cells": [cell(column(m, first), row[m.key], m.decimals, row[first.key]["n"]) for m in metrics],
                     "forest": forest(row[first.key], longest),
                 }
             )
