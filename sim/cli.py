@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     making.add_argument("recipe")
     making.add_argument("overrides", nargs="*", metavar="a.b=c")
     making.add_argument("--workers", type=positive, help="processes (default: one per core)")
-    making.add_argument("--parent", type=positive, metavar="PID", help="end when this process, its parent, ends")
+    making.add_argument("--parent", type=positive, metavar="PID", help="end when the parent process PID ends")
     timing = commands.add_parser("bench", help="measure the CPU seconds of a recipe's groups and of their parts")
     timing.add_argument("recipe")
     timing.add_argument("overrides", nargs="*", metavar="a.b=c")

@@ -45,7 +45,7 @@ def tracking(accelerator: Any, folder: Path, steps: int, config: Mapping[str, An
     named = {"name": folder.name, "config": dict(config)}
     options = {
         "tensorboard": {"purge_step": steps + 1},
-        "wandb": named | {"dir": str(folder), "resume": "auto"},  # auto: from its notes in `dir`
+        "wandb": named | {"dir": str(folder), "resume": "auto"},  # auto: wandb finds the run's id in `dir`
         "trackio": named | {"resume": "allow"},
     }
     try:

@@ -166,8 +166,8 @@ def main() -> None:
     parser.add_argument("--captions", type=Path, nargs="*", default=[])
     parser.add_argument("--out", type=Path, default=folder("wan"))
     parser.add_argument("--sam2", type=Path, help="a trained SAM 2 to embed; the base is left as it is")
-    parser.add_argument("--raft", type=Path, help="a trained RAFT to embed, likewise")
-    parser.add_argument("--depth", type=Path, help="a trained Depth Anything to embed, likewise")
+    parser.add_argument("--raft", type=Path, help="a trained RAFT to embed; the base is left as it is")
+    parser.add_argument("--depth", type=Path, help="a trained Depth Anything to embed; the base is left as it is")
     options = parser.parse_args()
     if options.sam2:
         print(embed_sam2(options.sam2))

@@ -207,12 +207,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("part", choices=["segmenter", "vae", "base", "flow", "depth"])
     parser.add_argument("--clips", nargs="+", required=True, help="dataset folders")
     parser.add_argument("--split", default="test_unseen")
-    parser.add_argument("--limit", type=int, help="clips of each folder")
+    parser.add_argument("--limit", type=int, help="largest number of clips of each folder")
     parser.add_argument("--model", default="pocket", help="the diffusers folder of VAE and transformer")
     parser.add_argument("--family", choices=["tracker", "sam2"], default="tracker", help="the segmenter")
     parser.add_argument("--segmenter", default="pocket", help="the segmenter's folder")
-    parser.add_argument("--net", default="pocket", help="the folder of the flow's or the depth's network")
-    parser.add_argument("--steps", type=int, default=12, help="of the sampler")
+    parser.add_argument("--net", default="pocket", help="the folder of the network for flow or depth")
+    parser.add_argument("--steps", type=int, default=12, help="sampler steps")
     options = parser.parse_args(arguments)
     try:
         family = {"tracker": tracker, "sam2": sam2}[options.family]

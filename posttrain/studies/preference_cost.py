@@ -176,8 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description="memory and time of preference learning")
-    parser.add_argument("--blocks", type=int, default=6, help="of the transformer (default: 6; Wan2.1-1.3B has 30)")
-    parser.add_argument("--heads", type=int, default=12, help="of 128 channels each")
+    parser.add_argument("--blocks", type=int, default=6, help="transformer blocks (default: 6; Wan2.1-1.3B has 30)")
+    parser.add_argument("--heads", type=int, default=12, help="attention heads of 128 channels each")
     parser.add_argument("--geometry", default="9x128x128", help="frames x height x width of the clips, in pixels")
     parser.add_argument("--steps", type=int, default=4, help="steps; the first is not timed")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=usual)

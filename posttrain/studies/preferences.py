@@ -123,14 +123,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN")
     clips = "a dataset, or videos with captions, that no run was trained on"
     parser.add_argument("--clips", required=True, metavar="FOLDER", help=clips)
-    parser.add_argument("--split", default="test_unseen", help="of the dataset (default: test_unseen)")
+    parser.add_argument("--split", default="test_unseen", help="split of the dataset (default: test_unseen)")
     parser.add_argument(
         "--samples", nargs="+", default=[], metavar="FOLDER", help="losers: folders of samples of these clips"
     )
     parser.add_argument(
         "--counterfactuals", action="store_true", help="losers: clips that break a law in the same scenes"
     )
-    parser.add_argument("--losers", type=int, default=1, help="per group (default: 1)")
+    parser.add_argument("--losers", type=int, default=1, help="losers per group (default: 1)")
     parser.add_argument("--draws", type=int, default=8, help="pairs of time and noise per group (default: 8)")
     options = parser.parse_args(arguments)
     if options.losers < 1 or options.draws < 1:
