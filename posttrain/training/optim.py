@@ -8,6 +8,7 @@ At step s, with the gradient g of the batch:
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -98,7 +99,7 @@ class Optimizer:
         self.module, self._adamw = accelerator.prepare(plain, adamw)
         self._ema = EMAModel(self.parameters, decay=train.ema) if train.ema else None
 
-    @property
+    @cached_property  # a walk over all modules takes milliseconds
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
         return [p for p in self._plain.parameters() if p.requires_grad]
