@@ -45,17 +45,17 @@ def side_by_side(run: Path, records: Sequence[Record]) -> list[Shown]:
 
 
 def unlike(records: Sequence[Record]) -> list[str]:
-    """Lines on the records that `side_by_side` leaves out, for their videos have another rate or size."""
+    """Lines on the records that `side_by_side` leaves out because their videos have another rate or size."""
     lines = []
     unshown = {row.name for row in named(records[0].benchmark).rows if not row.shown}
     for split in dict.fromkeys(record.split for record in records):
         models = [record for record in records if record.split == split and record.row not in unshown]
         out = [record for record in models if (record.fps, record.size) != (models[0].fps, models[0].size)]
         if out:
-            told = ", ".join(f"{r.row} ({r.fps or 0:.3g} fps, {r.size[0]} x {r.size[1]})" for r in out)
+            others = ", ".join(f"{r.row} ({r.fps or 0:.3g} fps, {r.size[0]} x {r.size[1]})" for r in out)
             first = models[0]
             own = f"{first.row}'s {first.fps or 0:.3g} fps, {first.size[0]} x {first.size[1]}"
-            lines.append(f"{split}: {len(out)} of {len(models)} rows are not shown beside {own}: {told}.")
+            lines.append(f"{split}: {len(out)} of {len(models)} rows are not shown beside {own}: {others}.")
     return lines
 
 

@@ -1,8 +1,8 @@
 """An OpenAI-compatible server of a tiny model, for the tests of judges.
 
 It answers POST <kind>/v1/chat/completions: `good` at once, `slow` after a quarter of a second, `busy`
-with 429, 503 and a torn answer before each good one, `down` with 503 always, and `mute` without logprobs. GET /count is
-how many requests it had.
+with 429, 503 and a damaged answer before each good one, `down` with 503 always, and `mute` without logprobs. GET /count
+is how many requests it had.
 """
 
 import base64
@@ -77,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
         if kind == "busy" and Handler.requests % 4 == 1:
             return self.reply(429, {"error": {"message": "too many requests"}})
         if kind == "busy" and Handler.requests % 4 == 3:
-            return self.reply(200, "torn", promised=1000)
+            return self.reply(200, "damaged", promised=1000)
         if kind == "slow":
             time.sleep(0.25)
         answer = Handler.complete(asked)
