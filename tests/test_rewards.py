@@ -195,7 +195,7 @@ def filmed(tmp_path_factory: pytest.TempPathFactory) -> Split:
         violations={kind: sweep for kind, (_, _, sweep) in counterfactual.VIOLATIONS.items() if kind in KINDS},
     )  # fmt: skip
     out = tmp_path_factory.mktemp("filmed")
-    dataset.write(out, dataset.Job(world=world, seed=5), {"test_unseen": 2}, workers=1)
+    dataset.write(out, dataset.Job(world=world, seed=5), {"test_unseen": 1}, workers=1)
     return open_split(out, "test_unseen")
 
 

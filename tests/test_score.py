@@ -286,7 +286,9 @@ def test_a_short_video_no_longer_wins(tmp_path: Path, capsys: pytest.CaptureFixt
     report.report(tmp_path / "out")
     told = files.read_json(tmp_path / "out" / "report.json")
     assert [row["span"]["mean"] for row in told["rows"]] == [pytest.approx(5 / 17), 1]
-    assert "short 0.29" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "short 0.29" in page
+    assert ">Compared<small>" in page
 
 
 def test_a_killed_scoring_continues_and_nothing_is_scored_twice(tmp_path, capsys) -> None:
