@@ -9,37 +9,23 @@ process gets the results.
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from posttrain.commands import sampling, scoring, stages
-from posttrain.commands.experiment import Recipe, alone, load_recipe, members, open_run, resolved
-from posttrain.core.codec import read_video
+from posttrain.commands.experiment import Format, alone, members, open_run, resolved
+from posttrain.commands.experiment import Recipe as Recipe
+from posttrain.commands.experiment import load_recipe as load_recipe
+from posttrain.core.codec import read_video as read_video
 from posttrain.core.errors import UserError, printable
-from posttrain.core.recipe import SHIPPED as RECIPES
+from posttrain.core.recipe import COUNTS, FACTORS, RATES, SEEDS, SHIPPED
 from posttrain.evaluation.records import Record, gather, summary
 
-__all__ = [
-    "RECIPES",
-    "Recipe",
-    "UserError",
-    "evaluate",
-    "evaluate_videos",
-    "export",
-    "groups",
-    "load_recipe",
-    "read_video",
-    "report",
-    "run",
-    "sample",
-    "score",
-    "train",
-]
-
+RECIPES = SHIPPED  # the folder of the recipes that come with the package
 Experiment = Recipe | Path | str  # a recipe that was loaded, or what load_recipe takes
-FORMATS = ("diffusers", "comfyui", "merged")
-LEAST: dict[str, float] = {"seeds": 0, "frames": 1, "fps": 1e-3, "steps": 1, "guidance": -1e3, "guidance_low": -1e3}
+FORMATS: tuple[str, ...] = get_args(Format)
+RANGES = {"seeds": SEEDS, "frames": COUNTS, "fps": RATES, "steps": COUNTS, "guidance": FACTORS, "guidance_low": FACTORS}
 
 
 def run(recipe: Experiment, *overrides: str, show: bool = False) -> Path:
@@ -216,10 +202,10 @@ def sample(
         "guidance_low": guidance_low,
     }
     wishes = {"prompt": prompt} | {name: value for name, value in wishes.items() if value is not None}
-    for name, least in LEAST.items():
+    for name, (least, most) in RANGES.items():
         values = wishes.get(name, ())
-        if any(not value >= least for value in (values if isinstance(values, tuple) else (values,))):
-            raise UserError(f"{name}: {printable(values)} is too small; give {least:g} or more", "value", name)
+        if any(not least <= value <= most for value in (values if isinstance(values, tuple) else (values,))):
+            raise UserError(f"{name}: {printable(values)} is out of range; give {least:g} to {most:g}", "value", name)
     if not seeds:
         raise UserError("seeds: is empty; name one for each clip", "value", "seeds")
     picture = image if isinstance(image, np.ndarray) else _path(image)

@@ -254,19 +254,19 @@ def _add_score(parsers: Any) -> None:
 
 
 def positive(text: str) -> int:
-    return _within(text, int, 1, 10**6)
+    return _within(text, int, *recipe.COUNTS)
 
 
 def seed(text: str) -> int:
-    return _within(text, int, 0, 2**63 - 1)
+    return _within(text, int, *recipe.SEEDS)
 
 
 def rate(text: str) -> float:
-    return _within(text, float, 1e-3, 1e6)
+    return _within(text, float, *recipe.RATES)
 
 
 def number(text: str) -> float:
-    return _within(text, float, -1e3, 1e3)
+    return _within(text, float, *recipe.FACTORS)
 
 
 Number = TypeVar("Number", int, float)

@@ -18,37 +18,16 @@ from posttrain.core.files import write_bytes
 from sim.assets import library, surfaces
 from sim.cli import make as _make
 from sim.geometry import outline
-from sim.scene import (
-    Background,
-    Body,
-    Camera,
-    Clip,
-    Contact,
-    Intervention,
-    Light,
-    Material,
-    Quaternion,
-    Scene,
-    Trajectory,
-)
-
-__all__ = [
-    "Background",
-    "Body",
-    "Camera",
-    "Clip",
-    "Contact",
-    "Light",
-    "Material",
-    "Scene",
-    "Trajectory",
-    "film",
-    "make_body",
-    "make_dataset",
-    "make_scene",
-    "simulate",
-    "write_video",
-]
+from sim.scene import Background as Background
+from sim.scene import Body as Body
+from sim.scene import Camera as Camera
+from sim.scene import Clip as Clip
+from sim.scene import Contact as Contact
+from sim.scene import Intervention, Quaternion
+from sim.scene import Light as Light
+from sim.scene import Material as Material
+from sim.scene import Scene as Scene
+from sim.scene import Trajectory as Trajectory
 
 Role = Literal["dropped", "pile", "moved"]
 Color = Literal["red", "orange", "yellow", "green", "teal", "blue", "purple", "pink", "white", "grey", "black"]

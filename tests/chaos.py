@@ -1,7 +1,7 @@
 """Attacks on tiny runs, for as many minutes as are given: python tests/chaos.py [MINUTES] [SEED], or `make chaos`.
 
     kill STAGE    SIGKILL, SIGTERM or Ctrl-C at a moment of a stage of `posttrain run`; started again, the run ends
-    damage FILE   a byte of a file of a run, of its clips or its model is another, or the file is torn or gone; then
+    damage FILE   a byte of a file of a run, of its clips or its model is another, or the file is cut off or gone; then
                   the run is started again, with all there, or with its last stages still to do
     run           one value of the recipe is exchanged; taken, it is run to its end
     recipe, clips, scores, server    see mutated.py
@@ -9,7 +9,7 @@
 What comes of each is counted: refused (one line, exit code 1), right (done, with all that an undisturbed run leaves,
 byte by byte: clips, samples, scores, latents, checkpoints, weights, videos, records, table, exports), or wrong (a
 traceback, a hang, a process or half-written file left behind, another result, or a refusal where the run can go on by
-itself), which is told. Draws depend on the seed alone, though not what the machine does meanwhile.
+itself), which is printed. Draws depend on the seed alone, though not what the machine does meanwhile.
 """
 
 import contextlib
@@ -191,11 +191,11 @@ class Attacks:
         paths = kinds(home).get(what) or kinds(self.home([]))[what]
         path = draws.choice(paths)
         content = bytearray(path.read_bytes())
-        how = draws.choice(("flipped", "flipped", "torn", "gone"))
+        how = draws.choice(("flipped", "flipped", "damaged", "gone"))
         if how == "flipped":
             content[draws.randrange(len(content))] ^= 1 << draws.randrange(8)
             path.write_bytes(content)
-        elif how == "torn":
+        elif how == "damaged":
             path.write_bytes(content[: draws.randrange(len(content))])
         else:
             path.unlink()

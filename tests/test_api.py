@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ import posttrain.rewards
 import sim
 import sim.api
 from posttrain.core import files
+from sim.assets import surfaces
 
 EXAMPLES = ROOT / "docs" / "examples"
 TINY = ["model.path=wan", "data.make=null", "data.clips=drops", "train.steps=1", "train.batch=1"]
@@ -58,16 +59,19 @@ def test_imports_are_light() -> None:
 @pytest.mark.parametrize("package", [posttrain, sim])
 def test_what_is_offered_is_there(package: ModuleType) -> None:
     api = importlib.import_module(f"{package.__name__}.api")
-    assert package.__all__ == api.__all__
-    assert all(getattr(package, name) is getattr(api, name) for name in api.__all__)
+    assert all(getattr(package, name) is getattr(api, name) for name in package.__all__)
     assert (Path(str(package.__file__)).parent / "py.typed").is_file()
     with pytest.raises(AttributeError):
         _ = package.nothing
 
 
-def test_a_scene_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["scene_by_hand.py", str(tmp_path / "fall.mp4")])
-    module = example("scene_by_hand")
+def test_the_colours_are_those_of_the_surfaces() -> None:
+    assert get_args(sim.api.Color) == (*surfaces.HUES, *sim.api.GREYS)
+
+
+def test_a_scene_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.chdir(tmp_path):
+        module = example("scene_by_hand")
     assert posttrain.read_video(tmp_path / "fall.mp4").shape == (33, 64, 64, 3)
     assert module.scene.bodies[0].position[2] == pytest.approx(0.8 + 0.15, abs=1e-3)
     falls = float(capsys.readouterr().out.split()[-2])
@@ -119,6 +123,7 @@ def test_scores_of_a_folder(home: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out == ""  # tables are printed where they are asked for
 
 
+UNKNOWN: Any = "unknown"
 REFUSED: list[tuple[Any, str, str]] = [
     (lambda: posttrain.load_recipe("recipes/pocket/psft.yaml", "train.stps=3"), "unknown_key", "train.stps"),
     (lambda: posttrain.load_recipe("recipes/pocket/none.yaml"), "missing", ""),
@@ -126,12 +131,12 @@ REFUSED: list[tuple[Any, str, str]] = [
     (lambda: posttrain.sample("pocket", "a ball falls.", steps=0), "value", "steps"),
     (lambda: posttrain.sample("pocket", "a ball falls.", seeds=[-1]), "value", "seeds"),
     (lambda: posttrain.export("runs/x", formats=["zip"]), "unknown_name", "export"),
-    (lambda: posttrain.score("x", "nobody"), "unknown_name", "--judge"),  # type: ignore[arg-type]
+    (lambda: posttrain.score("x", UNKNOWN), "unknown_name", "--judge"),
     (lambda: sim.make_body("cloud"), "unknown_name", "shape"),
-    (lambda: sim.make_body(color="loud"), "unknown_name", "color"),  # type: ignore[arg-type]
+    (lambda: sim.make_body(color=UNKNOWN), "unknown_name", "color"),
     (lambda: sim.make_body(size=0), "value", "size"),
     (lambda: sim.make_scene([]), "value", "target"),
-    (lambda: sim.film(*[None] * 2, renderer="eye"), "unknown_name", ""),  # type: ignore[arg-type]
+    (lambda: sim.film(UNKNOWN, UNKNOWN, renderer="eye"), "unknown_name", ""),
     (lambda: sim.write_video("x.mp4", np.zeros((2, 8, 8, 3)), 16), "value", "rgb"),
 ]
 

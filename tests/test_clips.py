@@ -89,7 +89,7 @@ def test_the_key_changes_with_the_content_alone(folder):
     assert clips(folder, preload=False).key != before
 
 
-def test_a_torn_clip_is_named(folder):
+def test_a_damaged_clip_is_named(folder):
     path = folder / SPLIT / "00001.mp4"
     whole = path.read_bytes()
     for size in (0, 20, len(whole) // 2, len(whole) - 1):
@@ -149,7 +149,7 @@ def test_a_manifest_may_not_point_outside(folder):
         open_split(folder, SPLIT)
 
 
-def test_torn_annotations_are_named(folder):
+def test_damaged_annotations_are_named(folder):
     path = folder / SPLIT / "00000.npz"
     assert set(read_annotations(path)) == {"instances"}
     os.truncate(path, path.stat().st_size // 2)

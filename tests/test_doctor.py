@@ -61,7 +61,7 @@ def test_changed_weights_are_named(tmp_path: Path) -> None:
     sums = "".join(f"{sha256(tmp_path / name)}  {name}\n" for name in ("vae/a.safetensors", "vae/b.safetensors"))
     (tmp_path / "SHA256SUMS").write_text(sums)
     assert [finding.state for finding in check_weights(tmp_path)] == ["ok"]
-    (tmp_path / "vae" / "b.safetensors").write_bytes(b"torn")
+    (tmp_path / "vae" / "b.safetensors").write_bytes(b"damaged")
     (finding,) = check_weights(tmp_path)
     assert finding.state == "bad"
     assert "vae/b.safetensors" in finding.text

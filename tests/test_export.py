@@ -155,7 +155,7 @@ def test_every_format_gives_the_velocity_that_was_trained(run: Path) -> None:
     assert "- `merged/transformer`: the whole transformer" in card
 
     weights = load_file(comfyui)
-    wrong = {name: w / 2 if ".lora_B." in name else w for name, w in weights.items()}  # as if alpha were not folded in
+    wrong = {name: w / 2 if ".lora_B." in name else w for name, w in weights.items()}  # as if without alpha
     save_file(wrong, comfyui, {"format": "pt"})
     with pytest.raises(
         UserError, match=r"run_comfyui.safetensors: largest error .* is wrong: delete it and export again"

@@ -80,9 +80,9 @@ def test_a_video_gives_its_first_picture_upright(tmp_path: Path) -> None:
     turned = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)  # by 90 degrees, clockwise
     (tmp_path / "turned.mp4").write_bytes(content[:at] + turned + content[at + 36 :])
     assert np.array_equal(np.asarray(open_picture(tmp_path / "turned.mp4")), np.rot90(picture, -1))
-    (tmp_path / "torn.mp4").write_text("no video")
-    with pytest.raises(UserError, match=r"torn\.mp4: ") as error:
-        open_picture(tmp_path / "torn.mp4")
+    (tmp_path / "damaged.mp4").write_text("no video")
+    with pytest.raises(UserError, match=r"damaged\.mp4: ") as error:
+        open_picture(tmp_path / "damaged.mp4")
     assert error.value.code == "damaged"
 
 

@@ -347,12 +347,12 @@ def test_a_server_that_cannot_serve_is_one_clear_error(port: int, tmp_path: Path
 
 
 def test_models_that_are_none_are_refused(llava: Path, tmp_path: Path) -> None:
-    for name, gone in (("bare", "chat_template.jinja"), ("torn", "model.safetensors")):
+    for name, gone in (("bare", "chat_template.jinja"), ("damaged", "model.safetensors")):
         (tmp_path / name).mkdir()
         for path in llava.iterdir():
             if path.name != gone:
                 os.link(path, tmp_path / name / path.name)
-    for path, code in (("bare", "unsupported"), ("torn", "format"), ("missing", "missing")):
+    for path, code in (("bare", "unsupported"), ("damaged", "format"), ("missing", "missing")):
         with pytest.raises(UserError, match=path) as caught:
             vlm.load(str(tmp_path / path), CPU)
         assert "\n" not in str(caught.value)

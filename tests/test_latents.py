@@ -153,14 +153,14 @@ def test_a_clip_changed_behind_its_metadata_is_refused(model, drops, tmp_path):
         Latents(model, clips(drops), tmp_path / "cache")
 
 
-@pytest.mark.parametrize("how", ["torn", "flipped", "exchanged"])
+@pytest.mark.parametrize("how", ["damaged", "flipped", "exchanged"])
 def test_a_damaged_entry_is_refused_and_made_again(model, drops, tmp_path, capsys, how):
     data = Latents(model, clips(drops), tmp_path / "cache")
     before = data.load([0]).z0_BCFHW
     path, other = (next((tmp_path / "cache").rglob(f"{key}.safetensors")) for key in data.keys[:2])
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
-    path.write_bytes({"torn": content[:50], "flipped": content, "exchanged": other.read_bytes()}[how])
+    path.write_bytes({"damaged": content[:50], "flipped": content, "exchanged": other.read_bytes()}[how])
     with pytest.raises(UserError) as error:
         data.load([0])
     assert error.value.code == "damaged"

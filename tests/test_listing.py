@@ -300,7 +300,7 @@ def test_what_is_left_out_is_told_with_the_reason(tmp_path) -> None:
             False,
             "too short: it lasts 0.38 s, 5 frames at 8 fps reach 0.50 s: 0.12 s are missing",
         ),
-        ("torn.mp4", False, "cannot be read: damaged or not a video"),
+        ("damaged.mp4", False, "cannot be read: damaged or not a video"),
         ("text.mp4", False, "cannot be read: damaged or not a video"),
         ("mute.mp4", False, "no caption"),
         ("gone.mp4", False, "does not exist"),

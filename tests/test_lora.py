@@ -82,7 +82,7 @@ def test_a_target_that_names_no_layer_is_refused(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_merged_is_what_attached_was(folder: Path, tmp_path: Path) -> None:
-    """Folded into the weights with a scale, several of them as diffusers stacks them; and all weights train then."""
+    """Merged into the weights with a scale, several of them as diffusers stacks them; and all weights train then."""
     files = []
     for seed, alpha in ((9, 8), (10, 2)):
         wan = adapted(folder, rank=4, alpha=alpha)
@@ -158,7 +158,7 @@ def test_an_adapter_on_coarse_weights_is_read_as_it_was_written(folder: Path, tm
 
 
 @pytest.mark.slow
-def test_a_fold_that_rounds_an_adapter_away_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_merge_that_rounds_an_adapter_away_is_refused(folder: Path, tmp_path: Path) -> None:
     """Weights of bfloat16 have steps of 2^-8 of their size; a change of less than half of one is lost."""
     wan = adapted(folder)
     disturb(wan)
@@ -182,7 +182,7 @@ def test_a_fold_that_rounds_an_adapter_away_is_refused(folder: Path, tmp_path: P
     load(ModelConfig(path=str(folder), dtype="fp32", merge=(Merged(path=str(file)),)))
 
 
-def test_an_adapter_of_zeros_is_folded_in_with_a_line(
+def test_an_adapter_of_zeros_is_merged_with_a_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for strength, lines in ((0.0, 1), (1.0, 0)):
@@ -193,13 +193,13 @@ def test_an_adapter_of_zeros_is_folded_in_with_a_line(
         assert capsys.readouterr().err.count("changes nothing") == lines
 
 
-def test_an_adapter_of_several_ranks_can_be_folded_in_alone(folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_several_ranks_can_only_be_merged(folder: Path, tmp_path: Path) -> None:
     weights = load_file(adapted(folder).save(tmp_path)[0])
     first = {name: w for name, w in weights.items() if name.startswith("transformer.blocks.0.attn1.to_q.")}
     cut = {name: w[:2] if "lora_A" in name else w[:, :2].contiguous() for name, w in first.items()}
     save_file(weights | cut, tmp_path / "ranks.safetensors")
     config = ModelConfig(path=str(folder), adapter=AdapterConfig(rank=4), start=str(tmp_path / "ranks.safetensors"))
-    with pytest.raises(UserError, match=r"layers of rank 2, 4.* fold it in with model\.merge") as error:
+    with pytest.raises(UserError, match=r"layers of rank 2, 4.* merge it with model\.merge") as error:
         load(config)
     assert error.value.field == "model.adapter.rank"
     load(ModelConfig(path=str(folder), merge=(Merged(path=str(tmp_path / "ranks.safetensors")),)))

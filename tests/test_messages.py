@@ -4,7 +4,8 @@ Others of them: a NaN (test_run.py), U+2028 in JSON lines (test_files.py), redir
 too little memory (test_hostile.py).
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -70,18 +71,21 @@ def test_a_damaged_video_without_a_list_is_not_said_to_be_in_one(tmp_path: Path)
     assert "manifest" not in said
 
 
-def test_torn_lines_of_a_log_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_lines_of_a_log_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "lo\n\xff\n[]\n{"step": 4}\n{"st')
     assert files.read_log(tmp_path / "log.jsonl") == [{"step": 1}, {"step": 4}]
     assert "log.jsonl:2: " in capsys.readouterr().err
 
 
-def test_folders_that_are_written_are_held(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    with contextlib.chdir(tmp_path):
+        yield tmp_path
+
+
+def test_folders_that_are_written_are_held(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By `posttrain sample`, `score` and `eval --clips`, as runs hold theirs."""
-    monkeypatch.chdir(tmp_path)
-    videos = tmp_path / "videos"
+    videos = home / "videos"
     videos.mkdir()
     (videos / "a.mp4").write_bytes(codec.lossless(np.zeros((5, 64, 64, 3), np.uint8), 16))
     (videos / "a.txt").write_text("It falls.")
@@ -92,7 +96,7 @@ def test_folders_that_are_written_are_held(
         assert capsys.readouterr().err.splitlines()[-1].endswith("[busy]")
         assert cli.main(["score", "videos", "--judge", "vlm", "--model", "none"]) == 1
         assert capsys.readouterr().err.splitlines()[-1].endswith("[busy]")
-    write_dataset(tmp_path / "data", frames=9)
-    with files.alone(tmp_path / "out", "works"), pytest.raises(UserError) as error:
+    write_dataset(home / "data", frames=9)
+    with files.alone(home / "out", "works"), pytest.raises(UserError) as error:
         scoring.evaluate_videos("data", [("other", Path("videos"))], out="out")
     assert (error.value.code, error.value.field) == ("busy", "--out")

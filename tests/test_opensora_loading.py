@@ -100,7 +100,7 @@ def test_a_whole_training_checkpoint(copy: Path) -> None:
         load(config(copy))
     assert error.value.code == "damaged"
 
-    (copy / "config.json").write_text(json.dumps(TRANSFORMER))  # now it is told
+    (copy / "config.json").write_text(json.dumps(TRANSFORMER))  # now it says so
     model = load(config(copy))
     assert same(model.transformer.state_dict(), weights)
     chosen = resolved(config(copy, start=str(copy / "ema.pt")))

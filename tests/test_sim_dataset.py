@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.worlds import SMALL
 from PIL import Image
 
 from posttrain.core.errors import UserError
@@ -25,28 +26,20 @@ from sim.render import gl
 from sim.worlds.base import Draw, Take
 
 ROOT = Path(__file__).parent.parent
+WORLD = {**SMALL, "region": [0.5, 0.5]}
 RECIPE = """
 out: {out}
-world: {{name: drop, width: 32, height: 32, frames: 5, dropped: [1, 1], pile: [0, 0], region: [0.5, 0.5]}}
+world: {world}
 renderer: {{name: gl, supersample: 1}}
 splits: {{train: {train}, test_unseen: 2}}
 """
-WORLD = {
-    "name": "drop",
-    "width": 32,
-    "height": 32,
-    "frames": 5,
-    "dropped": [1, 1],
-    "pile": [0, 0],
-    "region": [0.5, 0.5],
-}
 GL = {"name": "gl", "supersample": 1}
 JOB = dataset.Job(world=WORLD, renderer=GL)
 
 
 def recipe(folder: Path, train: int = 10) -> Path:
     path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(out=folder / "clips", train=train))
+    path.write_text(RECIPE.format(out=folder / "clips", world=json.dumps(WORLD), train=train))
     return path
 
 
@@ -247,7 +240,7 @@ def test_whole_clips_on_a_disk_that_cannot_be_written_are_taken_as_they_are(made
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_torn_rows_and_no_clips_are_not_shown(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_damaged_rows_and_no_clips_are_not_shown(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     table = copy / "train" / "metadata.jsonl"
     for text in ('{"file_name": "00000.mp4"}\n', '{"file_name": 3}\n', '{"fps": 8}\n'):
         table.write_text(text)
@@ -258,13 +251,13 @@ def test_torn_rows_and_no_clips_are_not_shown(copy: Path, tmp_path: Path, capsys
 
 
 @pytest.mark.slow
-def test_torn_files_are_made_again(made: Path, copy: Path):
+def test_damaged_files_are_made_again(made: Path, copy: Path):
     clip, annotations, row = copy / "train/00000.mp4", copy / "train/00001.npz", copy / ".rows/train/00002.json"
     os.truncate(clip, 100)
     annotations.unlink()
     row.write_text(row.read_text()[:50])
     other = copy / ".rows/train/00003.json"
-    other.write_text(other.read_text().replace("fall", "rise", 1))  # not torn, and its clip is whole
+    other.write_text(other.read_text().replace("fall", "rise", 1))  # not damaged, and its clip is whole
     (copy / "train/metadata.jsonl").write_text('{"file_name": "00')
     remake(copy)
     assert files(copy) == files(made)

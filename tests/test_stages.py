@@ -225,12 +225,12 @@ def test_clips_that_do_not_fit_the_model_are_refused(home):
     assert said.startswith("data.clips: 6 frames of 32 x 32 do not fit the model; make clips of 4k + 1 frames")
 
 
-def test_a_torn_clip_stops_before_training(home):
-    write_dataset(home / "torn", ["train"], clips=2, frames=5)
-    os.truncate(home / "torn" / "train" / "00001.mp4", 300)
-    code, _, said = command(home, "run", "recipe.yaml", "run=torn", "data.clips=torn", "eval=null")
+def test_a_damaged_clip_stops_before_training(home):
+    write_dataset(home / "damaged", ["train"], clips=2, frames=5)
+    os.truncate(home / "damaged" / "train" / "00001.mp4", 300)
+    code, _, said = command(home, "run", "recipe.yaml", "run=damaged", "data.clips=damaged", "eval=null")
     assert code == 1
-    assert said.splitlines()[-1].startswith("torn/train/00001.mp4: is damaged")
+    assert said.splitlines()[-1].startswith("damaged/train/00001.mp4: is damaged")
 
 
 @pytest.mark.slow
@@ -424,6 +424,6 @@ def test_a_table_is_a_run_for_each_row_and_seed_and_one_report(home):
     shutil.rmtree(folder / "fast" / "3" / "evaluation")
     code, out, said = command(home, "report", *base, table)
     assert code == 0, said
-    assert "runs/rows/fast/3: is left out, for it was not measured" in said
+    assert "runs/rows/fast/3: is left out because it was not measured" in said
     said = refused(home, "run", *base, "table={rows: {few: {data.limt: 1}}}")
     assert said == "data.limt=1: data.limt: unknown key, did you mean 'limit'?\n"

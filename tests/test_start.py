@@ -111,7 +111,7 @@ def test_a_run_continues_the_adapter_of_another(home: Path) -> None:
 
 @pytest.mark.slow
 def test_the_base_of_coarse_weights_has_the_whole_adapter_that_training_continued(home: Path) -> None:
-    """Folded into bf16 weights it would be rounded; here it is on them, and the row is measured anew with another."""
+    """Merged into bf16 weights it would be rounded; here it is on them, and the row is measured anew with another."""
     trained(home, "coarse", "model.start=first", "model.dtype=bf16")
     base, _ = rows(home, "coarse")
     first = load_file(home / FIRST)

@@ -376,7 +376,7 @@ def test_the_best_weights_are_those_of_their_look(home: Path) -> None:
 
 @pytest.mark.slow
 def test_looks_and_best_weights_are_what_was_written(home: Path) -> None:
-    run = Path(shutil.copytree(hack(home, "warned"), home / "runs" / "torn"))
+    run = Path(shutil.copytree(hack(home, "warned"), home / "runs" / "damaged"))
     (run / TRAINED).unlink()  # with it the recipe would be read too
     start = ModelConfig(path="pocket", start=str(run / BEST))
     assert best(run)[1] == run / BEST

@@ -148,10 +148,10 @@ def test_damage_that_the_decoder_reports_is_refused(tmp_path, capfd, name, codec
     content, wanted, draw = path.read_bytes(), Wanted(24, 30.0, (96, 128)), random.Random(0)
     whole, counts = clip_of(path, wanted), {"same": 0, "refused": 0, "other": 0}
     for number in range(40):
-        torn = bytearray(content)
-        torn[draw.randrange(len(torn))] ^= 1 << draw.randrange(8)
+        damaged = bytearray(content)
+        damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
         copy = tmp_path / f"{number}{path.suffix}"
-        copy.write_bytes(torn)
+        copy.write_bytes(damaged)
         try:
             view, _ = see(inspect(copy), wanted)
             with complaints():

@@ -282,7 +282,7 @@ def test_sharded_weights_are_read(sharded: Path, wan: Wan) -> None:
         assert torch.equal(got, want)
 
 
-def test_a_missing_or_torn_shard_is_named(sharded: Path) -> None:
+def test_a_missing_or_damaged_shard_is_named(sharded: Path) -> None:
     shard = sorted((sharded / "transformer").glob("*.safetensors"))[1]
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100])

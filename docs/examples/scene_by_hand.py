@@ -1,6 +1,4 @@
-"""A scene by hand: a ball falls beside a box. python docs/examples/scene_by_hand.py [VIDEO]"""
-
-import sys
+"""A scene by hand: a ball falls beside a box. python docs/examples/scene_by_hand.py"""
 
 import sim
 
@@ -9,5 +7,5 @@ box = sim.make_body("box", at=(0.4, 0.1), color="blue", role="pile")
 scene = sim.make_scene([ball, box], frames=33, fps=16.0)
 trajectory = sim.simulate(scene)
 clip = sim.film(scene, trajectory)
-print(sim.write_video(sys.argv[1] if len(sys.argv) > 1 else "fall.mp4", clip.rgb, scene.fps))
+print(sim.write_video("fall.mp4", clip.rgb, scene.fps))
 print(scene.caption, f"It lands after {min(c.time for c in trajectory.contacts if c.a == 0):.3f} s.")

@@ -38,6 +38,7 @@ FREE = (
     *("run", "data.make", "data.groups.judge", "data.groups.batch"),
     *("train.checkpoint_every", "train.trackers", "eval", "export"),
 )
+Format = Literal["diffusers", "comfyui", "merged"]  # in which weights are exported
 Values = Annotated[tuple[int | float | str, ...], Field(min_length=1)]
 
 
@@ -97,7 +98,7 @@ class Recipe(Strict):
     train: TrainConfig
     eval: EvalConfig | None = None
     tripwires: TripwiresConfig | None = None
-    export: tuple[Literal["diffusers", "comfyui", "merged"], ...] = ()
+    export: tuple[Format, ...] = ()
     sweep: Annotated[dict[str, Values], Field(min_length=1, max_length=1)] | None = None
     table: Table | None = None
 

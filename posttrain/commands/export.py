@@ -2,7 +2,7 @@
 
     adapter/pytorch_lora_weights.safetensors   diffusers, always; or adapter/transformer if all weights were trained
     adapter/<run>_comfyui.safetensors          the same adapter for ComfyUI
-    merged/transformer                         a diffusers transformer with the adapter folded in
+    merged/transformer                         a diffusers transformer with the adapter merged
 
 If a model has two experts, each has its own run. The file names contain "high_noise" or "low_noise", and the merged
 low-noise expert is the folder `transformer_2`, as in diffusers.
@@ -134,10 +134,10 @@ def check(files: Sequence[Path], model: VideoModel, config: ModelConfig) -> Iter
             raise UserError(
                 f"{file}: {numbers}; more than {allowed:.1e} is wrong: delete it and export again", "mismatch"
             )
-        folded = coarse and file.is_dir()
+        merged = coarse and file.is_dir()
         hidden = file.is_dir() and effect < (2**-8 if coarse else 2**-20) * largest  # too small for sums to hold
-        if not hidden and not abs(share - 1) <= (1 - lora.SURVIVES if folded else 1e-3):
-            rounded = ", or distribute the adapter file: rounding to these weights removes it" if folded else ""
+        if not hidden and not abs(share - 1) <= (1 - lora.SURVIVES if merged else 1e-3):
+            rounded = ", or distribute the adapter file: rounding to these weights removes it" if merged else ""
             raise UserError(f"{file}: {numbers}, which should be 100%: delete it and export again{rounded}", "mismatch")
         transformer.to("cpu")  # before the next one comes
         yield f"{file}: {numbers}"
@@ -237,7 +237,7 @@ def _clip(recipe: dict[str, Any]) -> dict[str, Any]:
 def _purpose(path: Path) -> str:
     if path.is_file():
         return "the same adapter for ComfyUI (`models/loras`)"
-    return "the whole transformer with the adapter folded in, for `from_pretrained` of diffusers"
+    return "the whole transformer with the adapter merged, for `from_pretrained` of diffusers"
 
 
 def _usage(config: ModelConfig, weights: Path, recipe: dict[str, Any]) -> str:

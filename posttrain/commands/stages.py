@@ -244,9 +244,9 @@ def check_groups(plan: Recipe) -> GroupsConfig | None:
 
 def tell(clips: Clips, folder: Path) -> None:
     """Report which files are retimed, cropped or left out: a summary on the terminal, each file in clips.jsonl."""
-    told = [{"clips": str(split.folder), **note._asdict()} for split in clips.splits for note in split.video_notes]
-    if told and main_process():
-        files.write_jsonl(folder / CLIPS, told)
+    notes = [{"clips": str(split.folder), **note._asdict()} for split in clips.splits for note in split.video_notes]
+    if notes and main_process():
+        files.write_jsonl(folder / CLIPS, notes)
         for split in clips.splits:
             for line in listing.summary(split.video_notes) if split.video_notes else ():
                 print(f"{split.folder}: {line}", file=sys.stderr)
@@ -328,7 +328,7 @@ def measured(plan: Recipe, folder: Path) -> dict[str, list[Path]]:
         if is_measured(place):
             runs.setdefault(place.relative_to(folder).parts[0], []).append(place)
         else:
-            print(f"{place}: is left out, for it was not measured; `posttrain run` continues", file=sys.stderr)
+            print(f"{place}: is left out because it was not measured; `posttrain run` continues", file=sys.stderr)
     return runs
 
 

@@ -267,23 +267,24 @@ def picture(path: Path | str) -> Image.Image:
         raise UserError(f"{path}: cannot be read as a picture; give a PNG, JPEG or WebP file", "format") from error
 
 
-def read_video(path: Path | str, content: bytes | None = None) -> np.ndarray:
+def read_video(path: Path | str, content: bytes | None = None, most: int = MOST_IN_MEMORY) -> np.ndarray:
     """All frames of a file that this module wrote, (F, H, W, 3).
 
     Args:
         content: the file's bytes, if they were read already.
+        most: the largest number of pixels of all frames together.
 
     Raises:
-        UserError: the file is missing, damaged, not a video, or larger than MOST_IN_MEMORY.
+        UserError: the file is missing, damaged, not a video, or larger than `most`.
     """
     frames: list[np.ndarray] = []
     try:
         with _open(path, io.BytesIO(files.read_bytes(path) if content is None else content)) as container:
             stream = _stream(container, path)
             for frame in container.decode(stream):
-                if (len(frames) + 1) * frame.height * frame.width > MOST_IN_MEMORY:
-                    most = f"{MOST_IN_MEMORY // (frame.height * frame.width)} pictures of its size"
-                    raise UserError(f"{path}: is longer than {most}; cut it, or scale it down", "format")
+                if (len(frames) + 1) * frame.height * frame.width > most:
+                    limit = f"{most // (frame.height * frame.width)} pictures of its size"
+                    raise UserError(f"{path}: is longer than {limit}; cut it, or scale it down", "format")
                 frames.append(frame.to_ndarray(format="rgb24"))
             promised = stream.frames
     except MemoryError as error:

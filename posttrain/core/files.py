@@ -252,7 +252,7 @@ def read_log(path: Path | str) -> list[dict[str, Any]]:
     Raises:
         UserError: missing.
     """
-    rows, torn = [], []
+    rows, damaged = [], []
     for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
         try:
             value = _parsed(line.decode()) if line.strip() else {}
@@ -261,9 +261,9 @@ def read_log(path: Path | str) -> list[dict[str, Any]]:
         if isinstance(value, dict):
             rows += [value] if value else []
         else:
-            torn.append(number)
-    if torn:
-        print(f"{path}:{torn[0]}: is damaged and left out ({len(torn)} such lines)", file=sys.stderr)
+            damaged.append(number)
+    if damaged:
+        print(f"{path}:{damaged[0]}: is damaged and left out ({len(damaged)} such lines)", file=sys.stderr)
     return rows
 
 

@@ -28,6 +28,8 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+SEEDS, COUNTS = (0, 2**63 - 1), (1, 10**6)  # least and most of what commands and functions take
+RATES, FACTORS = (1e-3, 1e6), (-1e3, 1e3)
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch's generators and numpy's both take
 Schema = TypeVar("Schema", bound=BaseModel)
 Keys = tuple[str | int, ...]  # the path to a value: ("data", "clips", 0)

@@ -6,6 +6,7 @@ process at once. During imports the first signal ends it at once, because C libr
 work has begun.
 """
 
+import atexit
 import importlib
 import os
 import signal
@@ -31,7 +32,8 @@ def exit_code(error: KeyboardInterrupt) -> int:
 
 
 def launch(module: str) -> int:
-    """Import `module`, call its main(), handle signals meanwhile; returns the exit code."""
+    """Import `module`, call its main(), handle signals until the process ends; returns the exit code."""
+    atexit.register(_ignore)  # it runs last, after threads were waited for: until then a signal still ends the process
     for number in SIGNALS:
         signal.signal(number, _Stop())
     try:
@@ -39,9 +41,12 @@ def launch(module: str) -> int:
     except KeyboardInterrupt as error:
         print(STOPPED, file=sys.stderr)
         return exit_code(error)
-    finally:
-        for number in SIGNALS:  # a second signal must not change the exit code while Python ends
-            signal.signal(number, signal.SIG_IGN)
+
+
+def _ignore() -> None:
+    """Ignore signals, so that a second one does not change the exit code while Python ends."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Stop:

@@ -244,7 +244,7 @@ def score_rows(path: Path) -> dict[str, dict[str, Any]]:
     for row in files.read_jsonl(path):
         if not isinstance(name := row.get("file_name"), str):
             raise UserError(
-                f"{path}: file_name is {printable(name)}, not a video's name; mend the row", "value", "file_name"
+                f"{path}: file_name is {printable(name)}, not a video's name; fix the row", "value", "file_name"
             )
         rows[name] = row
     return rows

@@ -376,13 +376,13 @@ def choose(
             pool.shutdown(cancel_futures=True)  # those over the limit, or all after Ctrl-C
     video_notes += _others(folder, listed)
     if not rows:
-        mend = "mend them or data.*"
+        remedy = "fix them or data.*"
         if all("no caption" in video.notes for video in video_notes) and (tables := _unread(folder)):
-            mend = f"to read their captions from {tables[0].name}, name it: data.clips={tables[0]}"
+            remedy = f"to read their captions from {tables[0].name}, name it: data.clips={tables[0]}"
         first_note = f"{video_notes[0].file}: {'; '.join(video_notes[0].notes)}"
         raise UserError(
             f"{folder}: none of its {len(video_notes)} videos can be used ({count(video_notes)}), for example "
-            f"{first_note}; {mend}",
+            f"{first_note}; {remedy}",
             "no_clips",
         )
     return rows, views, video_notes

@@ -72,8 +72,8 @@ def to_json(record: Record) -> dict[str, Any]:
     """The content of a record's file; there, the metrics of a clip are fields like the others."""
     clips = []
     for clip in record.clips:
-        told = {name: value for name in CLIP if (value := getattr(clip, name)) is not None}
-        clips.append({"id": clip.id, "caption": clip.caption} | dict(clip.numbers) | told)
+        known = {name: value for name in CLIP if (value := getattr(clip, name)) is not None}
+        clips.append({"id": clip.id, "caption": clip.caption} | dict(clip.numbers) | known)
     return {name: value for name in KEPT if (value := getattr(record, name)) is not None} | {"clips": clips}
 
 
@@ -344,14 +344,14 @@ def unequal(records: Sequence[Record]) -> list[str]:
         means = [(record.row, mean([clip.numbers.get("span") for clip in record.clips])) for record in rows]
         spans = [(row, span) for row, span in means if span is not None]
         if spans and min(span for _, span in spans) < 1 - 1e-6:
-            told = ", ".join(f"{row} {span:.2f}" for row, span in spans)
+            shares = ", ".join(f"{row} {span:.2f}" for row, span in spans)
             lines.append(
-                f"{split}: the videos show these shares of the true clip: {told}. The rest counts as vanished, but is "
-                "cut in the published code's way."
+                f"{split}: the videos show these shares of the true clip: {shares}. The rest counts as vanished, but "
+                "is cut in the published code's way."
             )
         if len({tuple(sorted(clip.id for clip in record.clips)) for record in rows}) > 1:
-            told = ", ".join(f"{record.row} {len(record.clips)}" for record in rows)
-            lines.append(f"{split}: the rows are not of the same clips: {told}.")
+            counts = ", ".join(f"{record.row} {len(record.clips)}" for record in rows)
+            lines.append(f"{split}: the rows are not of the same clips: {counts}.")
         for record in rows:
             films = sum(len(clip.paths) for clip in record.clips)
             notes = Counter(note for clip in record.clips for note in clip.notes or ())

@@ -359,14 +359,14 @@ def score_video(
     pictures = retimed.pictures(pictures_FHWC, times_F) if path is not None else None  # our own are as they were made
     found = pisa.score(pictures_FHWC[None], batch, [truth.row], times_F, tracker, pictures)[0]
     if path is not None and pictures is not None:
-        notes = [*(timing_notes(times_F, pictures, truth.row.fps) or ()), *codec.inspect(path).notes]
+        notes = [*timing_notes(times_F, pictures, truth.row.fps), *codec.inspect(path).notes]
         found = replace(found, notes=notes or None)
     seen = metric.true_frames(times_F, len(true_FHW), truth.row.fps)
     return replace(found, true_path=pisa.path(true_FHW[seen]))
 
 
-def timing_notes(times_F: np.ndarray, pictures: retimed.Pictures, fps_true: float) -> list[str] | None:
-    """Warnings about the frame rate of a video, which affects all numbers in seconds; None if there are none."""
+def timing_notes(times_F: np.ndarray, pictures: retimed.Pictures, fps_true: float) -> list[str]:
+    """Warnings about the frame rate of a video, which affects all numbers in seconds."""
     fps = 1 / metric.frame_step(times_F)
     if pictures.times is None:
         return ["frames are repeated irregularly, so g, landing and the like are not measured"]
@@ -378,7 +378,7 @@ def timing_notes(times_F: np.ndarray, pictures: retimed.Pictures, fps_true: floa
             f"{fps:.3g} fps, of true clips {fps_true:g}: g, landing and the like are right for videos made at this "
             "rate, but wrong if frames were dropped to reach it"
         ]
-    return None
+    return []
 
 
 def steady(times_F: np.ndarray) -> tuple[np.ndarray, float]:

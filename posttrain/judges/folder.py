@@ -122,14 +122,14 @@ def score_videos(
     with progress("scores", len(found), len(found) - len(missing)) as advance:
         scored = map(score, missing) if device is None else in_order(score, missing, device)
         for video, scores in zip(missing, scored, strict=True):
-            told = {
+            row = {
                 "file_name": video.name,
                 **scores._asdict(),
                 "judge": name,
                 "version": version,
                 "key": keys[video.name],
             }
-            rows[video.name] = files.seal(told)
+            rows[video.name] = files.seal(row)
             files.write_jsonl(path, list(rows.values()), flush=False)
             advance(f"sa {scores.sa:.2f}, pc {scores.pc:.2f}")
     return [rows[video.name] for video in found]

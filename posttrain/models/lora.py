@@ -1,4 +1,4 @@
-"""Low-rank adapters: attach to a transformer, switch off (the reference model), save, load, fold into the weights.
+"""Low-rank adapters: attach to a transformer, switch off (the reference model), save, load, merge into the weights.
 
 W' = W + (alpha / rank) B A with B = 0 at the start (Hu et al. 2021). The saved file has diffusers' format. Its B
 is already multiplied by alpha / rank, so that every loader gives the same adapter; older files, with alpha in the
@@ -26,7 +26,7 @@ from posttrain.core.files import write_bytes
 FILE = "pytorch_lora_weights.safetensors"
 NAME = "default"
 OTHER = "other"  # one that is read beside it for a moment
-SURVIVES = 0.98  # the share of an adapter that has to be left when it is folded into coarse weights
+SURVIVES = 0.98  # the share of an adapter that has to be left when it is merged into coarse weights
 
 # What an adapter's header may say beside what changes nothing: see `_check_plain`.
 READ = {"r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias"}
@@ -34,11 +34,11 @@ PASSING = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model
 PASSING |= {"inference_mode", "lora_dropout", "layers_to_transform", "layers_pattern", "exclude_modules"}
 # Of files that other programs wrote: part of a name in them, what they are, and what to do.
 FOREIGN = (
-    (".lokr_", "a LoKr (Kronecker factors)", "fold it into the base with the program that made it"),
-    (".hada_", "a LoHa (Hadamard factors)", "fold it into the base with the program that made it"),
-    (".oft_", "an OFT (rotations)", "fold it into the base with the program that made it"),
-    ("dora_scale", "a DoRA", "fold it into the base with the program that made it"),
-    ("lora_magnitude_vector", "a DoRA", "fold it into the base with the program that made it"),
+    (".lokr_", "a LoKr (Kronecker factors)", "merge it into the base with the program that made it"),
+    (".hada_", "a LoHa (Hadamard factors)", "merge it into the base with the program that made it"),
+    (".oft_", "an OFT (rotations)", "merge it into the base with the program that made it"),
+    ("dora_scale", "a DoRA", "merge it into the base with the program that made it"),
+    ("lora_magnitude_vector", "a DoRA", "merge it into the base with the program that made it"),
     (
         "base_model.model.",
         "peft's own file",
@@ -167,7 +167,7 @@ def save(transformer: nn.Module, folder: Path | str) -> Path:
 
 
 def save_comfyui(file: Path | str, path: Path | str, original_name: Callable[[str], str | None]) -> None:
-    """Write the adapter that `save` put into `file` as ComfyUI reads it: in the original names, alpha folded into B.
+    """Write the adapter that `save` put into `file` as ComfyUI reads it: in the original names, with alpha in B.
 
     Args:
         original_name: maps a layer to its name there; None if it has none.
@@ -252,7 +252,7 @@ def _add(inner: Any, path: Path, read: Callable[[Path], Weights], name: str) -> 
         if "should be empty" in str(error):
             left = str(error).partition("dict_keys(")[2].rstrip(").") or str(error)
             raise UserError(
-                f"{path}: has parts that are not read here ({left[:300]}); take them out, or fold the file into the "
+                f"{path}: has parts that are not read here ({left[:300]}); take them out, or merge the file into the "
                 "base with the program that made it",
                 "unsupported",
             ) from error
@@ -277,7 +277,7 @@ def _add(inner: Any, path: Path, read: Callable[[Path], Weights], name: str) -> 
             "mismatch",
         )
     cast_adapter_dtype(inner, name)
-    for key, tensor in weights.items():  # again, for peft has rounded it to the dtype of the base
+    for key, tensor in weights.items():  # again, because peft has rounded it to the dtype of the base
         layer, matrix, part = key.removeprefix("transformer.").rsplit(".", 2)
         inner.get_parameter(f"{layer}.{matrix}.{name}.{part}").data.copy_(tensor)
     inner.train(inner.training)  # peft's new layers are in training mode, where a dropout of the file would act
@@ -287,7 +287,7 @@ def _weights(inner: Any, name: str) -> dict[str, torch.Tensor]:
     """The matrices and biases of an adapter, by layer."""
     from peft.utils import get_peft_model_state_dict
 
-    with warnings.catch_warnings():  # peft takes a bias, which has one axis, for a matrix that was torn
+    with warnings.catch_warnings():  # peft takes a bias, which has one axis, for a damaged matrix
         warnings.filterwarnings("ignore", r"Adapter '.*': \d+ LoRA tensor")
         weights: dict[str, torch.Tensor] = get_peft_model_state_dict(inner, adapter_name=name)
     return weights
@@ -393,7 +393,7 @@ def proceed(transformer: nn.Module, path: Path | str, read: Callable[[Path], Wei
     if len(ranks) > 1:
         several = ", ".join(map(str, ranks))
         raise UserError(
-            f"{path}: has layers of rank {several}, and model.adapter has one for all; fold it in with model.merge",
+            f"{path}: has layers of rank {several}, and model.adapter has one for all; merge it with model.merge",
             "mismatch",
             "model.adapter.rank",
         )
@@ -434,14 +434,14 @@ def _shapes(transformer: nn.Module, name: str) -> dict[str, tuple[int, ...]]:
 
 
 def merge(transformer: nn.Module, path: Path | str, scale: float = 1.0, read: Callable[[Path], Weights] = read) -> None:
-    """Fold the adapter at `path`, times `scale`, into a transformer that has none: W + scale alpha / rank B A.
+    """Merge the adapter at `path`, times `scale`, into a transformer that has none: W + scale alpha / rank B A.
 
     Raises:
         UserError: as `load`, or rounding to the precision of the weights removes it.
     """
     load(transformer, path, read)
     if not any(layer.lora_B[NAME].weight.any() for layer in adapted_layers(transformer)):
-        print(f"{path}: changes nothing, for all its lora_B are 0", file=sys.stderr)
+        print(f"{path}: changes nothing, because all its lora_B are 0", file=sys.stderr)
     survives, dtype = fuse(transformer, scale), unwrap(transformer).dtype
     if dtype != torch.float32 and abs(survives - 1) > 1 - SURVIVES:
         raise UserError(

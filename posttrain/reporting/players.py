@@ -52,10 +52,10 @@ def unlike(records: Sequence[Record]) -> list[str]:
         models = [record for record in records if record.split == split and record.row not in unshown]
         out = [record for record in models if (record.fps, record.size) != (models[0].fps, models[0].size)]
         if out:
-            told = ", ".join(f"{r.row} ({r.fps or 0:.3g} fps, {r.size[0]} x {r.size[1]})" for r in out)
+            others = ", ".join(f"{r.row} ({r.fps or 0:.3g} fps, {r.size[0]} x {r.size[1]})" for r in out)
             first = models[0]
             own = f"{first.row}'s {first.fps or 0:.3g} fps, {first.size[0]} x {first.size[1]}"
-            lines.append(f"{split}: {len(out)} of {len(models)} rows are not shown beside {own}: {told}.")
+            lines.append(f"{split}: {len(out)} of {len(models)} rows are not shown beside {own}: {others}.")
     return lines
 
 

@@ -303,7 +303,7 @@ def goodness(better: str, value: float) -> float:
 
 
 def change(name: str, first: Values, now: Values) -> str:
-    """The means of two looks as text, such as "iou .412 -> .301"."""
+    """The means of two looks as text, such as "iou 0.412 -> 0.301"."""
     return f"{name} {mean(first[name]):.3g} -> {mean(now[name]):.3g}"
 
 

@@ -28,6 +28,7 @@ import hypothesis
 import numpy as np
 import yaml
 from helpers.falling import write_dataset
+from helpers.worlds import SMALL
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -65,12 +66,7 @@ WORLD: dict[str, Any] = {
     "out": "drops",
     "splits": {"train": 2, "test_unseen": 2},
     "world": {
-        "name": "drop",
-        "width": 32,
-        "height": 32,
-        "frames": 5,
-        "dropped": [1, 1],
-        "pile": [0, 0],
+        **SMALL,
         "drop": [0.5, 0.8],
         "size": [0.3, 0.4],
         "region": [0.7, 0.0],
@@ -122,7 +118,7 @@ def changed(draw: Any, value: Any, most: int = 3) -> Any:
 
 
 @st.composite
-def torn(draw: Any, content: bytes) -> bytes:
+def damaged(draw: Any, content: bytes) -> bytes:
     """A copy in which up to three bytes are changed, and whose end may be cut off."""
     for _ in range(draw(st.integers(0, 3))):
         at = draw(st.integers(0, len(content) - 1))
@@ -183,7 +179,7 @@ def tried(what: str, attempt: Callable[[], Any]) -> str:
             message.encode()
             return f"{what}: message {message!r}" if odd else "refused"
         return f"{what}: message that cannot be printed {message!r}"
-    except Exception as error:
+    except Exception as error:  # whatever it is: a UserError was due, and the caller reports this one
         return f"{what}: {type(error).__name__}: {str(error)[:200]}"
     return f"{what}: tells the key" if KEY in said.getvalue() else "right"
 
@@ -241,9 +237,9 @@ def recipes(home: Path, seed: int, number: int = 20) -> Iterator[str]:
         return tried(f"clips' recipe {text!r}", attempt)
 
     def written(value: Any) -> st.SearchStrategy[bytes]:
-        """Recipes, most with one change (these are accepted more often), some with torn text."""
+        """Recipes, most with one change (these are accepted more often), some with damaged text."""
         one, more = (changed(value, most).map(lambda v: yaml.safe_dump(v).encode()) for most in (1, 3))
-        return one | one | one | more | more.flatmap(torn)
+        return one | one | one | more | more.flatmap(damaged)
 
     yield from examples(written(RECIPE), read, number, seed)
     yield from examples(written(WORLD), film, number, seed)
@@ -286,7 +282,7 @@ def _rows(path: Path, before: bytes, read: Callable[[], Any], number: int, seed:
     rows = [json.loads(line) for line in before.splitlines()]
     other = changed(rows).map(lambda rows: _lines(rows).encode())
     try:
-        yield from examples(other | other.flatmap(torn) | torn(before), attempt, number, seed)
+        yield from examples(other | other.flatmap(damaged) | damaged(before), attempt, number, seed)
     finally:
         path.write_bytes(before)
 
@@ -388,7 +384,7 @@ def models(home: Path, seed: int, number: int = 6) -> Iterator[str]:
 
     def other(path: Path) -> st.SearchStrategy[tuple[Path, bytes]]:
         value = changed(json.loads(contents[path]), 1).map(lambda value: json.dumps(value).encode())
-        return st.tuples(st.just(path), value | value | torn(contents[path]))
+        return st.tuples(st.just(path), value | value | damaged(contents[path]))
 
     def attempt(what: tuple[Path, bytes]) -> str:
         path, content = what

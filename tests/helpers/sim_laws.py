@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import worlds
 
 from posttrain.core.errors import UserError
 from sim import dataset
@@ -46,19 +47,10 @@ def body(position: tuple[float, float, float], asset: str = "ball/00", **changes
 
 def world(*bodies: Body, frames: int = 33) -> Scene:
     """Bodies over a grey floor of restitution 1, and a camera at a distance of 3 m and a height of 0.5 m."""
-    return Scene(
-        bodies=bodies,
-        camera=Camera((0.0, -3.0, 0.5)),
+    return replace(
+        worlds.world(*bodies, frames=frames),
         light=Light((0.0, 0.0, 1.0), (0.8, 0.8, 0.8), (0.4, 0.4, 0.4)),
         background=Background("plain", GREY, None, 5.0, (0.2, 0.3, 0.4), (0.1, 0.1, 0.3)),
-        floor_friction=0.8,
-        floor_restitution=1.0,
-        gravity=(0.0, 0.0, -9.81),
-        frames=frames,
-        fps=16.0,
-        target=0,
-        caption="",
-        seed=0,
     )
 
 

@@ -91,12 +91,12 @@ def mine(folder: Path) -> Path:
     write(folder / "same.mp4", steady(5, 8), (16, 16))
     write(folder / "wide.mp4", steady(21, 30), (16, 34), mark=6)
     write(folder / "short.mp4", steady(3, 8))
-    write(folder / "torn.mp4", steady(9, 8))
-    os.truncate(folder / "torn.mp4", 700)
+    write(folder / "damaged.mp4", steady(9, 8))
+    os.truncate(folder / "damaged.mp4", 700)
     (folder / "text.mp4").write_text("not a video")
     write(folder / "mute.mp4", steady(6, 8))
     (folder / "twin.mp4").write_bytes((folder / "same.mp4").read_bytes())
-    names = ["same", "wide", "short", "torn", "text", "gone", "twin", "same"]
+    names = ["same", "wide", "short", "damaged", "text", "gone", "twin", "same"]
     rows = [{"file_name": f"{name}.mp4", "caption": f"{name.replace('twin', 'same')} falls"} for name in names]
     rows[-1]["caption"] = "another caption"
     rows.insert(5, {"file_name": "mute.mp4", "caption": " "})

@@ -77,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
         if kind == "busy" and Handler.requests % 4 == 1:
             return self.reply(429, {"error": {"message": "too many requests"}})
         if kind == "busy" and Handler.requests % 4 == 3:
-            return self.reply(200, "torn", promised=1000)
+            return self.reply(200, "damaged", promised=1000)
         if kind == "slow":
             time.sleep(0.25)
         answer = Handler.complete(asked)

@@ -12,6 +12,7 @@ from sim.scene import Background, Body, Camera, Light, Material, Scene
 SLOW = ("bear", "bowl", "bunny", "duck", "dumbbell", "mug", "plastic brick", "ring")
 OBJECTS, BACKGROUNDS = (library.split(ids)[0] for ids in (library.object_ids(), surfaces.background_ids()))
 OBJECTS = [asset for asset in OBJECTS if library.category(asset) not in SLOW]
+SMALL = {"name": "drop", "width": 32, "height": 32, "frames": 5, "dropped": [1, 1], "pile": [0, 0]}
 POCKET = {"width": 64, "height": 64, "frames": 33, "studio": True, "texture": 0.0, "size": (0.25, 0.35)}
 
 

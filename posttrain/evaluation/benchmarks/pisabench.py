@@ -178,7 +178,7 @@ def _rates(split: str, scenes: Sequence[Path], asked: float | None) -> dict[Path
 def _info(scene: Path) -> dict[str, Any]:
     path = scene / "clip_info.json"
     info = files.read_object(path)
-    if not isinstance(info, dict) or not isinstance(info.get("prompt"), str):
+    if not isinstance(info.get("prompt"), str):
         raise UserError(f"{path}: prompt: is missing; unpack PisaBench again", "format", "prompt")
     return info
 

@@ -30,4 +30,4 @@ def _diffusers(path: str, folder: Path) -> Path:
         what, remedy = "has its authors' own layout", "name the model in that of diffusers (Wan's end in -Diffusers)"
     elif not folder.is_dir() or not any(folder.iterdir()):
         remedy += "; that of its authors is not read (Wan's in diffusers' layout end in -Diffusers)"
-    raise UserError(f"model.path: {path} {what}, for it has no model_index.json; {remedy}", "format", "model.path")
+    raise UserError(f"model.path: {path} {what}, because it has no model_index.json; {remedy}", "format", "model.path")

@@ -99,18 +99,12 @@ def _scheduler(root: str, **options: Any) -> Any:
     return kind.from_config(config)
 
 
-def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
-    """Load the model that a recipe names, into main memory; only what will be trained has requires_grad.
-
-    The transformer is read now, the other parts when they are used; that they fit together is checked now.
-
-    Weights with `dtype: bf16` cannot be trained themselves (rounding would remove small updates), nor can a model with
-    two experts if none is named; both can be sampled.
+def _boundary(config: ModelConfig, root: Path) -> float:
+    """The `boundary_ratio` of a model's two experts; 0: it has only one.
 
     Raises:
-        UserError: no such model, or a part is missing, broken or does not fit the others.
+        UserError: damaged; required or conflict: `config` is not for a model with so many experts.
     """
-    root = diffusers_folder(config.path, config.revision)
     index = read_object(root / "model_index.json")
     second, boundary = index.get("transformer_2") or [None], index.get("boundary_ratio") or 0.0
     two = isinstance(second, list) and second[0] is not None
@@ -131,6 +125,23 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
             "conflict",
             f"model.{field}",
         )
+    return boundary
+
+
+def load(config: ModelConfig, device: str | torch.device = "cpu") -> Wan:
+    """Load the model that a recipe names, into main memory; only what will be trained has requires_grad.
+
+    The transformer is read now, the other parts when they are used; that they fit together is checked now.
+
+    Weights with `dtype: bf16` cannot be trained themselves (rounding would remove small updates), nor can a model with
+    two experts if none is named; both can be sampled.
+
+    Raises:
+        UserError: no such model, or a part is missing, broken or does not fit the others.
+    """
+    root = diffusers_folder(config.path, config.revision)
+    boundary = _boundary(config, root)
+    two = 0 < boundary < 1
     if config.init == "random" and config.dtype != "fp32":
         raise UserError(
             "model.dtype: with init=random all weights are trained, so they are fp32; leave it out",
