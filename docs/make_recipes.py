@@ -116,6 +116,7 @@ MEANINGS = {
     "*.sampler.guidance": "Classifier-free guidance. 1: no guidance.",
     "*.sampler.guidance_low": "Guidance of the second expert (Wan2.2-A14B), if it differs.",
     "*.timesteps": "Distribution of the training timesteps.",
+    "method.psft.drop_caption": "Probability that a clip is trained without its caption, which guidance needs.",
     "*.shift": "Shift of the timesteps. Above 1: more training near noise, where motion is decided.",
     "method.gdpo": "PhyGDPO: prefer true clips to rejected ones, see [PhyGDPO](phygdpo.md).",
     "method.oro": "ORO: maximise differentiable rewards of sampled clips, see [ORO](oro.md).",
