@@ -177,7 +177,7 @@ MEANINGS = {
     "pretraining.segmenter.twin": "Probability of a copy of the body elsewhere in the picture.",
     "pretraining.segmenter.bce": "Weight of the binary cross-entropy in the loss.",
     "pretraining.vae.pictures": "Number of first steps, which train on single frames.",
-    "pretraining.vae.lengths": "Clip lengths, frames (4k + 1). One is drawn for each step.",
+    "pretraining.vae.lengths": "Clip lengths, frames (4k + 1 for Wan). One is drawn for each step.",
     "pretraining.vae.weights": "Probabilities of these lengths.",
     "pretraining.vae.frames": "Frames per process in one step.",
     "pretraining.vae.flying": "Number of other clips whose bodies fly through each clip.",

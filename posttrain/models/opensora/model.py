@@ -46,6 +46,7 @@ class OpenSora:
     Args:
         vae: used only for its shape; its weights may be on the meta device.
         read: function that reads "vae" and "text_encoder", called when first needed, and again after `unload`.
+        scheduler: arguments of RFlowScheduler; None: the published ones.
         fps: the transformer's fps input for clips of more than one frame.
     """
 
@@ -61,6 +62,7 @@ class OpenSora:
         tokenizer: Any,
         *,
         conditioning: Literal["image", "text"] = "image",
+        scheduler: Mapping[str, Any] | None = None,
         fps: float = FPS,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -75,7 +77,7 @@ class OpenSora:
         self._parts = Parts(read, self.device)
         self.n_cond_frames = int(conditioning == "image")
         self.text_tokens: int = self.config.model_max_length
-        self.fps = fps
+        self.fps, self._scheduler = fps, dict(scheduler or {})
         self._clip: tuple[int, int, int] | None = None  # pictures, height, width of the clips that are worked on
 
     @property
@@ -221,7 +223,7 @@ class OpenSora:
 
     def scheduler(self) -> RFlowScheduler:
         """The scheduler for the current clips."""
-        scheduler = RFlowScheduler()
+        scheduler = RFlowScheduler(**self._scheduler)
         scheduler.clip = self._clip
         return scheduler
 
