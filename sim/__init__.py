@@ -5,7 +5,7 @@
     clip = sim.film(scene, sim.simulate(scene))
     sim.write_video("fall.mp4", clip.rgb, scene.fps)
 
-The functions are in sim/api.py, which is imported when one is first used. sim has no code for training.
+The functions are in sim/api.py, which is imported when a function is first used. sim has no code for training.
 """
 
 from typing import TYPE_CHECKING, Any

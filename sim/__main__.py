@@ -1,4 +1,4 @@
-"""`sim` and `python -m sim`. It imports almost nothing, so that it can be stopped from the first moment."""
+"""The entry point of `sim` and `python -m sim`. It imports almost nothing, so a signal can stop it from the start."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What `import sim` offers: build a scene by hand, simulate it, film it, write a video; film a whole dataset.
+"""The functions of `import sim`: build a scene by hand, simulate it, film it, write a video; film a whole dataset.
 
 Lengths are metres, times seconds, masses kilograms. World: z up, the floor at z = 0. The camera is level and looks
 along +y with x to the right. Errors that a user can fix are raised as posttrain.UserError.
@@ -53,7 +53,7 @@ __all__ = [
 Role = Literal["dropped", "pile", "moved"]
 Color = Literal["red", "orange", "yellow", "green", "teal", "blue", "purple", "pink", "white", "grey", "black"]
 GREYS = {"white": 0.95, "grey": 0.5, "black": 0.12}
-VIEW = (0.0, -2.0, 0.5)  # metres; with the usual lens a picture is 1.8 m wide at y = 0
+VIEW = (0.0, -2.0, 0.5)  # metres; with the default lens the picture is 1.8 m wide at y = 0
 
 
 def make_body(
@@ -69,20 +69,21 @@ def make_body(
     restitution: float = 0.3,
     orientation: Quaternion = (1.0, 0.0, 0.0, 0.0),
 ) -> Body:
-    """A rigid body of one colour (an asset with a texture keeps it).
+    """A rigid body of one colour; an asset that has a texture keeps the texture.
 
     Args:
         shape: a category such as "ball", "box", "cone", "duck" or "toy", or an asset of it, as in "box/03".
         at: x and y of its centre of mass.
-        height: distance from its lowest point to the floor, which is how far it falls.
+        height: distance from its lowest point to the floor.
         size: the longest side of its bounding box.
-        role: `dropped` falls from rest at time 0, `pile` rests there, `moved` is a fixed obstacle.
+        role: `dropped` falls from rest at time 0, `pile` rests at time 0, `moved` is a fixed obstacle.
         density: kilograms per cubic metre; determines its mass.
-        friction: coefficient. restitution: a bounce keeps the product of both bodies' restitutions of the speed.
+        friction: coefficient.
+        restitution: the share of the speed that a bounce keeps is the product of both bodies' restitutions.
         orientation: unit quaternion, w first.
 
     Raises:
-        UserError: unknown_name: there is no such shape or colour; value: a number is out of range.
+        UserError: unknown_name: there is no such shape or colour; value: the role is wrong or a number out of range.
     """
     asset = next((name for name in library.object_ids() if name in (shape, f"{shape}/00", f"{shape}/000")), shape)
     if asset not in library.object_ids():
@@ -126,12 +127,13 @@ def make_scene(
 
     Args:
         bodies: from `make_body`; they must not overlap.
-        caption: "": built from the dropped bodies' names: "a red ball falls."
-        camera: None: 64 x 64 pixels, 2 m in front of y = 0 at a height of 0.5 m.
-        background: None: a grey floor, and a backdrop of the same colour.
-        light: None: a sun 85 degrees above the horizon.
+        caption: "" makes one from the dropped bodies' names, such as "a red ball falls."
+        camera: default: 64 x 64 pixels, 2 m in front of y = 0 at a height of 0.5 m.
+        background: default: a grey floor, and a backdrop of the same colour.
+        light: default: a sun 85 degrees above the horizon.
         gravity: metres per second squared, downwards.
-        frames: number of frames. fps: frames per second; frame k is at time k / fps.
+        frames: number of frames.
+        fps: frames per second; frame k is at time k / fps.
         target: index of the body that metrics score.
 
     Raises:
@@ -173,13 +175,13 @@ def simulate(scene: Scene, interventions: Sequence[Intervention] = (), engine: s
 
     Args:
         interventions: records of sim/scene.py that break a law: Hold, Tunnel, AddEnergy, Teleport.
-        engine: a module of sim/physics: "bullet", or "analytic" for upright falls in closed form.
+        engine: a module of sim/physics: "bullet", or "analytic" for falls and bounces of balls in closed form.
 
     Returns:
         Positions (T, N, 3) in metres, unit quaternions (T, N, 4), w first, contacts, and the energy in joules.
 
     Raises:
-        UserError: unknown_name: there is no such engine; unsupported: it cannot simulate this scene.
+        UserError: unknown_name: there is no such engine; unsupported: the engine cannot simulate this scene.
     """
     module = recipe.resolve("sim.physics", engine)
     trajectory: Trajectory = module.simulate(scene, interventions, module.Config())
@@ -197,7 +199,8 @@ def film(scene: Scene, trajectory: Trajectory, renderer: str = "gl") -> Clip:
         along the optical axis; flow float32 (T, H, W, 2) in pixels to the next frame, x right and y down.
 
     Raises:
-        UserError: unknown_name: there is no such renderer; not_installed: this machine has no OpenGL.
+        UserError: unknown_name: there is no such renderer; not_installed: this machine has no OpenGL; unsupported: too
+            many bodies, or sizes that change with "tiny".
     """
     module = recipe.resolve("sim.render", renderer)
     clip: Clip = module.render(scene, trajectory, module.Config())
@@ -208,7 +211,7 @@ def write_video(path: Path | str, rgb: np.ndarray, fps: float) -> Path:
     """Write uint8 (T, H, W, 3) as an H.264 mp4 that every browser plays; odd sides lose their last pixel.
 
     Raises:
-        UserError: value: `rgb` is something else; disk_full or not_writable.
+        UserError: value: `rgb` or `fps` is wrong; disk_full; not_writable.
     """
     if rgb.dtype != np.uint8 or rgb.ndim != 4 or rgb.shape[3] != 3 or min(rgb.shape) < 1 or min(rgb.shape[1:3]) < 2:
         raise UserError(f"rgb: is {rgb.dtype} {rgb.shape}; give uint8 (frames, height, width, 3)", "value", "rgb")
@@ -224,13 +227,14 @@ def make_dataset(path: Path | str, *overrides: str, workers: int | None = None) 
     Args:
         path: a recipe file; recipes/pocket/drop.yaml and others come with the package.
         overrides: such as "out=my_clips", "splits={train: 10}", "world.gravity=1.62".
-        workers: processes (default: one per core). A script that calls it needs `if __name__ == "__main__":`.
+        workers: processes (default: one per core). A script that calls this function needs
+            `if __name__ == "__main__":`.
 
     Returns:
         The dataset's folder.
 
     Raises:
-        UserError: the recipe is wrong, or the folder holds clips of another one.
+        UserError: the recipe is wrong, or the folder holds clips of another recipe.
     """
     return _make(path, overrides, workers)
 

@@ -14,10 +14,10 @@ from sim.worlds.base import Take
 
 
 def bench(job: dataset.Job, groups: int = 10) -> str:
-    """A table of median CPU seconds of `groups` groups, of their parts, and of the ratio of the two.
+    """Lines of median CPU seconds over `groups` groups: a group, its parts, and the ratio of group and parts.
 
-    Simulation, render and write are those of the true clip. The first group, which loads programs and meshes, is left
-    out.
+    Simulation, render and write are measured on the true clip. One more group is made first and not counted, because
+    it loads programs and meshes.
 
     Raises:
         UserError: the world has no groups.

@@ -44,11 +44,11 @@ def positive(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = recipe.Parser(prog="python -m sim", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    making = commands.add_parser("make", help="film the dataset of a recipe; continues where it was stopped")
+    making = commands.add_parser("make", help="film the dataset of a recipe; finished clips are kept")
     making.add_argument("recipe")
     making.add_argument("overrides", nargs="*", metavar="a.b=c")
     making.add_argument("--workers", type=positive, help="processes (default: one per core)")
-    making.add_argument("--parent", type=positive, metavar="PID", help="end when this process, its parent, ends")
+    making.add_argument("--parent", type=positive, metavar="PID", help="end when the parent process PID ends")
     timing = commands.add_parser("bench", help="measure the CPU seconds of a recipe's groups and of their parts")
     timing.add_argument("recipe")
     timing.add_argument("overrides", nargs="*", metavar="a.b=c")

@@ -1,13 +1,13 @@
 """Write a dataset folder that Hugging Face `videofolder` reads: parallel, resumable, every file complete or absent.
 
-    <out>/recipe.json                the settings of the clips; another recipe in the same folder is refused
+    <out>/recipe.json                the settings of the clips; a recipe with other settings is refused
     <out>/<split>/metadata.jsonl     a row per clip, written when the split is complete
     <out>/<split>/<id>.mp4, .npz     lossless RGB, and the annotations
-    <out>/.rows/<split>/<id>.json    the rows of a scene's clips, with a digest; written last, so the clips are complete
+    <out>/.rows/<split>/<id>.json    the rows of a scene's clips, with a digest; written after the clips
 
 Scene i of a split is a function of (seed, split, i) alone, so any process can make it at any time. If a world's labels
-name a `group`, the clips of scene 3 are 00003-0, 00003-1 and so on (worlds/counterfactual.py, the true one first;
-worlds/ambiguous.py).
+name a `group`, the clips of scene 3 are 00003-0, 00003-1 and so on (worlds/ambiguous.py; worlds/counterfactual.py, with
+the true clip first).
 """
 
 import hashlib
@@ -65,7 +65,7 @@ the clip breaks (`kind`), by how much (`value`, `meaning`), how wrong that is (`
 from the truth, as a share of that of the clip in which nothing moves) and in which share of the frames the target is
 `seen`. `drop_height` and `gravity` are the true ones, `contact_time` and `contacts` are the clip's own.
 """
-VERSION = "3"  # of the generator; raised when the same recipe gives other bytes
+VERSION = "3"  # of the generator; increased when the same recipe gives other bytes
 
 
 class Job(Strict):
@@ -86,13 +86,16 @@ def write(
 ) -> None:
     """Film the clips that are missing in `out`, with `workers` processes (default: one per core).
 
+    `splits`: number of scenes by split.
+
     Raises:
-        UserError: the folder has clips of another recipe, another process writes there, or the disk is full.
+        UserError: the folder has clips of another recipe, or cannot be written; another process writes there; or a
+            worker was killed.
         KeyboardInterrupt: finished clips stay, and the next call continues.
     """
     out, console = Path(out), console or Console(stderr=True, highlight=False, soft_wrap=True)
     wanted = [(split, i) for split, count in splits.items() for i in range(count)]
-    if out.is_dir() and not os.access(out, os.W_OK):  # as on a read-only disk; whole clips need no writing
+    if out.is_dir() and not os.access(out, os.W_OK):  # such as a read-only disk; fine if all clips are there
         _kept(out, job, splits)
         listed = all((out / split / "metadata.jsonl").is_file() for split in splits)
         if listed and all(finished(out, *scene) for scene in wanted):
@@ -120,8 +123,8 @@ def write(
 def draw(job: Job, split: str, index: int) -> Draw:
     """The random numbers and assets of scene `index` of `split`.
 
-    Splits whose name ends in "unseen" use the test assets, those that end in "validation" assets of their own, all
-    others the train assets.
+    Splits whose name ends in "unseen" use the test assets, splits that end in "validation" the validation assets, and
+    all others the train assets.
     """
     rng = np.random.default_rng([job.seed, zlib.crc32(split.encode()), index])
     if split.endswith("validation"):
@@ -139,7 +142,7 @@ def takes(job: Job, split: str, index: int) -> Iterator[Take]:
 
 
 def finished(out: Path, split: str, index: int) -> bool:
-    """Whether the scene's clips exist and match the digests in their rows, and the rows theirs."""
+    """Whether the scene's clips exist and match the digests in their rows, and the rows match their own digest."""
     try:
         files = ("file_name", "sha256"), ("annotations", "annotations_sha256")
         rows = read_sealed(_row(out, split, index))["clips"]
@@ -151,7 +154,7 @@ def finished(out: Path, split: str, index: int) -> bool:
 
 
 def pack(arrays: dict[str, np.ndarray]) -> bytes:
-    """An .npz that np.load reads, with the fastest zlib level and without times, so equal arrays give equal bytes."""
+    """The bytes of an .npz for np.load; without time stamps, so equal arrays give equal bytes. zlib level 1."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, array in arrays.items():
@@ -162,7 +165,7 @@ def pack(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def describe(job: Job, split: str, name: str, take: Take) -> dict[str, Any]:
-    """A row of metadata.jsonl without the files' digests; `name` is the clip's."""
+    """A clip's row of metadata.jsonl, without the files' digests; `name` is the file name without suffix."""
     scene, trajectory = take.scene, take.trajectory
     camera, target = scene.camera, scene.target
     touched = next((c.time for c in trajectory.contacts if target in (c.a, c.b)), None)
@@ -220,7 +223,7 @@ def write_take(out: Path, job: Job, split: str, name: str, take: Take) -> dict[s
         {
             "instances": take.clip.instances,
             "depth": take.clip.depth.astype(np.float32),
-            "flow": take.clip.flow.clip(-HALF, HALF).astype(np.float16),  # flow past the camera has no bound
+            "flow": take.clip.flow.clip(-HALF, HALF).astype(np.float16),  # flow close to the camera is unbounded
             "positions": take.trajectory.positions_TN3,
             "quaternions": take.trajectory.quaternions_TN4,
         }
@@ -255,7 +258,7 @@ def _run(out: Path, job: Job, scenes: list[tuple[str, int]], workers: int) -> No
             "internal",
             "--workers",
         ) from error
-    except BaseException:  # a signal, or a worker's error: what is being filmed is whole or absent, and not waited for
+    except BaseException:  # a signal or a worker's error; workers may end at once, as files are complete or absent
         for worker in set(multiprocessing.active_children()) - others:
             worker.terminate()
         raise
@@ -279,14 +282,14 @@ def _for_workers() -> Iterator[None]:
 
 
 def _claim(out: Path, job: Job, splits: dict[str, int]) -> None:
-    """Refuse a folder with clips of another recipe, or with more clips than asked for; else write recipe.json."""
+    """Write recipe.json and README.md, or refuse a folder with clips of another recipe or with more scenes."""
     kept = _kept(out, job, splits)
     write_json(out / "recipe.json", job.describe() | {"splits": kept | splits})
     write_text(out / "README.md", card(kept | splits))
 
 
 def _kept(out: Path, job: Job, splits: dict[str, int]) -> dict[str, int]:
-    """The number of scenes of each split in the folder; raises the errors of `_claim`."""
+    """The number of scenes of each split in the folder, by its recipe.json. Raises UserError as `_claim`."""
     path, mine = out / "recipe.json", job.describe()
     kept: dict[str, int] = {}
     if path.exists():

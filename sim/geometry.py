@@ -31,7 +31,7 @@ def rotation(quaternions: np.ndarray) -> np.ndarray:
 
 
 def focal_pixels(camera: Camera) -> float:
-    """The focal length in pixels; they are square."""
+    """The focal length in pixels, which are square."""
     return camera.focal / camera.sensor * camera.width
 
 
@@ -65,9 +65,9 @@ def rays(camera: Camera) -> np.ndarray:
 
 
 def flow(camera: Camera, instances: np.ndarray, depth: np.ndarray, trajectory: Trajectory) -> np.ndarray:
-    """Forward flow float32 (T, H, W, 2) in pixels, from the pictures' instances and depth (T, H, W) and the poses.
+    """Forward flow float32 (T, H, W, 2) in pixels, from instances and depth (T, H, W) and the poses.
 
-    A visible point moves with its body to the next frame's pose. Background and last frame: zeros.
+    A visible point moves with its body to the pose of the next frame. Background and last frame have zeros.
     """
     turn = rotation(trajectory.quaternions_TN4)
     result = np.zeros((*instances.shape, 2), dtype=np.float32)
@@ -85,7 +85,7 @@ def flow(camera: Camera, instances: np.ndarray, depth: np.ndarray, trajectory: T
 def outline(body: Body) -> np.ndarray:
     """Hull vertices (V, 3) in metres around the body's centre of mass, in the axes of the world."""
     hull_V3 = library.hull(body.asset) * body.size
-    # a ball reaches its radius in every orientation; its hull's points do so only unrotated
+    # not rotated: a ball is the same in every orientation, but its hull's extreme points are along the axes
     return hull_V3 if library.is_round(body.asset) else Rotation.from_quat(xyzw(body.orientation)).apply(hull_V3)
 
 

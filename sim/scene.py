@@ -30,7 +30,7 @@ class Material:
 
 @dataclass(frozen=True)
 class Body:
-    """One rigid object. Its role: `dropped` falls, `pile` rests below, `moved` follows a given path."""
+    """One rigid object. Roles: `dropped` falls, `pile` rests below, `moved` is a fixed obstacle or has a given path."""
 
     asset: str
     name: str  # the noun a caption uses
@@ -57,7 +57,7 @@ class Camera:
 
 @dataclass(frozen=True)
 class Light:
-    """A sun (`direction` points from the scene to it), its linear RGB, and the ambient light of the sky (hemisphere).
+    """A sun and the sky's ambient light (hemisphere), in linear RGB; `direction` points from the scene to the sun.
 
     Without `shadows`, bodies cast no shadows, not even on themselves.
     """
@@ -110,9 +110,11 @@ class Contact:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Poses at the frames. `energy` is the mechanical energy of all bodies in joules at every physics step.
+    """Poses at the frames.
 
-    `scales_TN`: factors of the bodies' drawn sizes, 0 draws nothing; None: all are 1.
+    Attributes:
+        energy: mechanical energy of all bodies in joules, at times that the engine chooses; empty if not simulated.
+        scales_TN: factors of the sizes with which bodies are drawn, 0 draws nothing; None: all are 1.
     """
 
     positions_TN3: np.ndarray
@@ -132,7 +134,7 @@ class Hold:
 
 @dataclass(frozen=True)
 class Tunnel:
-    """A body passes through others (also FLOOR) and touches fixed copies of them `depth` metres lower."""
+    """A body passes through the bodies `through` (or FLOOR), and lands on fixed copies of them `depth` metres lower."""
 
     body: int
     through: tuple[int, ...]
@@ -156,7 +158,7 @@ class Teleport:
     offset: Vector
 
 
-Intervention = Hold | Tunnel | AddEnergy | Teleport  # they break a law during a simulation
+Intervention = Hold | Tunnel | AddEnergy | Teleport  # changes during a simulation, which break a law
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Show a dataset as a contact sheet, or as a page on which its clips play. Each clip has a line of text below.
 
-Clips of one group (worlds/counterfactual.py, worlds/ambiguous.py) are together, each with its violation or its depth.
+Clips of one group (worlds/counterfactual.py, worlds/ambiguous.py) are shown together, each with its violation or depth.
 """
 
 import base64
@@ -28,10 +28,10 @@ figcaption { font-size: 12px }
 
 
 def show(folder: Path | str, split: str | None, count: int, output: Path | str) -> Path:
-    """Write the first `count` clips (or groups) of one split, or of each split, to `output`, a .png or an .html.
+    """Write the first `count` clips (or groups) of one split, or of each split (None), to `output`, a .png or an .html.
 
     Raises:
-        UserError: the folder holds no clips, or `output` is neither.
+        UserError: the folder has no clips, a row of metadata.jsonl is damaged, or `output` or `count` is wrong.
     """
     folder, output = Path(folder), Path(output)
     names = [split] if split else sorted(path.parent.name for path in folder.glob("*/metadata.jsonl"))
@@ -63,7 +63,7 @@ def _draw(title: str, groups: Sequence[Sequence[tuple[Path, dict[str, Any]]]], o
 
 
 def grouped(folder: Path) -> list[list[tuple[Path, dict[str, Any]]]]:
-    """The clips of a split's folder with their rows, a list per group; a clip without a group has its own list."""
+    """The clips of a split's folder (path, row), a list per group; a clip without a group is a group of its own."""
     groups: dict[Any, list[tuple[Path, dict[str, Any]]]] = {}
     for row in read_jsonl(folder / "metadata.jsonl"):
         key = row.get("group", row["file_name"])

@@ -1,7 +1,9 @@
 """What all tests share: no network, slow files first, GPU tests only where there is a GPU, and a tiny Wan."""
 
+import multiprocessing
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +44,25 @@ def wan(folder: Path) -> Any:
     from posttrain.models.wan.loading import load
 
     return load(ModelConfig(path=str(folder)))
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny LLaVA of helpers/llava.py."""
+    from helpers.llava import llava_folder
+
+    return llava_folder(tmp_path_factory.mktemp("judges") / "llava")
+
+
+@pytest.fixture(scope="module")
+def port(llava: Path) -> Iterator[int]:
+    """That of a server of it, helpers/vlm_server.py, in a process of its own."""
+    from helpers import vlm_server
+    from helpers.forked import launch
+
+    here, there = multiprocessing.Pipe()
+    server = launch(vlm_server.serve, llava, there)
+    there.close()
+    yield here.recv()
+    server.kill()
+    server.join()

@@ -152,7 +152,7 @@ def test_the_doctor_says_what_a_recipe_takes(
     with contextlib.chdir(tmp_path):
         assert cli.main(["doctor", str(POCKET / "psft.yaml"), "--processes", "1", *overrides]) in (0, 1)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if " recipe " in line]
-    assert f"trained; 16 clips at once of {clips}" in line
+    assert f"trained; 8 clips at once of {clips}" in line
     assert "GiB (weights 0.0" in line
 
 

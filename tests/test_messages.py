@@ -1,7 +1,7 @@
 """What the worst messages of an attack have become: each has its code and field, and says what is so.
 
-Others of them: a NaN (test_run.py), U+2028 in JSON lines (test_files.py), redirects of a judge (test_judges.py), too
-little memory (test_hostile.py).
+Others of them: a NaN (test_run.py), U+2028 in JSON lines (test_files.py), redirects of a judge (test_judge_models.py),
+too little memory (test_hostile.py).
 """
 
 from collections.abc import Callable

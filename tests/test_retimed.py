@@ -24,7 +24,7 @@ from posttrain.evaluation.records import Record, unequal
 from posttrain.metrics import retimed
 from sim.cli import make
 
-CLIPS, FPS = 10, 16
+CLIPS, FPS = 6, 16
 WORLD = """
 out: {out}
 world: {{name: drop, width: 64, height: 64, frames: {frames}, fps: {fps}, dropped: [1, 1], pile: [0, 0],

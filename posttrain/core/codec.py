@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from posttrain.core import files
 from posttrain.core.errors import UserError
 
-# FFmpeg's names of what the suffixes of data/listing.py stand for: MP4 and MOV, MKV and WebM, AVI, WMV, FLV, MPEG, ...
+# FFmpeg's names of the formats whose suffixes are in data/listing.py: MP4 and MOV, MKV and WebM, AVI, WMV, FLV, ...
 CONTAINERS = ("mov", "matroska", "avi", "asf", "flv", "mpeg", "mpegvideo", "mpegts", "ogg", "gif", "mxf", "dv")
 PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow's names
 MOST_PIXELS = 8192 * 4320  # of a video's picture: 8K
@@ -71,7 +71,7 @@ class Facts:
     marks: tuple[int, ...] | None  # timestamps in the file's own unit, which identify frames; None: it has none
     size: tuple[int, int]
     turn: Turn
-    notes: tuple[str, ...] = ()  # on what of the file is not shown as a player would, each "what: detail"
+    notes: tuple[str, ...] = ()  # differences from what a player shows, each "what: detail"
 
 
 def inspect(path: Path) -> Facts:
@@ -84,7 +84,7 @@ def inspect(path: Path) -> Facts:
     return _inspect(path, *_state(path))
 
 
-@cache  # a run asks twice: when it checks the recipe, and when it trains
+@cache  # a run needs the facts twice: when it checks the recipe, and when it trains
 def _inspect(path: Path, size: int, changed: int) -> Facts:
     try:
         with _open(path) as container:
@@ -100,7 +100,7 @@ def _inspect(path: Path, size: int, changed: int) -> Facts:
             (height, width), turn = (picture.height, _width(picture, stream)), _turn(picture, path)
             notes = _notes(picture, stream, container)
             if stream.codec_context.has_b_frames and None not in stamps and stamps == sorted(stamps):
-                # frames are stored in another order than shown, but with ascending times: AVI numbers its packets
+                # B-frames are stored in another order than shown, so ascending stamps may be packet numbers (AVI)
                 shown = [picture.pts, *(frame.pts for frame in frames)]
                 if None in shown or shown != sorted(shown):
                     stamps = [None]
@@ -110,7 +110,7 @@ def _inspect(path: Path, size: int, changed: int) -> Facts:
         raise UserError(f"{path}: cannot be read: damaged or not a video", "damaged") from error
     if len(packets) < promised:
         raise UserError(f"{path}: cannot be read: damaged, it has {len(packets)} of {promised} frames", "damaged")
-    # times are rounded to the file's unit: of two frames with one time the first is used
+    # times are rounded to the file's unit; if two frames have the same time, the first is used
     marks = tuple(sorted(set(stamps))) if stamps and None not in stamps and time_base else None
     if marks is not None and time_base is not None:
         times = (np.array(marks) - marks[0]) * float(time_base)
@@ -148,7 +148,7 @@ def _state(path: Path) -> tuple[int, int]:
 def check(path: Path, frames: tuple[int, ...], marked: bool) -> None:
     """Decode the frames that `pictures` would decode, and refuse the video if the decoder reports an error.
 
-    A flipped bit may not be detected: it mostly is in H.264, MPEG-2 and MPEG-4, always in FFV1, seldom in VP9 and HEVC.
+    A flipped bit is detected mostly in H.264, MPEG-2 and MPEG-4, always in FFV1, and seldom in VP9 and HEVC.
 
     Raises:
         UserError: as `pictures`.
@@ -181,11 +181,11 @@ def pictures(path: Path, frames: Collection[int], marked: bool) -> Iterator[tupl
         frames: timestamps in the file's own unit if `marked`, else frame numbers.
 
     Raises:
-        UserError: the file is damaged before the last of them, or is not the one that was inspected.
+        UserError: the file is damaged before the last chosen frame, or is not the one that was inspected.
     """
     turn: Turn | None = None
     for mark, frame, stream in _decode(path, frames, marked):
-        # of the first alone: a frame that was asked holds itself, and its memory, until Python collects its garbage
+        # for the first frame only: reading `side_data` makes a reference cycle, which keeps the frame's memory for long
         turn = _turn(frame, path) if turn is None else turn
         try:
             picture = frame.to_ndarray(format="rgb24", width=_width(frame, stream), height=frame.height)
@@ -263,7 +263,7 @@ def picture(path: Path | str) -> Image.Image:
         raise UserError(f"{path}: is larger than {most}; scale the picture down", "format") from error
     except MemoryError as error:
         raise _memory(path) from error
-    except Exception as error:  # for a damaged file Pillow raises whatever its reading stumbles over
+    except Exception as error:  # Pillow raises many types of errors for damaged files
         raise UserError(f"{path}: cannot be read as a picture; give a PNG, JPEG or WebP file", "format") from error
 
 
@@ -343,7 +343,7 @@ def _encode(
 
 
 def gif(path: Path | str) -> tuple[bytes, tuple[int, int]]:
-    """(endless GIF, height, width) of a video file that this module wrote. Raises as `read_video`."""
+    """(endless GIF, (height, width)) of a video file that this module wrote. Raises as `read_video`."""
     try:
         with _open(path) as container:
             rate = float(_stream(container, path).average_rate or 10)
@@ -358,9 +358,9 @@ def gif(path: Path | str) -> tuple[bytes, tuple[int, int]]:
 
 
 def _open(path: Path | str, content: io.BytesIO | None = None) -> Any:
-    """Open a video file, or its content, for reading. Metadata that are not Unicode cause no error."""
+    """Open a video file, or its `content`, for reading. Metadata that are not Unicode cause no error."""
     allowed = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
-    limits = {"max_pixels": str(MOST_PIXELS)}  # for the decoders that look into the file while it is opened
+    limits = {"max_pixels": str(MOST_PIXELS)}  # for decoders that run while the file is opened
     try:
         return av.open(content or f"file:{path}", "r", metadata_errors="replace", options=allowed | limits)
     except av.error.ArgumentError as error:
@@ -374,7 +374,7 @@ def _memory(path: Path | str) -> UserError:
 
 
 def _turn(frame: Any, path: Path) -> Turn:
-    """The frame's display matrix: x' = a x + c y, y' = b x + d y, with x right and y down."""
+    """The steps that make a frame upright, from its display matrix: x' = a x + c y, y' = b x + d y, x right, y down."""
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return Turn()
@@ -410,5 +410,5 @@ def _stream(container: Any, path: Path | str, options: dict[str, str] | None = N
 
 
 def _width(frame: Any, stream: Any) -> int:
-    """The picture's width with square pixels; those of the file need not be square."""
+    """The picture's width after scaling the file's pixels, which may be oblong, to squares."""
     return max(1, round(frame.width * float(stream.sample_aspect_ratio or 1)))

@@ -1,6 +1,6 @@
-"""Several processes that train one model: connecting them, and the optimiser state that ZeRO-2 divides.
+"""Several processes that train one model: how they connect, and the optimiser state that ZeRO-2 divides.
 
-torchrun, or `accelerate launch` with a file of recipes/launch/, starts them. Without a GPU they communicate by gloo.
+torchrun, or `accelerate launch` with a file of recipes/launch/, starts the processes. Without a GPU they use gloo.
 DeepSpeed's ZeRO-2 (Rajbhandari et al. 2020) gives each process a share of the gradients and of AdamW's moments. This
 module joins the shares for a checkpoint, so a run may be continued with any number of processes, with or without
 ZeRO-2.
@@ -33,14 +33,14 @@ def process() -> Any:
             raise UserError(f"accelerate launch: {strategy} is not supported; {REMEDY}", "unsupported")
     options: dict[str, Any] = {}
     if cpu := not torch.cuda.is_available() or _flag("ACCELERATE_USE_CPU"):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed complains that there is no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that there is no GPU
     if cpu and zero():
         from deepspeed import ops
 
-        ops.__compatible_ops__ = {}  # else it compiles its own communication; gloo is enough
+        ops.__compatible_ops__ = {}  # else DeepSpeed compiles its own communication; gloo is enough
         options["backend"] = "gloo"
     # Without cpu=True each of several CPU processes would run alone; with it, accelerate ignores DeepSpeed.
-    # The others wait while the first process films or measures, for longer than the default ten minutes.
+    # While the first process films or measures, the others wait for longer than the default ten minutes.
     state = PartialState(cpu=cpu and not zero(), timeout=timedelta(days=7), **options)
     # `accelerate launch` for several CPU processes sets MASTER_PORT, but then starts one process without a rank
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
@@ -96,7 +96,7 @@ def optimizer_state(optimizer: Any, parameters: Sequence[nn.Parameter]) -> dict[
         return optimizer.state_dict()
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    adamw = optimizer.optimizer.optimizer  # inside accelerate's, and that inside DeepSpeed's
+    adamw = optimizer.optimizer.optimizer  # accelerate's optimizer holds DeepSpeed's, which holds AdamW
     [group] = adamw.param_groups
     step: Tensor = adamw.state[group["params"][0]]["step"]
     state = {
@@ -107,7 +107,7 @@ def optimizer_state(optimizer: Any, parameters: Sequence[nn.Parameter]) -> dict[
 
 
 def load_optimizer_state(optimizer: Any, parameters: Sequence[nn.Parameter], state: dict[str, Any]) -> None:
-    """Restore a `state` of `optimizer_state`; the weights must be restored already."""
+    """Restore a `state` of `optimizer_state`. Restore the weights first."""
     if not zero():
         optimizer.load_state_dict(state)
         return

@@ -59,7 +59,7 @@ REMEDIES = {
 
 
 def _concerns(error: OSError, path: Path) -> bool:
-    """Whether an error is about a path next to or below `path`, or a folder above it."""
+    """Whether the error is about a path next to or below `path`, or about a folder above `path`."""
     if not isinstance(error.filename, str):
         return True
     failed, parent = Path(error.filename).absolute(), path.absolute().parent
@@ -67,7 +67,7 @@ def _concerns(error: OSError, path: Path) -> bool:
 
 
 def _refusal(error: Exception) -> OSError:
-    """The operating system's error, also if safetensors or shutil.copytree replaced it by their own."""
+    """The operating system's error, also if safetensors or shutil.copytree raised their own error for it."""
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             if any(f"[Errno {number}]" in why for _, _, why in error.args[0]):
@@ -90,8 +90,8 @@ def _flush(path: Path) -> None:
 def replacing(path: Path | str, flush: bool = True) -> Iterator[Path]:
     """Yield a temporary path next to `path`; the file or folder written there is renamed to `path` at the end.
 
-    `flush` waits until the data are on the disk, so that they survive a power cut; without it they survive only a
-    killed process. It is not used for files that are numerous, cheap to make again and checked by their digest.
+    With `flush` the data are on the disk at the end, so they survive a power cut; without it they survive only a killed
+    process. Files that are numerous, cheap to make again and checked by a digest are written without it.
 
     Raises:
         UserError: disk_full or not_writable; `path` is then unchanged.
@@ -117,30 +117,30 @@ def replacing(path: Path | str, flush: bool = True) -> Iterator[Path]:
 
 
 def _holder(path: Path) -> tuple[Path, int]:
-    """A new temporary folder next to `path`, and its lock, by which `sweep` knows that it is in use."""
+    """A new temporary folder next to `path`, and its lock, which tells `sweep` that the folder is in use."""
     while True:
         holder = Path(tempfile.mkdtemp(prefix=f".{path.name[:200]}.", suffix=PART, dir=path.parent))
         lock = os.open(holder, os.O_RDONLY)
-        with suppress(OSError):  # some network disks have no locks; `sweep` leaves all as it is there
+        with suppress(OSError):  # some network disks have no locks; `sweep` removes nothing there
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.fstat(lock).st_nlink:  # 0: `sweep` came between
+        if os.fstat(lock).st_nlink:  # 0: `sweep` removed the folder before it was locked
             return holder, lock
         os.close(lock)
 
 
-PART = ".part"  # what names end in of folders that `replacing` writes in
+PART = ".part"  # suffix of the temporary folders of `replacing`
 
 
 def sweep(folder: Path, deep: bool = False) -> None:
     """Remove temporary files that killed processes left in `folder`; `deep`: in its subfolders too."""
     remnants: list[Path] = []
-    with suppress(OSError):  # others may come and go there
+    with suppress(OSError):  # other processes may remove files meanwhile
         remnants += (folder.rglob if deep else folder.glob)(f".*.????????{PART}")
     for remnant in remnants:
         with suppress(OSError):
             lock = os.open(remnant, os.O_RDONLY | os.O_DIRECTORY)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused where somebody is at work
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if a process still writes there
                 shutil.rmtree(remnant)
             finally:
                 os.close(lock)
@@ -154,15 +154,15 @@ def _sweep_once(folder: Path) -> None:
 
 @contextmanager
 def alone(folder: Path, what: str, field: str = "", patience: float = 3.0) -> Iterator[None]:
-    """Lock `folder` for this process; the lock ends with the process, however that ends.
+    """Context in which only this process holds the lock of `folder`; a killed process loses its lock.
 
     Args:
-        what: what another process would be doing there, such as "makes clips"; for the message.
+        what: for the message, what another process would be doing there, such as "makes clips".
         field: the key or option that names the folder.
         patience: seconds to wait for another process that may be about to end.
 
     Raises:
-        UserError: busy; or the folder cannot be written.
+        UserError: busy, disk_full or not_writable.
     """
     with explain(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -247,7 +247,7 @@ def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
 
 
 def read_log(path: Path | str) -> list[dict[str, Any]]:
-    """As `read_jsonl`, for a log to which lines are appended: lines that are not objects are left out with a warning.
+    """As `read_jsonl`, for a log to which lines are appended: lines without a JSON object are left out with a warning.
 
     Raises:
         UserError: missing.
@@ -288,7 +288,7 @@ def read_bytes(path: Path | str) -> bytes:
     """The content of a file.
 
     Raises:
-        UserError: missing: it does not exist, or the system does not allow reading it.
+        UserError: missing: the file does not exist, is a folder, or may not be read.
     """
     try:
         return Path(path).read_bytes()
@@ -297,7 +297,7 @@ def read_bytes(path: Path | str) -> bytes:
     except ValueError as error:  # a NUL in the name
         raise UserError(f"{printable(str(path), 300)}: is not a valid file name", "missing") from error
     except OSError as error:
-        if error.errno not in UNREADABLE:  # the disk does not answer: of what is there this says nothing
+        if error.errno not in UNREADABLE:  # such as a disk that does not answer: the file may exist
             raise
         why = os.strerror(error.errno).lower()
         raise UserError(f"{printable(str(path), 300)}: cannot be read ({why})", "missing") from error
@@ -411,10 +411,10 @@ def note_digest(path: Path, written: Path) -> None:
 
 
 def _note(path: Path) -> Path:
-    return path.parent / ".sha256" / f"{path.name}.txt"  # no name that anybody takes for a video's
+    return path.parent / ".sha256" / f"{path.name}.txt"  # a suffix that no video has
 
 
 def intact(path: Path) -> bool:
-    """Whether a file matches its noted digest. True for files without one, which others may have written."""
+    """Whether a file matches its noted digest. True for a file without one: another program may have written it."""
     note = _note(path)
     return not note.is_file() or note.read_text(errors="replace").strip() == sha256(path)

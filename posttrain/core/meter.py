@@ -1,4 +1,4 @@
-"""Count the bytes in use and the floating point operations of PyTorch, for real or fake tensors."""
+"""Count the bytes that PyTorch's tensors use, and its floating point operations, for real or fake tensors."""
 
 import weakref
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 ATEN: Any = torch.ops.aten
-# PyTorch's own table lacks the CPU's attention
+# PyTorch's own table lacks flash attention on CPUs
 FLOPS: dict[Any, Any] = dict(flop_registry) | {
     ATEN._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
@@ -42,7 +42,13 @@ class Memory:
 
 
 class Meter(Memory, TorchDispatchMode):
-    """Context that counts storages in use and operations."""
+    """Context that counts bytes in use and floating point operations.
+
+    Attributes:
+        live, peak: bytes in use on the device.
+        main: bytes in use in main memory, see `offloading`.
+        flop: floating point operations so far.
+    """
 
     def __init__(self) -> None:
         Memory.__init__(self)
@@ -63,7 +69,7 @@ class Meter(Memory, TorchDispatchMode):
 
     @contextmanager
     def offloading(self) -> Iterator[None]:
-        """Context in which tensors kept for backward count as main memory, where `save_on_cpu` moves them on a GPU."""
+        """Context in which tensors saved for backward count in `main`, as `save_on_cpu` moves them to main memory."""
 
         def pack(tensor: Tensor) -> Tensor:
             tensor = tensor.detach()

@@ -19,8 +19,9 @@ AT_ONCE = 2
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], device: torch.device) -> Iterator[Result]:
     """Yield work(item) of each item, in the order of the items.
 
-    On a CPU two items are worked on at once, each with half of torch's threads; otherwise one after the other.
-    `work` must be safe to call from two threads, and sets no_grad and autocast itself: they are a thread's own.
+    On a CPU with two threads or more, two items are worked on at once, each with half of torch's threads; otherwise one
+    after the other. `work` must be safe to call from two threads, and must set no_grad and autocast itself, because
+    they hold for one thread only.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads < AT_ONCE:
@@ -32,4 +33,4 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], device: torc
         yield from pool.map(work, items)
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # what a thread sets holds for all that begin later
+        torch.set_num_threads(threads)  # the number that a worker set also holds for threads that begin later

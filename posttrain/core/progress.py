@@ -15,7 +15,7 @@ EVERY = 15.0  # seconds between lines
 
 @contextmanager
 def progress(title: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
-    """Yield a function to call with a note after each of the remaining `total - done` pieces of work."""
+    """Yield a function to call with a note after each piece of work; `done` of the `total` pieces are done already."""
     if sys.stderr.isatty():
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         # redrawn only by `advance`: a drawing thread would slow the training down
@@ -51,5 +51,5 @@ def track(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
 
 
 def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """A Markdown table: a heading line of `columns`, then `lines` of cells."""
     return "\n".join("| " + " | ".join(line) + " |" for line in (columns, ["---"] * len(columns), *lines))

@@ -1,6 +1,6 @@
 """From a YAML recipe to a typed, immutable config. An unknown key is an error, and an error names its line.
 
-A name is a file: `method: {name: psft, ...}` is `methods/psft.py`, and the other keys are the fields of its `Config`.
+A name stands for a file: `method: {name: psft, ...}` means methods/psft.py. The other keys are fields of its `Config`.
 """
 
 import argparse
@@ -31,7 +31,7 @@ class Strict(BaseModel):
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch's generators and numpy's both take
 Schema = TypeVar("Schema", bound=BaseModel)
 Keys = tuple[str | int, ...]  # the path to a value: ("data", "clips", 0)
-SHIPPED = Path(__file__).parents[1] / "recipes"  # those of the package; in a checkout, a link to recipes/
+SHIPPED = Path(__file__).parents[1] / "recipes"  # the package's recipes; in a checkout, a link to recipes/
 LARGEST = 2**20  # characters of a recipe
 MOST = 20_000  # keys and values of a recipe, after its anchors are written out
 # what PyYAML raises for a control character, for 2026-13-01, for {[a]: 1}, for !!timestamp x, for !!bool x, for &a [*a]
@@ -104,7 +104,7 @@ class Plugin:
     module: ModuleType
     config: Any
 
-    def __reduce__(self) -> Any:  # a module is sent to another process by its name
+    def __reduce__(self) -> Any:  # a module cannot be pickled, so its name is sent to another process
         return _plugin, (self.name, self.module.__name__, self.config)
 
 
@@ -180,7 +180,7 @@ def shipped(path: Path) -> Path:
 
 
 def _parse(text: str, keys: Keys, where: Callable[[int], str], origins: dict[Keys, str], field: str) -> Any:
-    """Parse a YAML text, the value at `keys` of a recipe; writes the line of each of its keys into `origins`.
+    """The value of a YAML text, which stands at `keys` of a recipe; writes the line of each key into `origins`.
 
     Raises:
         UserError: the text is not YAML, or has too many values. The error's field is `field`.
@@ -284,7 +284,7 @@ def _dotted(keys: Keys) -> str:
 
 
 def _explain(error: ValidationError, values: Any, schema: type[BaseModel], origins: dict[Keys, str]) -> NoReturn:
-    """Raise the first error as one line. An unknown key comes first: it is often why another key is missing."""
+    """Raise the first error as one line; an unknown key goes first, because it is often why another key is missing."""
     errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     first, keys = errors[0], errors[0]["loc"]
     message = first["msg"][:1].lower() + first["msg"][1:]

@@ -1,9 +1,9 @@
 """Stopping a command by a signal, and child processes that end with their parent.
 
-Every file is complete or absent, so a command may end anywhere: SIGINT (Ctrl-C) and SIGTERM raise `Interrupted`, which
-becomes one line and the shell's exit code, 128 + signal. A signal more than a second later ends the process at once.
-While modules are imported, the first signal already does: no work has begun, and C libraries would change the
-exception.
+Every file is complete or absent, so a command may end at any time. SIGINT (Ctrl-C) and SIGTERM raise `Interrupted`; the
+command then prints one line and exits with code 128 + signal. A second signal, more than a second later, ends the
+process at once. During imports the first signal ends it at once, because C libraries would change the exception, and no
+work has begun.
 """
 
 import importlib
@@ -40,7 +40,7 @@ def launch(module: str) -> int:
         print(STOPPED, file=sys.stderr)
         return exit_code(error)
     finally:
-        for number in SIGNALS:  # a second one must not change the exit code while Python ends
+        for number in SIGNALS:  # a second signal must not change the exit code while Python ends
             signal.signal(number, signal.SIG_IGN)
 
 
@@ -52,7 +52,7 @@ class _Stop:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if _Stop.asked is not None and now < _Stop.asked + 1:
-            return  # pressed twice; the first is being heeded
+            return  # a key pressed twice; the command is ending already
         if _Stop.asked is not None or _importing(frame):
             cursor = b"\x1b[?25h" if os.isatty(2) else b""  # progress bars hide it
             os.write(2, cursor + f"{STOPPED}\n".encode())
@@ -70,12 +70,12 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 def end_with(parent: int) -> None:
-    """Stop this process, as by SIGTERM, as soon as its parent is no longer the process `parent`."""
+    """Watch in a thread, and send this process SIGTERM when its parent is no longer the process `parent`."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.1)
-        while True:  # the second one ends it at once, should the first be lost or its clean-up hang
+        while True:  # the second signal ends the process at once, if the first is lost or the clean-up hangs
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
 

@@ -1,7 +1,7 @@
 """Show a run's curves and validation videos in TensorBoard, W&B or trackio, through accelerate.
 
 tensorboard   runs/<run>/tensorboard/; `tensorboard --logdir runs`. Videos are GIFs under Images.
-wandb         project "posttrain", a run of the same name; follows wandb's own settings (WANDB_MODE=offline, ...)
+wandb         project "posttrain", a run of the same name; wandb's own settings hold (WANDB_MODE=offline, ...)
 trackio       as wandb, but stored on this machine; `trackio show`
 """
 
@@ -32,8 +32,8 @@ def tracking(accelerator: Any, folder: Path, steps: int, config: Mapping[str, An
     """Context in which `accelerator.log` writes to the trackers. Only the first process does anything.
 
     Args:
-        folder: the run's; its name is the run's name in the trackers.
-        steps: steps done so far; values that a killed run logged for later steps are replaced.
+        folder: of the run; its name is the run's name in the trackers.
+        steps: steps done so far; TensorBoard drops values that a killed run logged for later steps.
         config: the run's settings, which the trackers show.
 
     Raises:
@@ -45,7 +45,7 @@ def tracking(accelerator: Any, folder: Path, steps: int, config: Mapping[str, An
     named = {"name": folder.name, "config": dict(config)}
     options = {
         "tensorboard": {"purge_step": steps + 1},
-        "wandb": named | {"dir": str(folder), "resume": "auto"},  # auto: from its notes in `dir`
+        "wandb": named | {"dir": str(folder), "resume": "auto"},  # auto: wandb finds the run's id in `dir`
         "trackio": named | {"resume": "allow"},
     }
     try:
@@ -63,7 +63,7 @@ def tracking(accelerator: Any, folder: Path, steps: int, config: Mapping[str, An
 
 
 def log_videos(accelerator: Any, videos: Mapping[str, Path], step: int) -> None:
-    """Show video files, by name."""
+    """Show the video files, by name, in every tracker."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             for name, path in videos.items():

@@ -1,21 +1,21 @@
-"""Does a model generate all falls that a first frame allows? PISA, arXiv 2503.09595, sections 5.1-5.2, appendices D-G.
+"""Test whether a model generates all falls that a first frame allows (PISA, arXiv 2503.09595, sections 5.1-5.2, D-G).
 
-One frame shows on which ray from the camera an object's bottom is, but not at which distance. With a level camera `h`
-metres above the floor,
+A frame shows the ray from the camera to an object's bottom, but not the object's distance. With a level camera h metres
+above the floor,
 
     Y(Z) = h + beta Z,   beta = (H / 2 - r) sensor / (H f) = (H / 2 - r) / f_pixels,   Y = g t^2 / 2
 
-where Z is the depth, Y the height above the floor, r the row just below the object, counted from the top. The depths of
-the ambiguous set are Z ~ U(2, 18) m, so heights are uniform too, and fall times have the density (paper eq. 4 and 19)
+where Z is the depth, Y the height above the floor, r the row just below the object, counted from the top. The ambiguous
+set has Z ~ U(2, 18) m, so its heights are uniform too, and its fall times have the density (paper eq. 4 and 19)
 
     p(t|y) = g t / ((Z_max - Z_min) |beta|),   t(Z_min) <= t <= t(Z_max)
 
-For beta < 0 the limits swap and Z ends at -h / beta, where the ray meets the floor. For beta = 0 all fall from h.
+For beta < 0 the limits swap and Z ends at -h / beta, where the ray meets the floor. For beta = 0 all heights are h.
 
-Departures from the paper. Its eq. 3 omits the camera's height. It compares with 1,000 quantised draws in a two-sample
-test for continuous values, whose p-values are too large with ties. Here the distribution of the impact frame is exact
-and can include measurement errors, and the p-value is correct with ties. A fall that does not end within the clip is a
-separate outcome, later than all frames.
+Departures from the paper. The paper's eq. 3 omits the camera's height. The paper compares with 1,000 quantised draws in
+a two-sample test for continuous values, whose p-values are too large with ties. Here the distribution of the impact
+frame is exact and can include measurement errors, and the p-value is correct with ties. A fall that does not end within
+the clip is a separate outcome, later than all frames.
 
 Shape letters: F frames of a clip, K = F + 1 outcomes: impact frame k < F, and last no contact.
 """
@@ -46,7 +46,7 @@ def bottoms(masks_FHW: np.ndarray) -> np.ndarray:
 
 
 def drop_heights(beta: float, camera_height: float, depth: tuple[float, float] = DEPTH) -> Heights:
-    """The lowest and the highest height of a fall that the picture allows, in metres: Y(Z) = h + beta Z, at least 0.
+    """The lowest and the highest fall, in metres, that the first frame allows: Y(Z) = h + beta Z, at least 0.
 
     Args:
         beta: of the row just below the object, see `slope`.
@@ -82,7 +82,7 @@ def cdf(t: np.ndarray, heights: Heights, gravity: float = GRAVITY) -> np.ndarray
 
 
 def quantile(q: np.ndarray, heights: Heights, gravity: float = GRAVITY) -> np.ndarray:
-    """The t before which a share q of the falls end; for q ~ U(0, 1) a sample of p(t|y)."""
+    """The time in seconds before which a share q of the falls end; q ~ U(0, 1) gives samples of p(t|y)."""
     low, high = heights
     return np.sqrt(2 * (low + np.asarray(q) * (high - low)) / gravity)
 
@@ -92,8 +92,8 @@ def frame_pmf(
 ) -> np.ndarray:
     """P(impact frame = k) for k < `frames`, then P(no contact within the clip): (K,).
 
-    k is the impact frame of falls with k - 1 < t fps <= k, see `pisa.first_frame_after`. `errors` are those of the
-    estimator on true clips (`estimator_errors`), assumed equal for all fall times: the pmf is convolved with them.
+    k is the impact frame of falls with k - 1 < t fps <= k, see `pisa.first_frame_after`. The pmf is convolved with
+    `errors`, those of the estimator on true clips (`estimator_errors`), which are assumed equal for all fall times.
     """
     ends_F = cdf((np.arange(frames) + 1e-9) / fps, heights, gravity)  # the same rounding as in first_frame_after
     ends_F[0] = 0  # an impact frame is at least 1
@@ -121,8 +121,8 @@ def ks_test(
 ) -> dict[str, float]:
     """Kolmogorov-Smirnov test of impact frames (None: no contact) against `frame_pmf`.
 
-    D = max_k |share of the frames <= k - P(F <= k)|. Its p-value is the share of `draws` samples of the same size from
-    the pmf itself with at least that D, so ties are allowed for.
+    D = max_k |share of the frames <= k - P(F <= k)|. The p-value is the share, among this sample and `draws` samples of
+    the same size drawn from the pmf, with at least this D, so it is correct with ties.
 
     Returns:
         statistic: D.
@@ -168,9 +168,9 @@ def lift(
 
 
 def fall_error(heights_F: np.ndarray, t_F: np.ndarray, t_drop: float, gravity: float = GRAVITY) -> float:
-    """Root mean square, until t_drop, of lifted heights less those of a fall from rest, g (t_drop^2 - t^2) / 2, metres.
+    """Root mean square, metres, until t_drop, of `heights_F` minus those of a fall from rest, g (t_drop^2 - t^2) / 2.
 
-    `t_F` are the frames' seconds. Frames without a height are left out; NaN if no frame has one.
+    `t_F`: times of the frames in seconds. Frames without a height are left out; NaN if no frame has a height.
     """
     off_F = (heights_F - gravity * (t_drop**2 - t_F**2) / 2)[t_F <= t_drop]
     off_F = off_F[np.isfinite(off_F)]

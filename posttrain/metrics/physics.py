@@ -1,29 +1,31 @@
 """The scorecard of one clip in SI units: how well its masks agree with the laws of a falling body.
 
-A level pinhole camera sees a body that starts at `depth` Z and stays there while it falls, so a pixel is Z / focal
-metres. Least squares fit the height z(t) of its centre, at rest until the release t0, through the contact at t_c,
+A level pinhole camera sees a body at `depth` Z, which does not change while it falls, so a pixel is Z / focal metres. A
+least squares fit gives the height z(t) of the body's centre, with the release at t0 and the contact at t_c,
 
     z(t) = z0 - g max(t - t0, 0)^2 / 2                     t <= t_c
     z(t) = z(t_c) + w (t - t_c) + a (t - t_c)^2 / 2        t_c < t <= t_c + AFTER frames (metrics/pisa.py)
 
-and with the speed v = g (t_c - t0) and the depth d = g (t_c - t0)^2 / 2 of the fall the scorecard has
+and with the speed v = g (t_c - t0) at the contact and the distance fallen d = g (t_c - t0)^2 / 2, the scorecard has
 
     g               m/s^2  0 if the body hovers, below 0 if it rises
     release         s      t0
     contact         s      t_c
-    restitution     1      w / v, of the vertical motion; below 0 if the body goes on downwards, as off a pile
-    penetration     m      d - drop_height, into what it lands on first (or beside it); below 0 if it stops in the air
+    restitution     1      w / v, of the vertical motion; below 0 if the body moves on downwards, as off a pile
+    penetration     m      d - drop_height, into or beside what the body lands on first; below 0 if it stops in the air
     energy_fall     J/kg   v^2 / 2 - G d, mechanical energy gained in the fall, in a world of gravity G; 0 in truth
     energy_contact  J/kg   (w^2 - v^2) / 2, gained at the contact; below 0 in truth
     drift           m/s    sideways until the contact, x(t) = x0 + drift t + jump [t >= t_jump], to the right
     jump            m      the largest sideways jump between two frames until the contact, to the right
-    permanence      1      share of the frames in which the body is visible, by the time that they stand for
+    permanence      1      share of the clip's time in which the body is visible
     size            1/s    slope of log sqrt(area), Theil-Sen; 0 in truth, unless the body rotates or comes closer
 
-If a body sinks into a surface, only the rest is visible, and its centre is that of the rest: see `_unhidden`.
+If a body sinks into a surface, its lower part is hidden, and the mask's centre is that of the visible part; `_unhidden`
+corrects this.
 
-A sigma is one standard deviation, to first order: that of the fit, and the systematic errors below. Only permanence and
-size use frames after the first contact, so a body that rolls off a pile and then into the floor has no penetration.
+A sigma is one standard deviation, to first order: that of the fit, and the systematic errors below. Only permanence,
+size, restitution and energy_contact use frames after the first contact, so a body that rolls off a pile and then sinks
+into the floor has no penetration.
 
 Shape letters: F frames, H W pixels, K candidates (t0, t_c).
 """
@@ -49,10 +51,10 @@ from posttrain.metrics.pisa import (
 
 # Standard deviations, chosen on 60 true clips of two worlds so that errors match the sigmas. On 1000 other clips the
 # spread of error / sigma is 0.5 (size) to 1.45 (restitution): `python -m posttrain.studies.violations`
-NOISE = 0.12  # pixels, of a mask's centre
-SCALE = 0.02  # share of a length: an outline is not at the depth of the body's centre
-CONTACT = 0.12  # frames: a body that lands on an edge lands twice
-REBOUND = 0.08  # of w, as a share of the speed v: a rotating body shows other sides, with other centres
+NOISE = 0.12  # of a mask's centre, pixels
+SCALE = 0.02  # of a length, as a share of it: an outline is not at the depth of the body's centre
+CONTACT = 0.12  # of t_c, frames: a body that lands on an edge lands twice
+REBOUND = 0.08  # of w, as a share of v: a rotating body shows other sides, with other centres
 TURNING = 0.3  # of log sqrt(area) over a clip: the sides of a body differ in area
 
 VERTICAL = ("g", "release", "contact", "restitution", "penetration", "energy_fall", "energy_contact")
@@ -68,7 +70,13 @@ class Measure(NamedTuple):
 
 
 class Fall(NamedTuple):
-    """The fit of z(t) in metres and seconds: z0, g, t0 and, if the body lands, t_c, w, a. The fall ends at `end`."""
+    """The fit of z(t) in metres and seconds.
+
+    Attributes:
+        parameters: z0, g, t0 and, if the body lands, t_c, w, a; covariance: theirs.
+        falls: whether the body falls far enough to fit t0.
+        end: t_c, or the last frame's time.
+    """
 
     parameters: np.ndarray
     covariance: np.ndarray
@@ -93,7 +101,7 @@ def scorecard(
     Args:
         masks_FHW: bool or 0/1, the body that falls; empty where it is not visible.
         times_F: seconds at which the frames are shown, ascending from 0.
-        focal: focal length in pixels of the masks' picture.
+        focal: focal length in the masks' pixels.
         depth: metres along the optical axis from the camera to the body in frame 0.
         drop_height: Y0, metres that the true body falls until its first contact; None: penetration is not measured.
         gravity: G, metres per second squared.
@@ -140,9 +148,17 @@ def scorecard(
 
 
 def fit_fall(t: np.ndarray, z: np.ndarray, frame: float, pixel: float, height: int) -> Fall:
-    """Least squares from the best point of a grid; a body that hardly falls gets a parabola from time 0."""
+    """Fit z(t) (metres) by least squares, from the best point of a grid over t0 and t_c.
+
+    A body that hardly falls gets a parabola from time 0.
+
+    Args:
+        frame: seconds between two frames.
+        pixel: metres per pixel.
+        height: of the picture, pixels.
+    """
     after, least, misfit = after_contact(frame) + 0.1 * frame, FALL * height * pixel, (MISFIT * height * pixel) ** 2
-    step = max(frame / 2, (t[-1] - t[0]) / 80)  # long clips cost no more
+    step = max(frame / 2, (t[-1] - t[0]) / 80)  # so that long clips take no more time
     coarse, fine = np.arange(t[0] - frame, t[-1] + frame / 4, step), np.arange(-8, 9) * step / 4
     _, t0, contact = _search(t, z, coarse, coarse, frame, after, least, misfit)
     t, z = t[t <= contact + after], z[t <= contact + after]
@@ -177,10 +193,10 @@ def _search(
     least: float,
     misfit: float,
 ) -> tuple[np.ndarray, float, float]:
-    """The best (z0, g, w, a), t0 and t_c, at least a frame apart; t_c is the last frame if nothing lands.
+    """The best (z0, g, w, a), t0 and t_c, at least about a frame apart; t_c is the last frame's time if nothing lands.
 
-    Frames later than `after` seconds after the contact are left out and cost a misfit each. A contact costs another
-    misfit, so that noise is not taken for one.
+    Frames later than `after` seconds after the contact are left out and cost a misfit each. A contact costs one more
+    misfit, so that noise is not taken for a contact.
     """
     t0_K, contact_K = (
         v[contacts - releases[:, None] > 0.9 * frame] for v in np.meshgrid(releases, contacts, indexing="ij")
@@ -210,13 +226,13 @@ def _height(parameters: np.ndarray, t: np.ndarray) -> np.ndarray:
 
 
 def _covariance(jacobian: np.ndarray, residual: np.ndarray, noise: float) -> np.ndarray:
-    """The covariance of least squares' parameters, with the residuals' variance, at least that of the noise."""
+    """The covariance of the fitted parameters. The variance of a point is that of the residuals, at least noise^2."""
     freedom = max(len(residual) - jacobian.shape[1], 1)
     return max(noise**2, float(residual @ residual) / freedom) * np.linalg.pinv(jacobian.T @ jacobian)
 
 
 def _vertical(fall: Fall, drop_height: float | None, gravity: float) -> dict[str, Measure | None]:
-    """VERTICAL from the fit."""
+    """The quantities of VERTICAL from the fit; sigmas by linear error propagation."""
 
     def numbers(p: np.ndarray) -> np.ndarray:
         scale, _, g, t0 = p[:4]
@@ -244,7 +260,7 @@ def _vertical(fall: Fall, drop_height: float | None, gravity: float) -> dict[str
 
 
 def _sideways(t: np.ndarray, x: np.ndarray, noise: float) -> dict[str, Measure | None]:
-    """Drift and jump from one fit, so that a jump does not count as drift."""
+    """Drift (m/s) and jump (m) from one fit of x(t), so that a jump does not count as drift."""
 
     def solve(step: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         design = np.stack([np.ones_like(t), t, step], 1)
@@ -263,11 +279,12 @@ def _size(t: np.ndarray, masks_FHW: np.ndarray) -> Measure:
 
 
 def _unhidden(fallen_F: np.ndarray, masks_FHW: np.ndarray, surface: float) -> np.ndarray:
-    """How far the whole body has fallen, in pixels, if the centre of its visible part has fallen `fallen_F`.
+    """The distance (F,) in pixels that the whole body has fallen, if its visible part's centre has fallen `fallen_F`.
 
-    If a body sinks `cut` pixels into the surface, its visible mask is the first mask without the lowest `cut` rows. The
-    visible centre and the visible area each give an estimate of `cut`. The smaller estimate is used, because rotation
-    or a landing next to the surface changes only one of them.
+    The surface lies `surface` pixels below the body's first position. If a body sinks `cut` pixels into the surface,
+    its visible mask is the first mask without the lowest `cut` rows. The visible centre and the visible area each give
+    an estimate of `cut`. The smaller estimate is used, because rotation or a landing next to the surface changes only
+    one of them.
     """
     rows, area_F = masks_FHW[0].sum(1).astype(float), masks_FHW.sum((1, 2))
     top, bottom = np.flatnonzero(rows)[[0, -1]] + [0, 1]
@@ -275,7 +292,7 @@ def _unhidden(fallen_F: np.ndarray, masks_FHW: np.ndarray, surface: float) -> np
     cut = np.linspace(0, bottom - top, 20 * (bottom - top), endpoint=False)
     area, moment = (np.interp(bottom - cut, np.arange(top, bottom + 1), v) for v in sums)
     raised = moment[0] / area[0] - moment / area  # how far the visible part's centre is above the body's
-    seen = np.maximum.accumulate(surface + cut - raised)  # a wide base that is hidden first raises the centre
+    seen = np.maximum.accumulate(surface + cut - raised)  # hiding a wide base first raises the visible centre
     by_centre_F = np.where(fallen_F < seen[-1], np.interp(fallen_F, seen, raised), 0.0)
     above = max(int(np.argmax(fallen_F > surface)) - 1, 0)  # the last frame that is not hidden
     by_area_F = np.interp(-area_F / area_F[above], -area / area[0], raised)
@@ -283,5 +300,5 @@ def _unhidden(fallen_F: np.ndarray, masks_FHW: np.ndarray, surface: float) -> np
 
 
 def _cut(masks_FHW: np.ndarray) -> np.ndarray:
-    """Frames (F,) in which the picture's edge cuts the body, so the mask's centre is not the body's."""
+    """Whether (F,) the mask touches the picture's edge: then the body may be cut, and the centre is not the body's."""
     return masks_FHW.sum((1, 2)) > masks_FHW[:, 1:-1, 1:-1].sum((1, 2))

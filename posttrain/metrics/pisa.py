@@ -1,7 +1,7 @@
 """PISA's metrics: how far a generated fall is from the true one (PISA, arXiv 2503.09595, appendix B, equations 6-8).
 
-Masks follow the one object that drops, as arrays (frames, H, W) of 0/1, bool or 0/255. Positions are pixel indices.
-Distances are divided by sqrt(2) H, the diagonal of a square picture, so that they need no unit.
+Masks of the one object that drops are arrays (frames, H, W) of 0/1, bool or 0/255. Positions are pixel indices.
+Distances are divided by sqrt(2) H, the diagonal of a square picture, so they have no unit.
 
     L2  = mean_i |c_i^gen - c_i^true|                                                     (6)
     CD  = mean_i ( mean_{p in P_i} min_{q in Q_i} |p - q| + mean_{q in Q_i} min_{p in P_i} |q - p| )
@@ -12,15 +12,15 @@ There are two conventions, because the authors' released code differs from their
                       paper (the headline)                     released (to compare with the paper's Table 1)
     L2 of a frame     Euclidean                                mean of |dx| and |dy|
     true frame at t   floor(t f_true + 1/2), the nearest       int(t f_true)
-    a frame counts    by the time that it stands for           as any other
+    weight of a frame its duration                             equal
     object vanished   L2 1, CD 2 (their maxima), IoU 0         the frame leaves L2 and CD, IoU 0
     no true object    scored by IoU alone                      the frame leaves L2 and CD, scored by IoU
     video too short   its missing frames: object vanished      cut: the rest of the true clip is not compared
     mask values       anything but 0 is the object             1 is the object: 0/255 masks look empty
 
 In both, each frame has its own time t, IoU is 1 if both masks are empty, and frames after the end of the true clip are
-not compared. Missing frames are those that would continue a short video at its mean step until the last true frame. A
-video that lacks only one frame is not short: its last frame, which is shown for a whole step, is compared instead.
+not compared. Missing frames are those that would continue a short video at its mean step until the last true frame. If
+only one frame is missing, the video does not count as short: its last frame is compared instead of the missing one.
 
 Shape letters: F frames of the video, H W pixels.
 """
@@ -35,12 +35,12 @@ from posttrain.metrics.masks import iou
 
 Convention = Literal["paper", "released"]
 
-# `contact_time`, calibrated on falling discs and on true clips
-AFTER = 3  # frames after the contact that are fitted; at rates above RATE as much time as they take at RATE
+# constants of `contact_time`, chosen on falling discs and on true clips
+AFTER = 3  # frames after the contact that are fitted; above RATE, the time that so many frames take at RATE
 RATE = 16.0  # frames per second
-MISFIT = 0.02  # share of the picture's height: the error of a frame at which leaving it out costs the same
+MISFIT = 0.02  # share of the picture's height: leaving a frame out costs as much as fitting it with this error
 FALL = 0.03  # share of the picture's height that a body must fall
-SLOWER = 0.5  # share of the falling velocity that must not remain after a contact
+SLOWER = 0.5  # after a contact, the downward velocity is less than this share of the velocity before
 GRAIN = 1e-3  # seconds: a file may round its times to these
 
 
@@ -65,7 +65,7 @@ def true_frames(times_F: np.ndarray, true: int, fps_true: float, convention: Con
 
 
 def missing_times(times_F: np.ndarray, true: int, fps_true: float) -> np.ndarray:
-    """Times of the frames that a too short video lacks until the last true frame, at its mean step."""
+    """Times of the frames that a video lacks until the last true frame, at the video's mean step."""
     step, end = frame_step(times_F) if len(times_F) > 1 else 1 / fps_true, (true - 1) / fps_true
     return times_F[-1] + step * np.arange(1, math.floor((end + GRAIN - times_F[-1]) / step) + 1)
 
@@ -180,8 +180,8 @@ def first_frame_after(contact_time: float, fps: float) -> int:
 def impact_frame(masks_FHW: np.ndarray, times_F: np.ndarray) -> int | None:
     """The impact frame of a clip without contact events: the first frame after the fall ends; None if it does not end.
 
-    See `contact_time`. The paper takes the first frame whose centroid moves upwards, but bodies that do not bounce have
-    none.
+    See `contact_time`. The paper takes the first frame whose centroid moves upwards, but there is no such frame if the
+    body does not bounce.
     """
     return _impact(contact_time(masks_FHW, times_F), times_F)
 
@@ -197,7 +197,7 @@ def contact_time(masks_FHW: np.ndarray, times_F: np.ndarray) -> float | None:
     The fit has a free fall until the change point tau, and a constant velocity in the first frames after it:
         y(t) = y0 + v t + a t^2 / 2              for t <= tau   (a > 0, v >= 0)
         y(t) = y(tau) + w (t - tau)              for tau < t <= tau + AFTER frames,  w < SLOWER * (v + a tau)
-    The tau with the least squared error wins. A frame that is left out costs a fixed misfit, so a tau that explains
+    The tau with the least squared error is taken. A frame that is left out costs a fixed misfit, so a tau that fits
     more of the clip is preferred.
 
     Args:
@@ -250,10 +250,10 @@ def _fall(t: np.ndarray, y: np.ndarray, tau: float) -> tuple[float, float, float
 def time_error(
     generated_masks: np.ndarray, times_F: np.ndarray, drop_height: float, gravity: float = 9.81
 ) -> dict[str, float | int | None]:
-    """How wrong the moment of impact is (equation 8).
+    """The error of the impact's time (equation 8).
 
     E_time = 0 if t_drop lies between frames F - 1 and F, else the distance to the nearer one, |t_(F-1) - t_drop| or
-    |t_F - t_drop|. It is 0 if the error is less than a frame; time_offset also shows smaller errors.
+    |t_F - t_drop|. Errors below a frame give 0; time_offset shows them too.
 
     Args:
         generated_masks: (F, H, W) of the object in the generated clip.

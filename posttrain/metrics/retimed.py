@@ -1,18 +1,18 @@
-"""When the pictures of a film are true that a converter brought to another rate.
+"""Find the distinct pictures of a video that was converted to a higher frame rate, and the time of each.
 
-A film of 16 frames per second becomes one of 24 or 60 when pictures are shown again, so the moment at which a frame is
-shown is not the one that its picture is of: by up to a frame of the source or the new rate, which a fit of g must not
-believe. Such a film is known by pictures that hardly change while things move before and after. With the source's
-rate R, picture k is true at k / R, and a new one is seen in the first frame at or after
+A converter turns 16 frames per second into 24 or 60 by repeating pictures. Then the time at which a frame is shown
+differs from the time at which its picture was taken, by up to a frame, and a fit of g would be wrong. Repeated pictures
+are recognised because they hardly change while things move before and after. If the source has the rate R, picture k
+was taken at k / R, and the first frame that shows it is the first one at or after
 
-    k / R + phase    phase in (-0.85 / R, 0.15 / R]: 0 where the latest is shown, -1 / (2 R) where the nearest
+    k / R + phase    phase in (-0.85 / R, 0.15 / R]: 0 if frames show the latest picture, -1 / (2 R) if the nearest
 
-R is the rate with which changes are seen where they should be, and nowhere else. Where pictures are shown again at no
-steady rate, their moments are not known.
+R is the rate at which pictures change when they should, and at no other time. If pictures are repeated at no steady
+rate, their times are not known.
 
-Pictures that were dropped leave no such trace: a film of 16 frames per second brought to 12 looks like one of 12.
+Dropped pictures cannot be recognised: a video of 16 frames per second converted to 12 looks like one filmed at 12.
 
-Shape letters: F frames of the film, P pictures that differ, H W pixels, C colours.
+Shape letters: F frames of the video, P distinct pictures, H W pixels, C colours.
 """
 
 import math
@@ -21,25 +21,25 @@ from typing import NamedTuple
 
 import numpy as np
 
-BLOCKS = 16  # the change of a frame is that of the block which changes most, of so many by so many
-STILL = 4.0  # of 255: where no block changes by more, nothing moves
-HELD = 0.4  # of the changes nearby: a frame that changes by less shows a picture again
-RATES = np.array([*range(2, 121), 7.5, 12.5])  # frames per second that films have
-PHASES, MIDDLE = 40, -0.4  # of the phases above
-APART = 1.1  # rates that fit equally well may differ by so much
-RIGHT = 0.95  # of all changes, seen or missing as they should be at a steady rate
-UNSEEN = 0.3  # so much less wrong than a change where there should be none is a new picture like the one before
-STUCK = 0.1  # the same, where there is no steady rate to agree with
-LEAST = 2  # times that a picture is shown again while things move before and after
+BLOCKS = 16  # a frame is divided into so many by so many blocks; its change is that of the block which changes most
+STILL = 4.0  # of 255: if no block changes by more, nothing moves
+HELD = 0.4  # a frame whose change is less than this share of the changes nearby repeats a picture
+RATES = np.array([*range(2, 121), 7.5, 12.5])  # source rates that are tried, frames per second
+PHASES, MIDDLE = 40, -0.4  # number of phases tried, and the preferred one, in units of 1 / R
+APART = 1.1  # if rates that fit equally well differ by a larger factor, the rate is not known
+RIGHT = 0.95  # least share of all changes that must agree with a steady rate
+UNSEEN = 0.3  # weight of a missing change in the misfit of a rate; an unexpected change has weight 1
+STUCK = 0.1  # as HELD, for videos that fit no steady rate
+LEAST = 2  # a video is converted only if pictures are repeated in at least so many places
 
 
 class Pictures(NamedTuple):
-    """The pictures of a film.
+    """The distinct pictures of a video.
 
     Attributes:
-        frames: (P,) int64, the first frame that shows each.
-        times: (P,) seconds at which each is true, ascending from 0; None: it cannot be told.
-        rate: the source's frames per second if the film was re-timed at a steady rate, else None.
+        frames: (P,) int64, the first frame that shows each picture.
+        times: (P,) seconds at which each picture was taken, ascending from 0; None: not known.
+        rate: the source's frames per second if pictures are repeated at a steady rate, else None.
     """
 
     frames: np.ndarray
@@ -48,7 +48,7 @@ class Pictures(NamedTuple):
 
 
 def pictures(video_FHWC: np.ndarray, times_F: np.ndarray) -> Pictures:
-    """Which frames of a film show a new picture, and when it is true: all, at their times, where it was not re-timed.
+    """The distinct pictures of a video. If none is repeated, these are all frames at their own times.
 
     Args:
         video_FHWC: uint8.
@@ -57,7 +57,7 @@ def pictures(video_FHWC: np.ndarray, times_F: np.ndarray) -> Pictures:
     all_F, frames = np.arange(len(video_FHWC)), len(video_FHWC)
     if frames < 2 * LEAST + 2:
         return Pictures(all_F, times_F, None)
-    change = changes(video_FHWC)  # of frame 1, 2 ...
+    change = changes(video_FHWC)  # of frames 1, 2, ...
     step = float(times_F[-1] - times_F[0]) / (frames - 1)
     fits: list[tuple[float, float, float]] = []  # share that is wrong, rate, phase
     for rate in RATES[RATES * step < 0.97]:
@@ -86,12 +86,12 @@ def pictures(video_FHWC: np.ndarray, times_F: np.ndarray) -> Pictures:
 
 
 def numbers(times_F: np.ndarray, rate: float, phase: float) -> np.ndarray:
-    """Of the picture that each frame shows; `phase` in pictures."""
+    """The number (F,) of the picture that each frame shows; `phase` in units of 1 / rate."""
     return np.floor(times_F * rate - phase + 1e-6)
 
 
 def changes(video_FHWC: np.ndarray) -> np.ndarray:
-    """How much each frame but the first (F - 1,) differs from the one before, in [0, 255]."""
+    """The change (F - 1,) of each frame after the first from the frame before, in [0, 255]; see BLOCKS."""
     height, width = video_FHWC.shape[1:3]
     tall, wide = max(4, height // BLOCKS), max(4, width // BLOCKS)
     found = []
@@ -103,7 +103,7 @@ def changes(video_FHWC: np.ndarray) -> np.ndarray:
 
 
 def nearby(change: np.ndarray, reach: int) -> np.ndarray:
-    """The smaller of the largest changes before and after each frame, `reach` frames away at most."""
+    """For each change, the smaller of the largest change before and the largest change after it, within `reach`."""
     padded = np.pad(change, reach)
     before, after = (
         np.max([padded[reach + sign * k : len(change) + reach + sign * k] for k in range(1, reach + 1)], 0)
@@ -113,5 +113,5 @@ def nearby(change: np.ndarray, reach: int) -> np.ndarray:
 
 
 def runs(flags: np.ndarray) -> int:
-    """How many stretches of neighbours are true."""
+    """The number of runs of consecutive true values."""
     return int(flags[:1].sum() + (np.diff(flags.astype(int)) > 0).sum())

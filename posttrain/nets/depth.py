@@ -1,10 +1,10 @@
-"""Depth Anything (V2, arXiv 2406.09414) as transformers has it: depth of single pictures, differentiable.
+"""Depth Anything (V2, arXiv 2406.09414) from transformers: depth of single pictures, differentiable.
 
-The output is inverse depth, 0 for the sky. For the published relative models it is known up to a scale and a shift,
-which may differ from picture to picture; for the metric ones and the embedded one it is in 1 / metres.
+The output is inverse depth, 0 in the sky. The published relative models give it up to a scale and a shift, which may
+differ from picture to picture; the metric models and the embedded one give it in 1 / metres.
 
 Under autocast only the decoder is computed in bf16. With the backbone in bf16 too, the reward's gradient was up to 9
-times too long (at the true clip of tests/test_rewards.py); with the backbone in float32 it is off by 1%.
+times too long (at the true clip of tests/test_rewards.py); with the backbone in float32 its error is 1%.
 """
 
 from pathlib import Path
@@ -24,12 +24,12 @@ NEAREST = 0.01  # metres; a metric model's depth is clamped to this before it is
 
 
 class Depth(nn.Module):
-    """A Depth Anything with its scaling and normalisation of pictures."""
+    """A Depth Anything that scales and normalises its pictures."""
 
     def __init__(self, net: DepthAnythingForDepthEstimation) -> None:
         super().__init__()
         self.net = net
-        # never used, so distributed training would wait for their gradients
+        # these weights are never used, so they get no gradient, and DDP would wait for one
         self.net.backbone.embeddings.mask_token.requires_grad_(False)
         self.net.neck.fusion_stage.layers[0].residual_layer1.requires_grad_(False)
         self.eval()
@@ -37,7 +37,7 @@ class Depth(nn.Module):
     def pictures(self, pictures_NCHW: Tensor) -> Tensor:
         """Inverse depth (N, H, W) of pictures in [-1, 1].
 
-        They are scaled so that the shorter side is the backbone's size, in whole patches.
+        For the network, the pictures are scaled: the shorter side to the backbone's size, both sides to whole patches.
         """
         height, width = pictures_NCHW.shape[-2:]
         patch, side = self.net.config.patch_size, self.net.backbone.config.image_size
@@ -47,7 +47,7 @@ class Depth(nn.Module):
             shown = F.interpolate(shown, size, mode="bicubic", antialias=True)
         mean, std = (shown.new_tensor(v).view(-1, 1, 1) for v in (MEAN, STD))
         shown = (shown - mean) / std
-        with torch.autocast(shown.device.type, enabled=False):  # in bf16 its gradient may have another direction
+        with torch.autocast(shown.device.type, enabled=False):  # in bf16 the gradient may have another direction
             features = self.net.backbone.forward_with_filtered_kwargs(shown).feature_maps
         grid = [length // patch for length in size]
         inverse = widened(self.net.head(self.net.neck(features, *grid), *grid))
@@ -64,7 +64,7 @@ class Depth(nn.Module):
 
 
 def new(config: DepthAnythingConfig, seed: int = 0) -> Depth:
-    """Random weights, initialised so that the output is about 1 / (2 metres): the last ReLU then passes a gradient."""
+    """Random weights; the last bias makes the output about 1 / (2 metres), so the last ReLU passes a gradient."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = DepthAnythingForDepthEstimation(config)
@@ -73,7 +73,7 @@ def new(config: DepthAnythingConfig, seed: int = 0) -> Depth:
 
 
 class Model:
-    """A depth network and how it is saved."""
+    """A depth network. Calling it gives inverse depth (B, F, H, W); see `Depth.forward`."""
 
     def __init__(self, module: Depth) -> None:
         self.module: nn.Module = module
@@ -93,7 +93,7 @@ def load(config: ModelConfig, device: str = "cpu") -> Model:
     depth-anything/Depth-Anything-V2-Small-hf; "pocket" is the embedded one.
 
     Raises:
-        UserError: it is not a DepthAnythingForDepthEstimation, or incomplete.
+        UserError: the folder does not hold a DepthAnythingForDepthEstimation, or is incomplete.
     """
     net = network(DepthAnythingForDepthEstimation, config, "depth")
     module = new(net, config.seed) if config.init == "random" else Depth(net)

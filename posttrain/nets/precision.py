@@ -1,4 +1,4 @@
-"""Keep coordinates, flow and pictures that are resized out of bf16, even under autocast."""
+"""Coordinates, flow and resized pictures stay in float32, even under autocast."""
 
 import torch
 from torch import Tensor

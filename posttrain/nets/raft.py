@@ -1,11 +1,11 @@
-"""RAFT (arXiv 2003.12039) as torchvision has it: optical flow between neighbouring pictures, differentiable.
+"""RAFT (arXiv 2003.12039) from torchvision: optical flow between neighbouring frames, differentiable.
 
-Weights may be `pocket` (embedded), `raft_large` or `raft_small` (torchvision's), a folder as `Model.save` writes it, or
-a file: torchvision's state dict (.pth, .safetensors) or one of the original code (such as raft-things.pth), whose names
-are mapped.
+Weights may be `pocket` (embedded), `raft_large` or `raft_small` (torchvision's), a folder written by `Model.save`, or a
+file with a state dict (.pth, .safetensors) of torchvision or of the original code (such as raft-things.pth; its
+parameter names are mapped to torchvision's).
 
 torchvision's forward stops the gradient before each update, as the paper does for training. The remaining gradient is
-not the derivative of the flow and may have another direction. `Flow.see` runs the same parts without stopping it.
+not the derivative of the flow and may have another direction. `Flow.see` does not stop the gradient.
 
 Under autocast the encoders and the updates are computed in bf16; coordinates, flow and resized pictures stay float32.
 """
@@ -32,7 +32,7 @@ from posttrain.pocket import whole
 SMALLEST = 128  # pixels of a side: the coarsest of four correlation volumes is then 2 x 2
 PUBLISHED = ("raft_large", "raft_small")
 UPDATES = 12  # as published
-# from the names of the original code to torchvision's, part by part
+# prefixes of parameter names: the original code's -> torchvision's
 ORIGINAL = {
     "module.": "",
     "fnet.": "feature_encoder.",
@@ -61,17 +61,18 @@ class Flow(nn.Module):
         return super().train(False)
 
     def forward(self, video_BCFHW: Tensor) -> list[Tensor]:
-        """The estimates after each update, the best last, each flow_BFCHW (F - 1 frames; x to the right, y down).
+        """The estimates after each update, the best last: flow_BFCHW of F - 1 frames, in pixels (x right, y down).
 
-        In pixels, from each picture in [-1, 1] to the next. Pictures with sides below 128 pixels, or no multiples of 8,
-        are enlarged, and the flow is scaled back. For training: torchvision's forward.
+        The flow goes from each frame of the video (pixels in [-1, 1]) to the next. Frames with sides below 128 pixels,
+        or that are no multiples of 8, are enlarged, and the flow is scaled back. This is torchvision's forward, which
+        stops gradients; use it for training.
         """
         shown = self._enlarged(video_BCFHW)
         pairs = (shown[:, :-1].flatten(0, 1), shown[:, 1:].flatten(0, 1))
         return [self._scaled(flow, video_BCFHW) for flow in self.net(*pairs, num_flow_updates=self.updates)]
 
     def see(self, video_BCFHW: Tensor) -> Tensor:
-        """The last estimate with its whole gradient; each picture is encoded once for both of its pairs."""
+        """The last estimate, flow_BFCHW as in `forward`, with its whole gradient. Each frame is encoded once."""
         shown = self._enlarged(video_BCFHW)
         features = widened(self.net.feature_encoder(shown.flatten(0, 1))).unflatten(0, shown.shape[:2])
         first, second = features[:, :-1].flatten(0, 1), features[:, 1:].flatten(0, 1)
@@ -91,7 +92,7 @@ class Flow(nn.Module):
         return self._scaled(upsample_flow(flow, mask), video_BCFHW)
 
     def _enlarged(self, video_BCFHW: Tensor) -> Tensor:
-        """The pictures as the network takes them, (B, F, C, H, W)."""
+        """The frames in the size that the network needs, (B, F, C, H', W'), float32."""
         batch, _, frames, height, width = video_BCFHW.shape
         times = max(1.0, SMALLEST / min(height, width))
         size = [8 * math.ceil(side * times / 8) for side in (height, width)]
@@ -99,7 +100,7 @@ class Flow(nn.Module):
         return F.interpolate(pictures, size, mode="bilinear").unflatten(0, (batch, frames))
 
     def _scaled(self, flow_NCHW: Tensor, video_BCFHW: Tensor) -> Tensor:
-        """The flow of enlarged pictures in pixels of the video."""
+        """The flow between enlarged frames (N, 2, H', W'), converted to flow_BFCHW in the video's pixels."""
         flow_NCHW = widened(flow_NCHW)
         batch, _, frames, height, width = video_BCFHW.shape
         tall, wide = flow_NCHW.shape[-2:]
@@ -110,7 +111,7 @@ class Flow(nn.Module):
 
 
 def build(sizes: dict[str, Any]) -> raft.RAFT:
-    """A RAFT of any size; pocket/raft/config.json shows the keys of `sizes`."""
+    """A RAFT with layers of the given sizes; pocket/raft/config.json shows the keys of `sizes`."""
     hidden = sizes["hidden"]
 
     def encoder(outputs: int, norm: Any) -> raft.FeatureEncoder:
@@ -138,14 +139,14 @@ def build(sizes: dict[str, Any]) -> raft.RAFT:
 
 
 class Model:
-    """A flow network and how it is saved."""
+    """A flow network. Calling it gives the last estimate, with its whole gradient; see `Flow.see`."""
 
     def __init__(self, module: Flow, sizes: dict[str, Any] | None = None) -> None:
         self.module: nn.Module = module
         self.flow, self._sizes = module, sizes
 
     def __call__(self, video_BCFHW: Tensor) -> Tensor:
-        """flow_BFCHW of F - 1 frames."""
+        """flow_BFCHW of F - 1 frames, in pixels."""
         return self.flow.see(video_BCFHW)
 
     def save(self, path: Path) -> None:
@@ -161,7 +162,8 @@ def load(config: ModelConfig, device: str = "cpu") -> Model:
     """The RAFT that `config.path` names (see the module's docstring); `init: random` uses only a folder's sizes.
 
     Raises:
-        UserError: there is no such file, or it does not contain a RAFT.
+        UserError: the file or folder does not exist, or does not hold a RAFT; or torchvision's weights cannot be
+            downloaded.
     """
     if config.path in PUBLISHED:
         return Model(Flow(_published(config.path)).to(device))
@@ -199,7 +201,10 @@ def from_original(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _encoder(parts: list[str]) -> str:
-    """A parameter name of an encoder: a stem, three layers of two residual blocks, and a last convolution."""
+    """torchvision's name of an encoder's parameter, from the parts of the original name.
+
+    An encoder has a stem, three layers of two residual blocks, and a last convolution.
+    """
     inner = {
         "conv1": "convnormrelu1.0",
         "norm1": "convnormrelu1.1",
@@ -216,7 +221,7 @@ def _encoder(parts: list[str]) -> str:
 
 
 def _published(name: str) -> raft.RAFT:
-    """With the weights that torchvision recommends, from its cache or the network."""
+    """torchvision's RAFT `name` with the weights that torchvision recommends, from its cache or the network."""
     try:
         return getattr(optical_flow, name)(weights="DEFAULT", progress=False)
     except OSError as error:
@@ -229,7 +234,7 @@ def _published(name: str) -> raft.RAFT:
 def _from_file(path: Path) -> raft.RAFT:
     weights = _read(path)
     if any(name.removeprefix("module.").startswith("fnet.") for name in weights):
-        repeated = ".norm3."  # the original's shortcuts hold their norm twice, as norm3 and as downsample.1
+        repeated = ".norm3."  # the original code's shortcuts store their norm twice, as norm3 and as downsample.1
         weights = from_original({name: value for name, value in weights.items() if repeated not in name})
     large = any("convgru2" in name for name in weights)
     net = (optical_flow.raft_large if large else optical_flow.raft_small)(weights=None)

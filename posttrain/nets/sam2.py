@@ -1,13 +1,14 @@
-"""SAM 2 (arXiv 2408.00714) as transformers has it, following one object per clip: differentiable, many clips at once.
+"""SAM 2 (arXiv 2408.00714) from transformers, following one object per clip: differentiable, many clips at once.
 
-`Sam2VideoModel.forward` runs under inference_mode and takes one clip at a time. Here its own steps (encode the picture,
-attend to the memory, decode a mask, encode the memory) are called in the same order, on an inference session whose
-batch is the clips. For one clip the logits are equal bit for bit (tested). Two lines in transformers 5 assume a batch
-of one: the memory attention returns its axes in another order, and a mask prompt's object pointer is broadcast.
+`Sam2VideoModel.forward` runs under inference_mode and takes one clip at a time. Here the model's own steps (encode the
+frame, attend to the memory, decode a mask, encode the memory) are called in the same order, on an inference session
+whose batch is the clips. For one clip the logits are equal bit for bit (tested). Two lines in transformers 5 assume a
+batch of one, and are corrected here: the memory attention returns its axes in another order, and a mask prompt's object
+pointer is broadcast.
 
-Notes on the gradient: an object score <= 0 sets all logits to -1024, without gradient (the embedded
-model's score is fixed at +10); frame 0's output is the prompt itself; the network's masks have a quarter of its picture
-size; memories are kept in bf16.
+Notes on the gradient: an object score <= 0 sets all logits to -1024, without gradient (the embedded model's score is
+fixed at +10); frame 0's output is the prompt itself; masks have a quarter of the height and width of the network's
+input; memories are stored in bf16.
 """
 
 from collections.abc import Iterable, Iterator
@@ -29,13 +30,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # SAM 2's normalisatio
 
 
 class Sam2Tracker(nn.Module):
-    """Follows the object that `mask0_BHW` marks in frame 0. Pictures are scaled to the model's size."""
+    """Follows the object that `mask0_BHW` marks in frame 0. Frames are scaled to the model's size."""
 
     def __init__(self, sam: Sam2VideoModel) -> None:
         super().__init__()
         self.sam = sam
         self.sam.memory_attention.register_forward_hook(lambda module, inputs, output: output.transpose(0, 1))
-        # not trained: the score (see above), and what mask prompts never use (distributed training would wait for it)
+        # not trained: the score (see above), and weights that mask prompts never use, as DDP would wait for gradients
         self.sam.mask_decoder.pred_obj_score_head.requires_grad_(False)
         self.sam.mask_decoder.iou_prediction_head.requires_grad_(False)
         for parameter in (self.sam.no_memory_embedding, self.sam.no_memory_positional_encoding):
@@ -69,7 +70,7 @@ class Sam2Tracker(nn.Module):
         """As `forward`, frame by frame: logits (B, 1, H, W) for each of `frames` pictures (B, C, H, W) in [-1, 1].
 
         Old memories are dropped, so a long video needs no more memory than a short one. Instead of a mask, clicks on
-        frame 0 may be given (for one clip at a time); then frame 0's mask is made from them.
+        frame 0 may be given (for one clip at a time); the network then predicts frame 0's mask from the clicks.
 
         Args:
             points_P2: x (right) and y (down) in pixels of the picture; 0 is the centre of the first pixel.
@@ -131,8 +132,8 @@ class Sam2Tracker(nn.Module):
 def new(config: Sam2VideoConfig, seed: int = 0) -> Sam2Tracker:
     """Random weights; the object score is fixed at +10, so logits keep a gradient (see the module's docstring).
 
-    A small architecture needs memory_encoder_output_channels = 64, larger hidden sizes, widths that grow from stage to
-    stage, and no global attention in the first layer of a stage.
+    transformers' code limits small architectures: memory_encoder_output_channels is 64, hidden sizes are larger, widths
+    grow from stage to stage, and a stage's first layer has no global attention.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -141,7 +142,7 @@ def new(config: Sam2VideoConfig, seed: int = 0) -> Sam2Tracker:
 
 
 def always_there(tracker: Sam2Tracker) -> Sam2Tracker:
-    """Fix the object score at +10: the tracker never decides that the object is gone, so logits keep a gradient."""
+    """Fix the object score at +10: the tracker never decides that the object is absent, so logits keep a gradient."""
     score = tracker.sam.mask_decoder.pred_obj_score_head.proj_out
     nn.init.zeros_(score.weight)
     nn.init.constant_(score.bias, 10.0)
@@ -149,7 +150,7 @@ def always_there(tracker: Sam2Tracker) -> Sam2Tracker:
 
 
 class Model:
-    """A SAM 2 tracker and how it is saved."""
+    """A SAM 2 tracker. Calling it gives mask logits (B, F, H, W); see `Sam2Tracker.forward`."""
 
     def __init__(self, module: Sam2Tracker) -> None:
         self.module: nn.Module = module
@@ -162,7 +163,10 @@ class Model:
     def clicks(
         self, pictures: Iterable[np.ndarray], frames: int, points_P2: np.ndarray, labels_P: np.ndarray
     ) -> Iterator[np.ndarray]:
-        """Masks, bool (H, W), of the object clicked on in the first of `frames` pictures, uint8 (H, W, 3)."""
+        """Masks, bool (H, W), one per picture (uint8 (H, W, 3)), of the object that the clicks mark in the first one.
+
+        See `Sam2Tracker.follow` for points and labels.
+        """
         device = next(self.module.parameters()).device
         shown = (torch.tensor(p, device=device).permute(2, 0, 1)[None].float() / 127.5 - 1 for p in pictures)
         points, labels = torch.from_numpy(points_P2), torch.from_numpy(labels_P)
@@ -181,7 +185,7 @@ def load(config: ModelConfig, device: str = "cpu") -> Model:
     "pocket" is the embedded one; `init: random` uses only its architecture.
 
     Raises:
-        UserError: it is not a Sam2VideoModel, or incomplete.
+        UserError: the folder does not hold a Sam2VideoModel, or is incomplete.
     """
     sam = network(Sam2VideoModel, config, "sam2")
     module = new(sam, config.seed) if config.init == "random" else Sam2Tracker(sam)

@@ -1,8 +1,8 @@
 """A small recurrent U-Net that follows one object. It scores the pocket model; no model is trained on its gradient.
 
-Inputs are the picture, the previous picture with its mask, and frame 0 with the given mask. At each scale, the features
-of frame 0 averaged over that mask multiply the features of the picture, so pixels like the object stand out. Only its
-own masks are fed back, so a clip may have any number of frames.
+Inputs are the frame, the previous frame with its mask, and frame 0 with the given mask. At each scale, the features of
+frame 0, averaged over the given mask, multiply the features of the frame, so pixels like the object stand out. The
+only state is the previous frame and its mask, so a clip may have any number of frames.
 """
 
 from pathlib import Path
@@ -47,15 +47,15 @@ class Tracker(nn.Module):
         super().__init__()
         self.widths = tuple(widths)
         self.down = nn.ModuleList(Block(i, o) for i, o in zip((3, *widths), widths, strict=False))
-        # features now, and times the object's; masks of the previous frame and of frame 0; features of both (at the
-        # finest scale only the colours of frame 0); the coarser scale's output
+        # inputs: the frame's features; these times the object's; the masks of the previous frame and of frame 0; the
+        # features of both (at the finest scale only the colours of frame 0); the coarser scale's output
         inputs = [2 * widths[0] + 2 + 3, *(4 * w + 2 for w in widths[1:])]
         self.up = nn.ModuleList(Block(i + c, w) for i, c, w in zip(inputs, (*widths[1:], 0), widths, strict=True))
         self.head = nn.Conv2d(widths[0], 1, 1)
         self.head.bias = nn.Parameter(torch.tensor([-3.0]))  # most pixels are not the object
 
     def features(self, frames_NCHW: Tensor) -> list[Tensor]:
-        """Features of pictures (in [-1, 1]) at each scale, finest first."""
+        """Features of pictures in [-1, 1] at each scale, finest first: (N, widths[i], H / 2^i, W / 2^i)."""
         features, x = [], frames_NCHW
         for i, block in enumerate(self.down):
             x = block(x if i == 0 else F.avg_pool2d(x, 2))
@@ -94,12 +94,12 @@ class Tracker(nn.Module):
 
 
 def shrink(mask_B1HW: Tensor, size: tuple[int, ...]) -> Tensor:
-    """The mask's share of each cell of a coarser grid."""
+    """The share of each cell of a coarser grid of `size` (H, W) that the mask covers: (B, 1, *size)."""
     return F.avg_pool2d(mask_B1HW, mask_B1HW.shape[-1] // size[-1])
 
 
 class Model:
-    """A tracker and how it is saved."""
+    """A tracker. Calling it gives mask logits (B, F, H, W); see `Tracker.forward`."""
 
     def __init__(self, module: Tracker) -> None:
         self.module: nn.Module = module
@@ -121,7 +121,7 @@ def load(config: ModelConfig, device: str = "cpu") -> Model:
     """The tracker in folder `config.path` ("pocket": the embedded one); `init: random` uses only its architecture.
 
     Raises:
-        UserError: the folder has no config.json or no weights.
+        UserError: the folder has no config.json or no weights, or the weights do not fit.
     """
     path = whole("tracker") if config.path == "pocket" else Path(config.path)
     settings: dict[str, Any] = read_object(path / "config.json")

@@ -14,7 +14,7 @@ from posttrain.pocket import whole
 
 
 class Reconstruction(nn.Module):
-    """Encode, sample, decode in one call, as a distributed wrapper around it needs."""
+    """Encode, sample and decode in one forward pass, so that DDP can wrap it."""
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Reconstruction(nn.Module):
 
 
 class Autoencoder:
-    """An AutoencoderKLWan that is trained, and how it is saved."""
+    """An AutoencoderKLWan to train. `module` is the network that the training loop calls."""
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         self.vae = vae
@@ -68,7 +68,7 @@ def load(config: ModelConfig, device: str = "cpu") -> Autoencoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(path / "vae"))
-    # start nearly without noise: at a log-variance of 0 the noise would hide the small means of a new encoder
+    # the posterior starts with little noise: at a log-variance of 0, noise would hide the small means of a new encoder
     with torch.no_grad():
         mean, logvar = vae.quant_conv.weight.chunk(2)
         mean.mul_(3)

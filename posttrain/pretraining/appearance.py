@@ -1,7 +1,7 @@
 """Augmentation of training clips for the networks (segmenter.py, flow_net.py, depth_net.py).
 
-The networks will be used on generated clips. So training pictures get other colours, noise and blur, and a fixed share
-of the clips is encoded and decoded by a video autoencoder.
+The networks are used on generated clips. So training frames get other colours, noise and blur, and a fixed share of the
+clips is encoded and decoded by a video autoencoder.
 """
 
 import zlib
@@ -49,9 +49,10 @@ def altered(
 
     Args:
         bodies_FHW: masks, bool.
-        painted, worse: draws in [0, 1): what is recoloured, and how much is degraded.
+        painted: draw in [0, 1) that chooses what is recoloured: the bodies, the whole picture, or nothing.
+        worse: draw in [0, 1) that gives the strength of blur and noise, or none.
         colours: 12 draws in [0, 1).
-        noise_CFHW: of standard deviation 1.
+        noise_CFHW: noise of standard deviation 1.
     """
     if painted < config.recolour:
         mask = bodies_FHW if painted < config.recolour / 2 else torch.ones_like(bodies_FHW)
@@ -63,7 +64,10 @@ def altered(
 
 
 def recolour(video_CFHW: Tensor, mask_FHW: Tensor, draws: Tensor) -> Tensor:
-    """Mix the colours under the mask by a random matrix near a permutation and shift them; 12 draws in [0, 1)."""
+    """Multiply the colours under the mask by a random matrix near a permutation, and shift them.
+
+    `draws`: 12 numbers in [0, 1).
+    """
     order = draws[:3].argsort()
     draws = draws.to(video_CFHW)
     permutation = torch.eye(3)[order].to(draws)
@@ -73,7 +77,7 @@ def recolour(video_CFHW: Tensor, mask_FHW: Tensor, draws: Tensor) -> Tensor:
 
 
 def blur(video_CFHW: Tensor, strength: float) -> Tensor:
-    """Mix each picture with its 3 x 3 average."""
+    """Mix each frame with its 3 x 3 average; `strength` in [0, 1] is the share of the average."""
     smooth = F.avg_pool2d(F.pad(video_CFHW, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     return video_CFHW + strength * (smooth - video_CFHW)
 
@@ -84,10 +88,10 @@ def unchanged(name: str, video_CFHW: Tensor) -> Tensor:
 
 
 def shown(config: DecodedConfig | None, device: torch.device) -> Show:
-    """A function that decodes a share of the clips by the autoencoder and leaves the others unchanged.
+    """A function that encodes and decodes a share of the clips, and leaves the others unchanged.
 
-    Decoding a clip takes longer than a step, so it is done once and kept as bytes. Whole clips are decoded one by one,
-    so a picture does not depend on its batch.
+    Decoding a clip takes longer than a training step, so each decoded clip is stored, as bytes. Clips are decoded whole
+    and one by one, so the result does not depend on the batch.
     """
     if config is None:
         return unchanged
@@ -111,5 +115,5 @@ def autoencoder(config: DecodedConfig) -> AutoencoderKLWan:
 
 
 def depends(config: AppearanceConfig) -> dict[str, str]:
-    """Fingerprints, besides clips and settings, on which the trained weights depend: the autoencoder's."""
+    """Fingerprints of what the trained weights depend on besides clips and settings: here the autoencoder."""
     return {} if config.decoded is None else {"method.decoded": start_fingerprint(autoencoder(config.decoded))}

@@ -3,8 +3,8 @@
     python -m posttrain.pretraining.build [--vae FOLDER] [--transformer FOLDER] [--captions METADATA ...] [--out FOLDER]
     python -m posttrain.pretraining.build --sam2 FOLDER | --raft FOLDER | --depth FOLDER
 
-Parts that are not given get random weights from a fixed seed. The text encoder always does: an untrained UMT5 of two
-layers distinguishes words and their order, and the transformer learns the meaning of captions from that.
+Parts that are not given get random weights from a fixed seed. The text encoder always has random weights: an untrained
+UMT5 of two layers distinguishes words and their order, and from that the transformer learns the meaning of captions.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from posttrain.models.wan.loading import initialise
 from posttrain.nets import depth, raft
 from posttrain.pocket import folder
 
-# The shape of Wan2.2-TI2V-5B, with 24 latent channels for its 48: a residual VAE on 2 x 2 patches, per-frame times,
-# text of 512 tokens.
+# The architecture of Wan2.2-TI2V-5B with 24 latent channels instead of 48: a residual VAE on 2 x 2 patches, a timestep
+# per frame, text of 512 tokens.
 VAE = {
     "base_dim": 16,
     "decoder_base_dim": 16,
@@ -125,7 +125,7 @@ def build(out: Path, vae: Path | None = None, transformer: Path | None = None, c
         for name, part in parts.items():
             half = part.half() if name in ("vae", "transformer") else part  # does not change the results
             if name in ("vae", "transformer"):
-                half.register_to_config(_name_or_path="")  # else it is the folder it was loaded from
+                half.register_to_config(_name_or_path="")  # else a path of this machine is saved
             half.save_pretrained(temporary / name)
             index[name] = [type(part).__module__.split(".")[0], type(part).__name__]
         nothing = dict.fromkeys(("image_encoder", "image_processor", "transformer_2"), (None, None))
@@ -134,7 +134,7 @@ def build(out: Path, vae: Path | None = None, transformer: Path | None = None, c
 
 
 def embed_sam2(trained: Path) -> Path:
-    """Embed the SAM 2 of the folder `trained` in half precision; `nets/sam2.py` reads it as float32."""
+    """Write the SAM 2 of folder `trained` into the pocket, in half precision; nets/sam2.py reads it as float32."""
     sam = Sam2VideoModel.from_pretrained(trained, dtype=torch.float32)
     with replacing(folder("sam2")) as temporary:
         sam.half().save_pretrained(temporary)
@@ -142,7 +142,7 @@ def embed_sam2(trained: Path) -> Path:
 
 
 def embed(part: str, trained: Path) -> Path:
-    """Embed the reward network `part` (raft, depth) of folder `trained` in half precision; it is read as float32."""
+    """Write the network `part` (raft, depth) of folder `trained` into the pocket, in half precision."""
     model: Any = {"raft": raft, "depth": depth}[part].load(ModelConfig(family=part, path=str(trained)))
     model.module.half()
     model.save(folder(part))
@@ -150,7 +150,7 @@ def embed(part: str, trained: Path) -> Path:
 
 
 def write_checksums() -> None:
-    """Write SHA256SUMS of all embedded files, which are checked against it before they are used."""
+    """Write SHA256SUMS of the pocket's .safetensors and .json files, which are checked before they are used."""
     root = folder("")
     files = sorted(
         path.relative_to(root).as_posix() for part in root.iterdir() for path in part.rglob("*.*") if part.is_dir()
@@ -166,8 +166,8 @@ def main() -> None:
     parser.add_argument("--captions", type=Path, nargs="*", default=[])
     parser.add_argument("--out", type=Path, default=folder("wan"))
     parser.add_argument("--sam2", type=Path, help="a trained SAM 2 to embed; the base is left as it is")
-    parser.add_argument("--raft", type=Path, help="a trained RAFT to embed, likewise")
-    parser.add_argument("--depth", type=Path, help="a trained Depth Anything to embed, likewise")
+    parser.add_argument("--raft", type=Path, help="a trained RAFT to embed; the base is left as it is")
+    parser.add_argument("--depth", type=Path, help="a trained Depth Anything to embed; the base is left as it is")
     options = parser.parse_args()
     if options.sam2:
         print(embed_sam2(options.sam2))

@@ -1,4 +1,4 @@
-"""Measure the pocket's parts on clips that they were not trained on; prints Markdown for the folder's README.
+"""Measure the pocket's parts on clips that they were not trained on; prints Markdown for posttrain/pocket/README.md.
 
     python -m posttrain.pretraining.check segmenter --family tracker --clips data/pocket-drop data/pocket-motion
     python -m posttrain.pretraining.check vae --clips data/pocket-drop
@@ -6,10 +6,12 @@
     python -m posttrain.pretraining.check flow --clips data/pocket-drop data/pocket-company-motion
     python -m posttrain.pretraining.check depth --clips data/pocket-drop data/pocket-company-motion
 
-segmenter  IoU after frame 0 by size, by motion and by company, on the clips and as the VAE shows them.
-vae        the tracker's masks of true clips as the VAE shows them, and how close the pictures are.
-base       the model's own clips, and the first frame repeated, against the truth.
-flow       RAFT's endpoint error in pixels, everywhere and where a body moves by half a pixel or more; zero flow's.
+segmenter  IoU after frame 0, by the object's size, by motion, and by whether other bodies are in view; on true clips
+           and on true clips decoded by the VAE.
+vae        IoU of the tracker's masks on true clips decoded by the VAE, and the PSNR of these clips.
+base       PISA's scores of samples of the base model and of static videos.
+flow       RAFT's endpoint error in pixels, everywhere and where a body moves by half a pixel or more; there also the
+           error of zero flow.
 depth      Depth Anything's error as a share of the true depth, everywhere except the sky, and on bodies.
 """
 
@@ -62,9 +64,10 @@ def truth(batch: Batch) -> Tensor:
 
 
 def measure(track: masks.Track, clips: Clips, show: Show) -> list[Row]:
-    """One row per clip: size, motion and company, and scores of the segmenter on its pictures.
+    """One row per clip: size, motion, company (other bodies in view or not), and the segmenter's scores.
 
-    iou is averaged over the frames after the first, l2 (PISA's) over all frames; psnr and object_psnr are in dB.
+    iou is a mean over the frames after the first, l2 and vanished (PISA's) over all frames; psnr and object_psnr are
+    in dB.
     """
     rows: list[Row] = []
     starts = range(0, len(clips), BATCH)
@@ -103,12 +106,12 @@ def size_bin(pixels: float) -> str:
 
 
 def decibel(mse: Tensor) -> float:
-    """Peak signal to noise of pixels in [-1, 1]."""
+    """PSNR in dB of pixels in [-1, 1] with mean squared error `mse`."""
     return float(10 * torch.log10(4 / mse.clamp_min(1e-10)))
 
 
 def check_segmenter(track: masks.Track, data: Sequence[Clips], shows: dict[str, Show]) -> str:
-    """A line per kind of clip, a column per way to show it: mean IoU and the share of clips with at least 0.85."""
+    """A line per group of clips, a column per entry of `shows`: mean IoU and the share of clips with at least 0.85."""
     columns = {name: [row for clips in data for row in measure(track, clips, show)] for name, show in shows.items()}
     rows = next(iter(columns.values()))
     selections = [(key, value) for key in ("company", "motion", "size") for value in sorted({row[key] for row in rows})]
@@ -123,7 +126,7 @@ def check_segmenter(track: masks.Track, data: Sequence[Clips], shows: dict[str, 
 
 
 def check_vae(track: masks.Track, data: Sequence[Clips], show: Show) -> str:
-    """Means over the clips of each dataset."""
+    """Means of `measure` over the clips of each dataset, on true clips and on clips decoded by the VAE."""
     names = ("iou", "l2", "vanished", "psnr", "object_psnr")
     lines = []
     for clips in data:
@@ -135,7 +138,7 @@ def check_vae(track: masks.Track, data: Sequence[Clips], show: Show) -> str:
 
 
 def check_base(model: VideoModel, track: masks.Track, data: Sequence[Clips], steps: int) -> str:
-    """PISA's scores, means over the clips of each dataset (one seed)."""
+    """PISA's scores of the base model (one sample per clip) and of static videos, means over each dataset's clips."""
     lines = []
     for clips in data:
         scores: dict[str, list[ClipScore]] = {"base": [], "frozen": []}
@@ -161,7 +164,7 @@ def check_base(model: VideoModel, track: masks.Track, data: Sequence[Clips], ste
 
 @torch.no_grad()
 def check_flow(net: raft.Model, data: Sequence[Clips], shows: dict[str, Show]) -> str:
-    """A line per dataset and way to show it: endpoint errors in pixels, means over pixels."""
+    """A line per dataset and entry of `shows`: endpoint errors in pixels, means over pixels."""
     lines = []
     for clips in data:
         for shown_as, show in shows.items():
@@ -181,7 +184,7 @@ def check_flow(net: raft.Model, data: Sequence[Clips], shows: dict[str, Show]) -
 
 @torch.no_grad()
 def check_depth(net: depth.Model, data: Sequence[Clips], shows: dict[str, Show]) -> str:
-    """A line per dataset and way to show it: |z - z*| / z*, means over pixels."""
+    """A line per dataset and entry of `shows`: |z - z*| / z*, means over pixels."""
     lines = []
     for clips in data:
         for shown_as, show in shows.items():
@@ -204,13 +207,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("part", choices=["segmenter", "vae", "base", "flow", "depth"])
     parser.add_argument("--clips", nargs="+", required=True, help="dataset folders")
     parser.add_argument("--split", default="test_unseen")
-    parser.add_argument("--limit", type=int, help="clips of each folder")
+    parser.add_argument("--limit", type=int, help="largest number of clips of each folder")
     parser.add_argument("--model", default="pocket", help="the diffusers folder of VAE and transformer")
     parser.add_argument("--base", default=FAMILY, help="the family of VAE and transformer")
     parser.add_argument("--family", choices=["tracker", "sam2"], default="tracker", help="the segmenter")
     parser.add_argument("--segmenter", default="pocket", help="the segmenter's folder")
-    parser.add_argument("--net", default="pocket", help="the folder of the flow's or the depth's network")
-    parser.add_argument("--steps", type=int, default=12, help="of the sampler")
+    parser.add_argument("--net", default="pocket", help="the folder of the network for flow or depth")
+    parser.add_argument("--steps", type=int, default=12, help="sampler steps")
     options = parser.parse_args(arguments)
     try:
         family = {"tracker": tracker, "sam2": sam2}[options.family]

@@ -1,14 +1,14 @@
 """Train a Depth Anything (nets/depth.py) on the simulator's depth.
 
-Loss, for the network's answer q and the true inverse depth 1/z (0 where there is nothing), in 1 / metres:
+Loss, for the network's output q and the true inverse depth 1/z (0 in the sky), in 1 / metres:
 
-    L = mean[w |q - 1/z|] + g mean[|d(q - 1/z)|],   w = 1 + b where a body is, divided by its mean
+    L = mean[w |q - 1/z|] + g mean[|d(q - 1/z)|],   w = 1 + b on bodies and 1 elsewhere, divided by its mean
 
 where d are the differences to the right and lower neighbours (the edges of small bodies). The published model is
-trained on relative depth, with a loss that does not depend on scale and shift. The pocket's camera has one focal
+trained on relative depth, with a loss that does not depend on scale and shift. All the pocket's cameras have one focal
 length, so metres can be learnt.
 
-Pictures are mirrored, recoloured and degraded, and a share of the clips is decoded by a video autoencoder.
+Frames are mirrored, recoloured and degraded, and a share of the clips is decoded by a video autoencoder.
 """
 
 import torch
@@ -26,7 +26,7 @@ depends = appearance.depends
 
 
 class Config(appearance.AppearanceConfig):
-    """`pictures` are taken of each clip."""
+    """`pictures`: frames drawn from each clip."""
 
     pictures: int = 2
     bodies: float = 8.0  # b
@@ -40,7 +40,7 @@ def truths(config: Config) -> tuple[str, ...]:
 def draw(
     batch: Batch, config: Config, random: Random, show: appearance.Show = appearance.unchanged
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures (N, C, H, W) in [-1, 1], their inverse depth (N, H, W), and where there are bodies, bool (N, H, W)."""
+    """Pictures (N, C, H, W) in [-1, 1], their true inverse depth (N, H, W), and masks of all bodies, bool (N, H, W)."""
     assert batch.video_BCFHW is not None
     assert batch.instances_BFHW is not None
     assert batch.depth_BFHW is not None
@@ -67,8 +67,8 @@ def depth_loss(
     """The loss above, a scalar, and what to log.
 
     Metrics:
-        error: mean error in 1 / metres.
-        error_bodies: that on bodies. A pair (sum over their pixels, number of these), whose means the log divides.
+        error: mean absolute error in 1 / metres.
+        error_bodies: the same on bodies, as a pair (sum over their pixels, number of pixels); the log has the ratio.
     """
     w = 1 + config.bodies * bodies_NHW.to(inverse_NHW.dtype)
     error = answer_NHW - inverse_NHW

@@ -2,15 +2,15 @@
 
 Loss (RAFT, arXiv 2003.12039, eq. 7), for the estimates f_1 ... f_N after each of N updates and the true flow f:
 
-    L = sum_i 0.8^(N - i) mean[w |f_i - f|_1],   w = 1 + b where a body is in either picture, divided by its mean
+    L = sum_i 0.8^(N - i) mean[w |f_i - f|_1],   w = 1 + b on bodies of either picture, else 1, divided by its mean
 
-in pixels of the clip. Bodies cover few pixels, and in most pictures none moves, so zero would be a good answer. That is
-why there is w, and why of several pairs the one with most motion is taken. In a share of the pairs the second picture
-is shifted as a whole, so all of it has to be matched. Departures: w, no limit to the flow, and L1 on the clip's own
-pixels, not on the enlarged ones that the network sees.
+in pixels of the clip. Bodies cover few pixels and seldom move, so zero flow would have a small loss. Therefore there is
+w, and the pair with most motion among several is taken. In a share of the pairs the whole second picture is shifted, so
+every pixel has to be matched. Departures: w, no limit on the flow, and the L1 error is on the clip's own pixels, not on
+the enlarged pictures that the network sees.
 
-A pair of pictures is mirrored, recoloured, and degraded by noise and blur, and a share of the clips is decoded by a
-video autoencoder, as generated clips are.
+Pairs are mirrored, recoloured, and degraded by noise and blur, and a share of the clips is decoded by a video
+autoencoder, as generated clips are.
 """
 
 import torch
@@ -29,7 +29,7 @@ DECAY = 0.8
 
 
 class Config(appearance.AppearanceConfig):
-    """`pairs` of neighbouring pictures are taken of each clip, each the one with most motion of up to `tries`."""
+    """`pairs`: pairs of neighbouring frames per clip; each is the one with most motion among up to `tries` draws."""
 
     pairs: int = 2
     tries: int = 4
@@ -45,7 +45,7 @@ def truths(config: Config) -> tuple[str, ...]:
 def draw(
     batch: Batch, config: Config, random: Random, show: appearance.Show = appearance.unchanged
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs (N, C, 2, H, W) in [-1, 1], their true flow (N, 2, H, W), and where there are bodies, bool (N, H, W)."""
+    """Pairs (N, C, 2, H, W) in [-1, 1], true flow (N, 2, H, W), and masks of bodies in either picture (N, H, W)."""
     assert batch.video_BCFHW is not None
     assert batch.instances_BFHW is not None
     assert batch.flow_BFCHW is not None
@@ -84,7 +84,7 @@ def draw(
 
 
 def shift(pair_C2HW: Tensor, flow_2HW: Tensor, x: int, y: int) -> tuple[Tensor, Tensor]:
-    """The second picture moved by (x, y) pixels, its rim repeated where it would be bare, and the flow with it."""
+    """The pair with its second picture moved by (x, y) pixels (edge pixels are repeated), and the flow plus (x, y)."""
     height, width = flow_2HW.shape[1:]
     rows = (torch.arange(height) - y).clamp(0, height - 1)
     columns = (torch.arange(width) - x).clamp(0, width - 1)
@@ -98,8 +98,8 @@ def flow_loss(
     """The loss above, a scalar, and what to log.
 
     Metrics:
-        epe: the last estimate's mean endpoint error in pixels.
-        epe_bodies: that on bodies. A pair (sum over their pixels, number of these), whose means the log divides.
+        epe: mean endpoint error of the last estimate in pixels.
+        epe_bodies: the same on bodies, as a pair (sum over their pixels, number of pixels); the log has the ratio.
     """
     w = 1 + weight * bodies_NHW[:, None].to(flow_NCHW.dtype)
     w = w / w.mean()

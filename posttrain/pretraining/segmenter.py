@@ -4,10 +4,10 @@ Loss, for mask logits l and true masks m, over the frames after the first:
 
     L = b mean[BCE(l, m)] + mean_{clip, frame}[1 - (2 sum p m + 1) / (sum p + sum m + 1)],   p = sigmoid(l)
 
-Every step draws a window length. For each clip it draws a start, a time stride (which makes slow motion fast), a
-direction of time, mirrorings, colours, noise and blur, and the visible body to follow. The other bodies, or a copy of
-the followed one, distract. A fixed share of the clips is decoded by a video autoencoder, as generated clips are.
-With a given probability the segmenter remembers true masks instead of its own.
+Every step draws a window length. Every clip draws a start, a time stride (which makes slow motion fast), a direction of
+time, mirrorings, colours, noise and blur, and the visible body to follow. The other bodies, or a copy of the followed
+one, distract. A fixed share of the clips is decoded by a video autoencoder, as generated clips are. With probability
+`teacher` the segmenter's memory gets true masks instead of its own.
 """
 
 import torch
@@ -27,17 +27,17 @@ depends = appearance.depends
 
 
 class Config(appearance.AppearanceConfig):
-    """`lengths` of windows in frames, one drawn per step; `teacher` and the others below are probabilities."""
+    """`lengths` of windows in frames, one drawn per step; `crowded`, `teacher` and `twin` are probabilities."""
 
     lengths: tuple[int, ...] = (2, 4, 7)
     max_stride: int = 2
-    min_pixels: int = 12  # of a body in the window's first frame, to be followed
-    tries: int = 4  # windows and bodies drawn per clip, at most
+    min_pixels: int = 12  # a followed body has at least so many in the window's first frame
+    tries: int = 4  # at most so many windows and bodies are drawn per clip, and one is taken
     crowded: float = (
-        0.0  # of taking the try in which the body touches others most, not the one in which it moves farthest
+        0.0  # that the try is taken in which the body touches others most; else the one in which it moves farthest
     )
     teacher: float = 0.3
-    twin: float = 0.3  # a copy of the body elsewhere in the picture
+    twin: float = 0.3  # that a copy of the body is put elsewhere in the picture
     recolour: float = 0.3
     noise: float = 0.15
     bce: float = 4.0
@@ -59,7 +59,7 @@ def windows(
     for i, (speed, reverse, count, near, left, down, doubled, painted, worse) in enumerate(draws.tolist()):
         instances = batch.instances_BFHW[i]
         offsets = (1 + int(speed * longest_stride)) * torch.arange(length)
-        # most bodies lie still most of the time: of a few windows and bodies, take the one that moves farthest
+        # most bodies lie still most of the time, so the body that moves farthest among a few draws is taken
         candidates = []
         for where, which in tries[i, : 1 + int(count * config.tries)].tolist():
             frames = int(where * (total - int(offsets[-1]))) + offsets
@@ -79,7 +79,10 @@ def windows(
 
 
 def follow(instances_FHW: Tensor, draw: float, min_pixels: int) -> Tensor:
-    """Masks, bool (F, H, W), of a body with `min_pixels` in the first frame, or of the largest if there is none."""
+    """Masks, bool (F, H, W), of one body with at least `min_pixels` in the first frame, else of the largest body.
+
+    `draw` in [0, 1) chooses the body. Without bodies all masks are empty.
+    """
     first = instances_FHW[0]
     bodies, pixels = first[first > 0].unique(return_counts=True)
     if not len(bodies):
@@ -89,21 +92,22 @@ def follow(instances_FHW: Tensor, draw: float, min_pixels: int) -> Tensor:
 
 
 def distance(mask_FHW: Tensor) -> float:
-    """Pixels between the mask's centres in the first and the last picture; 0 where one is empty."""
+    """Pixels between the mask's centres in the first and the last frame; 0 if one of the two is empty."""
     ends = [mask.nonzero().float() for mask in (mask_FHW[0], mask_FHW[-1])]
     return float((ends[0].mean(0) - ends[1].mean(0)).norm()) if all(map(len, ends)) else 0.0
 
 
 def touching(mask_FHW: Tensor, instances_FHW: Tensor) -> float:
-    """How many pixels of other bodies are beside the mask, mean over frames."""
+    """The number of pixels of other bodies that touch the mask, mean over frames."""
     around = F.max_pool2d(mask_FHW[:, None].float(), 3, stride=1, padding=1)[:, 0] > 0
     return float((around & ~mask_FHW & (instances_FHW > 0)).sum() / len(mask_FHW))
 
 
 def twin(video_CFHW: Tensor, mask_FHW: Tensor, draws: Tensor) -> Tensor:
-    """The clip (C, F, H, W) with a copy of the body in it, so that looks alone do not say which of the two to follow.
+    """The clip (C, F, H, W) with a copy of the body, so that the body cannot be followed by its appearance alone.
 
-    The copy is shifted by `draws` (2,), in [0, 1), times height and width, round the edges, and lies behind the body.
+    The copy is shifted by `draws` (2,), in [0, 1), times height and width, wraps around the edges, and lies behind the
+    body.
     """
     shift = tuple((draws * torch.tensor(mask_FHW.shape[1:])).int().tolist())
     behind = mask_FHW.roll(shift, (1, 2)) & ~mask_FHW

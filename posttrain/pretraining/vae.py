@@ -7,11 +7,11 @@ Loss, for pixels x in [-1, 1], their reconstruction y, and object weight w (1 on
 where d are the differences to the right, lower and next-frame neighbours (edges and motion, which matter for a
 small moving object). KL is averaged over latent values. Objects cover a few percent of a picture; without w they blur.
 
-The first steps are on single pictures: they are learnt many times faster than clips, and without them clips stay grey
-(docs/log/pocket-model.md). The decoder is causal and runs chunk by chunk, so errors grow along a clip unless it is
-trained on long ones: every later step draws a clip length, a time stride (which makes slow motion fast), mirrorings and
-transpositions. Each step has about the same number of frames, whatever the length. Most of a clip does not move, and
-one latent smears fast motion over its four frames: so bodies of other clips are made to fly through the picture.
+The first steps are on single pictures, which are learnt many times faster than clips; without them clips stay grey
+(docs/log/pocket-model.md). The decoder is causal and runs chunk by chunk, so its errors grow along a clip unless it is
+trained on long clips. Every later step draws a clip length, a time stride (which makes slow motion fast), mirrorings
+and transpositions, and has about the same number of frames, whatever the length. Most of a clip does not move, and a
+latent smears fast motion over its four frames, so bodies of other clips are pasted in and fly through the picture.
 """
 
 import math
@@ -30,14 +30,14 @@ TRAINS = ("vae", "opensora_vae")  # networks of posttrain/nets
 
 
 class Config(Strict):
-    """`lengths` (frames; 4k + 1 for Wan) are drawn with `weights`; `frames` is what a process sees in a step."""
+    """`lengths`: numbers of frames (Wan: 4k + 1), drawn with `weights`; `frames`: about so many a process and step."""
 
-    pictures: int = 1500  # steps at the start on single pictures
+    pictures: int = 1500  # the first so many steps are on single pictures
     lengths: tuple[int, ...] = (1, 5, 9, 17, 33)
     weights: tuple[float, ...] = (0.1, 0.25, 0.25, 0.25, 0.15)
     frames: int = 40
     max_stride: int = 6
-    flying: int = 2  # other clips whose bodies fly through each
+    flying: int = 2  # so many other clips give bodies that fly through each clip
     max_speed: float = 10.0  # of flying bodies, pixels per frame
     object_weight: float = 8.0
     difference: float = 0.3
@@ -47,8 +47,8 @@ class Config(Strict):
 def crop(batch: Batch, config: Config, random: Random, still: bool) -> tuple[Tensor, Tensor]:
     """A training crop: video (B', C, F', H, W) in [-1, 1] and pixel weights (B', 1, F', H, W).
 
-    One length (1 if `still`) and stride serve the whole step, on every process; start, mirroring and transposition
-    differ. Time runs back and forth over the clip, so a long crop can be fast too.
+    One length (1 if `still`) and one stride are drawn for all processes; start, mirroring and transposition are drawn
+    for each clip. Time runs back and forth over the clip, so a long crop can be fast too.
     """
     assert batch.video_BCFHW is not None
     assert batch.instances_BFHW is not None
@@ -66,7 +66,7 @@ def crop(batch: Batch, config: Config, random: Random, still: bool) -> tuple[Ten
             j = (i + 1 + n) % len(draws)
             other, bodies = batch.video_BCFHW[j][:, frames], batch.instances_BFHW[j][frames] > 0
             video, objects = fly(video, objects, other, bodies, config.max_speed, flights[i, n])
-        # pixels where an object was or will be count too, else a ghost of it remains
+        # pixels where an object was or will be have its weight too, else a ghost of the object remains
         near = torch.stack([objects[max(t - 4, 0) : t + 5].any(0) for t in range(length)])
         weight = 1 + (config.object_weight - 1) * near.to(video.dtype)[None]
         flips = [axis for axis, draw in ((-1, draws[i, 1]), (-2, draws[i, 2])) if draw < 0.5]
@@ -79,11 +79,14 @@ def crop(batch: Batch, config: Config, random: Random, still: bool) -> tuple[Ten
 def fly(
     video_CFHW: Tensor, objects_FHW: Tensor, other_CFHW: Tensor, bodies_FHW: Tensor, max_speed: float, draws: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Paste the bodies of another clip, moving evenly and in whole pixels; what leaves the picture enters opposite.
+    """Paste the bodies of another clip, which move at constant velocity, rounded to whole pixels, and wrap around.
 
     Args:
         max_speed: pixels per frame.
         draws: four numbers in [0, 1): start down and right, direction, speed.
+
+    Returns:
+        The video (C, F, H, W) and the masks of all its objects, bool (F, H, W).
     """
     down, right, direction, speed = draws.tolist()
     angle, height, width = 2 * math.pi * direction, *objects_FHW.shape[1:]
@@ -108,7 +111,7 @@ def vae_loss(
     axes = [axis for axis in (2, 3, 4) if error.shape[axis] > 1]
     edges = torch.stack([error.diff(dim=axis).abs().mean() for axis in axes]).mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    # a single picture does not use the weights along time, but distributed training needs a gradient for every weight
+    # a single picture does not use the convolutions' weights in time, but DDP needs a gradient for every weight
     nothing = 0 * sum(parameter.sum() for parameter in module.parameters())
     loss = pixels + config.difference * edges + config.kl * kl + nothing
     mse = error.detach().square().mean()
@@ -116,7 +119,7 @@ def vae_loss(
 
 
 def train(run: Run, model: vae.Autoencoder | opensora_vae.Autoencoder, config: Config) -> None:
-    """The loop; afterwards the latents' statistics are measured on the training clips themselves."""
+    """The loop; afterwards the mean and standard deviation of the latents are measured on training clips."""
     for batch in run.batches():
         x, weight = crop(batch, config, run.random, still=run.steps < config.pictures)
         loss, metrics = vae_loss(run.module, x, weight, config, run.random)

@@ -1,4 +1,4 @@
-"""The report's charts: SVG lines that scale with the page, with labels that do not. report.html draws them."""
+"""The report's charts: SVG lines that scale with the page, and labels that keep their size. report.html draws them."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,8 @@ class Chart:
     """The data of one SVG chart: lines in a box, and labels.
 
     Attributes:
-        lines: CSS class and path data of each.
+        grid: path data of the horizontal lines.
+        lines: for each line: CSS class and path data.
         x: for each label: position (percent from the left), CSS class and text.
         y: for each label: position (percent from the top) and text.
         side: side length of the box in which the lines are drawn.
@@ -37,11 +38,14 @@ class Chart:
     side: int
 
 
-Figure = tuple[str, Chart]  # with its caption
+Figure = tuple[str, Chart]  # caption and chart
 
 
 def curves(log: list[dict[str, Any]], metrics: Sequence[Metric]) -> list[Figure]:
-    """Loss, validation and whatever else the method logged, over steps; `metrics` are the benchmark's."""
+    """Charts of everything in the log over steps: loss, validation, the method's metrics.
+
+    `metrics`: the benchmark's, for the titles of validation charts.
+    """
     known = {f"val_{m.key}": f"Validation: {m.title}{m.unit and f', {m.unit}'}" for m in (*QUANTITIES, *metrics)}
     titles = TITLES | known
     keys = dict.fromkeys(key for row in log for key in row if key not in ("step", "lr", "seconds"))
@@ -55,7 +59,7 @@ def curves(log: list[dict[str, Any]], metrics: Sequence[Metric]) -> list[Figure]
 
 
 def curve(points: Sequence[Point]) -> Chart:
-    """One quantity over steps: all values in a light colour and their running mean, or only the values if few."""
+    """One quantity over steps: up to 40 values as a line; more as a faint line with their running mean."""
     steps, values = np.array(points).T
     low, high = np.quantile(values, [0.0, 0.995])
     if low == high or 0 <= low < 0.5 * high:
@@ -93,7 +97,7 @@ def chart(
     x_ticks: Sequence[tuple[float, str]],
     y_ticks: Sequence[tuple[float, str]],
 ) -> Chart:
-    """A chart of lines (class, points; None breaks a line); strokes and labels keep their size when the box scales."""
+    """A chart of lines (CSS class, points; None breaks a line); strokes and labels keep their size when it scales."""
     size = 1000
 
     def at(value: float, span: Point) -> float:
@@ -114,7 +118,7 @@ def chart(
 
 
 def path_d(points: Sequence[Point | None], decimals: int) -> str:
-    """SVG path data; None lifts the pen."""
+    """SVG path data of a line; None breaks it."""
     out, down = [], False
     for point in points:
         if point is not None:

@@ -1,4 +1,4 @@
-"""The report's section on p(t|y): whether a model generates all falls that a first frame allows, and no others."""
+"""The report's section on p(t|y), the density of fall times that a first frame allows (metrics/distribution.py)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 from posttrain.evaluation.records import Record
 from posttrain.reporting.charts import Figure, Point, chart, nice_ticks
 
-SHOWN = 3  # first frames: those with the lowest, the middle and the highest beta
-LIFTED = 24  # videos per picture whose heights are drawn
+SHOWN = 3  # first frames that are shown: those with the lowest, the middle and the highest beta
+LIFTED = 24  # videos per first frame whose heights are drawn
 
 
 def section(
@@ -44,7 +44,7 @@ def rows(falls: Sequence[Mapping[str, Any]], styles: Mapping[str, str]) -> list[
 
 
 def figures(records: Sequence[Record], falls: Sequence[Mapping[str, Any]], styles: Mapping[str, str]) -> list[Figure]:
-    """For each shown picture p(t|y) and the models' shares, then the last model's falls in metres."""
+    """Charts for each shown first frame: p(t|y) with the models' shares, then the last model's falls in metres."""
     fps, last = records[-1].fps, falls[-1]
     assert fps is not None
     betas = [picture["beta"] for picture in last["pictures"]]
@@ -74,12 +74,12 @@ def figures(records: Sequence[Record], falls: Sequence[Mapping[str, Any]], style
 
 
 def steps(shares: Sequence[float], fps: float) -> list[Point]:
-    """A step per impact frame k, the frame of all falls that end between (k - 1) / fps and k / fps."""
+    """The line (seconds, share) of a step function; step k is for falls that end from (k - 1) / fps to k / fps."""
     return [(max(k + side, 0) / fps, share) for k, share in enumerate(shares) for side in (-1, 0)]
 
 
 def lifts(falls: Sequence[Mapping[str, Any]], model: str, beta: float, fps: float) -> list[Figure]:
-    """A figure of heights in metres over time, as they follow from the fall time; none without them."""
+    """A chart of lifted heights in metres over time (`distribution.lift`); empty if no fall has heights."""
     lines = [
         ("c0 thin", [None if y is None else (k / fps, float(y)) for k, y in enumerate(lift["heights"])])
         for lift in falls

@@ -23,7 +23,7 @@ LINE = 14  # pixels of a line of text
 
 @dataclass(frozen=True)
 class Wish:
-    """The settings of one sampling request. `size` is (height, width) in pixels."""
+    """The settings of one sampling request; `size` is (height, width) in pixels."""
 
     prompt: str
     size: tuple[int, int]
@@ -31,18 +31,18 @@ class Wish:
     fps: float
     steps: int
     guidance: float
-    guidance_low: float | None = None  # of the expert for low noise; None: the same
+    guidance_low: float | None = None  # of the expert for low noise; None: as `guidance`
     seeds: Sequence[int] = (0,)
     negative: str = ""
 
 
 def open_picture(path: Path | str | np.ndarray) -> Image.Image:
-    """A picture file, or a video's first frame, upright and in RGB, or one of uint8 (H, W, 3).
+    """The picture, upright and in RGB, of a picture file, of a video's first frame, or of an array uint8 (H, W, 3).
 
-    Prints what of a video a player would show otherwise (`codec.Facts.notes`).
+    Prints how the picture differs from what a player would show of the video (`codec.Facts.notes`).
 
     Raises:
-        UserError: it cannot be read as a picture or video, or has another type or shape.
+        UserError: the file cannot be read as a picture or video, or the array has another type or shape.
     """
     if isinstance(path, np.ndarray):
         if path.dtype != np.uint8 or path.ndim != 3 or path.shape[2] != 3 or not path.size:
@@ -56,7 +56,7 @@ def open_picture(path: Path | str | np.ndarray) -> Image.Image:
 
 
 def natural_size(picture: Image.Image, size: tuple[int, int], side: int) -> tuple[int, int]:
-    """(height, width) of about the picture's shape, with at most as many pixels as `size`, in multiples of `side`."""
+    """(height, width) in multiples of `side`, of about the picture's aspect ratio, with no more pixels than `size`."""
     shrink = min(1.0, (size[0] * size[1] / (picture.width * picture.height)) ** 0.5)
     height, width = (max(side, int(length * shrink) // side * side) for length in (picture.height, picture.width))
     return height, width
@@ -75,7 +75,7 @@ def fit(picture: Image.Image, size: tuple[int, int]) -> tuple[Pixels, str]:
 
 
 def blank(size: tuple[int, int]) -> tuple[Pixels, str]:
-    """As `fit`, for text-to-video models, which use only the size of the result."""
+    """As `fit`, but black: text-to-video models use only the size of the result."""
     return np.zeros((*size, 3), np.uint8), f"{size[1]} x {size[0]}"
 
 
@@ -87,7 +87,7 @@ def slug(prompt: str) -> str:
 def sample_side_by_side(
     models: Mapping[str, Callable[[], AbstractContextManager[VideoModel]]], picture: Pixels, wish: Wish, stem: Path
 ) -> list[Path]:
-    """Let each model continue `picture` once per seed; return the paths of the clips, the sheet and the GIF.
+    """Sample one clip per model and seed, with first frame `picture`; returns the paths of clips, sheet and GIF.
 
     Args:
         models: label -> function that returns a context manager with the model.
@@ -123,7 +123,7 @@ def sample_side_by_side(
                 written.append(stem.with_name(f"{stem.name}-s{seed}-{label.replace(' ', '-')}.mp4"))
                 write_video(written[-1], clip, wish.fps)
                 clips[seed][label] = clip
-        del model  # before the next one is loaded
+        del model  # free its memory before the next one is loaded
     named = {f"seed {seed}, {label}": clip for seed, row in clips.items() for label, clip in row.items()}
     written += [stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.gif")]
     contact_sheet(written[-2], named)
@@ -132,7 +132,7 @@ def sample_side_by_side(
 
 
 def contact_sheet(path: Path | str, clips: Mapping[str, Pixels], columns: int = 8) -> None:
-    """Write a .png or .jpg: for each clip a strip of `columns` frames from first to last, its name below."""
+    """Write a .png or .jpg with a strip for each clip: `columns` frames from first to last, and the name below."""
     rows = []
     for name, clip in clips.items():
         chosen = np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)
@@ -156,7 +156,7 @@ def animation(path: Path | str, rows: Sequence[Sequence[Pixels]], fps: float, la
         ImageDraw.Draw(head).text((2 + i * columns[0].shape[2], 1), label, fill="black")
     video = np.concatenate(columns, axis=2)
     frames = [Image.fromarray(np.concatenate([np.asarray(head), frame])) for frame in video]
-    # one palette for all frames, else still surfaces flicker
+    # all frames share one palette, else still surfaces flicker
     colours = np.concatenate([np.asarray(frames[i]) for i in np.linspace(0, len(frames) - 1, 4).astype(int)])
     palette = Image.fromarray(colours).quantize(256)
     first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]

@@ -1,4 +1,4 @@
-"""The report's players: each model's video of a clip side by side in one film, and the heights over time below it."""
+"""The report's players: the models' videos of a clip side by side in one film, and the object's path over time."""
 
 import base64
 import math
@@ -14,7 +14,7 @@ from posttrain.evaluation.benchmarks.base import ClipScore
 from posttrain.evaluation.records import Record, named
 from posttrain.reporting.charts import Point, chart, number, path_d
 
-PLAYERS = {"unseen": 8}  # cards per split, 4 for others: the first clips, not chosen ones
+PLAYERS = {"unseen": 8}  # cards per split (others: 4), for the first clips of the split
 BUDGET = 4_000_000  # bytes of video in the page
 SPLITS = {
     "unseen": "Unseen objects and backgrounds",
@@ -22,7 +22,7 @@ SPLITS = {
     "id": "Depths and heights as in PISA's training clips",
     "ood": "Depths and heights beyond them",
 }
-# One clip: the records of the models that have it, what each has of it, and its first samples, uint8 (F, H, W, 3).
+# One clip: the records of the models that have it, their scores of it, and their first samples, uint8 (F, H, W, 3).
 Shown = tuple[list[Record], list[ClipScore], list[np.ndarray]]
 
 
@@ -31,7 +31,7 @@ def heading(split: str) -> str:
 
 
 def side_by_side(run: Path, records: Sequence[Record]) -> list[Shown]:
-    """The first clips of each split that truth, base and trained models all have."""
+    """The first clips of each split that all shown rows have. Rows of another rate or size are left out (`unlike`)."""
     chosen: list[Shown] = []
     unshown = {row.name for row in named(records[0].benchmark).rows if not row.shown}
     for split in dict.fromkeys(record.split for record in records):
@@ -45,7 +45,7 @@ def side_by_side(run: Path, records: Sequence[Record]) -> list[Shown]:
 
 
 def unlike(records: Sequence[Record]) -> list[str]:
-    """Lines on the records that `side_by_side` leaves out, for their videos have another rate or size."""
+    """A line per split about the rows that `side_by_side` leaves out, because their rate or size differs."""
     lines = []
     unshown = {row.name for row in named(records[0].benchmark).rows if not row.shown}
     for split in dict.fromkeys(record.split for record in records):
@@ -62,7 +62,10 @@ def unlike(records: Sequence[Record]) -> list[str]:
 def players(
     chosen: Sequence[Shown], styles: dict[str, str]
 ) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
-    """Cards of side-by-side clips over their trajectories, by split, and the data that drive them."""
+    """The players by split, see `card`, and the data that the page's script needs for each player.
+
+    The videos are compressed until together they have at most BUDGET bytes, or as far as possible.
+    """
     films = [film(pictures) for _, _, pictures in chosen]
     for crf in range(16, 52, 5):
         videos = [playable(frames, each[0][0].fps or 1.0, crf) for frames, each in zip(films, chosen, strict=True)]
@@ -81,16 +84,16 @@ def players(
 def card(
     shown: Sequence[Record], clips: Sequence[ClipScore], video: bytes, styles: dict[str, str], frames: int
 ) -> dict[str, Any]:
-    """One player: caption, film with traced paths, names, and the heights over time as its scrubber.
+    """One player: caption, film with traced paths, names, and a chart of the object's path, which is also the scrubber.
 
-    `frames` is how many the film has.
+    `frames`: the film's number of frames.
     """
     record, (height, width) = shown[0], shown[0].size
     fps = record.fps
     assert fps is not None
     benchmark = named(record.benchmark)
     first, truth = benchmark.metrics[0], benchmark.rows[0].name
-    true_path = max((clip.true_path for clip in clips), key=len)  # a short video has not all of it
+    true_path = max((clip.true_path for clip in clips), key=len)  # a short video's record has only a part of it
     shown_panels: list[dict[str, Any]] = []
     series: list[tuple[str, list[Point | None]]] = []
     for i, (each, clip) in enumerate(zip(shown, clips, strict=True)):
@@ -118,7 +121,7 @@ def card(
 
 
 def panels(run: Path, shown: Sequence[Record], name: str) -> list[np.ndarray]:
-    """One clip as each record's model shows it first, uint8 (F, H, W, 3); the shorter ones end in black."""
+    """Each model's first sample of a clip, uint8 (F, H, W, 3); black frames follow the shorter samples."""
     found = []
     for record in shown:
         path = Path(record.samples or run / "samples" / record.model) / record.folder / f"{name}-s0.mp4"
@@ -132,7 +135,8 @@ def panels(run: Path, shown: Sequence[Record], name: str) -> list[np.ndarray]:
 def film(panels_FHWC: Sequence[np.ndarray]) -> np.ndarray:
     """Panels side by side, uint8 (F, H', n W', 3).
 
-    Small pictures are doubled, so that 4:2:0 keeps their colours; large ones are thinned out.
+    Frames of up to 128 pixels in height are doubled, so that 4:2:0 keeps their colours. Larger ones are subsampled to
+    at most 256.
     """
     frames = np.concatenate(panels_FHWC, axis=2)
     height = frames.shape[1]

@@ -1,4 +1,4 @@
-"""The report of a run: report.json for programs, report.html for people, report.gif to show, from the run's files.
+"""The report of a run, made from the run's files: report.json for programs, report.html for people, and report.gif.
 
 report.html is one file that needs no network: table with intervals, players, trajectories, learning curves, recipe.
 """
@@ -43,7 +43,7 @@ def report(run: Path | str, runs: Mapping[str, Sequence[Path]] | None = None) ->
     """Write report.json, report.html and report.gif of the run folder `run`; returns the paths of the first two.
 
     Args:
-        runs: the folders of each value of a sweep or row of a table, where `run` holds one.
+        runs: if `run` is a sweep or a table, the run folders of each value or row.
 
     Raises:
         UserError: the run has no finished evaluation, or a sample that the page shows is missing.
@@ -79,7 +79,7 @@ def summarise(
     Rows, paired differences from `base`, the tests of p(t|y), versions, machine, times (seconds), recipe.
     """
     truth = next((record for record in falls if record.row == fixed(record)[0]), None)
-    tested = [record for record in falls if record.row not in references(record)]  # these have too few of each picture
+    tested = [record for record in falls if record.row not in references(record)]  # references have too few samples
     found = {(record.row, record.split): record for record in records}
     pairs = [
         (record, found.get((f"{BASE.name} {record.origin}", record.split)) or found.get((BASE.name, record.split)))
@@ -104,7 +104,7 @@ def summarise(
 
 
 def installed(package: str) -> str | None:
-    """Version of an installed package, None without it."""
+    """The version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -167,7 +167,7 @@ def page(
 
 
 def lead(facts: dict[str, Any], records: Sequence[Record]) -> str:
-    """What was run, in a sentence or two."""
+    """The page's first sentences: what was trained, and what was measured."""
     recipe, sentences = facts["recipe"], []
     asked = recipe.get("table")
     if {"method", "model", "train"} <= recipe.keys() and not asked:
@@ -198,7 +198,7 @@ def lead(facts: dict[str, Any], records: Sequence[Record]) -> str:
 
 
 def headline(facts: dict[str, Any], tuned: Sequence[str], benchmark: Benchmark) -> list[dict[str, str]]:
-    """The main result: the tuned model compared with its base on the hardest split."""
+    """The main result: the last tuned model compared with its base, on the first split of the table."""
     split = facts["rows"][0]["split"]
     rows = {row["model"]: row for row in facts["rows"] if row["split"] == split}
     if not tuned or not {BASE.name, tuned[-1]} <= rows.keys():
@@ -216,7 +216,9 @@ def table(facts: dict[str, Any], styles: dict[str, str], benchmark: Benchmark) -
     """Rows by split; means over clips, 95% intervals below them, the first metric also drawn."""
     rows, first, reference_names = facts["rows"], benchmark.metrics[0], {row.name for row in benchmark.references}
     longest = max((row[first.key]["high"] or 0 for row in rows), default=0) or 1
-    columns = [{"style": column(m, first), "title": m.title, "hint": hint(m)} for m in benchmark.metrics]
+    # the share that was compared is a column only where videos are shorter than the true clips
+    metrics = [m for m in benchmark.metrics if m.key != "span" or any((row["span"]["mean"] or 0) < 1 for row in rows)]
+    columns = [{"style": column(m, first), "title": m.title, "hint": hint(m)} for m in metrics]
     splits = []
     for split in dict.fromkeys(row["split"] for row in rows):
         chosen = [row for row in rows if row["split"] == split]
@@ -229,20 +231,18 @@ def table(facts: dict[str, Any], styles: dict[str, str], benchmark: Benchmark) -
                     "marks": " ".join(name for name, on in (("reference", reference), ("last", last)) if on),
                     "model": row["model"],
                     "style": styles.get(row["model"], ""),
-                    "cells": [
-                        cell(column(m, first), row[m.key], m.decimals, row[first.key]["n"]) for m in benchmark.metrics
-                    ],
+                    "cells": [cell(column(m, first), row[m.key], m.decimals, row[first.key]["n"]) for m in metrics],
                     "forest": forest(row[first.key], longest),
                 }
             )
         splits.append({"heading": heading(split), "rows": shown})
-    gaps = facts["differences"]  # of a table's many rows only the first split's, the rest is in the figures
+    gaps = facts["differences"]  # if there are more than four, only the first split's are shown; report.json has all
     gains = [gain(row, first) for row in gaps if len(gaps) <= 4 or row["split"] == gaps[0]["split"]]
     return {"columns": columns, "splits": splits, "lines": [line for line in (*facts["unequal"], *gains) if line]}
 
 
 def scorecard(facts: dict[str, Any], styles: dict[str, str], quantities: Sequence[Metric]) -> dict[str, Any] | None:
-    """The scorecard of the hardest split in SI units: medians over clips with a value, 95% intervals, their number."""
+    """The scorecard of the first split in SI units: medians over clips with a value, 95% intervals, number of clips."""
     rows = [row for row in facts["rows"] if row["split"] == facts["rows"][0]["split"] and row.get("physics")]
     if not rows:
         return None
@@ -258,7 +258,7 @@ def scorecard(facts: dict[str, Any], styles: dict[str, str], quantities: Sequenc
 
 
 def gain(row: dict[str, Any], metric: Metric) -> str:
-    """A paired difference of a metric in words."""
+    """A sentence that states a row's paired difference of a metric."""
     mean, low, high = (row[metric.key][key] for key in ("mean", "low", "high"))
     if mean is None:
         return ""
@@ -288,7 +288,7 @@ def cell(style: str, value: dict[str, Any], decimals: int, clips: int) -> dict[s
 
 
 def forest(value: dict[str, Any], longest: float) -> dict[str, str] | None:
-    """A dot at the mean on a bar from low to high, in percent of the longest."""
+    """A dot at the mean, on a bar from low to high, in percent of `longest`."""
     if value["mean"] is None:
         return None
     low, middle, high = (100 * value[key] / longest for key in ("low", "mean", "high"))

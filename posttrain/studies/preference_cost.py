@@ -7,12 +7,12 @@ A transformer of Wan2.1-1.3B's width with random weights in bf16 is trained as i
 `psft.train` and `gdpo.train` in a `Run`: AdamW, block checkpointing, an adapter of rank 48 on attn1. A step has two
 groups of random latents with captions of all 512 tokens. Each row is measured in its own process.
 
-    GiB      peak memory: PyTorch's on a GPU; on a CPU the process's, less what it had before training
-    dry run  the same as predicted by dry.py, as in `posttrain doctor`
-    s        median seconds of a step after the first, so that references are cached already
+    GiB      peak memory: PyTorch's on a GPU; on a CPU the process's, minus its memory before training
+    dry run  peak memory predicted by dry.py, as in `posttrain doctor`
+    s        median seconds of a step; the first step, which fills the cache of references, is left out
     work     floating point operations by dry.py, relative to the first row. If backward costs as much as forward, as
-             in linear layers under an adapter, they are 8/3 for a pair, 10/3 in turn, 16/3 for three losers, 6/3
-             cached.
+             in linear layers under an adapter, this is 8/3 for a pair, 10/3 for a pair in turn, 16/3 for three losers
+             and 6/3 for a cached reference.
 """
 
 import argparse
@@ -88,7 +88,7 @@ class Enough(Exception):
 
 
 class Groups:
-    """True clips and losers of noise, for `steps` steps."""
+    """Groups of random latents, each a true clip and its losers; `load` raises Enough after `steps` calls."""
 
     ids, key = tuple("ab"[:GROUPS]), "random"
 
@@ -109,7 +109,7 @@ class Groups:
 
 
 def train(row: Row, shape: dict[str, Any], geometry: Geometry, steps: int, device: str) -> float:
-    """Median seconds of a step, without the first."""
+    """Train `steps` steps; returns the median seconds of a step, without the first."""
     transformer: Any = of_configs(row.model, shape, {}, *geometry).model.transformer.to_empty(device=device)
     config = transformer.config
     transformer.rope = WanRotaryPosEmbed(config.attention_head_dim, config.patch_size, config.rope_max_seq_len).to(
@@ -134,7 +134,7 @@ def train(row: Row, shape: dict[str, Any], geometry: Geometry, steps: int, devic
 
 def measure(row: Row, shape: dict[str, Any], geometry: Geometry, steps: int, device: str) -> tuple[float, float]:
     """Peak GiB of this process, and seconds of a step."""
-    train(row, shape_of(1, 1), (5, 32, 32), 2, device)  # loads all that Python loads
+    train(row, shape_of(1, 1), (5, 32, 32), 2, device)  # imports and initialises all libraries
     before = resident("VmRSS")
     seconds = train(row, shape, geometry, steps, device)
     most = resident("VmHWM") - before if device == "cpu" else torch.cuda.max_memory_allocated() / 2**30
@@ -148,7 +148,7 @@ def resident(field: str) -> float:
 
 
 def elsewhere(name: str, arguments: Sequence[str], device: str) -> tuple[float, float] | None:
-    """`measure` in a process of its own; None if that failed, for lack of memory or as its stderr says."""
+    """The result of `measure` in a process of its own; None if the process failed, for example for lack of memory."""
     command = [sys.executable, "-m", "posttrain.studies.preference_cost", *arguments, "--alone", name]
     env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if device == "cpu" else {})
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
@@ -159,14 +159,14 @@ def elsewhere(name: str, arguments: Sequence[str], device: str) -> tuple[float, 
 
 
 def table(measurements: dict[str, tuple[float, float] | None], estimates: dict[str, Step]) -> str:
-    """Markdown; the others are compared with `psft`."""
+    """Markdown: a line per row; "of the first" is relative to row `psft`."""
     first, lines = measurements["psft"], []
     for name, measured in measurements.items():
         step, cells = estimates[name], ["failed", "", "", ""]
         if measured and first:
             shares = [f"{value / reference:.2f}" for value, reference in zip(measured, first, strict=True)]
             cells = [f"{measured[0]:.2f}", shares[0], f"{measured[1]:.2f}", shares[1]]
-        # the dry run computes a reference even if it would be cached
+        # the dry run computes the reference even if training would take it from the cache
         work = 2.0 if name == "cached" else step.teraflop / estimates["psft"].teraflop
         lines.append([ROWS[name].label, *cells[:2], f"{step.memory:.2f}", *cells[2:], f"{work:.2f}"])
     return markdown(["", "GiB", "of the first", "dry run", "s", "of the first", "work"], lines)
@@ -176,8 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description="memory and time of preference learning")
-    parser.add_argument("--blocks", type=int, default=6, help="of the transformer (default: 6; Wan2.1-1.3B has 30)")
-    parser.add_argument("--heads", type=int, default=12, help="of 128 channels each")
+    parser.add_argument("--blocks", type=int, default=6, help="transformer blocks (default: 6; Wan2.1-1.3B has 30)")
+    parser.add_argument("--heads", type=int, default=12, help="attention heads of 128 channels each")
     parser.add_argument("--geometry", default="9x128x128", help="frames x height x width of the clips, in pixels")
     parser.add_argument("--steps", type=int, default=4, help="steps; the first is not timed")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=usual)

@@ -3,16 +3,17 @@
     python -m posttrain.studies.preferences runs/pocket-gdpo runs/pocket-psft \
         --clips data/pocket-drop --samples runs/pocket-gdpo/samples/base/test_unseen
 
-With err the velocity error of methods/gdpo.py, of a run's model and of its base model, with the same times and noise:
+err is the velocity error of methods/gdpo.py, computed for a run's model and its base model with the same times and
+noise; _w is the true clip (preferred), _l a loser (rejected):
 
     accuracy   the share of (loser, time) with err_w - err_w_base < err_l - err_l_base
     margin     (err_l - err_l_base) - (err_w - err_w_base)
     winner     err_w - err_w_base; below 0 if the model fits true clips better than its base model
     losers     err_l - err_l_base
 
-Each is a mean over a clip's losers and times, then over clips, with a 95% bootstrap interval. A run may be of any
-method: one that learnt only from true clips has a preference too. If a run's recipe sets frames, fps and size, the
-clips are retimed and cropped to them, and may be any videos.
+Each number is a mean over a clip's losers and times, then over clips, with a 95% bootstrap interval. Runs of all
+methods can be compared, also those that trained on true clips only. If a run's recipe sets frames, fps and size, the
+clips are retimed and cropped accordingly, and may be any videos.
 """
 
 import argparse
@@ -39,7 +40,7 @@ HEADINGS = ("run", "clips", "accuracy", "margin", "winner", "losers")
 
 
 def group_errors(model: VideoModel, groups: Groups, draws: int, title: str) -> Tensor:
-    """Errors (groups, draws, 1 + m), winners first, at `draws` times of each group; float32."""
+    """Velocity errors, float32 (groups, draws, 1 + m): of the true clip and its m losers, at `draws` times."""
     errors = []
     for index in track(range(len(groups)), title, len(groups)):
         batch = groups.load([index] * draws).to(model.device)
@@ -63,7 +64,7 @@ def measured(
     draws: int,
     title: str,
 ) -> tuple[list[str], Tensor]:
-    """The clip of each group, and `group_errors` of the model in the context `opened`."""
+    """The name of each group's true clip, and `group_errors` of the model that the context `opened` gives."""
     with opened as model:
         groups = Groups(model, clips, config, CACHE / "latents", pictured)
         names = [name.rpartition("/")[0] for name in groups.ids]  # a clip may have several groups
@@ -84,18 +85,18 @@ def row(name: str, clips: Sequence[str], tuned_GKN: Tensor, base_GKN: Tensor) ->
 
 
 def held_out(data: DataConfig, clips: str, split: str) -> DataConfig:
-    """A recipe's data with other clips, all of them, retimed and cropped as its own."""
+    """A recipe's data settings with all of another dataset's clips, retimed and cropped as in the recipe."""
     return data.model_copy(update={"clips": clips, "split": split, "limit": None, "make": None, "groups": None})
 
 
 def compare(runs: Sequence[str], clips: str, split: str, config: GroupsConfig, draws: int) -> str:
-    """The table.
+    """The table in Markdown, a line per run.
 
     Args:
         clips, split: the held-out clips.
 
     Raises:
-        UserError: a run is not trained; and as Groups.
+        UserError: a run is not trained, or an error of Groups.
     """
     lines, bases = [], dict[str, Tensor]()  # most runs share a base model
     for target in runs:
@@ -122,14 +123,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN")
     clips = "a dataset, or videos with captions, that no run was trained on"
     parser.add_argument("--clips", required=True, metavar="FOLDER", help=clips)
-    parser.add_argument("--split", default="test_unseen", help="of the dataset (default: test_unseen)")
+    parser.add_argument("--split", default="test_unseen", help="split of the dataset (default: test_unseen)")
     parser.add_argument(
         "--samples", nargs="+", default=[], metavar="FOLDER", help="losers: folders of samples of these clips"
     )
     parser.add_argument(
         "--counterfactuals", action="store_true", help="losers: clips that break a law in the same scenes"
     )
-    parser.add_argument("--losers", type=int, default=1, help="per group (default: 1)")
+    parser.add_argument("--losers", type=int, default=1, help="losers per group (default: 1)")
     parser.add_argument("--draws", type=int, default=8, help="pairs of time and noise per group (default: 8)")
     options = parser.parse_args(arguments)
     if options.losers < 1 or options.draws < 1:

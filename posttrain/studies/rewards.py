@@ -5,19 +5,19 @@
 For each reward (a file of posttrain/rewards) and each kind of violation
 
     rho      Spearman's rho of reward and severity, over the true clip of a group (severity 0) and its clips of that
-             kind; the median over groups. -1: the worse the clip, the lower the reward.
-    towards  share of clips x at which the gradient points to the truth x*: the reward's derivative along x* - x is
+             kind; the median over groups. -1 means that a worse clip always has a lower reward.
+    towards  share of clips x at which the gradient points to the true clip x*: the reward's derivative along x* - x is
              positive.
-    nearer   share of clips at which the gradient pulls the object to its true position: the derivative is positive
+    nearer   share of clips at which the gradient moves the object to its true position: the derivative is positive
              along the change of pixels that moves the visible object by one pixel towards its true position.
     step     share of clips at which a step along the gradient helps: all pixels after the first frame change by
              `STEP` (root mean square), and then the object is nearer to its true masks (Chamfer distance,
              posttrain/metrics/pisa.py), as measured by the embedded tracker, which no reward uses.
 
-`towards` and `nearer` hold for small steps in pixels only. All three are taken at a kind's least and most severe clip.
-A kind that a reward declares in its RANKS should have rho <= -0.9 and is printed in bold. A second table has the mean
-rewards of clips that no reward may prefer: the first frame repeated, or the first frame followed by black, a flat
-colour or noise.
+`towards` and `nearer` hold for small steps in pixels only. The three shares are over the least and the most severe clip
+of the kind in each group. A kind that a reward declares in its RANKS should have rho <= -0.9 and is printed in bold. A
+second table has the mean rewards of clips that no reward may prefer: the static video, and the first frame followed by
+black, a flat colour or noise.
 
 Shape letters: B batch, C channels, F frames, H W pixels.
 """
@@ -45,13 +45,13 @@ from posttrain.nets import tracker
 from posttrain.rewards.base import Reward, true_masks
 from posttrain.types import Batch
 
-ASKED = 0.9  # least |rho| of the kinds that a reward declares
+ASKED = 0.9  # target: |rho| of the kinds that a reward declares
 TRUE = ""  # stands for the kind of the true clip
 STEP = 0.05  # of pixels in [-1, 1]
 
 
 class Judged(NamedTuple):
-    """A clip's reward, and the derivatives and gain of the docstring above, None if they were not taken."""
+    """A clip's reward, its derivatives towards and nearer, and the gain of a step; None: not computed."""
 
     group: int
     kind: str
@@ -63,7 +63,7 @@ class Judged(NamedTuple):
 
 
 class Violated(NamedTuple):
-    """A clip that breaks a law: its violation, its pictures, and the scored object's masks."""
+    """A clip that breaks a law: violation, pixels in [-1, 1], and masks of the scored object; B is 1."""
 
     kind: str
     severity: float
@@ -72,10 +72,10 @@ class Violated(NamedTuple):
 
 
 def group_numbers(split: Split, count: int | None = None) -> list[int]:
-    """The first groups of a split.
+    """The numbers of the first `count` groups of a split, or of all.
 
     Raises:
-        UserError: it has none.
+        UserError: the split has no groups.
     """
     numbers = list(dict.fromkeys(row.group for row in split.rows if row.group is not None))
     if not numbers:
@@ -84,7 +84,7 @@ def group_numbers(split: Split, count: int | None = None) -> list[int]:
 
 
 def truth(split: Split, group: int) -> Batch:
-    """The true clip of a group with its masks, flow and depth."""
+    """The true clip of a group with its masks, flow and depth, as a batch of one."""
     index = next(i for i, row in enumerate(split.rows) if row.group == group and row.violation is None)
     arrays = read_annotations(split.annotations(index), ["instances", "flow", "depth"])
     tensors = {name: torch.from_numpy(array)[None] for name, array in arrays.items()}
@@ -99,7 +99,7 @@ def truth(split: Split, group: int) -> Batch:
 
 
 def violated(split: Split, group: int, kinds: Sequence[str] | None = None) -> Iterator[Violated]:
-    """The group's clips that break a law, of the given kinds or of all."""
+    """The group's clips that break a law, of the given kinds or of all kinds."""
     for index, row in enumerate(split.rows):
         violation = row.violation
         if row.group == group and violation and (kinds is None or violation.kind in kinds):
@@ -116,7 +116,7 @@ def judge(
     follow: Track,
     kinds: Sequence[str] | None = None,
 ) -> dict[str, list[Judged]]:
-    """Rewards, by name, of the true clips of these groups and of those that break a law.
+    """By name of the reward: all clips of these groups, the true one of each group first.
 
     Args:
         follow: the tracker that measures whether a step helps.
@@ -143,8 +143,8 @@ def judge(
 def derivatives(
     reward: Reward, video_BCFHW: Tensor, batch: Batch, directions: Mapping[str, Tensor], follow: Track
 ) -> tuple[float, dict[str, float | None]]:
-    """The reward of a clip; and, if there are directions, its derivative along each (None along 0) and the gain of a
-    step. Frame 0 is given, so it does not change."""
+    """The reward of a clip; if there are directions, also its derivative along each (None: the direction is zero) and
+    the gain of a step. Frame 0 is given, so its gradient is set to 0."""
     if not directions:
         with torch.no_grad():
             return reward(video_BCFHW, batch).item(), {}
@@ -157,7 +157,7 @@ def derivatives(
 
 
 def gain(video_BCFHW: Tensor, gradient_BCFHW: Tensor, batch: Batch, follow: Track) -> float:
-    """By how much the Chamfer distance of the object to its true masks falls in a step of size STEP."""
+    """How much a step of size STEP lowers the Chamfer distance of the object to its true masks."""
     size = gradient_BCFHW[:, :, 1:].double().square().mean().sqrt().clamp_min(1e-30).to(gradient_BCFHW.dtype)
     moved_BCFHW = (video_BCFHW + STEP / size * gradient_BCFHW).clamp(-1, 1)
     true_BFHW = true_masks(batch)
@@ -170,10 +170,10 @@ def gain(video_BCFHW: Tensor, gradient_BCFHW: Tensor, batch: Batch, follow: Trac
 
 
 def nearer(clip: Violated, batch: Batch) -> Tensor:
-    """The change of pixels, like `video_BCFHW`, that moves the object by up to a pixel per axis to its true position.
+    """The change of pixels (B, C, F, H, W) that moves the object by up to a pixel per axis towards its true position.
 
-    0 in frames in which it is not visible or is in the right position. Behind it the background of the true clip at
-    other times appears; its shadow does not move.
+    0 in frames in which the object is not visible, or is less than a pixel from its true position. Uncovered pixels get
+    the true clip's background, the mean over the frames that show it. The object's shadow does not move.
     """
     assert batch.video_BCFHW is not None
     assert batch.instances_BFHW is not None
@@ -203,7 +203,7 @@ def with_gradient(reward: Reward, video_BCFHW: Tensor, batch: Batch) -> tuple[fl
 
 
 def total(judged: Mapping[str, list[Judged]], weights: Mapping[str, float]) -> list[Judged]:
-    """A weighted sum of rewards: values and derivatives add up; the gain of a step is not known."""
+    """The weighted sum of rewards for each clip: rewards and derivatives are summed, the gain of a step is None."""
     rows = []
     for clips in zip(*(judged[name] for name in weights), strict=True):
         weighted = list(zip(weights.values(), clips, strict=True))
@@ -222,19 +222,19 @@ def rho(clips: Sequence[Judged], kind: str) -> float:
         chosen = [clip for clip in clips if clip.group == group and clip.kind in (TRUE, kind)]
         rewards, severities = [clip.reward for clip in chosen], [clip.severity for clip in chosen]
         if len(set(severities)) > 2:
-            # equal rewards for all have no order
+            # rho is not defined if all rewards are equal
             rhos.append(float(spearmanr(rewards, severities).statistic) if len(set(rewards)) > 1 else 0.0)
     return float(np.median(rhos)) if rhos else float("nan")
 
 
 def right(clips: Sequence[Judged], kind: str, quantity: str) -> str:
-    """The share of the kind's clips whose derivative or gain in a step is positive; a dash where there is none."""
+    """The share of the kind's clips whose `quantity` (towards, nearer or step) is positive; a dash without clips."""
     slopes = [slope for clip in clips if clip.kind == kind and (slope := getattr(clip, quantity)) is not None]
     return f"{np.mean([slope > 0 for slope in slopes]):.0%}" if slopes else "–"
 
 
 def impostors(batch: Batch) -> dict[str, Tensor]:
-    """Clips that no reward may prefer; all begin with the true first frame, which is given."""
+    """Clips that no reward may prefer to the true one; all begin with the true first frame."""
     assert batch.video_BCFHW is not None
     first, rest = batch.video_BCFHW[:, :, :1], torch.ones_like(batch.video_BCFHW[:, :, 1:])
     noise = torch.rand(rest.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -248,7 +248,7 @@ def impostors(batch: Batch) -> dict[str, Tensor]:
 
 
 def table(judged: Mapping[str, list[Judged]], declared: Mapping[str, Sequence[str]]) -> str:
-    """A line per kind, a column per reward: rho, and the shares towards, nearer and step."""
+    """Markdown: a line per kind, a column per reward with rho and the shares towards, nearer and step."""
     kinds = dict.fromkeys(clip.kind for clips in judged.values() for clip in clips if clip.kind != TRUE)
 
     def cell(name: str, kind: str) -> str:
@@ -298,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def weights(text: str, known: Sequence[str]) -> dict[str, float]:
-    """ "a=1,b=2" as a mapping.
+    """The mapping of a text such as "a=1,b=2".
 
     Raises:
         UserError: the text has another form, or names a reward that is not in `known`.

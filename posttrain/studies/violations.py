@@ -2,12 +2,13 @@
 
     python -m posttrain.studies.violations data/pocket-violations data/pocket-drop --figure violations.png
 
-On true clips: the error of every quantity, compared with its sigma. On clips that break one law
-(sim/worlds/counterfactual.py): every quantity at each value of the violation, and Spearman's rho of the two. The figure
-shows them, and the metrics of posttrain.metrics.pisa, over the violations' severity.
+The first table has, on true clips, the error of every quantity, compared with its sigma. The second has, on clips that
+break one law (sim/worlds/counterfactual.py), every quantity at each value of the violation, and Spearman's rho of
+quantity and value. The figure shows the quantities, and the metrics of posttrain.metrics.pisa, over severity.
 
-True values: gravity, first contact and drop height are in the rows. The restitution is that of the body's centre on the
-simulator's path, if the body flies freely in the first three frames after the contact. Permanence is 1, all else 0.
+The true gravity, first contact and drop height are in the rows of metadata.jsonl. The true restitution is that of the
+body's centre on the simulator's path, if the body flies freely in the first three frames after the contact. The true
+permanence is 1; the other true values are 0.
 """
 
 import argparse
@@ -34,18 +35,18 @@ MOVED = 0.5  # a quantity follows the violation if |rho| is above this
 
 
 class Measured(NamedTuple):
-    """A clip's scorecard. `truth` has None for unknown values, and is empty for a clip that breaks a law."""
+    """A clip's scorecard. `truth` has its true values (None: unknown), and is empty for a clip that breaks a law."""
 
     card: dict[str, Measure | None]
     kind: str | None
     value: float
     truth: dict[str, float | None]
     severity: float = 0.0
-    scores: dict[str, float | None] | None = None  # PISA, against the true clip of the group; None for that clip
+    scores: dict[str, float | None] | None = None  # PISA's, against the group's true clip; None for the true clip
 
 
 def measure(split: Split) -> list[Measured]:
-    """The scorecards of a split, with the drop height of the group's true clip.
+    """The scorecards of a split's clips; penetration is measured with the drop height of the group's true clip.
 
     Raises:
         UserError: the rows of true clips have no drop height or contacts, or annotations are missing or damaged.
@@ -77,7 +78,7 @@ def measure(split: Split) -> list[Measured]:
             truths[-1 if row.group is None else row.group] = masks_FHW  # the first of its group
         else:
             assert row.group is not None
-            # with a pile, the body sinks into the floor only after its first contact
+            # if the body lands on a pile first, it sinks into the floor only after its first contact
             later = violation.kind == "tunnel_floor" and firsts[row.group] >= 0
             kind, height = violation.kind + " later" * later, heights[row.group]
             assert height is not None
@@ -94,7 +95,7 @@ def first_met(row: ClipRow) -> int:
 
 
 def truth(row: ClipRow, z_F: np.ndarray) -> dict[str, float | None]:
-    """The true values of a true clip's scorecard; None if unknown."""
+    """The true values of a true clip's scorecard; None: unknown. `z_F`: heights of the body's centre in metres."""
     assert row.gravity is not None
     assert row.contact_time is not None
     gravity, contact, fps = -row.gravity[2], row.contact_time, row.fps
@@ -115,7 +116,8 @@ def truth(row: ClipRow, z_F: np.ndarray) -> dict[str, float | None]:
 
 
 def accuracy(clips: Sequence[Measured]) -> str:
-    """A line per quantity: mean and standard deviation of its error, the median sigma, the spread of error / sigma."""
+    """Markdown: a line per quantity with mean and standard deviation of its error, median sigma, and the standard
+    deviation of error / sigma."""
     lines = []
     for name, unit in zip(QUANTITIES, UNITS, strict=True):
         pairs = [(clip.card[name], clip.truth[name]) for clip in clips]
@@ -130,9 +132,10 @@ def accuracy(clips: Sequence[Measured]) -> str:
 
 
 def response(clips: Sequence[Measured]) -> str:
-    """A line per kind of violation: each quantity's median at each value, and rho, in bold if |rho| is above MOVED.
+    """Markdown: a line per kind of violation, a column per quantity with its median at each value of the violation, and
+    rho, in bold if |rho| is above MOVED.
 
-    Sideways quantities count by magnitude. A dash: most clips do not have the quantity.
+    Medians of sideways quantities are of their magnitudes. A dash means that most clips do not have the quantity.
     """
     lines = [["true clips", *(cell([clip for clip in clips if clip.kind is None], name) for name in QUANTITIES)]]
     for kind in dict.fromkeys(clip.kind for clip in clips if clip.kind is not None):
@@ -144,7 +147,7 @@ def response(clips: Sequence[Measured]) -> str:
 
 
 def cell(clips: Sequence[Measured], name: str) -> str:
-    """The medians by value, and rho if there are several values."""
+    """A quantity's medians by value of the violation, and rho if there are several values."""
     medians, pairs = [], []
     for value in dict.fromkeys(clip.value for clip in clips):
         measures = [clip.card[name] for clip in clips if clip.value == value]
@@ -161,9 +164,9 @@ def cell(clips: Sequence[Measured], name: str) -> str:
 
 
 def figure(clips: Sequence[Measured], path: Path) -> None:
-    """Draw a cell per kind of violation and quantity: its median over the mean severity, for each value.
+    """Write a PNG with a panel per kind of violation and quantity: the median at each value, over the mean severity.
 
-    Grey: the true clips' median and quartiles. Bold: |rho| with severity is above MOVED.
+    The true clips' median and quartiles are grey. Lines with |rho| above MOVED are red and thick.
     """
     from matplotlib.figure import Figure
 
@@ -177,7 +180,7 @@ def figure(clips: Sequence[Measured], path: Path) -> None:
         low, middle, high = np.quantile(usual, (0.25, 0.5, 0.75))
         lines = [line(clips, kind, name) for kind in kinds]
         levels = np.array([low, high, *(median for points, _ in lines for _, median in points)])
-        bottom, top = np.quantile(levels, (0.02, 0.98))  # so that a kind with large values hides no other
+        bottom, top = np.quantile(levels, (0.02, 0.98))  # a kind with large values must not flatten the others
         margin = 0.15 * (top - bottom) or 1.0
         units = dict(zip(QUANTITIES, UNITS, strict=True)) | {"time_error": "s"}
         axes[0, j].set_title(f"{name.replace('_', ' ')}\n{units.get(name, '1')}", fontsize=7)
@@ -203,7 +206,7 @@ def figure(clips: Sequence[Measured], path: Path) -> None:
 
 
 def quantity(clip: Measured, name: str) -> float | None:
-    """A number of a clip, by magnitude for sideways quantities; None if it has none."""
+    """A clip's quantity (its magnitude if sideways) or metric (perfect for true clips); None: the clip lacks it."""
     if name in PISA:
         return float(name == "iou") if clip.scores is None else clip.scores[name]
     measure = clip.card[name]
@@ -211,9 +214,9 @@ def quantity(clip: Measured, name: str) -> float | None:
 
 
 def line(clips: Sequence[Measured], kind: str, name: str) -> tuple[list[tuple[float, float]], float]:
-    """(mean severity, median of a quantity) for each value of a violation, and rho of the two with the true clips at 0.
+    """Points (mean severity, median of a quantity), one per value of a violation, and rho of severity and quantity.
 
-    A value at which most clips lack the quantity is left out.
+    rho includes the true clips, at severity 0. A value at which most clips lack the quantity is left out.
     """
     points, pairs = [], []
     for value in dict.fromkeys(clip.value for clip in clips if clip.kind == kind):

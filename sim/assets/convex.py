@@ -1,7 +1,7 @@
 """Divide a mesh into convex parts for collisions, whose surface is close to the mesh.
 
 A mesh is divided into its connected components. While the convex hull of a part extends beyond the mesh by more than a
-bound, the part is cut by a plane. Cut surfaces stay open: they are inside the body, where nothing collides.
+bound, the part is cut by a plane. Cut surfaces stay open, because nothing collides inside the body.
 
 Shape letters: V vertices, F triangles, P points.
 """
@@ -13,15 +13,15 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import ConvexHull, KDTree, QhullError
 
-MOST = 64  # parts
-FLAT = 1e-9  # a distance that is none
-THIN = 1e-8  # a hull's volume below which it counts as flat, with a longest side of 1
-# What cuts: planes along the axes and those between two of them.
+MOST = 64  # largest number of parts
+FLAT = 1e-9  # distances below this count as 0
+THIN = 1e-8  # a hull with a smaller volume is flat; the mesh's longest side is 1
+# The normals of cutting planes: the axes, and the diagonals between two axes.
 DIAGONALS = [(1, 1, 0), (1, -1, 0), (1, 0, 1), (1, 0, -1), (0, 1, 1), (0, 1, -1)]
 NORMALS = np.array([(1, 0, 0), (0, 1, 0), (0, 0, 1), *DIAGONALS], float)
-SPOTS = 300  # at which a hull's surface is looked at, beside its corners
-BATCH = 8  # of them are looked at at once, the highest first
-SURFACE = 10_000  # points that stand for a mesh's surface
+SPOTS = 300  # points of a hull's surface that are checked, besides its corners
+BATCH = 8  # so many points are checked at once, the highest first
+SURFACE = 10_000  # points that represent a mesh's surface
 
 
 def components(triangles: np.ndarray) -> list[np.ndarray]:
@@ -44,7 +44,7 @@ def hull_of(triangles: np.ndarray) -> ConvexHull | None:
 
 
 def scattered(triangles: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points (P, 3) on triangles (F, 3, 3): `count` random ones, uniform by area, and all corners; and unit normals."""
+    """Points (P, 3) on triangles (F, 3, 3), `count` random ones (uniform by area) and all corners; and unit normals."""
     a, b, c = triangles.swapaxes(0, 1)
     normals = np.cross(b - a, c - a)
     area = np.linalg.norm(normals, axis=1)
@@ -71,10 +71,13 @@ def windings(points: np.ndarray, triangles: np.ndarray) -> np.ndarray:
 def bulge(
     hull: ConvexHull, triangles: np.ndarray, surface: KDTree, normals: np.ndarray, within: float
 ) -> tuple[float, np.ndarray]:
-    """The height of the hull's surface in the air over a mesh (0 up to `within`), and the highest point (3,) of it.
+    """The largest height of the hull's surface over a mesh, and the point (3,) of the hull at which it is.
 
-    `surface` has points on all `triangles` (F, 3, 3) of the mesh, `normals` (P, 3) the normals there; a height is that
-    over the plane of the nearest of them.
+    A height is the distance from the plane through the nearest point of `surface`. Heights up to `within`, and those of
+    points inside the mesh, count as 0.
+
+    Args:
+        surface: points on `triangles` (F, 3, 3), the whole mesh; `normals` (P, 3) are the normals there.
     """
     points = scattered(hull.points[hull.simplices], SPOTS)[0]
     nearest = surface.query(points)[1]
@@ -90,7 +93,8 @@ def bulge(
 def below(triangles: np.ndarray, normal: np.ndarray, offset: float) -> np.ndarray:
     """The part of triangles (F, 3, 3) where `normal` @ x <= offset, as triangles; the cut stays open.
 
-    A triangle in the plane itself counts if the solid lies below it; one that only touches the plane does not.
+    A triangle in the plane itself is included if the solid lies below it; a triangle above that only touches the plane
+    is not.
     """
     height = triangles @ normal - offset
     flat = (np.abs(height) < FLAT).all(axis=1)
@@ -126,9 +130,10 @@ def halves(triangles: np.ndarray, points: np.ndarray) -> list[np.ndarray]:
 
 
 def parts(vertices: np.ndarray, faces: np.ndarray, within: float, most: int = MOST) -> list[np.ndarray]:
-    """The hull points (P, 3) of each convex part; parts extend beyond the mesh by at most `within`.
+    """The hull points (P, 3) of each convex part.
 
-    There are at most `most` parts, unless the mesh has more components; the part that extends most is cut first.
+    The part that extends most beyond the mesh is cut first, until all checked points are within `within` of the mesh,
+    or there are `most` parts (or as many as the mesh has components, if these are more).
     """
     triangles = vertices[faces]
     points, normals = scattered(triangles, SURFACE)

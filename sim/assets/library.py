@@ -21,13 +21,13 @@ from sim.assets import convex
 from sim.assets.meshes import centred, read_obj, second_moments, smooth
 from sim.assets.shapes import SHAPES, sphere_points
 
-CONVEX = 1.001  # a hull's volume in that of its mesh, below which one hull is all that collides
-NEAR = 0.02  # of the longest side: how far what collides may stand off the mesh
-DIAGONAL = 1e-6  # of an inertia tensor's trace: products of inertia below it are none
-VARIANTS = 16  # proportions per made category
-VALIDATION = 4  # further proportions per made category, for validation alone
+CONVEX = 1.001  # if hull and mesh have a smaller ratio of volumes, the mesh collides as its hull
+NEAR = 0.02  # largest distance of a collision shape from the mesh, as a share of the longest side
+DIAGONAL = 1e-6  # products of inertia below this share of the tensor's trace count as 0
+VARIANTS = 16  # proportions per category of shapes.py
+VALIDATION = 4  # further proportions per category, for validation only
 
-# pybullet_data: category -> (model, texture or None, which of its axes points up)
+# pybullet_data: category -> (model, texture or None, the model's axis that points up)
 MODELS: dict[str, tuple[str, str | None, str]] = {
     "bear": ("teddy2_VHACD_CHs.obj", None, "y"),
     "bunny": ("bunny.obj", None, "y"),
@@ -57,14 +57,14 @@ class Mesh:
 
 
 def object_ids() -> list[str]:
-    """All objects for training and testing, sorted."""
+    """The ids of all objects for training and testing, sorted."""
     toys = [f"toy/{i:03d}" for i in range(1000) if i != 168]  # all coordinates of 168 are NaN
     made = [f"{name}/{i:02d}" for name in SHAPES for i in range(1 if name == "ball" else VARIANTS)]
     return sorted(toys + made + [f"{name}/00" for name in MODELS])
 
 
 def validation_ids() -> list[str]:
-    """Objects that only validation uses, sorted: generated shapes, as training and testing use all toys and models."""
+    """The ids of objects that only validation uses, sorted: shapes, as training and testing use all toys and models."""
     numbers = range(VARIANTS, VARIANTS + VALIDATION)
     return sorted(f"{name}/{i:02d}" for name in SHAPES if name != "ball" for i in numbers)
 
@@ -75,7 +75,7 @@ def category(asset: str) -> str:
 
 
 def is_round(asset: str) -> bool:
-    """Whether engines use a sphere of diameter `size` for it."""
+    """Whether engines use a sphere of diameter `size` for the asset."""
     return category(asset) in ROUND
 
 
@@ -87,7 +87,7 @@ def split(ids: list[str], fraction: float = 0.1) -> tuple[list[str], list[str]]:
 
 
 def choose(rng: np.random.Generator, ids: list[str]) -> str:
-    """One of `ids`: half of the time a nameless toy, else first a category and then one of that category.
+    """One of `ids`: half of the time a nameless toy, else a random object of a random category.
 
     A uniform draw over ids would give toys four times in five, and captions could not name them.
     """
@@ -107,7 +107,7 @@ def mesh(asset: str) -> Mesh:
     """The asset's triangles; see Mesh for frame and scale.
 
     Raises:
-        UserError: no such asset.
+        UserError: there is no such asset.
     """
     name, _, number = asset.partition("/")
     folder = Path(pybullet_data.getDataPath())
@@ -146,7 +146,7 @@ def hull(asset: str) -> np.ndarray:
 def parts(asset: str) -> tuple[np.ndarray, ...]:
     """Convex parts for collisions: the hull points (P, 3) of each, in the frame of `mesh`.
 
-    A single part, the hull of the mesh, if that is close enough; parts extend beyond the mesh by NEAR or a little more.
+    If the mesh is almost convex, its hull is the only part. Parts extend beyond the mesh by NEAR or a little more.
     """
     made = mesh(asset)
     if is_round(asset) or ConvexHull(made.vertices).volume <= CONVEX * made.volume:
@@ -158,7 +158,8 @@ def parts(asset: str) -> tuple[np.ndarray, ...]:
 def inertia(asset: str) -> tuple[np.ndarray, np.ndarray]:
     """(moments (3,), axes (3, 3)): principal moments per kilogram, in m^2 at size 1, and a column per axis.
 
-    The axes are right-handed. If the mesh's own axes are principal, they are used, so rounding rotates no round body.
+    The axes are right-handed. If the mesh's own axes are principal axes, these are used, so that rounding errors do not
+    rotate round bodies.
     """
     if is_round(asset):
         return np.full(3, 0.1), np.eye(3)  # 2/5 m r^2 of a sphere of diameter 1

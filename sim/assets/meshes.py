@@ -1,4 +1,4 @@
-"""Triangles: read from a file, centred on their mass, shaded smooth.
+"""Triangle meshes: read a file, move the centre of mass to the origin, compute moments of inertia and smooth normals.
 
 Shape letters: V vertices, F triangles, U texture coordinates.
 """
@@ -35,9 +35,10 @@ def read_obj(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.
 
 
 def centred(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, float]:
-    """Vertices around the centre of mass with a longest side of 1, and the volume after that.
+    """Vertices around the centre of mass, scaled to a longest bounding-box side of 1, and the scaled volume.
 
-    Signed tetrahedra from the origin. Overlapping parts count twice; pybullet_data's toys have such parts.
+    Volume and centre are sums over signed tetrahedra from the origin. Overlapping parts count twice; pybullet_data's
+    toys have such parts.
     """
     vertices = (vertices - vertices.mean(axis=0)) / np.ptp(vertices, axis=0).max()
     a, b, c = (vertices[faces[:, i]] for i in range(3))
@@ -47,10 +48,11 @@ def centred(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, float]
 
 
 def second_moments(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """The inertia tensor (3, 3) around the origin of one kilogram of a mesh, whose density is the same everywhere.
+    """The inertia tensor (3, 3) around the origin of a mesh of uniform density and one kilogram.
 
     Over a tetrahedron from the origin to a, b, c the mean of x x^T is (a a^T + b b^T + c c^T + s s^T) / 20 with
-    s = a + b + c (the fourth corner is 0); the tensor is trace(C) I - C of their sum C, weighed by volume.
+    s = a + b + c (the fourth corner is 0). The tensor is trace(C) I - C, where C is the mean over all tetrahedra,
+    weighted by volume.
     """
     a, b, c = (vertices[faces[:, i]] for i in range(3))
     sixfold = np.einsum("fi,fi->f", a, np.cross(b, c))
@@ -64,7 +66,8 @@ def smooth(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
     """(vertices, normals, faces, uv) in which each vertex has one normal and one uv; `uv` comes per corner (F, 3, 2).
 
-    A corner's normal is the area-weighted mean of the faces that meet there and turn by less than the crease angle.
+    A corner's normal is the area-weighted mean over the faces at this point whose normals differ from the corner's face
+    by less than the crease angle.
     """
     points, index = np.unique(np.round(vertices, 6), axis=0, return_inverse=True)
     faces = index.reshape(-1)[faces]

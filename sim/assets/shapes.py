@@ -26,7 +26,7 @@ def convex(points: np.ndarray) -> Shape:
 
 
 def lathe(profile: np.ndarray, segments: int = 28, ring: bool = False) -> Shape:
-    """Turn a profile of (radius, height) points, bottom to top, around z; a `ring` profile closes on itself."""
+    """Rotate a profile of (radius, height) points, bottom to top, around z; a `ring` profile is a closed curve."""
     radius, height = np.asarray(profile, dtype=float).T
     angle = 2 * np.pi * np.arange(segments) / segments
     rows, columns = len(radius), segments
@@ -61,7 +61,7 @@ def polygon(corners: int, radii: tuple[float, ...] = (1.0,)) -> np.ndarray:
 
 
 def solid(profile: list[tuple[float, float]], segments: int = 28) -> Shape:
-    """Turn a profile that is closed at both ends by points on the axis."""
+    """Rotate a profile around z, closed at both ends by points on the axis."""
     return lathe(np.array([(0.0, profile[0][1]), *profile, (0.0, profile[-1][1])]), segments)
 
 

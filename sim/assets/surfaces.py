@@ -10,7 +10,7 @@ from posttrain.core.errors import UserError
 from sim.scene import Background, Material, Vector
 
 BACKGROUNDS = 512
-VALIDATION = 51  # further ones, for validation alone
+VALIDATION = 51  # further backgrounds, for validation only
 PATTERNS = get_args(get_type_hints(Material)["pattern"])
 HUES = {
     "red": 0.0, "orange": 0.075, "yellow": 0.145, "green": 0.33,
@@ -56,11 +56,11 @@ def color_name(rgb: Vector) -> str:
 
 
 def material(rng: np.random.Generator, size: float = 0.25) -> Material:
-    """A surface for an object of `size` metres: a clear main colour, so that `color_name(it.color)` can name it."""
+    """A surface for an object of `size` metres, with a clear main colour that `color_name` can name."""
     hue, saturation, value = rng.random(), rng.uniform(0.55, 1.0), rng.uniform(0.5, 1.0)
     if rng.random() < 0.15:
         saturation, value = 0.05, float(rng.choice([0.12, 0.5, 0.95]))
-    if rng.random() < 0.5:  # a shade of the same, else another hue
+    if rng.random() < 0.5:  # the second colour is a shade of the first, else another hue
         paler, darker = rng.uniform(0.5, 1.0), rng.uniform(0.4, 0.75)
         second = color(hue + rng.uniform(-0.05, 0.05), saturation * paler, value * darker)
     else:
@@ -96,10 +96,10 @@ def validation_ids() -> list[str]:
 
 @cache
 def background(id: str) -> Background:
-    """The floor, the optional wall and the sky of an id. The wall is at y = 1.5 to 4 metres.
+    """The background of an id: floor, optional wall (at y = 1.5 to 4 metres) and sky.
 
     Raises:
-        UserError: no such background.
+        UserError: there is no such background.
     """
     if id not in background_ids() and id not in validation_ids():
         raise UserError(f"{id}: there is no such background; surfaces.background_ids() lists them", "unknown_name")

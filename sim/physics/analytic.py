@@ -1,8 +1,8 @@
 """Free fall and bounces on the floor in closed form: an engine for balls, and the reference for tests of others.
 
 SI units, z up; heights are those of a body's lowest point. There is no rotation or friction, so `simulate` refuses
-scenes that need them: bodies that touch each other, bodies other than balls that touch the floor, gravity that drives a
-body along the floor. It refuses interventions too.
+scenes that need them: bodies that may touch each other, bodies other than balls that touch the floor, and gravity that
+moves a body along the floor. Interventions are refused too.
 
 Shape letters: T times, N bodies.
 """
@@ -22,7 +22,7 @@ GRAVITY = 9.81
 
 
 def fall_time(height: float, gravity: float = GRAVITY) -> float:
-    """Seconds from rest at `height` metres to the touch: t = sqrt(2 h / g)."""
+    """Seconds that a fall from rest at `height` metres takes: t = sqrt(2 h / g)."""
     return float(np.sqrt(2 * height / gravity))
 
 
@@ -32,7 +32,7 @@ def drop_height(contact_time: float, gravity: float = GRAVITY) -> float:
 
 
 def impact_speed(height: float, gravity: float = GRAVITY) -> float:
-    """Metres per second at the first touch: v = sqrt(2 g h)."""
+    """Metres per second at the end of a fall from rest: v = sqrt(2 g h)."""
     return float(np.sqrt(2 * gravity * height))
 
 
@@ -45,9 +45,9 @@ class Fall:
     gravity: float = GRAVITY
 
     def contacts(self, until: float) -> list[float]:
-        """Times of the touches before `until` seconds; after the k-th, the flight lasts 2 e^k v / g.
+        """Times of the contacts before `until` seconds; after the k-th, the flight lasts 2 e^k v / g.
 
-        A restitution below 1 gives infinitely many touches in finite time; flights under a microsecond are left out.
+        A restitution below 1 gives infinitely many contacts in finite time; flights under a microsecond are left out.
         """
         if self.gravity == 0:
             return []
@@ -84,8 +84,8 @@ DEFAULT = Config()
 def simulate(scene: Scene, interventions: Sequence[Intervention] = (), config: Config = DEFAULT) -> Trajectory:
     """The motion from time 0 on: `dropped` bodies fall from rest, all others stay. `energy` is given at the frames.
 
-    A contact's impulse is m v (1 + e); that of the last one, after which the body rests, includes its weight to the
-    end.
+    A contact's impulse is m v (1 + e). After the last contact the body rests, and the impulse includes its weight until
+    the clip ends.
 
     Raises:
         UserError: the scene needs more than free fall and bounces, or there are interventions.
@@ -120,7 +120,7 @@ def simulate(scene: Scene, interventions: Sequence[Intervention] = (), config: C
 
 
 def _fall(scene: Scene, body: Body, times_T: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[tuple[float, float]]]:
-    """Positions (T, 3) of a falling body, its speeds (T,), and times and impulses of its touches of the floor."""
+    """Positions (T, 3) and speeds (T,) of a falling body, and (time, impulse) of its contacts with the floor."""
     gravity = np.array(scene.gravity)
     if gravity[2] >= 0:  # it never comes down
         flight_T3 = np.array(body.position) + gravity * times_T[:, None] ** 2 / 2
@@ -143,7 +143,7 @@ def _fall(scene: Scene, body: Body, times_T: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _refuse_touch(scene: Scene) -> None:
-    """Refuse a scene in which a dropped body and another may touch, by their bounding spheres."""
+    """Refuse a scene in which the bounding spheres of a dropped body and another body touch."""
     moving = [i for i, body in enumerate(scene.bodies) if body.role == "dropped"]
     fine_T = np.linspace(0, (scene.frames - 1) / scene.fps, 16 * scene.frames)
     still = {i: np.tile(body.position, (len(fine_T), 1)) for i, body in enumerate(scene.bodies)}

@@ -1,7 +1,7 @@
 """The protocol of physics engines, the modules of this package that a recipe names in `physics:`.
 
 An engine has a `Config` and `simulate(scene, interventions, config)`, see `Simulate`. The laws that every engine must
-obey are in tests/helpers/sim_laws.py. For scenes that it cannot simulate, an engine raises `unsupported`.
+obey are in tests/helpers/sim_laws.py. An engine raises `unsupported` for scenes that it cannot simulate.
 """
 
 from collections.abc import Sequence
@@ -32,6 +32,6 @@ def unsupported(engine: str, scene: Scene, reason: str, remedy: str = "write `ph
 
 
 def energy_gain(trajectory: Trajectory) -> float:
-    """The largest rise of the energy above an earlier value, as a share of the energy at time 0."""
+    """The largest rise of the energy over any earlier value, as a share of the energy at time 0."""
     energy = trajectory.energy
     return float((energy - np.minimum.accumulate(energy)).max() / energy[0])

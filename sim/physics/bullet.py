@@ -1,12 +1,17 @@
 """Rigid bodies in PyBullet, set up so that free flight agrees with the closed form to rounding.
 
-Departures from Bullet's defaults. Damping is 0. Dropped bodies start with a velocity of g dt / 2 against gravity, which
-cancels the deviation g t dt / 2 of semi-implicit Euler from the parabola. A step is 1/960 s. Contacts begin at 0.5 mm
-instead of 2 cm, since earlier ones lose their bounce. Penetration is corrected slowly, since correction adds speed: a
-ball keeps 0.005 more of its speed than its restitution (with 1/240 s, 2 mm and ten times the correction it was 0.035
-more, and contacts were 2 ms late). Bodies collide as the convex parts of library.parts without Bullet's margin, with
-which they would touch 1 mm above the mesh; balls are spheres. A body has the inertia of its mesh, while
-Bullet's default is that of its bounding box; so its frame in Bullet is along its principal axes.
+Departures from Bullet's defaults:
+- Damping is 0.
+- Dropped bodies start with a velocity of g dt / 2 against gravity, which cancels the deviation g t dt / 2 of
+  semi-implicit Euler from the parabola.
+- A step is 1/960 s or a little less (RATE, STEPS). Contacts begin at a gap of 0.5 mm instead of 2 cm, because bodies
+  that touch earlier do not bounce. Overlaps are corrected slowly, because the correction adds speed. A ball keeps 0.005
+  more of its speed than its restitution; with 1/240 s, 2 mm and ten times the correction it was 0.035 more, and
+  contacts were 2 ms late.
+- Bodies collide as the convex parts of library.parts, without Bullet's margin, with which they would touch 1 mm above
+  the mesh. Balls are spheres.
+- A body has the inertia of its mesh; Bullet's default is that of the bounding box. So the body's frame in Bullet is
+  along its principal axes.
 
 Shape letters: S records, T frames, N bodies, V hull vertices.
 """
@@ -40,11 +45,11 @@ from sim.scene import (
     Vector,
 )
 
-RATE = 240  # records per second, or the next rate that is a whole number of records per frame
-STEPS = 4  # of physics per record
-GAP = 3  # records without impulse that end a touch
-STILL = 5e-3  # metres (and radians) per second: a slower settling body rests
-Hook = Callable[[int], None]  # called before each step with its number, 0 before anything has moved
+RATE = 240  # records per second, or the next higher rate with a whole number of records per frame
+STEPS = 4  # physics steps per record
+GAP = 3  # a contact ends after more than so many records without impulse
+STILL = 5e-3  # metres (and radians) per second: a settling body that is slower is at rest
+Hook = Callable[[int], None]  # called before each step with the step's number, from 0
 
 
 class Config(Strict):
@@ -56,7 +61,7 @@ DEFAULT = Config()
 
 @lru_cache(maxsize=1)
 def engine() -> ModuleType:
-    """PyBullet with one world per process. C code prints a greeting, so standard error is closed during the import."""
+    """PyBullet, with one world per process. Its C code prints a line when imported, which goes to /dev/null."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -75,13 +80,13 @@ def records_per_frame(fps: float) -> int:
 
 @cache
 def _principal(asset: str) -> Rotation:
-    """The rotation from the frame that a body has in Bullet to that of its mesh."""
+    """The rotation from a body's frame in Bullet to the frame of its mesh."""
     return Rotation.from_matrix(library.inertia(asset)[1])
 
 
 @cache
 def _obj(asset: str) -> str:
-    """The convex parts as an OBJ file with an object per part, in the frame that the body has in Bullet."""
+    """The text of an OBJ file with an object per convex part, in the body's frame in Bullet."""
     lines, count = [], 0
     for i, points in enumerate(library.parts(asset)):
         lines.append(f"o {i}")
@@ -98,7 +103,7 @@ def _orientations(body: Body, xyzw_S4: np.ndarray) -> np.ndarray:
 
 
 def _create(bullet: ModuleType, body: Body, mass: float, position: Vector) -> int:
-    """The handle of a new body in Bullet: a sphere, or convex parts, which Bullet can only read from a file."""
+    """Add a body to Bullet's world; returns its handle. Convex parts go through a file, as Bullet reads only those."""
     turn = (Rotation.from_quat(xyzw(body.orientation)) * _principal(body.asset)).as_quat().tolist()
     text = "" if library.is_round(body.asset) else _obj(body.asset)  # before the file, since it can take seconds
     with tempfile.NamedTemporaryFile("w", suffix=".obj") as file:
@@ -124,11 +129,11 @@ def _add(bullet: ModuleType, body: Body) -> int:
 
 
 def _load(scene: Scene, steps: int, gap: float, mending: float) -> tuple[ModuleType, list[int], float]:
-    """A fresh world with the floor (handle 0) and all bodies; also their handles and the step in seconds.
+    """A new world with the floor (handle 0) and all bodies: (PyBullet, the bodies' handles, seconds per step).
 
     Args:
-        steps: per record.
-        gap: metres between bodies at which a contact begins.
+        steps: number of steps per record.
+        gap: distance between bodies at which a contact begins, metres.
         mending: share of an overlap that is corrected per step.
     """
     bullet = engine()
@@ -147,9 +152,9 @@ def _load(scene: Scene, steps: int, gap: float, mending: float) -> tuple[ModuleT
 def simulate(scene: Scene, interventions: Sequence[Intervention] = (), config: Config = DEFAULT) -> Trajectory:
     """The motion from time 0 on: `dropped` bodies fall from rest, `pile` rests, `moved` are fixed obstacles.
 
-    A contact's time is that of the first step with an impulse, corrected by the gap there over its closing speed. Its
-    impulse is the sum of the normal impulses until the two separate (or until the clip ends, if the body rests). The
-    energy is recorded at RATE.
+    A contact's time is that of the first step with an impulse, plus the gap at that step divided by the closing speed.
+    Its impulse is the sum of the normal impulses until the two bodies separate (or until the clip ends, if the body
+    rests). The energy is recorded at RATE.
     """
     bullet, handles, step = _load(scene, STEPS, gap=5e-4, mending=0.005)
     per_frame = records_per_frame(scene.fps)
@@ -160,8 +165,8 @@ def simulate(scene: Scene, interventions: Sequence[Intervention] = (), config: C
             bullet.resetBaseVelocity(handle, (-gravity * step / 2).tolist(), (0, 0, 0))
 
     hooks = [_hook(bullet, handles, scene, step, intervention) for intervention in interventions]
-    poses, velocities = [], []  # of every record, then every body
-    touches: dict[tuple[int, int], list[float]] = {}  # (time, impulse, last step) of what touches now
+    poses, velocities = [], []  # for every record, those of every body
+    touches: dict[tuple[int, int], list[float]] = {}  # (time, impulse, last step) of the pairs that touch now
     contacts = []
     for n in range((scene.frames - 1) * per_frame * STEPS + 1):
         for hook in hooks:
@@ -190,7 +195,7 @@ def simulate(scene: Scene, interventions: Sequence[Intervention] = (), config: C
     velocities_SN6 = np.array(velocities, dtype=np.float64).reshape(len(poses), len(handles), 6)
     mass_N = np.array([body.mass * (body.role != "moved") for body in scene.bodies])
     inertia_N3 = np.array([bullet.getDynamicsInfo(handle, -1)[2] for handle in handles]).reshape(-1, 3)
-    # Bullet's velocity belongs half a step before the position, so the body's own is half a step of gravity ahead.
+    # Bullet's velocity is that half a step before the position's time, so half a step of gravity is added.
     linear_SN3 = velocities_SN6[..., :3] + gravity * step / 2
     spin_SN3 = _rotate_back(poses_SN7[..., 3:], velocities_SN6[..., 3:])
     energy_SN = mass_N * ((linear_SN3**2).sum(-1) / 2 - poses_SN7[..., :3] @ gravity)
@@ -206,7 +211,7 @@ def simulate(scene: Scene, interventions: Sequence[Intervention] = (), config: C
 
 
 def _hook(bullet: ModuleType, handles: list[int], scene: Scene, step: float, intervention: Intervention) -> Hook:
-    """A function that carries out an intervention during the simulation. The floor's handle is 0."""
+    """A function that carries out an intervention during the simulation."""
     handle = handles[intervention.body]
     done = False
 
@@ -263,7 +268,7 @@ def _hook(bullet: ModuleType, handles: list[int], scene: Scene, step: float, int
 
 
 def _until_touch(bullet: ModuleType, point: Any, velocity: dict[int, Any], step: float) -> float:
-    """Seconds until two bodies touch at a point: gap / closing speed, at most a step; negative: they touched before."""
+    """Seconds until two bodies touch at a point: gap / closing speed, at most a step; negative: they touch already."""
     _, a, b, _, _, on_a, on_b, normal, gap, *_ = point
     closing = 0.0
     for handle, position, sign in ((a, on_a, -1.0), (b, on_b, 1.0)):
@@ -275,16 +280,16 @@ def _until_touch(bullet: ModuleType, point: Any, velocity: dict[int, Any], step:
 
 
 def _rotate_back(xyzw_SN4: np.ndarray, vectors_SN3: np.ndarray) -> np.ndarray:
-    """World vectors in the bodies' own frames."""
+    """World vectors (S, N, 3) in the frames of bodies with the given orientations (S, N, 4), w last."""
     axis, w = -xyzw_SN4[..., :3], xyzw_SN4[..., 3:]
     twice = 2 * np.cross(axis, vectors_SN3)
     return vectors_SN3 + w * twice + np.cross(axis, twice)
 
 
 def settle(scene: Scene, seconds: float = 6.0) -> list[tuple[Vector, Quaternion]] | None:
-    """Poses of the bodies after they came to rest; None if they did not within `seconds`.
+    """Poses of the bodies when they have come to rest; None if they do not within `seconds`.
 
-    Motion is damped here, since only the final poses matter.
+    Motion is damped and nothing bounces, because only the final poses matter.
     """
     bullet, handles, step = _load(scene, 1, gap=2e-3, mending=0.05)
     for handle in handles:
@@ -306,7 +311,7 @@ def settle(scene: Scene, seconds: float = 6.0) -> list[tuple[Vector, Quaternion]
 
 
 def clearance(scene: Scene) -> float:
-    """Metres of air at time 0 between the closest two of bodies and floor; negative if they overlap.
+    """The smallest gap in metres (at most 0.05) between any two of bodies and floor at time 0; negative: they overlap.
 
     Touching bodies overlap by a fraction of a millimetre.
     """

@@ -11,11 +11,11 @@ from sim.scene import Clip, Scene, Trajectory
 
 PROTOCOL = ("Config", "render")
 MOST = 255  # bodies that a uint8 mask can number
-Render = Callable[[Scene, Trajectory], Clip]  # a renderer with its config: films the trajectory
+Render = Callable[[Scene, Trajectory], Clip]  # a renderer with its config
 
 
 def check(scene: Scene) -> None:
-    """Refuse what a Clip cannot hold: more bodies than a uint8 mask can number."""
+    """Raise UserError if the scene has more bodies than a uint8 mask can number."""
     if len(scene.bodies) > MOST:
         raise UserError(
             f"scene {scene.seed}: {len(scene.bodies)} bodies, but a mask numbers at most {MOST}; take fewer",

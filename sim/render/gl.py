@@ -1,12 +1,14 @@
 """The default renderer: OpenGL 3.3 without a window, on Mesa's software rasteriser or on a graphics card.
 
-The background is painted once per clip (the plate: colour with and without sun, and depth). Then all frames are drawn,
-stacked in one tall target: a shadow map; the colours, `supersample` x `supersample` samples per pixel averaged in
-linear light; and instance, depth and forward flow, one sample per pixel, so they are exact at pixel centres. Rows run
-downwards everywhere: the projection flips the picture, so nothing is flipped after reading.
+The background is painted once per clip, into the plate: its light without the sun, the light that the sun adds, and
+depth. Then all frames are drawn, stacked in one tall target: a shadow map; the colours, `supersample` x `supersample`
+samples per pixel averaged in linear light; and instance, depth and forward flow, one sample per pixel, so they are
+exact at pixel centres. Rows run downwards everywhere: the projection flips the picture, so nothing is flipped after
+reading.
 
-Light: radiance = albedo * (hemisphere ambient * occlusion + sun * cosine * shadow); occlusion by the other bodies is
-that of spheres of the bodies' volume, (r / d)^2 * cosine.
+Light: radiance = albedo * (hemisphere ambient * open + sun * cosine * shadow), and bodies have a small gloss. `open` is
+the product over the other bodies of 1 - 0.8 (r / d)^2 * cosine, with spheres of the bodies' volumes, of radius r at
+distance d.
 """
 
 import os
@@ -29,7 +31,7 @@ from sim.scene import Body, Camera, Clip, Material, Scene, Trajectory
 
 NEAR = 0.05  # metres; the far plane is at infinity
 TALLEST = 12288  # rows of a target; further frames are drawn in the next batch
-OCCLUDERS = 16
+OCCLUDERS = 16  # only so many bodies occlude ambient light
 SRGB8 = 0x8C41  # OpenGL's name for 8-bit sRGB texels
 IMAGE = len(PATTERNS)  # the number of the pattern that shows the asset's own texture
 
@@ -53,7 +55,7 @@ def render(scene: Scene, trajectory: Trajectory, config: Config = DEFAULT) -> Cl
     """
     check(scene)
     gl = stage(os.getpid())
-    with gl.context:  # another context may have become current since
+    with gl.context:  # another context may be current
         return gl.render(scene, trajectory, config.supersample)
 
 
@@ -69,15 +71,15 @@ def missing_egl(reason: Exception) -> UserError:
 
 @cache
 def stage(process: int) -> "Stage":
-    """The `Stage` of this process: after a fork, a child must not use its parent's context."""
+    """The `Stage` of process number `process`, because after a fork a child must not use its parent's context."""
     return Stage()
 
 
 class Stage:
-    """An OpenGL context, and what stays on the device between clips: programs, meshes, textures, targets."""
+    """An OpenGL context, and the programs, meshes, textures and targets that stay on the device between clips."""
 
     def __init__(self) -> None:
-        os.environ.setdefault("LP_NUM_THREADS", "1")  # llvmpipe: one process per core beats threads
+        os.environ.setdefault("LP_NUM_THREADS", "1")  # llvmpipe; one process per core is faster than threads
         try:
             # glcontext asks for libGL, which headless machines lack; libEGL has every function too
             settings: Any = {"backend": "egl", "libgl": "libEGL.so.1", "libegl": "libEGL.so.1"}
@@ -93,14 +95,14 @@ class Stage:
         self.targets: dict[tuple[int, ...], Targets] = {}
 
     def program(self, vertex: str, fragment: str, pattern: int = 0) -> moderngl.Program:
-        """The program of two shaders; `pattern` is compiled in."""
+        """The program of two shaders, compiled for one pattern (KIND)."""
         fragment = fragment.replace("#version 330", f"#version 330\n#define KIND {pattern}")
         if (vertex, fragment) not in self.programs:
             self.programs[vertex, fragment] = self.context.program(vertex, fragment)
         return self.programs[vertex, fragment]
 
     def array(self, program: moderngl.Program, asset: str | None) -> moderngl.VertexArray:
-        """The asset's triangles (or, for None, one that covers the screen) as input of a program."""
+        """The asset's triangles as input of a program; None: one triangle that covers the screen."""
         key = (program, asset or "")
         if key not in self.arrays:
             if asset is None:
@@ -262,7 +264,7 @@ class Targets:
 
 
 class Look:
-    """A scene as the inputs of shaders: float32, matrices column by column, per frame T and body N."""
+    """A scene as inputs of the shaders: float32 arrays (T, N, ...), matrices column by column."""
 
     def __init__(self, scene: Scene, trajectory: Trajectory, shadow: int) -> None:
         camera, positions = scene.camera, trajectory.positions_TN3
@@ -276,7 +278,7 @@ class Look:
         view[:3, :3] = [[1, 0, 0], [0, 0, -1], [0, 1, 0]]
         view[:3, 3] = -view[:3, :3] @ camera.position
         self.to_world = columns(poses)
-        self.to_camera = columns(view @ poses)  # multiplied in float64, so nothing is lost far from the origin
+        self.to_camera = columns(view @ poses)  # multiplied in float64, to be exact far from the origin too
 
         sun = np.array(scene.light.direction) / np.linalg.norm(scene.light.direction)
         side = np.cross(sun, [0.0, 1.0, 0.0] if abs(sun[1]) < 0.9 else [1.0, 0.0, 0.0])
@@ -310,7 +312,7 @@ class Look:
 
 
 def surface(body: Body) -> Material | None:
-    """The body's material; None stands for the asset's own texture, grey where it has none."""
+    """The body's material; None: the asset's own texture. Grey if there is neither."""
     if body.material is None and library.mesh(body.asset).texture is None:
         return Material("plain", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 1.0, 0)
     return body.material
@@ -335,7 +337,7 @@ def columns(matrices: np.ndarray) -> np.ndarray:
 
 
 def put(program: moderngl.Program, uniforms: Mapping[str, Value]) -> None:
-    """Set the uniforms that the program has (the compiler removes those that a pattern does not use)."""
+    """Set the uniforms that the program has; the compiler removes uniforms that a pattern does not use."""
     for name, value in uniforms.items():
         uniform = program.get(name, None)
         if isinstance(uniform, moderngl.Uniform):

@@ -1,8 +1,8 @@
 """The shaders of the OpenGL renderer (gl.py).
 
-A fragment shader is COMMON (lens, light, shadows), PATTERN (the albedo of a material) where it paints, and what it
-draws. KIND, the pattern that is compiled in, is a name's index in `surfaces.PATTERNS`, and 8, the number after them,
-the asset's own texture.
+A fragment shader is the concatenation of COMMON (lens, light, shadows), of PATTERN (the albedo of a material) if it
+paints a surface, and of its own text. KIND is the index in `surfaces.PATTERNS` of the pattern that the shader is
+compiled for; 8, the next number, is the asset's own texture.
 """
 
 COMMON = """

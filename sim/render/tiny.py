@@ -1,7 +1,7 @@
 """The fallback renderer: PyBullet's TinyRenderer, on any machine, without OpenGL.
 
-Instances, depth and flow are as exact as those of `gl`. The pictures are simpler: every body has one colour, the mean
-of its material or texture, floor and wall are flat, and a shadow is that of a sphere of the body's volume.
+Instances, depth and flow are as exact as those of `gl`. The pictures are simpler: a body has one colour, the mean of
+its material or texture; floor and wall have one colour each; shadows are those of spheres of the bodies' volumes.
 """
 
 from functools import cache
@@ -33,7 +33,7 @@ DEFAULT = Config()
 
 @cache
 def world() -> tuple[ModuleType, int]:
-    """PyBullet and the number of the renderer's own world, separate from that of the physics."""
+    """PyBullet, and the number of the renderer's world, which is separate from the engine's."""
     bullet = engine()
     return bullet, bullet.connect(bullet.DIRECT)
 
@@ -100,7 +100,7 @@ def _picture(scene: Scene, sun: np.ndarray, samples: int) -> tuple[np.ndarray, n
     camera = _enlarged(scene.camera, samples)
     x, y, z = camera.position
     f = 2 * focal_pixels(camera)
-    # TinyRenderer samples half a pixel away from a pixel's centre; the third column moves the picture onto it.
+    # TinyRenderer samples half a pixel away from a pixel's centre; the third column moves the samples to the centres.
     projection = [
         [f / camera.width, 0, 1 / camera.width, 0],
         [0, f / camera.height, 1 / camera.height, 0],
@@ -131,7 +131,7 @@ def _picture(scene: Scene, sun: np.ndarray, samples: int) -> tuple[np.ndarray, n
 
 
 def _planes(scene: Scene, camera: Camera) -> tuple[np.ndarray, np.ndarray]:
-    """Depth (H, W) of floor and wall, inf in the sky, and whether it is the wall."""
+    """Depth (H, W) of floor and wall, inf in the sky; and whether (H, W) a pixel shows the wall."""
     directions = rays(camera)
     with np.errstate(divide="ignore"):
         floor = np.where(directions[..., 2] < 0, -camera.position[2] / directions[..., 2], np.inf)

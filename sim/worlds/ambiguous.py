@@ -2,7 +2,8 @@
 
 A single object hangs in front of a level camera, without shadows. It is moved along the camera's rays and scaled with
 its distance, so the first frame stays the same; its mass grows with its volume. The clips of a group share their
-first frame byte for byte and differ in the depth Z of the object's lowest point, and so in its height and fall time:
+first frame byte for byte and differ in the depth Z of the object's lowest point, and so in its height Y and fall time t
+(h is the camera's height, beta the slope of the ray through the lowest point):
 
     Z ~ U(depth),   Y = h + beta Z,   t = sqrt(2 Y / g)
 
@@ -26,20 +27,20 @@ from sim.worlds.base import Amount, Draw, Positives, Take
 
 
 class Config(drop.Config):
-    """`drop` and `size` hold at the nearest depth. The camera does not retreat; `camera_gap` is not used."""
+    """`drop` and `size` are those at the nearest depth. The camera does not move back; `camera_gap` is not used."""
 
     dropped: tuple[Literal[1], Literal[1]] = (1, 1)
     pile: tuple[Literal[0], Literal[0]] = (0, 0)
     region: tuple[Amount, Amount] = (1.0, 0.0)
     depth: Positives = (2.0, 18.0)
-    members: int = Field(5, ge=1)  # of a group
+    members: int = Field(5, ge=1)  # clips of a group
 
     def nearest(self) -> float:
         return self.depth[0]
 
 
 def group(draw: Draw, config: Config, simulate: Simulate) -> list[Scene]:
-    """The scenes of a group; if one of them fits the picture, all do.
+    """The scenes of a group. If one of them fits the picture, all of them do.
 
     Raises:
         UserError: no such scene fits the ranges.
@@ -54,7 +55,7 @@ def group(draw: Draw, config: Config, simulate: Simulate) -> list[Scene]:
         floor = -height / slope(scene) if slope(scene) < 0 else np.inf
         if floor <= near:
             continue
-        wall = scene.camera.position[1] + 1.5 * far  # behind the farthest of them
+        wall = scene.camera.position[1] + 1.5 * far  # behind the farthest object
         scene = replace(
             scene,
             light=replace(scene.light, shadows=False),
@@ -68,21 +69,21 @@ def group(draw: Draw, config: Config, simulate: Simulate) -> list[Scene]:
 def takes(draw: Draw, config: Config, simulate: Simulate, render: Render) -> Iterator[Take]:
     """The clips of a group.
 
-    Their rows have depth Z and height Y of the lowest point, the range `depths` of Z, all in metres, and beta.
+    Their rows have `depth` Z and `height` Y of the lowest point and the range `depths` of Z, in metres, and `beta`.
     """
     picture: np.ndarray | None = None
     for scene in group(draw, config, simulate):
         trajectory = simulate(scene)
         clip = render(scene, trajectory)
         picture = clip.rgb[0] if picture is None else picture
-        clip.rgb[0] = picture  # rounding differs by a grey level here and there, which would give the depth away
+        clip.rgb[0] = picture  # else rounding changes single pixels by a grey level, which would reveal the depth
         _, y, z = lowest(scene.bodies[0])
         labels = {"depth": float(y) - scene.camera.position[1], "height": float(z), "beta": slope(scene)}
         yield Take(scene, trajectory, clip, {"group": draw.index, "depths": list(config.depth), **labels})
 
 
 def slope(scene: Scene) -> float:
-    """beta: how fast the ray from the camera through the object's lowest point rises."""
+    """beta, the slope (rise over depth) of the ray from the camera through the object's lowest point."""
     _, y, z = lowest(scene.bodies[0]) - np.array(scene.camera.position)
     return float(z / y)
 

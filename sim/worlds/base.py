@@ -25,7 +25,7 @@ def ascending(ends: tuple[float, float]) -> tuple[float, float]:
     return ends
 
 
-Amount = Annotated[float, Field(ge=0, le=1e9), AfterValidator(abs)]  # numpy draws nothing from 0 to -0.0
+Amount = Annotated[float, Field(ge=0, le=1e9), AfterValidator(abs)]  # abs: numpy refuses a range from 0.0 to -0.0
 Positive = Annotated[float, Field(gt=0, le=1e4)]
 Share = Annotated[float, Field(ge=0, le=1), AfterValidator(abs)]
 # Both ends of a range belong to it.
@@ -35,7 +35,7 @@ Shares = Annotated[tuple[Share, Share], AfterValidator(ascending)]
 
 
 class WorldConfig(Strict):
-    """The fields that every world's Config has; width and height in pixels."""
+    """The fields of every world's Config; width and height in pixels."""
 
     width: int = Field(256, ge=8, le=8192)
     height: int = Field(256, ge=8, le=8192)
@@ -58,7 +58,7 @@ class Take:
     """A clip with its scene and trajectory.
 
     Attributes:
-        labels: further fields of its row; clips of one "group" share a first frame.
+        labels: further fields of the clip's row; clips with the same "group" share a first frame.
         motion: what the target does.
     """
 

@@ -1,13 +1,13 @@
 """Clips that break one law by a known amount: groups of a true drop scene and its violations.
 
-All clips of a group have the scene, the camera and the first frame of the true clip (drop.py); each of the others
-breaks one law. A violation's `value` is physical; its `severity` says how wrong the clip is:
+All clips of a group have the scene, the camera and the first frame of the true clip (drop.py); each clip but the true
+one breaks one law. A violation's `value` is a physical quantity; its `severity` measures how wrong the clip is:
 
     severity = min(1, d / d_static),   d = mean over frames and bodies of |x - x_true|, metres,
 
-with x the bodies' centres of mass and d_static that of the clip in which nothing moves. If the target vanishes or
-melts, its centre may be right; then d is the mean over frames of the pixels in which its mask differs from the true
-one.
+where x are the bodies' centres of mass and d_static is the d of the clip in which nothing moves. If the target vanishes
+or melts, its centre may be right; then d is the number of pixels in which its mask differs from the true one, mean over
+frames.
 
 Shape letters: T frames, N bodies.
 """
@@ -46,8 +46,8 @@ VIOLATIONS: dict[str, tuple[str, tuple[float, float], tuple[float, ...]]] = {
     "melt": ("of the size left at the end", (0.0, 1.0), (0.8, 0.6, 0.4, 0.2)),
     "slow_motion": ("of the speed", (0.0, 1.0), (0.8, 0.6, 0.4, 0.2)),
 }
-SEEN = ("vanish", "melt")  # wrong in the picture, not in the path
-RIGHT = 0.005  # up to this severity nothing counts as violated
+SEEN = ("vanish", "melt")  # their severity is measured by masks, since their paths are right
+RIGHT = 0.005  # a clip with a lower severity violates nothing and is left out
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Config(drop.Config):
     violations: dict[str, Annotated[tuple[float, ...], Field(min_length=1)]] = Field(
         default_factory=lambda: {kind: sweep for kind, (_, _, sweep) in VIOLATIONS.items()}
     )
-    # of a group at most, the true clip included, the others drawn; None: all. Clips that violate nothing are left out
+    # clips of a group at most, with the true one; others are drawn; None: all. Clips that violate nothing are left out
     members: int | None = Field(None, ge=2)
 
     @field_validator("violations")
@@ -79,7 +79,7 @@ class Config(drop.Config):
 
 
 def group(draw: Draw, config: Config, simulate: Simulate) -> tuple[Scene, Trajectory, list[Violation]]:
-    """A true scene, its motion, and the violations of the group's other members.
+    """A true scene, its motion, and the violations of the group's other clips.
 
     Raises:
         UserError: as `drop.make`.
@@ -107,9 +107,9 @@ def takes(draw: Draw, config: Config, simulate: Simulate, render: Render) -> Ite
     for violation in violations:
         trajectory = violate(scene, true, violation, simulate)
         clip = render(scene, trajectory)
-        clip.rgb[0] = truth.rgb[0]  # a wider motion has coarser shadows, which would give it away
+        clip.rgb[0] = truth.rgb[0]  # else a wider motion has coarser shadows, which would reveal it
         wrong = severity(scene, violation.kind, clip, trajectory, true, truth)
-        if wrong < RIGHT:  # for example a tunnel through a pile that the target never hits
+        if wrong < RIGHT:  # for example, the target never hits the pile that it would tunnel through
             continue
         seen = float((clip.instances == scene.target + 1).any(axis=(1, 2)).mean())
         labels = {
@@ -123,10 +123,10 @@ def takes(draw: Draw, config: Config, simulate: Simulate, render: Render) -> Ite
 
 
 def violate(scene: Scene, true: Trajectory, violation: Violation, simulate: Simulate) -> Trajectory:
-    """The scene's motion with one law broken: gravity, time and release for all bodies, else for the target only.
+    """The scene's motion with one law broken. Gravity, time and release change for all bodies, the rest for the target.
 
     Raises:
-        UserError: the engine cannot do it.
+        UserError: the engine cannot simulate the violation.
     """
     kind, value = violation.kind, violation.value
     times_T = np.arange(scene.frames) / scene.fps
@@ -158,7 +158,7 @@ def violate(scene: Scene, true: Trajectory, violation: Violation, simulate: Simu
             )
         case "more_bounce" | "less_bounce":
             kept = target.restitution * scene.floor_restitution
-            # times the floor's restitution this is `value`; nothing bounces off a floor with 0
+            # so that the product with the floor's restitution is `value`; with 0 nothing bounces off the floor
             more = max(value, kept) / (scene.floor_restitution or 1.0)
             other = replace(target, restitution=more if kind == "more_bounce" else value * target.restitution)
             bodies = [other if body is target else body for body in scene.bodies]
@@ -167,7 +167,7 @@ def violate(scene: Scene, true: Trajectory, violation: Violation, simulate: Simu
             scales_TN = np.ones((scene.frames, len(scene.bodies)))
             if kind == "vanish":
                 scales_TN[(times_T > times_T[-1] - value) & (times_T > 0), scene.target] = (
-                    0  # not in frame 0, which all share
+                    0  # except in frame 0, which all clips share
                 )
             else:
                 scales_TN[:, scene.target] = 1 + (value - 1) * times_T / times_T[-1]
@@ -212,17 +212,17 @@ def static(scene: Scene, simulate: Simulate) -> Trajectory:
 
 
 def deviation(positions_TN3: np.ndarray, true_TN3: np.ndarray) -> float:
-    """Metres between bodies and true ones, mean over frames and bodies."""
+    """Distance in metres of the bodies from their true positions, mean over frames and bodies."""
     return float(np.linalg.norm(positions_TN3 - true_TN3, axis=-1).mean())
 
 
 def mask_deviation(mask_THW: np.ndarray, true_THW: np.ndarray) -> float:
-    """Pixels in which two masks differ, mean over frames."""
+    """Number of pixels in which two masks differ, mean over frames."""
     return float((mask_THW != true_THW).sum(axis=(1, 2)).mean())
 
 
 def severity(scene: Scene, kind: str, clip: Clip, trajectory: Trajectory, true: Trajectory, true_clip: Clip) -> float:
-    """How wrong a clip is: 0 for the truth, 1 if it is at least as far from it as the clip in which nothing moves."""
+    """The severity in [0, 1]: 0 for the true clip, 1 if a clip is as far from it as the clip in which nothing moves."""
     if kind in SEEN:
         mask_THW, true_THW = (c.instances == scene.target + 1 for c in (clip, true_clip))
         wrong, most = mask_deviation(mask_THW, true_THW), mask_deviation(true_THW[:1], true_THW)

@@ -1,9 +1,9 @@
 """PISA's drop scenes (Li et al. 2025, section 4.1 and appendix K), with corrections of its generator.
 
 Objects hang at rest over piles and are released at time 0, which is frame 0. Corrections: ranges of numbers of objects
-include their upper ends, a drop height is the air below the lowest point, piles are settled before time 0, nothing
-interpenetrates, restitution is never forced to 0. Everything that a picture needs is drawn here, so the scene is a
-function of the random numbers. Whichever engine moves the scene, Bullet settles its piles and finds overlaps.
+include their upper ends, a drop height is the gap below the lowest point, piles are settled before time 0, nothing
+interpenetrates, restitution is never forced to 0. All random choices are made here, so the scene is a function of the
+random numbers. Bullet settles the piles and finds overlaps, also if another engine simulates the scene.
 
 Shape letters: P points, T frames, N bodies, V hull vertices.
 """
@@ -25,10 +25,10 @@ from sim.render.base import MOST, Render
 from sim.scene import Background, Body, Camera, Light, Material, Scene, Trajectory
 from sim.worlds.base import Amount, Amounts, Draw, Positive, Positives, Share, Shares, Take, WorldConfig, ascending
 
-SMALLEST = 2.0  # pixels, root of the area of the target's box: a smaller one may cover no pixel's centre
-BOUNCIEST = 0.99  # largest restitution of body and floor together: an engine that adds 0.006 must not raise the energy
+SMALLEST = 2.0  # pixels, root of the area of the target's box; a smaller target may cover no pixel's centre
+BOUNCIEST = 0.99  # largest product of both restitutions, so that an engine that adds 0.006 does not raise the energy
 ATTEMPTS = 400
-TOUCH = -2e-3  # metres of clearance between hulls down to which they count as touching
+TOUCH = -2e-3  # metres; bodies that overlap by less count as touching
 
 
 def _above_the_horizon(degrees: tuple[float, float]) -> tuple[float, float]:
@@ -45,15 +45,15 @@ class Config(WorldConfig):
     drop: Positives = (0.5, 1.5)
     size: Positives = (0.1, 0.4)
     region: tuple[Amount, Amount] = (2.0, 2.0)  # the ground on which objects start: width, depth
-    camera_gap: Positive = 1.0  # from the camera to the region, before it retreats
+    camera_gap: Positive = 1.0  # from the camera to the region, before the camera moves back
     camera_height: Positives = (0.4, 0.6)
-    camera_step: Amounts = (0.0, 0.4)  # of one retreat
+    camera_step: Amounts = (0.0, 0.4)  # of one move back
     target_pixels: Amounts = (0.0, 1e9)  # of the target in frame 0: root of its box's area
     hidden: Share = 0.5  # share of the target's box that may lie behind another's box
     texture: Amount = (
-        1.0  # contrast of procedural patterns; at 64 pixels fine ones with full contrast are only aliasing
+        1.0  # contrast of procedural patterns; at 64 pixels, fine patterns with full contrast are mostly aliasing
     )
-    studio: bool = False  # in front of a backdrop of the floor's colour, without wall or horizon
+    studio: bool = False  # a backdrop of the floor's colour, without wall or horizon
     contrast: Amount = 0.0  # least sRGB distance of the target's colour from floor and wall or sky
     shapes: tuple[str, ...] = ()  # categories of objects, such as "ball"; empty: all
     density: Positives = (200.0, 800.0)  # kg / m^3
@@ -65,7 +65,7 @@ class Config(WorldConfig):
     gravity: Positive = 9.81
 
     def nearest(self) -> float:
-        """Metres from the camera to the nearest object, at least."""
+        """The least distance in metres from the camera to an object."""
         return self.camera_gap
 
     @field_validator("shapes")
@@ -107,7 +107,7 @@ def takes(draw: Draw, config: Config, simulate: Simulate, render: Render) -> Ite
 
 
 def make(draw: Draw, config: Config, simulate: Simulate) -> tuple[Scene, Trajectory]:
-    """A scene and its motion. Numbers and drop heights are drawn once; the rest is drawn again until all of it fits.
+    """A scene and its motion. Numbers of bodies and drop heights are drawn once, the rest again until the scene fits.
 
     Raises:
         UserError: no such scene fits the ranges, or the split has none of `shapes`.
@@ -130,13 +130,19 @@ def make(draw: Draw, config: Config, simulate: Simulate) -> tuple[Scene, Traject
 
 
 def numbers(draw: Draw, config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Drop heights of the dropped bodies, metres, and how many bodies lie below each."""
+    """Drop heights of the dropped bodies, metres, and the number of bodies below each."""
     heights = draw.rng.uniform(*config.drop, size=draw.rng.integers(*config.dropped, endpoint=True))
     return heights, draw.rng.integers(*config.pile, size=len(heights), endpoint=True)
 
 
 def stage(draw: Draw, config: Config, heights: np.ndarray, piles: np.ndarray) -> Scene | None:
-    """The scene at time 0, before the camera retreats; None if something overlaps or does not come to rest."""
+    """The scene at time 0, before the camera moves back.
+
+    None: bodies overlap, a pile does not come to rest, or the target's colour is too close to the background's.
+
+    Raises:
+        UserError: the split has none of `shapes`.
+    """
     rng, objects = draw.rng, draw.objects
     if config.shapes:
         objects = [asset for asset in objects if library.category(asset) in config.shapes]
@@ -183,12 +189,16 @@ def stage(draw: Draw, config: Config, heights: np.ndarray, piles: np.ndarray) ->
     scene = replace(scene, bodies=(*dropped, *waiting), caption=sentence([body.name for body in dropped]))
     if not _stands_out(scene, config):
         return None
-    return scene if len(scene.bodies) == 1 or bullet.clearance(scene) >= TOUCH else None  # one alone hangs in the air
+    # a single body hangs in the air
+    return scene if len(scene.bodies) == 1 or bullet.clearance(scene) >= TOUCH else None
 
 
 def place_camera(draw: Draw, config: Config, scene: Scene, trajectory: Trajectory) -> Scene | None:
-    """Retreat until the picture shows all bodies at time 0 and the target always; None if it is too small or hidden."""
-    below = [[(*body.position[:2], 0.0)] for body in scene.bodies if body.role != "pile"]  # its shadow
+    """Move the camera back until the picture shows all bodies at time 0, and the target in all frames.
+
+    None: the target is then too small, too large or hidden.
+    """
+    below = [[(*body.position[:2], 0.0)] for body in scene.bodies if body.role != "pile"]  # their shadows
     start_P3 = np.concatenate([*below, *(outline(body) + body.position for body in scene.bodies)])
     path_TV3 = paths(scene, trajectory, scene.target)
     farthest = _farthest(scene.camera, np.concatenate([start_P3, path_TV3.reshape(-1, 3)]))
@@ -209,9 +219,9 @@ def place_camera(draw: Draw, config: Config, scene: Scene, trajectory: Trajector
 def alone(
     draw: Draw, config: Config, simulate: Simulate, depth: float, height: float
 ) -> tuple[Scene, Trajectory] | None:
-    """One object `depth` metres from a camera that does not retreat, `height` above the floor; None if that fails.
+    """One object at `depth` metres from a camera that does not move back, `height` metres above the floor.
 
-    `config.region` is the ground on which it may be, from that depth on.
+    The object is within `config.region`, which begins at `depth`. None: the drawn scene does not fit.
     """
     near = config.model_copy(update={"camera_gap": depth})
     scene = stage(draw, near, np.array([height]), np.zeros(1, int))
@@ -223,7 +233,7 @@ def alone(
 
 
 def sentence(names: list[str]) -> str:
-    """'a duck and an orange box fall.'"""
+    """The caption, such as "a duck and an orange box fall."."""
     return listed([article(name) for name in names]) + (" fall." if len(names) > 1 else " falls.")
 
 
@@ -236,7 +246,7 @@ def listed(parts: list[str]) -> str:
 
 
 def _farthest(camera: Camera, points_P3: np.ndarray) -> float:
-    """The largest camera y from which all points lie in the picture, a pixel from its edge."""
+    """The largest camera y from which all points lie in the picture, at least a pixel from its edge."""
     _, _, height = camera.position
     slope_x = (camera.width / 2 - 1) / camera.width * camera.sensor / camera.focal
     slope_z = (camera.height / 2 - 1) / camera.width * camera.sensor / camera.focal
@@ -254,7 +264,7 @@ def _sound(scene: Scene, trajectory: Trajectory) -> bool:
 
 
 def _large_enough(scene: Scene, config: Config) -> bool:
-    """Whether the target has the right size from the nearest camera that shows all of frame 0, or from farther back."""
+    """Whether the target's size in pixels is allowed, seen from the nearest position that shows all of frame 0."""
     points_P3 = np.concatenate([outline(body) + body.position for body in scene.bodies])
     x, y, z = scene.camera.position
     y = min(y, _farthest(scene.camera, points_P3))
@@ -301,7 +311,7 @@ def _body(rng: np.random.Generator, config: Config, objects: list[str], role: Li
 
 
 def _stack(rng: np.random.Generator, config: Config, objects: list[str], spot: np.ndarray, count: int) -> list[Body]:
-    """Bodies above each other with a little air in between, to be settled."""
+    """Bodies above each other with small gaps in between, before they are settled."""
     top, bodies = 0.0, []
     for _ in range(count):
         body = _body(rng, config, objects, "pile")
@@ -313,14 +323,14 @@ def _stack(rng: np.random.Generator, config: Config, objects: list[str], spot: n
 
 
 def _top(body: Body, low_2: np.ndarray, high_2: np.ndarray) -> float:
-    """The height of the body's top if its box overlaps the footprint `low_2` to `high_2`, else 0."""
+    """The height of the body's top if its box lies over or below the footprint `low_2` to `high_2`, else 0."""
     points_V3 = outline(body) + body.position
     apart = (points_V3.min(0)[:2] > high_2).any() or (points_V3.max(0)[:2] < low_2).any()
     return 0.0 if apart else float(points_V3[:, 2].max())
 
 
 def _look(rng: np.random.Generator, config: Config, asset: str, size: float) -> tuple[str, Material | None]:
-    """A noun for captions, and a surface if the asset has no texture of its own."""
+    """The name for captions, and a surface (None: the asset's own texture)."""
     mesh = library.mesh(asset)
     if mesh.texture is not None:
         return mesh.name, None
@@ -336,14 +346,14 @@ def _background(rng: np.random.Generator, config: Config, backgrounds: list[str]
 
 
 def seamless(background: Background, light: Light) -> Background:
-    """The background with only the floor, and a sky of the colour that the floor has in this light."""
+    """The background without wall, and with a sky of the colour that the floor has in this light."""
     radiance = np.array(background.floor.color) * (np.array(light.ambient) + np.array(light.color) * light.direction[2])
     r, g, b = radiance.tolist()
     return replace(background, wall=None, sky_horizon=(r, g, b), sky_zenith=(r, g, b))
 
 
 def _faded(material: Material, contrast: float) -> Material:
-    """The same surface with its second colour nearer to the first."""
+    """The same surface, with `contrast` times the difference between its second and first colour."""
     first, second = np.array(material.color), np.array(material.second)
     r, g, b = (first + contrast * (second - first)).tolist()
     return replace(material, second=(r, g, b))

@@ -1,7 +1,7 @@
 """PISA's test of unseen depths and heights (Li et al. 2025, section 5.1): one object, anywhere in depth x height.
 
-Both are drawn uniformly; pairs whose fall the camera, which does not retreat, cannot see completely are drawn again. A
-row's `id` says whether the pair is in the distribution of the training clips, `seen_depth` and `seen_height`.
+Depth and height are drawn uniformly. The camera does not move back; pairs whose fall it cannot see completely are drawn
+again. A row's `id` says whether the pair is within the ranges of the training clips, `seen_depth` and `seen_height`.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from sim.worlds.base import Amount, Amounts, Draw, Positives, Take
 
 
 class Config(drop.Config):
-    """`drop` are the heights; `camera_gap` is not used."""
+    """`drop`: heights, `depth`: depths, in metres; `camera_gap` is not used."""
 
     dropped: tuple[Literal[1], Literal[1]] = (1, 1)
     pile: tuple[Literal[0], Literal[0]] = (0, 0)

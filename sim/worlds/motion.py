@@ -1,7 +1,7 @@
 """The pretraining corpus: the scenes of drop.py, but nothing falls.
 
-The dropped bodies hover, drift, spin or circle in the air instead, or slide or roll on the floor; piles rest. Paths are
-kinematic. The scene's number gives the target's motion in MOTIONS, so a split has equally many of each.
+Instead, the dropped bodies hover, drift, spin or circle in the air; the target may also slide or roll on the floor.
+Piles rest. Paths are kinematic. Scene i of a split has motion i mod 6 of MOTIONS, so all are equally frequent.
 
 Shape letters: T frames, N bodies, V hull vertices.
 """
@@ -24,7 +24,7 @@ from sim.worlds.base import Amounts, Draw, Positives, Take
 
 AIR = ("hover", "drift", "spin", "orbit")
 MOTIONS = (*AIR, "slide", "roll")
-# headings by quarter turns, for captions: a model cannot know them from the first frame
+# directions by quarter turns, for captions, since a model cannot know them from the first frame
 UPRIGHT = ("to the right", "up", "to the left", "down")
 LEVEL = ("to the right", "away", "to the left", "towards us")
 
@@ -38,11 +38,11 @@ class Config(drop.Config):
     radius: Amounts = (0.05, 0.2)
     period: Positives = (2.0, 5.0)  # seconds per circle
     push: Positives = (0.3, 1.2)  # initial speed of a body that slides or rolls
-    slide: Positives = (0.15, 0.8)  # metres until it stops
+    slide: Positives = (0.15, 0.8)  # metres until such a body stops
 
 
 def takes(draw: Draw, config: Config, simulate: Simulate, render: Render) -> Iterator[Take]:
-    """One clip. It does not use the engine.
+    """One clip. The engine `simulate` is not used.
 
     Raises:
         UserError: as `make`.
@@ -91,7 +91,7 @@ def label(scene: Scene) -> str:
 
 
 def _grounded(rng: np.random.Generator, config: Config, alone: Scene, motion: str) -> Body:
-    """The only body of a scene, at a random position on the floor; a sliding body lies as it would come to rest."""
+    """The only body of a scene, at a random position on the floor; a sliding body lies as it comes to rest."""
     (body,) = alone.bodies
     if motion == "slide":
         rest = bullet.settle(replace(alone, bodies=(replace(body, role="pile"),)))
@@ -153,7 +153,7 @@ def _toward(heading: float, quarters: tuple[str, ...]) -> str:
 
 
 def _apart(scene: Scene, trajectory: Trajectory) -> bool:
-    """Whether moving bodies stay above the floor and their bounding spheres touch no other."""
+    """Whether moving bodies stay above the floor, and their bounding spheres touch no other body's."""
     radius_N = np.array([np.linalg.norm(library.hull(body.asset), axis=1).max() * body.size for body in scene.bodies])
     for i, body in enumerate(scene.bodies):
         if body.role != "moved":

@@ -1,4 +1,4 @@
-"""Commands called in this process, and what they leave behind."""
+"""Call commands in this process, and read the files of a folder."""
 
 import contextlib
 import io

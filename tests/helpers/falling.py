@@ -1,4 +1,4 @@
-"""A world simple enough to know every answer: a square falls in front of a grey wall. For the tests of evaluation."""
+"""A world whose true values are all known, for the tests of evaluation: a square falls in front of a grey wall."""
 
 import hashlib
 import json
@@ -18,13 +18,13 @@ GRAVITY = 64.0  # pixels per second squared
 
 
 def rows_of(start: int, frames: int) -> np.ndarray:
-    """Top row of the square in each frame: it falls from rest and stays on the floor."""
+    """The top row of the square in each frame; the square falls from rest and stays on the floor."""
     t = np.arange(frames) / FPS
     return np.minimum(np.round(start + GRAVITY * t**2 / 2), SIZE - SIDE).astype(int)
 
 
 def film(rows: Sequence[int], column: int, red: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels uint8 (F, H, W, 3) and instances uint8 (F, H, W)."""
+    """Pixels uint8 (F, H, W, 3) and instances uint8 (F, H, W) of a square whose top rows are `rows`."""
     video = np.full((len(rows), SIZE, SIZE, 3), 90, np.uint8)
     instances = np.zeros((len(rows), SIZE, SIZE), np.uint8)
     for k, row in enumerate(rows):
@@ -42,8 +42,8 @@ def write_dataset(
 ) -> None:
     """A dataset folder of falling squares.
 
-    `scorecard`: whether their distance is known, without which there is no scorecard. Its fit is half of the work of
-    an evaluation here, and has more parameters than the shortest clips have frames, which have none therefore.
+    `scorecard`: whether rows have a distance, without which no scorecard is computed. The scorecard takes half of an
+    evaluation's time here. Clips of up to 6 frames have no scorecard, because its fit has more parameters.
     """
     for number, split in enumerate(splits):
         (folder / split).mkdir(parents=True)
@@ -69,7 +69,7 @@ def write_dataset(
         (folder / split / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-AMBIGUOUS = {  # what sim/worlds/ambiguous.py tells of a clip besides
+AMBIGUOUS = {  # the additional fields of a row of sim/worlds/ambiguous.py
     "group": 5,
     "beta": 0.2,
     "depths": [2.0, 18.0],
@@ -78,7 +78,7 @@ AMBIGUOUS = {  # what sim/worlds/ambiguous.py tells of a clip besides
 
 
 def tell(data: Path, folder: Path, rows: Callable[[int], dict[str, Any]]) -> Path:
-    """A copy of the dataset whose test_unseen tells more of each clip."""
+    """Copy a dataset to `folder`, and add the fields `rows(i)` to row i of test_unseen."""
     shutil.copytree(data, folder)
     path = folder / "test_unseen" / "metadata.jsonl"
     told = [json.loads(line) | rows(i) for i, line in enumerate(path.read_text().splitlines())]
@@ -87,7 +87,7 @@ def tell(data: Path, folder: Path, rows: Callable[[int], dict[str, Any]]) -> Pat
 
 
 def write_clip(path: Path, video: np.ndarray, instances: np.ndarray) -> dict[str, Any]:
-    """A clip's two files without loss; what its row says of them."""
+    """Write a clip's lossless video and its annotations; returns the fields of its row."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264rgb", rate=FPS, options={"qp": "0"})
         stream.height, stream.width, stream.pix_fmt = SIZE, SIZE, "rgb24"
@@ -107,7 +107,7 @@ def write_clip(path: Path, video: np.ndarray, instances: np.ndarray) -> dict[str
 
 
 def write_groups(folder: Path, split: str = "train", groups: int = 2, losers: int = 3, frames: int = 5) -> None:
-    """A dataset folder of groups: a true fall, and faster ones from the same height, of known severity."""
+    """A dataset folder of groups, each a true fall and faster falls from the same height, of known severity."""
     (folder / split).mkdir(parents=True)
     lines = []
     for group in range(groups):
@@ -128,7 +128,10 @@ def write_groups(folder: Path, split: str = "train", groups: int = 2, losers: in
 
 
 class RedTracker:
-    """Finds the red pixels. Exact in this world; `calls` counts its clips."""
+    """A tracker that finds the red pixels, which is exact here. `calls` counts the clips that it has seen.
+
+    After `give_up_after` clips it raises KeyboardInterrupt.
+    """
 
     def __init__(self, give_up_after: int | None = None) -> None:
         self.module = nn.Linear(1, 1)
@@ -144,7 +147,7 @@ class RedTracker:
 
 
 class Oracle:
-    """A rectified-flow model in pixels that knows a caption's video: its velocity leads there from any noise."""
+    """A rectified-flow model in pixels that knows each caption's video: its velocity leads to it from any noise."""
 
     device = torch.device("cpu")
     n_cond_frames, times, boundary, text_tokens = 1, (0.0, 1.0), 0.0, 1

@@ -1,4 +1,4 @@
-"""Real processes that start fast: forked from a server which has imported the heavy libraries once."""
+"""Real processes that start fast: they are forked from a server that has imported the large libraries once."""
 
 import multiprocessing
 import os
@@ -36,10 +36,10 @@ def two_ranks() -> list[dict[str, str]]:
 
 
 def together(folder: Path, ranks: Sequence[dict[str, str]], target: Callable[..., None], *arguments: Any) -> str:
-    """Runs `target(*arguments)` in `folder`, in a process for each of `ranks`, its environment variables.
+    """Run `target(*arguments)` in `folder`, in one process per item of `ranks` (its environment variables).
 
     Returns:
-        What they said. All of them must end well.
+        What the processes printed. All must exit with 0.
     """
     outputs = [folder / f"output-{number}" for number in range(len(ranks))]
     processes = [

@@ -1,8 +1,8 @@
-"""A command in a process of its own that notes when it writes, or is hit by a signal at a chosen one of its writes.
+"""Run a command in a process of its own, and note when it writes files, or send it a signal at one of its writes.
 
-Python tells an audit hook of every file that is opened for writing, every rename, removal, folder and process. Each
-such moment belongs to the stage whose files it is about, so a signal can be aimed at every stage, however short: just
-before its n-th moment, or some time after it.
+Python calls an audit hook before every file that is opened for writing, every rename, removal, new folder and process.
+These moments are assigned to stages by the names of their files, so a signal can be sent in every stage, however short:
+just before the stage's n-th moment, or some time after it.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from helpers.forked import launch
 
-# In their order. The names of a file that is being written, as of that which it replaces, have both to match.
+# Stages in the order in which they run. Patterns match the final name of a file and its temporary name.
 STAGES = {
     "filming": r"sim make ",
     "sampling losers": r"made/(?!.*scores)",
@@ -33,7 +33,7 @@ STAGES = {
 
 
 class Hit(NamedTuple):
-    """A signal, `seconds` after the moment `number` of a stage."""
+    """A signal that is sent `seconds` after the moment `number` (from 0) of a stage."""
 
     stage: str
     number: int
@@ -42,7 +42,7 @@ class Hit(NamedTuple):
 
 
 class Moments:
-    """Counts the moments of each stage, and sends the signal at that of `hit`."""
+    """An audit hook that notes the moments of each stage in `told`, and sends the signal at the moment of `hit`."""
 
     def __init__(self, home: Path, hit: Hit | None) -> None:
         self.home, self.hit, self.told = f"{home}/", hit, list[tuple[str, float]]()
@@ -67,7 +67,7 @@ class Moments:
 
 
 def _written(event: str, arguments: tuple[Any, ...]) -> str | None:
-    """The path that an audit event is about to change, or the command that it starts; None of other events."""
+    """The path that an audit event is about to change, or the command that it starts; None for other events."""
     if event == "subprocess.Popen":
         words = [str(word) for word in arguments[1]]
         return " ".join(words[words.index("-m") + 1 :]) if "-m" in words else None
@@ -80,8 +80,11 @@ def _written(event: str, arguments: tuple[Any, ...]) -> str | None:
 
 
 def child(home: Path, words: list[str], hit: Hit | None, told: Path | None) -> None:
-    """The command, as `python -m posttrain WORDS` runs it in `home`, with what it prints in the file "output"."""
-    os.setsid()  # so that Ctrl-C in a terminal is not for it
+    """Run `posttrain WORDS` in `home` and exit with its code; what it prints is in the file `output` beside `home`.
+
+    If `told` is given, the moments and their times are written to it as JSON.
+    """
+    os.setsid()  # so that Ctrl-C in a terminal does not reach this process
     os.chdir(home)
     opened = os.open(home.parent / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(opened, 1)
@@ -102,13 +105,13 @@ def child(home: Path, words: list[str], hit: Hit | None, told: Path | None) -> N
 
 
 def start(home: Path, *words: str, hit: Hit | None = None, told: Path | None = None) -> Any:
-    """The started process. What it prints is in the file `output` beside `home`; its moments go into `told`."""
+    """Start `child` in a process, and return the process."""
     (home.parent / "output").unlink(missing_ok=True)
     return launch(child, home, list(words), hit, told)
 
 
 def gaps(told: Path) -> dict[str, list[float]]:
-    """By stage, the seconds from each of its moments to the next one of any stage."""
+    """By stage, the seconds from each moment to the next moment of any stage."""
     moments = json.loads(told.read_text())
     found: dict[str, list[float]] = {}
     for (stage, time_), (_, next_) in pairwise(moments):
@@ -117,7 +120,7 @@ def gaps(told: Path) -> dict[str, list[float]]:
 
 
 def left_behind(home: Path) -> list[str]:
-    """Commands of processes that are at work in `home`."""
+    """The command lines of other processes whose working folder is `home`."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,13 +1,13 @@
-"""Attacks on all that is read, without a run's time: values are exchanged by hypothesis, which looks for the smallest.
+"""Attacks on all inputs, without whole runs: hypothesis changes values, and shrinks what fails to the smallest example.
 
-    recipe      a recipe of a run or of clips; one of clips that is taken makes its first scene
-    clips       rows of metadata.jsonl, and its bytes; then the clips are read
-    scores      rows of scores.jsonl, and its bytes; then groups are made
-    model       a config, vocabulary or index of a model's folder; then it is loaded and encodes
-    server      a judge's server that answers anything, slowly, without end, or from elsewhere
+    recipe      a recipe of a run or of clips is read; if a recipe of clips is accepted, its first scene is made
+    clips       rows or bytes of metadata.jsonl are changed; then the clips are read
+    scores      rows or bytes of scores.jsonl are changed; then groups are made
+    model       a config, vocabulary or index of a model's folder is changed; then the model is loaded and encodes
+    server      a judge's server answers anything, slowly, without end, or with a redirect
 
-Each is refused in one line (UserError), or right, which is that it is done without another error, in time, and of a
-server's answer that it is a share.
+An attempt must be refused in one line (UserError), or end right: in time and without another error. A server's answer
+must give a share in [0, 1].
 """
 
 import contextlib
@@ -83,7 +83,7 @@ WORLD: dict[str, Any] = {
 }
 ODD: list[Any] = [None, True, "", ".", "x" * 300, -1, 0, 1e308, 10**30, [], {}, "\x00", "a/b", "\ud800", "1e3", "null"]
 KEY = "sk-a-key-that-nobody-may-see"
-SECONDS = 60  # of processor time that an attempt may take
+SECONDS = 60  # the most processor time of an attempt
 
 ANYTHING = (
     st.sampled_from([*ODD, float("nan"), float("inf")])
@@ -97,7 +97,7 @@ ANYTHING = (
 
 @st.composite
 def changed(draw: Any, value: Any, most: int = 3) -> Any:
-    """A copy of which up to `most` values are dropped, exchanged, scaled, or put under another name."""
+    """A copy in which up to `most` values are dropped, replaced, scaled, or renamed."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, most))):
         holders = [value]
@@ -123,7 +123,7 @@ def changed(draw: Any, value: Any, most: int = 3) -> Any:
 
 @st.composite
 def torn(draw: Any, content: bytes) -> bytes:
-    """A copy of which up to three bytes are others, or its end is cut off."""
+    """A copy in which up to three bytes are changed, and whose end may be cut off."""
     for _ in range(draw(st.integers(0, 3))):
         at = draw(st.integers(0, len(content) - 1))
         content = content[:at] + bytes([draw(st.integers(0, 255))]) + content[at + 1 :]
@@ -131,7 +131,7 @@ def torn(draw: Any, content: bytes) -> bytes:
 
 
 def make_home(home: Path) -> Path:
-    """A few clips and samples of them with scores."""
+    """Write a model, a few clips, and samples of them with scores to `home`; returns `home`."""
     home.mkdir(parents=True)
     shutil.copytree(folder("wan"), home / "wan")
     write_dataset(home / "drops", ["train", "test_unseen"], clips=2, frames=5)
@@ -141,7 +141,7 @@ def make_home(home: Path) -> Path:
         for seed in range(2):
             path = home / "made" / f"{clip}-s{seed}.mp4"
             shutil.copy(home / "drops" / "train" / f"{clip}.mp4", path)
-            path.write_bytes(path.read_bytes() + bytes(seed + 1))  # as no two may be the same
+            path.write_bytes(path.read_bytes() + bytes(seed + 1))  # because equal samples are refused
             rows.append({"file_name": path.name, "sa": 0.5, "pc": 0.2 + 0.1 * seed})
     (home / "made" / "scores.jsonl").write_text(_lines(rows))
     return home
@@ -153,7 +153,7 @@ def _lines(rows: list[Any]) -> str:
 
 @contextlib.contextmanager
 def within(seconds: int) -> Iterator[None]:
-    """Ends what takes more seconds of this process's time, or ten times as many by the clock."""
+    """Context that raises TimeoutError after `seconds` of this process's time, or ten times as many by the clock."""
 
     def late(number: int, frame: Any) -> None:
         raise TimeoutError(f"hangs for {seconds} s")
@@ -171,7 +171,7 @@ def within(seconds: int) -> Iterator[None]:
 
 
 def tried(what: str, attempt: Callable[[], Any]) -> str:
-    """What came of a call in this process: "refused", "right", or what is wrong."""
+    """Call `attempt`; returns "refused", "right", or a line that says what is wrong."""
     said = io.StringIO()
     try:
         with within(SECONDS), contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
@@ -189,7 +189,7 @@ def tried(what: str, attempt: Callable[[], Any]) -> str:
 
 
 def examples(strategy: st.SearchStrategy[Any], attempt: Callable[[Any], str], number: int, seed: int) -> Iterator[str]:
-    """What came of `number` examples; of one that is wrong, the smallest that is wrong in its place."""
+    """The verdicts of `attempt` on `number` examples. The first wrong one is shrunk, and ends the search."""
     found: list[str] = []
     wrong: list[str] = []
 
@@ -211,7 +211,7 @@ def examples(strategy: st.SearchStrategy[Any], attempt: Callable[[Any], str], nu
         if not wrong:
             found.append(verdict)
 
-    hypothesis.configuration.set_hypothesis_home_dir(os.devnull + "-none")  # it shall write nothing
+    hypothesis.configuration.set_hypothesis_home_dir(os.devnull + "-none")  # hypothesis must write no files
     with contextlib.suppress(Exception):
         one()
     yield from found
@@ -235,13 +235,13 @@ def recipes(home: Path, seed: int, number: int = 20) -> Iterator[str]:
         def attempt() -> None:
             plan = recipe.load(path, (), sim.cli.Recipe)
             world = plan.world.config
-            if world.width * world.height * world.frames <= 10**5:  # else it may take its time
+            if world.width * world.height * world.frames <= 10**5:  # larger clips may take long
                 next(iter(takes(plan, "train", 0)))
 
         return tried(f"clips' recipe {text!r}", attempt)
 
     def written(value: Any) -> st.SearchStrategy[bytes]:
-        """Mostly with one change, which is taken more often; some with torn text."""
+        """Recipes, most with one change (these are accepted more often), some with torn text."""
         one, more = (changed(value, most).map(lambda v: yaml.safe_dump(v).encode()) for most in (1, 3))
         return one | one | one | more | more.flatmap(torn)
 
@@ -277,7 +277,7 @@ def scores(home: Path, seed: int, number: int = 30) -> Iterator[str]:
 
 
 def _rows(path: Path, before: bytes, read: Callable[[], Any], number: int, seed: int) -> Iterator[str]:
-    """What came of reading other rows, and other bytes, in the place of a file's."""
+    """The verdicts of `read` after the file's rows or bytes were changed; the file is restored at the end."""
 
     def attempt(content: bytes) -> str:
         path.write_bytes(content)

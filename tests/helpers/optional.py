@@ -1,4 +1,4 @@
-"""Packages of `./setup.sh extras`: tests that need one are skipped without it."""
+"""Packages of `./setup.sh extras`. A test that needs one is skipped if it is not installed."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +12,7 @@ def needs(package: str) -> pytest.MarkDecorator:
 
 
 def events(folder: Path) -> Any:
-    """What TensorBoard reads of a folder."""
+    """The events in a folder, as TensorBoard reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     return EventAccumulator(str(folder)).Reload()

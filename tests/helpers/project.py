@@ -1,4 +1,4 @@
-"""Where this project is, and its modules: dotted name -> file."""
+"""The project's folder, and its modules: dotted name -> file."""
 
 from pathlib import Path
 

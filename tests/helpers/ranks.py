@@ -1,4 +1,4 @@
-"""What one process of several trains, and one alone, for test_distributed.py."""
+"""Short trainings for test_distributed.py, which runs them in one process and in several."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from posttrain.types import Batch
 
 
 class Noise:
-    """Seven latent clips of noise, and a text."""
+    """Seven latent clips of noise, each with two losers, and one text for all."""
 
     ids, key = tuple("abcdefg"), "noise"
 
@@ -44,9 +44,9 @@ def bright(video_BCFHW: Tensor, batch: Batch) -> Tensor:
 
 
 def gradients(folder: Path, wan_folder: Path, rewarded: bool = False) -> dict[str, Tensor]:
-    """Those of the first step on all weights of a small Wan, in two micro-batches, as AdamW gets them.
+    """The gradients that AdamW gets in the first step, for all weights of a small Wan, from two micro-batches.
 
-    Of PSFT, or with `rewarded` of ORO, whose backward pass asks the wrapped transformer again for each sampler step.
+    The method is PSFT, or with `rewarded` ORO, whose backward pass calls the wrapped transformer for each sampler step.
     """
     wan = load(ModelConfig(path=str(wan_folder)))
     config = TrainConfig(steps=1, batch=4, accumulate=2, lr=1e-3, clip=1e9)
@@ -74,9 +74,9 @@ PREFERENCES = {
 
 
 def preferences(folder: Path, wan_folder: Path) -> None:
-    """Five steps of GDPO on an adapter, in each of several ways; the curves are in the logs.
+    """Five steps of GDPO on an adapter, with each config of PREFERENCES; the curves are in the logs.
 
-    With draws that come again, a process may have to ask the reference more often than the other.
+    With cached draws, one process may have to compute the reference more often than the other.
     """
     for name, config in PREFERENCES.items():
         wan = load(ModelConfig(path=str(wan_folder), adapter=AdapterConfig(rank=2)))
@@ -100,7 +100,7 @@ def curve(folder: Path) -> None:
 
 
 def train(out: Path, wan: Path) -> None:
-    """All of it, in each of several processes."""
+    """All trainings of this file; called in each of several processes."""
     for name in ("gradients", "rewarded"):
         found = gradients(out / f"{name}-of-two", wan, name == "rewarded")
         if torch.distributed.get_rank() == 0:

@@ -1,5 +1,5 @@
-"""The laws of sim's plug-ins. Every renderer, physics engine and world is put through its list in test_sim_plugins.py,
-and so are the examples of CONTRIBUTING.md. What a plug-in cannot do it may refuse, with the code "unsupported".
+"""The laws that all of sim's plug-ins must obey. test_sim_plugins.py checks every renderer, physics engine and world,
+and the examples of CONTRIBUTING.md. A plug-in may refuse what it cannot do, with the error code "unsupported".
 """
 
 import json
@@ -33,19 +33,19 @@ from sim.scene import (
     Tunnel,
 )
 
-STEP = 5e-4  # seconds by which a contact may be off
+STEP = 5e-4  # largest error of a contact's time, seconds
 RED, GREY = (Material("plain", color, color, 1.0, 0) for color in ((0.6, 0.1, 0.1), (0.5, 0.5, 0.5)))
-FOCAL = 70.0  # pixels, of a camera of 64 pixels
+FOCAL = 70.0  # focal length in pixels of a camera of 64 x 64 pixels
 
 
 def body(position: tuple[float, float, float], asset: str = "ball/00", **changes) -> Body:
-    """A red ball of one kilogram and 0.3 m, unless it is changed."""
+    """A red ball of one kilogram and 0.3 m, with the given changes."""
     usual = Body(asset, "thing", 0.3, 1.0, 0.6, 0.5, position, (1.0, 0.0, 0.0, 0.0), "dropped", RED)
     return replace(usual, **changes)
 
 
 def world(*bodies: Body, frames: int = 33) -> Scene:
-    """Bodies over a grey floor that gives back all of a bounce, before a camera 3 m away and 0.5 m high."""
+    """Bodies over a grey floor of restitution 1, and a camera at a distance of 3 m and a height of 0.5 m."""
     return Scene(
         bodies=bodies,
         camera=Camera((0.0, -3.0, 0.5)),
@@ -63,7 +63,7 @@ def world(*bodies: Body, frames: int = 33) -> Scene:
 
 
 def moving(scene: Scene, velocity: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> Trajectory:
-    """All bodies go on as fast (metres per second), without turning."""
+    """All bodies move at this velocity (metres per second) and do not rotate."""
     times_T11 = np.arange(scene.frames).reshape(-1, 1, 1) / scene.fps
     positions = np.array([thing.position for thing in scene.bodies]) + times_T11 * np.array(velocity)
     quaternions = np.tile(np.array([thing.orientation for thing in scene.bodies]), (scene.frames, 1, 1))
@@ -71,7 +71,7 @@ def moving(scene: Scene, velocity: tuple[float, float, float] = (0.0, 0.0, 0.0))
 
 
 def done(work: Callable[[], object]) -> bool:
-    """Whether it could be done; what a plug-in cannot do it refuses."""
+    """True if `work` was done, False if it was refused as unsupported; other errors are raised."""
     try:
         work()
     except UserError as error:
@@ -97,7 +97,7 @@ def pictures_have_the_size_and_the_types_of_a_clip(render: Render) -> None:
 
 
 def a_ball_is_where_a_pinhole_sees_it(render: Render) -> None:
-    """At 3 m, 0.3 m to the right and 0.2 m up: 7 px right and 4.67 px up of the centre, its front 0.15 m nearer."""
+    """A ball 3 m away, 0.3 m right and 0.2 m up: 7 px right of and 4.67 px above the centre, its front at 2.85 m."""
     scene = world(body((0.3, 0.0, 0.7)), frames=1)
     clip = render(scene, moving(scene))
     rows, columns = np.nonzero(clip.instances[0] == 1)
@@ -114,7 +114,7 @@ def a_ball_is_where_a_pinhole_sees_it(render: Render) -> None:
 
 
 def flow_says_where_a_body_goes(render: Render) -> None:
-    """0.1 m per frame to the right and 0.05 m up, at the depth that each pixel has."""
+    """The body moves 0.1 m right and 0.05 m up per frame; the flow in pixels depends on each pixel's depth."""
     scene = world(body((-0.2, 0.0, 0.5)), frames=3)
     clip = render(scene, moving(scene, (1.6, 0.0, 0.8)))
     for k in (0, 1):
@@ -177,12 +177,12 @@ def frame_0_is_the_scene(simulate: Simulate) -> None:
 
 
 def it_falls_as_the_closed_form_until_it_lands(simulate: Simulate) -> None:
-    """Within a millimetre, and lands within a step."""
+    """Positions are exact to a millimetre, the time of landing to STEP."""
     for asset in ("ball/00", "cone/00"):
         thing = body((0.2, 0.0, 1.3), asset, orientation=(0.5, 0.5, 0.5, 0.5))
         height = float(lowest(thing)[2])
         landing = fall_time(height)
-        frames = 33 if asset == "ball/00" else int(landing * 16) + 1  # how a cone lands has no closed form
+        frames = 33 if asset == "ball/00" else int(landing * 16) + 1  # a cone's landing has no closed form
         trajectory = simulate(world(thing, frames=frames))
         times = np.arange(frames) / 16
         before = times < landing
@@ -203,7 +203,7 @@ def gravity_is_the_scene_s(simulate: Simulate) -> None:
 
 
 def a_ball_bounces_and_rests_on_the_floor(simulate: Simulate) -> None:
-    """With a restitution e the second touch comes after another 2 e of the fall's time."""
+    """With restitution e, the second contact is 2 e times the fall's duration after the first."""
     for restitution in (0.0, 0.3, 0.5):
         trajectory = simulate(world(body((0.0, 0.0, 1.15), restitution=restitution)))
         assert trajectory.positions_TN3[:, 0, 2].min() > 0.145

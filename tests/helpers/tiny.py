@@ -13,7 +13,7 @@ from posttrain.pretraining.build import TRANSFORMER, VAE, build
 
 TINY_VAE = VAE | {"base_dim": 4, "decoder_base_dim": 4, "z_dim": 8, "dim_mult": [1, 1, 1]}
 TINY_VAE |= {"latents_mean": [0.1 * c for c in range(8)], "latents_std": [1 + 0.1 * c for c in range(8)]}
-# that of Wan 2.1 and of the A14B models: no patches, no shortcuts
+# the VAE of Wan 2.1 and of the A14B models: no patches, no shortcuts
 TINY_VAE_21 = TINY_VAE | {"in_channels": 3, "out_channels": 3, "patch_size": None, "is_residual": False}
 TINY_VAE_21 |= {"dim_mult": [1, 1, 1, 1], "temperal_downsample": [False, True, True], "decoder_base_dim": None}
 TINY_TRANSFORMER = TRANSFORMER | {
@@ -26,7 +26,7 @@ TINY_TRANSFORMER = TRANSFORMER | {
 }
 CLIP_WIDTH = 16
 BESIDE = {"image_dim": CLIP_WIDTH, "added_kv_proj_dim": 24}
-# What the folders of the published models hold: changes of the transformer, the VAE, and the pipeline's settings.
+# The published models: their VAE, their transformer's changes of TINY_TRANSFORMER, and their pipeline's settings.
 FAMILIES: dict[str, dict[str, Any]] = {
     "wan2.1-t2v": {"vae": TINY_VAE_21, "index": {"_class_name": "WanPipeline"}},
     "wan2.1-i2v": {"vae": TINY_VAE_21, "transformer": {"in_channels": 20, **BESIDE}},
@@ -37,9 +37,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def wan_folder(out: Path, family: str | None = None) -> Path:
-    """A diffusers folder of a few thousand random weights, whose transformers do not answer zero.
+    """Write a diffusers folder of a few thousand random weights, whose transformers' output is not zero.
 
-    `family` None: a TI2V model in WanImageToVideoPipeline, as the pocket is.
+    `family` None: a TI2V model in WanImageToVideoPipeline, like the pocket. Returns `out`.
     """
     model = FAMILIES[family] if family else {"vae": TINY_VAE, "index": {"expand_timesteps": True}}
     parts = out.parent / f"parts-{family}"

@@ -26,7 +26,7 @@ VAE: dict[str, Any] = {
 
 
 def transformer(seed: int = 2, **changes: Any) -> STDiT3:
-    """A transformer of which no weight is left at zero."""
+    """A transformer in which no trainable weight is zero."""
     made = initialise(TRANSFORMER | changes, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -37,9 +37,9 @@ def transformer(seed: int = 2, **changes: Any) -> STDiT3:
 
 
 def opensora_folder(out: Path, published: bool = False) -> Path:
-    """A folder with all parts of a model of a few thousand random weights.
+    """Write a folder with all parts of a model of a few thousand random weights; returns the folder.
 
-    `published`: transformer and VAE with the file names of the published ones.
+    `published`: save transformer and VAE in the format of the published ones.
     """
     words = tokenizer()
     with torch.random.fork_rng(devices=[]):

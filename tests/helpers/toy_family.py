@@ -1,7 +1,8 @@
-"""A family of video models that shares no code with another: what CONTRIBUTING.md asks of one, in a page.
+"""A family of video models with all that CONTRIBUTING.md asks of a family, in one file, without code of other families.
 
-Inside, all is another way than in Wan: latents lie channels last, time is 1 at the data and 0 at noise, velocities
-point from noise to data, text comes with a mask, and the scheduler is no diffusers'. It has no stock pipeline.
+Its conventions differ from Wan's: the transformer takes latents with channels last, times of 1 at the data and 0 at
+noise, and text with a mask; its velocities point from noise to data; the scheduler is not from diffusers. There is no
+stock pipeline.
 """
 
 import hashlib
@@ -54,7 +55,7 @@ class Block(nn.Module):
 
 
 class ToyTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
-    """Clip, time of each frame (0 noise, 1 data) and text with its mask to the direction from noise to data."""
+    """From a clip, the time of each frame (0 noise, 1 data) and text with its mask to data minus noise."""
 
     _supports_gradient_checkpointing = True
 
@@ -79,7 +80,7 @@ class ToyTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore
 
 
 class ToyCodec(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """Two frames of a patch of 8 x 8 pixels are one latent cell; the first frame of a clip is a pair of itself."""
+    """Two frames of a patch of 8 x 8 pixels are one latent cell; the first frame of a clip counts twice."""
 
     @register_to_config
     def __init__(self) -> None:
@@ -88,7 +89,7 @@ class ToyCodec(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
 
 class ToyWords(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """A vector for each word, by its hash."""
+    """A vector for each word, chosen by the word's hash."""
 
     @register_to_config
     def __init__(self, text_width: int = 10) -> None:
@@ -97,7 +98,7 @@ class ToyWords(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
 
 class Steps:
-    """Euler steps between t = (1 - i / n)^2; nothing of diffusers'."""
+    """A scheduler with Euler steps between the times t_i = (1 - i / n)^2, without code of diffusers."""
 
     def __init__(self) -> None:
         self.config = SimpleNamespace(num_train_timesteps=1)
@@ -180,7 +181,7 @@ class Toy:
     ) -> Tensor:
         place_L = torch.arange(text_BLD.shape[1], device=text_BLD.device)
         mask_BL = place_L < text_lengths(text_BLD)[:, None]
-        # contiguous: torch multiplies others otherwise where weights are frozen, and that is rounded otherwise
+        # contiguous, because torch may use another product for other tensors if weights are frozen, and round otherwise
         x_BFHWC, s_BF = z_BCFHW.permute(0, 2, 3, 4, 1).contiguous().to(self.dtype), (1 - t_BF).to(self.dtype)
         u_BFHWC = self._here(self.transformer)(x_BFHWC, s_BF, text_BLD.to(self.dtype), mask_BL)
         return -u_BFHWC.permute(0, 4, 1, 2, 3).to(z_BCFHW.dtype)
@@ -275,11 +276,11 @@ def needs_picture(path: str, revision: str | None = None) -> bool:
 
 
 def original_name(layer: str) -> str | None:
-    return None  # ComfyUI does not know it
+    return None  # ComfyUI does not have this family
 
 
 def load_stock_adapter(transformer: nn.Module, file: Path) -> None:
-    """With diffusers' own reader, which has to be told of alpha."""
+    """With diffusers' own loader, which needs alpha in the metadata."""
     loads: Any = transformer
     weights, metadata = lora.read(file)
     loads.load_lora_adapter(weights, prefix="transformer", metadata=metadata)
@@ -292,7 +293,7 @@ def pipeline_code(
 
 
 def make(folder: Path) -> Path:
-    """A model of random weights in `folder`."""
+    """Write a model of random weights to `folder`; returns the folder."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for name, part in {"transformer": ToyTransformer(), "vae": ToyCodec(), "text_encoder": ToyWords()}.items():

@@ -1,4 +1,4 @@
-"""Arithmetic that libraries do not round, for derivatives that are compared with finite differences."""
+"""Keep libraries from rounding to float32 or bf16, so that derivatives can be compared with finite differences."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Unrounded(TorchDispatchMode):
-    """Inside, forward and backward, whoever asks for float32 or less gets float64; nothing else is different.
+    """Context in which every conversion to a float type, in forward and backward, gives float64.
 
-    diffusers' Wan and transformers' SAM 2 compute softmax, norms and rotations in float32, and SAM 2 remembers in bf16,
-    whatever their weights are. For small steps that is a staircase, which has no slope.
+    diffusers' Wan and transformers' SAM 2 compute softmax, norms and rotations in float32, and SAM 2 stores memories in
+    bf16, whatever the type of their weights. For small steps such a function is piecewise constant.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

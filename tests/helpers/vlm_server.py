@@ -1,8 +1,8 @@
 """An OpenAI-compatible server of a tiny model, for the tests of judges.
 
-It answers POST <kind>/v1/chat/completions: `good` at once, `slow` after a quarter of a second, `busy`
-with 429, 503 and a torn answer before each good one, `down` with 503 always, and `mute` without logprobs. GET /count is
-how many requests it had.
+The server answers POST <kind>/v1/chat/completions: `good` at once; `slow` after a quarter of a second; `busy` with 429,
+503 and a truncated answer before each good one; `down` always with 503; `mute` without logprobs. GET returns the number
+of requests so far.
 """
 
 import base64
@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
 def complete(model: Any, processor: Any, asked: dict[str, Any]) -> dict[str, Any]:
-    """One token, by a plain forward pass."""
+    """The answer to a request `asked`: one token, by a plain forward pass."""
     assert asked["max_tokens"] == 1
     images, chat = [], []
     for message in asked["messages"]:
@@ -89,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def serve(folder: Path, port: Connection) -> None:
-    """Serves the model of `folder` for ever, at the port that is sent through `port`."""
+    """Serve the model of `folder` until the process is killed; sends the port's number through `port`."""
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     Handler.complete = partial(complete, model, AutoProcessor.from_pretrained(folder))
     with HTTPServer(("127.0.0.1", 0), Handler) as server:

@@ -1,4 +1,4 @@
-"""A scene by hand, and what drawn ones are drawn from."""
+"""Scenes by hand, and the objects, backgrounds and settings from which tests draw scenes."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def world(*bodies: Body, fps: float = 16.0, frames: int = 33) -> Scene:
 
 
 def body(asset: str, height: float, restitution: float = 0.0, turn: int = 0) -> Body:
-    """One kilogram, turned anyhow, its lowest point at `height`."""
+    """A body of one kilogram in a random orientation of seed `turn`, its lowest point at `height`."""
     q = np.random.default_rng(turn).normal(size=4)
     w, x, y, z = (q / np.linalg.norm(q)).tolist()
     plain = Body(asset, "thing", 0.3, 1.0, 0.6, restitution, (0.0, 0.0, 0.0), (w, x, y, z), "dropped", None)
