@@ -40,7 +40,7 @@ def test_methods_train_what_there_is() -> None:
         "depth_net": ("depth",),
         "flow_net": ("raft",),
         "segmenter": ("tracker", "sam2"),
-        "vae": ("vae",),
+        "vae": ("vae", "opensora_vae"),
     }
     assert {name for names in trained.values() for name in names} <= set(plugins("nets"))
     assert {"gdpo", "oro", "psft"} <= set(plugins("methods"))

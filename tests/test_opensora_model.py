@@ -3,18 +3,22 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.tiny_opensora import TEXT_TOKENS, TEXT_WIDTH, opensora_folder
 from torch import Tensor
 
 from posttrain.core.errors import UserError
-from posttrain.flow import frame_times, interpolate, sample
-from posttrain.methods import psft
+from posttrain.data.dataset import to_float
+from posttrain.evaluation import sample as sampling
+from posttrain.flow import SamplerConfig, frame_times, interpolate, sample
+from posttrain.methods import oro, psft
 from posttrain.models.base import ModelConfig
 from posttrain.models.opensora.loading import load
 from posttrain.models.opensora.model import OpenSora
 from posttrain.models.opensora.rflow import rflow_loss, rflow_sample
+from posttrain.rewards.base import total
 from posttrain.types import Batch, Random
 
 CAPTIONS = ["a ball falls", "a red ball falls from the table"]
@@ -79,6 +83,55 @@ def test_no_text_is_the_learned_one(folder: Path) -> None:
         twice = video.velocity(torch.cat([z, z]), torch.cat([t_BF, t_BF]), torch.cat([none_BLD, text_BLD]))
         torch.testing.assert_close(twice[:2], video.velocity(z, t_BF, cut_BLD), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(twice[2:], video.velocity(z, t_BF, text_BLD), rtol=1e-4, atol=1e-5)
+
+
+def test_a_dropped_caption_is_the_learned_text_of_its_length(folder: Path) -> None:
+    """As the published class drops it in training: the mask stays the caption's. The learned text has a gradient."""
+    video = model(folder)
+    z0, text_BLD, empty_1LD = noise(2, 4, 5, 3, 4), video.encode_text(CAPTIONS), video.encode_text([""])
+    inner = video.transformer
+    inner.y_embedder.y_embedding.requires_grad_()
+    batch = Batch(("a", "b"), z0, text_BLD)
+    config = psft.Config(drop_caption=1.0)
+    loss, _ = psft.psft_loss(video, batch, config, Random(0, 0, [0, 1]), empty_1LD)
+    loss.backward()
+    longest = max(lengths(text_BLD))
+    reached = inner.y_embedder.y_embedding.grad.abs().amax(1) > 0
+    assert reached.tolist() == [i < longest for i in range(TEXT_TOKENS)]
+    assert inner.x_embedder.proj.weight.grad.abs().max() > 0
+
+    random = Random(0, 0, [0, 1])
+    u = torch.sigmoid(random.normal())
+    t, eps = 1000 * config.shift * u / (1 + (config.shift - 1) * u), random.normal(*z0.shape[1:])
+    frames = torch.tensor([[False] + [True] * 4] * 2)
+    mask = torch.arange(TEXT_TOKENS) < torch.tensor([[4], [8]])
+    inner.train()
+    inner.y_embedder.dropout = 1.0
+    losses = rflow_loss(inner, z0, eps, t, frames, y=text_BLD[:, None], y_mask=mask, **conditions(2))
+    torch.testing.assert_close(loss, losses.mean(), rtol=1e-4, atol=1e-5)
+
+    config = psft.Config(drop_caption=1e-9)  # none is dropped
+    inner.y_embedder.y_embedding.grad = None
+    inner.eval()
+    psft.psft_loss(video, batch, config, Random(0, 0, [0, 1]), empty_1LD)[0].backward()
+    assert not inner.y_embedder.y_embedding.grad.any()
+
+
+def test_oro_is_given_the_first_latent_of_sampling(folder: Path) -> None:
+    """The clean frame that the transformer sees in `sample_clips` and in ORO; that of the whole clip is another."""
+    video, seen = model(folder), list[Tensor]()
+    pixels = np.random.default_rng(0).integers(0, 256, (17, 16, 16, 3), dtype=np.uint8)
+    whole = to_float(pixels)[None]
+    with torch.no_grad():
+        z0 = video.encode(whole)
+    video.transformer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][:, :, :1].detach()))
+    sampling.sample_clips(video, pixels[None, 0], CAPTIONS[:1], [0], 17, 1)
+    batch = Batch(("a",), z0, video.encode_text(CAPTIONS[:1]), whole)
+    bright = total({"bright": (1.0, lambda video_BCFHW, batch: video_BCFHW.flatten(1).mean(1))})
+    oro.oro_loss(video, batch, bright, oro.Sampling(sampler=SamplerConfig(steps=1)), Random(0, 0, [0]))
+    sampled, rewarded = seen
+    assert torch.equal(sampled, rewarded)
+    assert (sampled - z0[:, :, :1]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("conditioning", ["image", "text"])

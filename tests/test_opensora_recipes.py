@@ -140,6 +140,7 @@ def test_settings_are_the_papers() -> None:
             assert plan.method.config.shift == pytest.approx(float(ratio), abs=1e-3)
             assert plan.method.config.timesteps == "logit_normal"
     psft = load(RECIPES / "psft.yaml", (), Recipe).train
+    assert load(RECIPES / "psft.yaml", (), Recipe).method.config.drop_caption == 0.1
     assert (psft.steps, psft.batch, psft.lr, psft.eps, psft.ema) == (5000, 128, 1e-4, 1e-15, 0.99)
     for name, (rate, watched) in ORO.items():
         plan = load(RECIPES / f"oro_{name}.yaml", (), Recipe)

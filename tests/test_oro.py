@@ -28,7 +28,7 @@ from posttrain.data.dataset import Clips
 from posttrain.data.latents import Annotated, Latents
 from posttrain.flow import Last, SamplerConfig
 from posttrain.methods import oro
-from posttrain.methods.base import fingerprints
+from posttrain.methods.base import fingerprints, given_latents
 from posttrain.methods.oro import Config, Sampling, oro_loss
 from posttrain.models.base import AdapterConfig, ModelConfig
 from posttrain.models.wan.loading import load
@@ -57,8 +57,10 @@ def contrast(video_BCFHW: Tensor, batch: Batch) -> Tensor:
 
 
 def clips(model: Wan, count: int = 1, size: tuple[int, int, int] = (9, 32, 32)) -> Batch:
-    z0 = torch.randn(count, *model.latent_shape(*size), generator=torch.Generator().manual_seed(1))
-    return Batch(("x",) * count, z0_BCFHW=z0, text_BLD=model.encode_text([CAPTION] * count))
+    generator = torch.Generator().manual_seed(1)
+    z0 = torch.randn(count, *model.latent_shape(*size), generator=generator)
+    video = torch.rand(count, 3, *size, generator=generator) * 2 - 1
+    return Batch(("x",) * count, z0_BCFHW=z0, text_BLD=model.encode_text([CAPTION] * count), video_BCFHW=video)
 
 
 class Drift:
@@ -105,9 +107,8 @@ def test_what_is_rewarded_is_what_the_stock_pipeline_makes(wan: Wan, folder: Pat
 
     picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     pixels = torch.from_numpy(picture).permute(2, 0, 1)[None, :, None] / 127.5 - 1
-    with torch.no_grad():
-        z0 = torch.cat([wan.encode(pixels), torch.zeros(1, 8, 2, 4, 4)], dim=2)
-    batch = Batch(("x",), z0_BCFHW=z0, text_BLD=wan.encode_text([CAPTION]))
+    video = torch.cat([pixels, torch.zeros(1, 3, 8, 32, 32)], dim=2)
+    batch = Batch(("x",), torch.zeros(1, 8, 3, 4, 4), wan.encode_text([CAPTION]), video)
     config = Sampling(sampler=SamplerConfig(steps=4, guidance=3.0))
     oro_loss(wan, batch, total({"watch": (1.0, watch)}), config, Random(3, 7, [0]), wan.encode_text([""]))
     pipe = WanImageToVideoPipeline.from_pretrained(folder)
@@ -298,6 +299,8 @@ def test_latents_and_truth_of_one_clip_come_together(wan: Wan, tmp_path: Path) -
     }.items():
         assert expected is not None
         assert torch.equal(getattr(batch, name), expected)
+    assert plain.z0_BCFHW is not None
+    assert torch.equal(given_latents(wan, batch), plain.z0_BCFHW[:, :, :1])  # Wan's autoencoder is causal
     assert data.key not in (latents.key, found.key)
     assert len(data) == 3
 

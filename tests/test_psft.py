@@ -139,6 +139,40 @@ def test_brute_force(timesteps: str, shift: float) -> None:
     assert loss_of(answer, batch, timesteps=timesteps, shift=shift)[0].item() == pytest.approx(total, rel=1e-5)
 
 
+class Texts(Answers):
+    """It answers 0 and keeps what it is asked; without a caption it has the text "" at half its size."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda z, t: z)
+        self.velocity, self.asked = self._velocity, list[tuple[Tensor, Tensor, Tensor]]()
+
+    def _velocity(self, z_BCFHW: Tensor, t_BF: Tensor, text_BLD: Tensor, condition: object) -> Tensor:
+        self.asked.append((z_BCFHW, t_BF, text_BLD))
+        return torch.zeros_like(z_BCFHW)
+
+    def without_caption(self, text_BLD: Tensor, empty_1LD: Tensor) -> Tensor:
+        return 0.5 * empty_1LD.expand_as(text_BLD)
+
+
+def test_dropped_captions() -> None:
+    """The share p of them; times, noise and order are those of a training without; none at p = 0, all at p = 1."""
+    batch, empty_1LD, model, counts = clips(), torch.full((1, 1, 1), -2.0), Texts(), {}
+    batch = replace(batch, text_BLD=torch.tensor([3.0, 5.0]).view(2, 1, 1))
+    for p in (0.0, 0.1, 1.0):
+        for step in range(300):
+            psft.psft_loss(model, batch, psft.Config(drop_caption=p), Random(0, step, [0, 1]), empty_1LD)
+        asked, model.asked = model.asked, []
+        z, t, text = (torch.stack(parts) for parts in zip(*asked, strict=True))
+        if p == 0.0:
+            z_without, t_without = z, t
+        assert torch.equal(z, z_without)
+        assert torch.equal(t, t_without)
+        dropped = text.flatten(1) == -1
+        assert (dropped | (text.flatten(1) == torch.tensor([3.0, 5.0]))).all()
+        counts[p] = int(dropped.sum())
+    assert counts == {0.0: 0, 0.1: pytest.approx(60, abs=3 * (600 * 0.09) ** 0.5), 1.0: 600}
+
+
 class Still:
     """One latent clip under several names."""
 

@@ -123,7 +123,7 @@ def test_statistics_normalise_the_latents(tmp_path: Path) -> None:
     folder = wan_folder(tmp_path / "wan")
     model = vae.load(ModelConfig(family="vae", path=str(folder)))
     z_NC = torch.randn(5000, model.vae.config.z_dim) * 3 + 1
-    vae.set_latent_statistics(model.vae, z_NC)
+    model.set_statistics(z_NC)
     model.save(tmp_path / "out")
     read = AutoencoderKLWan.from_pretrained(tmp_path / "out").config
     normal = (z_NC - torch.tensor(read.latents_mean)) / torch.tensor(read.latents_std)

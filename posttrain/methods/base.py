@@ -13,12 +13,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
+from torch import Tensor
+
 from posttrain.core.errors import UserError
 from posttrain.core.recipe import Plugin, Strict
 from posttrain.data.config import GroupsConfig
 from posttrain.data.dataset import Clips
 from posttrain.data.latents import Annotated, Latents
 from posttrain.flow import SamplerConfig
+from posttrain.models.base import VideoModel
 from posttrain.training.checkpoints import start_fingerprint
 from posttrain.training.run import Data
 from posttrain.types import Batch
@@ -51,6 +55,21 @@ def pixels(source: Source, config: Any) -> Data:
     """The clips in pixels: video_BCFHW, instances_BFHW, target_B and the annotations that `truths` names."""
     need_masks(source.clips)
     return source.clips
+
+
+@torch.no_grad()
+def given_latents(model: VideoModel, batch: Batch) -> Tensor | None:
+    """The clean latents from which a method samples clips, (B, C, 1, H, W); None for a model that takes none.
+
+    They are those of sampling and evaluation: of the first picture alone. In a clip that is encoded as a whole, the
+    first latent may know of later pictures. One by one and without autocast, as clips are encoded for training: then
+    they are bit for bit the clip's first latent where the autoencoder is causal (on a CPU).
+    """
+    if not model.n_cond_frames:
+        return None
+    assert batch.video_BCFHW is not None
+    with torch.autocast(model.device.type, enabled=False):
+        return torch.cat([model.encode(video_1CFHW[:, :, :1]) for video_1CFHW in batch.video_BCFHW.split(1)])
 
 
 def need_masks(clips: Clips) -> None:

@@ -8,10 +8,10 @@ caption and noise eps, the sampler makes latents z_0', and the decoder D makes t
 where R = sum_k w_k R_k compares the generated clip with the true masks, flow and depth of x_0.
 
 Departures from the paper's code: training samples as evaluation does, with the scheduler of the model's folder and the
-same steps and guidance; there is no dropout, pixels are always in [-1, 1], and the decoder is frozen. The gradient goes
-through every step and every frame (`grad` and `frames` can reduce this). It needs the memory of one step and one latent
-frame, because the backward pass recomputes them (flow.py, models/wan/decode.py). A pixel outside the range keeps the
-gradient that moves it back.
+same steps and guidance, from the latent of the first picture alone; there is no dropout, pixels are always in [-1, 1],
+and the decoder is frozen. The gradient goes through every step and every frame (`grad` and `frames` can reduce this).
+It needs the memory of one step and one latent frame, because the backward pass recomputes them (flow.py,
+models/wan/decode.py). A pixel outside the range keeps the gradient that moves it back.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from torch import Tensor
 from posttrain.core.errors import UserError
 from posttrain.core.recipe import Plugin, PluginFrom, Strict
 from posttrain.flow import Grad, SamplerConfig, sample
-from posttrain.methods.base import Dry, annotated_latents
+from posttrain.methods.base import Dry, annotated_latents, given_latents
 from posttrain.models.base import VideoModel
 from posttrain.rewards import base
 from posttrain.training.run import Run
@@ -79,7 +79,7 @@ def oro_loss(
     """
     assert batch.z0_BCFHW is not None
     assert batch.text_BLD is not None
-    truth_BCFHW, sampler = batch.z0_BCFHW, config.sampler
+    truth_BCFHW, sampler, first_BCFHW = batch.z0_BCFHW, config.sampler, given_latents(model, batch)
     if config.frames and model.latent_frames(config.frames) > truth_BCFHW.shape[2]:
         raise UserError(
             f"method.frames: is {config.frames}, more than the clips have; lower it, or leave it out for all",
@@ -91,7 +91,7 @@ def oro_loss(
         model.scheduler(),
         random.normal(*truth_BCFHW.shape[1:]).to(truth_BCFHW),
         batch.text_BLD,
-        truth_BCFHW[:, :, : model.n_cond_frames] if model.n_cond_frames else None,
+        None if first_BCFHW is None else first_BCFHW.to(truth_BCFHW),
         sampler.steps,
         sampler.weight(model.boundary),
         None if negative_1LD is None else negative_1LD.expand_as(batch.text_BLD),

@@ -147,6 +147,13 @@ class VideoModel(Protocol):
         The zeros mark the padding: a transformer that takes a mask gets it from `text_lengths`.
         """
 
+    def without_caption(self, text_BLD: Tensor, empty_1LD: Tensor) -> Tensor:
+        """What training without a caption has in the place of text_BLD (same shape): the text that guidance leads from.
+
+        Args:
+            empty_1LD: of `encode_text([""])`.
+        """
+
     def condition(self, first_BC1HW: Tensor, frames: int) -> dict[str, Tensor]:
         """Inputs of `velocity` from the first frame besides clean latents, for clips of `frames` frames."""
 

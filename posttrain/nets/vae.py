@@ -34,6 +34,23 @@ class Autoencoder:
         self.vae = vae
         self.module: nn.Module = Reconstruction(vae)
 
+    def means(self, x_BCFHW: Tensor) -> Tensor:
+        """Posterior means, not normalised."""
+        mean: Tensor = self.vae.encode(x_BCFHW).latent_dist.mean
+        return mean
+
+    def set_statistics(self, z_NC: Tensor) -> None:
+        """Store each channel's mean and standard deviation, with which models normalise the latents.
+
+        Args:
+            z_NC: raw posterior means, any number of latent cells by channels.
+        """
+        std_C, mean_C = torch.std_mean(z_NC.double(), dim=0)
+        self.vae.register_to_config(
+            latents_mean=[round(value, 6) for value in mean_C.tolist()],
+            latents_std=[round(value, 6) for value in std_C.tolist()],
+        )
+
     def save(self, path: Path) -> None:
         """Write the diffusers folder (config.json with the latents' mean and std, safetensors)."""
         with replacing(path) as temporary:
@@ -58,16 +75,3 @@ def load(config: ModelConfig, device: str = "cpu") -> Autoencoder:
         logvar.mul_(0.1)
         vae.quant_conv.bias.chunk(2)[1].sub_(6)
     return Autoencoder(vae.to(device))
-
-
-def set_latent_statistics(vae: AutoencoderKLWan, z_NC: Tensor) -> None:
-    """Store each channel's mean and standard deviation, with which models normalise the latents.
-
-    Args:
-        z_NC: raw posterior means, any number of latent cells by channels.
-    """
-    std_C, mean_C = torch.std_mean(z_NC.double(), dim=0)
-    vae.register_to_config(
-        latents_mean=[round(value, 6) for value in mean_C.tolist()],
-        latents_std=[round(value, 6) for value in std_C.tolist()],
-    )

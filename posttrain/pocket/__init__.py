@@ -1,4 +1,4 @@
-"""The embedded base model: small enough to commit, shaped like Wan2.2 TI2V-5B. README.md says how it was made."""
+"""The embedded models: small enough to commit, shaped like Wan2.2 TI2V-5B and Open-Sora v1.2; README.md has more."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +10,7 @@ FAMILY = "wan"  # of the embedded video model: the package in posttrain/models
 
 
 def folder(part: str) -> Path:
-    """The folder of an embedded part: `wan` (the diffusers folder), `tracker`, `sam2`, `raft` or `depth`."""
+    """The folder of an embedded part: `wan` or `opensora` (whole models), `tracker`, `sam2`, `raft` or `depth`."""
     return Path(__file__).parent / part
 
 
@@ -23,6 +23,8 @@ def whole(part: str) -> Path:
     """
     lines = (folder("") / "SHA256SUMS").read_text().splitlines()
     noted = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    if not folder(part).is_dir():
+        raise UserError(f"{folder(part)}: is missing; reinstall posttrain or restore the folder with git", "damaged")
     if wrong := files.changed(folder(""), {name: noted[name] for name in noted if name.startswith(f"{part}/")}):
         raise UserError(
             f"{folder(wrong[0])}: is missing or was changed; reinstall posttrain or restore the file with git",

@@ -33,10 +33,10 @@ from posttrain.evaluation.benchmarks import pisa as benchmark
 from posttrain.evaluation.benchmarks.base import ClipScore
 from posttrain.evaluation.sample import clip_seed, sample_clips
 from posttrain.metrics import masks, pisa
-from posttrain.models.base import ModelConfig
-from posttrain.models.wan.loading import load as load_wan
-from posttrain.models.wan.model import Wan
+from posttrain.models.base import ModelConfig, VideoModel
+from posttrain.models.base import family as video_family
 from posttrain.nets import depth, raft, sam2, tracker
+from posttrain.pocket import FAMILY
 from posttrain.types import Batch
 
 SIZES = (6, 8, 11, 15)  # pixels, root of the object's area in frame 0
@@ -47,7 +47,7 @@ Row = dict[str, Any]
 Show = Callable[[Batch], Tensor]  # the pictures to measure, video_BCFHW in [-1, 1]
 
 
-def through(model: Wan) -> Show:
+def through(model: VideoModel) -> Show:
     """True clips after the model's autoencoder, rounded to bytes."""
 
     @torch.no_grad()
@@ -137,7 +137,7 @@ def check_vae(track: masks.Track, data: Sequence[Clips], show: Show) -> str:
     return markdown(["clips", "pictures", "IoU", "L2", "vanished", "PSNR", "in the object"], lines)
 
 
-def check_base(model: Wan, track: masks.Track, data: Sequence[Clips], steps: int) -> str:
+def check_base(model: VideoModel, track: masks.Track, data: Sequence[Clips], steps: int) -> str:
     """PISA's scores of the base model (one sample per clip) and of static videos, means over each dataset's clips."""
     lines = []
     for clips in data:
@@ -209,6 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", default="test_unseen")
     parser.add_argument("--limit", type=int, help="largest number of clips of each folder")
     parser.add_argument("--model", default="pocket", help="the diffusers folder of VAE and transformer")
+    parser.add_argument("--base", default=FAMILY, help="the family of VAE and transformer")
     parser.add_argument("--family", choices=["tracker", "sam2"], default="tracker", help="the segmenter")
     parser.add_argument("--segmenter", default="pocket", help="the segmenter's folder")
     parser.add_argument("--net", default="pocket", help="the folder of the network for flow or depth")
@@ -220,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         truths = [options.part] if options.part in ("flow", "depth") else []
         configs = [DataConfig(clips=c, split=options.split, limit=options.limit) for c in options.clips]
         data = [Clips(config, truths=truths) for config in configs]
-        model = load_wan(ModelConfig(path=options.model))
+        model = video_family(options.base).load(ModelConfig(family=options.base, path=options.model))
         if options.part == "segmenter":
             print(check_segmenter(track, data, {"true": truth, "through the VAE": through(model)}))
         elif options.part == "flow":

@@ -1,4 +1,4 @@
-"""Train the video autoencoder (Wan's, at pocket size) on clips of moving objects.
+"""Train a video autoencoder (Wan's or Open-Sora's, at pocket size) on clips of moving objects.
 
 Loss, for pixels x in [-1, 1], their reconstruction y, and object weight w (1 on the background):
 
@@ -21,16 +21,16 @@ from torch import Tensor, nn
 
 from posttrain.core.recipe import Strict
 from posttrain.methods.base import pixels
-from posttrain.nets.vae import Autoencoder, set_latent_statistics
+from posttrain.nets import opensora_vae, vae
 from posttrain.training.run import Run
 from posttrain.types import Batch, Random
 
 data = pixels
-TRAINS = ("vae",)  # networks of posttrain/nets
+TRAINS = ("vae", "opensora_vae")  # networks of posttrain/nets
 
 
 class Config(Strict):
-    """`lengths`: numbers of frames (4k + 1), drawn with `weights`; `frames`: about so many per process and step."""
+    """`lengths`: numbers of frames (Wan: 4k + 1), drawn with `weights`; `frames`: about so many a process and step."""
 
     pictures: int = 1500  # the first so many steps are on single pictures
     lengths: tuple[int, ...] = (1, 5, 9, 17, 33)
@@ -118,7 +118,7 @@ def vae_loss(
     return loss, {"pixels": pixels.item(), "kl": kl.item(), "psnr": float(10 * torch.log10(4 / mse))}
 
 
-def train(run: Run, model: Autoencoder, config: Config) -> None:
+def train(run: Run, model: vae.Autoencoder | opensora_vae.Autoencoder, config: Config) -> None:
     """The loop; afterwards the mean and standard deviation of the latents are measured on training clips."""
     for batch in run.batches():
         x, weight = crop(batch, config, run.random, still=run.steps < config.pictures)
@@ -129,5 +129,5 @@ def train(run: Run, model: Autoencoder, config: Config) -> None:
     with torch.no_grad():
         device = run.accelerator.device
         videos = (torch.as_tensor(run.data.load([i]).video_BCFHW, device=device) for i in indices)
-        z = [model.vae.encode(video).latent_dist.mean.movedim(1, -1) for video in videos]
-    set_latent_statistics(model.vae, torch.cat([part.flatten(0, -2) for part in z]))
+        z = [model.means(video).movedim(1, -1) for video in videos]
+        model.set_statistics(torch.cat([part.flatten(0, -2) for part in z]))

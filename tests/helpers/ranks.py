@@ -33,7 +33,10 @@ class Noise:
         text_BLD = self.text_LD.expand(len(indices), -1, -1)
         z0_BCFHW = self.z0_BCFHW[list(indices)]
         losers_BMCFHW = torch.stack([z0_BCFHW.flip(1), z0_BCFHW.flip(3)], dim=1)
-        return Batch(tuple(self.ids[i] for i in indices), z0_BCFHW, text_BLD, losers_BMCFHW=losers_BMCFHW)
+        video_BCFHW = (
+            z0_BCFHW[:, :3, :1].repeat_interleave(8, 3).repeat_interleave(8, 4).tanh()
+        )  # of ORO, the first picture
+        return Batch(tuple(self.ids[i] for i in indices), z0_BCFHW, text_BLD, video_BCFHW, losers_BMCFHW=losers_BMCFHW)
 
 
 def bright(video_BCFHW: Tensor, batch: Batch) -> Tensor:

@@ -170,6 +170,9 @@ class Toy:
             row_LD[: len(words)] = table(torch.tensor(numbers, device=self.device))
         return text_BLD
 
+    def without_caption(self, text_BLD: Tensor, empty_1LD: Tensor) -> Tensor:
+        return empty_1LD.expand_as(text_BLD)
+
     def condition(self, first_BC1HW: Tensor, frames: int) -> dict[str, Tensor]:
         return {}
 

@@ -1,7 +1,9 @@
 """From a folder, a training checkpoint or a hub id to an `OpenSora`, and back to files in the published names.
 
 `model.path` is one of
-- a folder with transformer/, vae/, text_encoder/ and tokenizer/; model_index.json may say {"fps": ...},
+- "pocket", the embedded one,
+- a folder with transformer/, vae/, text_encoder/ and tokenizer/; model_index.json may say {"fps": ...}, and scheduler/
+  how times are transformed,
 - a folder with the transformer itself, as hpcai-tech/OpenSora-STDiT-v3 has it, or that hub id,
 - the folder of a training checkpoint of Open-Sora or PISA (see weights.py), of which model/ is read, else ema.pt.
 Parts that the folder lacks are the published ones, from the hub. `model.start` may be a single file of weights, such as
@@ -26,6 +28,7 @@ from posttrain.models.opensora.model import FPS, OpenSora
 from posttrain.models.opensora.stdit import NULL, TARGETS, STDiT3, initialise
 from posttrain.models.opensora.vae import OpenSoraVAE
 from posttrain.models.opensora.weights import files_of
+from posttrain.pocket import whole
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODEL = "hpcai-tech/OpenSora-STDiT-v3"
@@ -33,6 +36,7 @@ VAE = "hpcai-tech/OpenSora-VAE-v1.2"
 TEXT = (
     "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"  # T5 v1.1-XXL in safetensors, below text_encoder/ and tokenizer/
 )
+EMBEDDED = "opensora"  # in posttrain/pocket
 KINDS = ("json", "safetensors", "model")
 
 
@@ -44,6 +48,7 @@ class Parts(NamedTuple):
     text_encoder: Path
     tokenizer: Path
     fps: float
+    scheduler: dict[str, Any]  # what differs from the published one
 
 
 def locate(path: str, revision: str | None = None) -> Parts:
@@ -56,26 +61,27 @@ def locate(path: str, revision: str | None = None) -> Parts:
     text = None
     if not ((root / "text_encoder").is_dir() and (root / "tokenizer").is_dir()):
         text = _fetch(TEXT, None, "text_encoder/*", "tokenizer/*")
-    index = root / "model_index.json"
+    index, times = root / "model_index.json", root / "scheduler" / "scheduler_config.json"
     return Parts(
         root / "transformer" if (root / "transformer").is_dir() else root,
         root / "vae" if (root / "vae").is_dir() else _fetch(VAE, None, "*"),
         (text or root) / "text_encoder",
         (text or root) / "tokenizer",
         float(read_object(index).get("fps", FPS)) if index.exists() else FPS,
+        {name: value for name, value in read_object(times).items() if name[0] != "_"} if times.exists() else {},
     )
 
 
 def folder_of(path: str, revision: str | None = None) -> Path:
     """The absolute folder that `path` names, since the working directory may change later. Errors as `locate`."""
-    if Path(path).is_dir():
+    if path == "pocket" or Path(path).is_dir():
         if revision is not None:
             raise UserError(
                 f"model.revision: {revision} is for hub ids, and {path} is a folder; leave it out",
                 "conflict",
                 "model.revision",
             )
-        return Path(path).absolute()
+        return whole(EMBEDDED) if path == "pocket" else Path(path).absolute()
     if Path(path).is_file():
         raise UserError(
             f"model.path: {path} is a file; set it to the model's folder or hub id, and model.start to the file",
@@ -241,4 +247,13 @@ def load(config: ModelConfig, device: str | torch.device = "cpu") -> OpenSora:
         return load_part(T5EncoderModel, folder.parent, folder.name, dtype=dtype).requires_grad_(False).eval()
 
     read: dict[str, Callable[[], nn.Module]] = {"vae": read_vae, "text_encoder": read_text}
-    return OpenSora(transformer, vae, read, tokenizer, conditioning=config.conditioning, fps=parts.fps, device=device)
+    return OpenSora(
+        transformer,
+        vae,
+        read,
+        tokenizer,
+        conditioning=config.conditioning,
+        scheduler=parts.scheduler,
+        fps=parts.fps,
+        device=device,
+    )

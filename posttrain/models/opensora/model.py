@@ -46,6 +46,7 @@ class OpenSora:
     Args:
         vae: used only for its shape; its weights may be on the meta device.
         read: function that reads "vae" and "text_encoder", called when first needed, and again after `unload`.
+        scheduler: arguments of RFlowScheduler; None: the published ones.
         fps: the transformer's fps input for clips of more than one frame.
     """
 
@@ -61,6 +62,7 @@ class OpenSora:
         tokenizer: Any,
         *,
         conditioning: Literal["image", "text"] = "image",
+        scheduler: Mapping[str, Any] | None = None,
         fps: float = FPS,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -75,7 +77,7 @@ class OpenSora:
         self._parts = Parts(read, self.device)
         self.n_cond_frames = int(conditioning == "image")
         self.text_tokens: int = self.config.model_max_length
-        self.fps = fps
+        self.fps, self._scheduler = fps, dict(scheduler or {})
         self._clip: tuple[int, int, int] | None = None  # pictures, height, width of the clips that are worked on
 
     @property
@@ -167,6 +169,15 @@ class OpenSora:
         given_B = torch.tensor([bool(caption) for caption in captions], device=text_BLD.device)
         return (text_BLD * (mask_BL * given_B[:, None])[..., None]).float()
 
+    def _null(self, text_BLD: Tensor) -> Tensor:
+        """The learned text that stands for none, (L, D)."""
+        return lora.unwrap(self.transformer).y_embedder.y_embedding[: text_BLD.shape[1]].to(text_BLD)
+
+    def without_caption(self, text_BLD: Tensor, empty_1LD: Tensor) -> Tensor:
+        """The learned text, cut to each caption's length: published training and guidance keep the caption's mask."""
+        place_L = torch.arange(text_BLD.shape[1], device=text_BLD.device)
+        return self._null(text_BLD) * (place_L < text_lengths(text_BLD)[:, None])[..., None]
+
     def _text(self, text_BLD: Tensor) -> tuple[Tensor, Tensor]:
         """y_B1LD with the learned text where there is none, and its mask_BL, both cut to the longest."""
         batch, length, _ = text_BLD.shape
@@ -175,8 +186,7 @@ class OpenSora:
         lengths_B = text_lengths(text_BLD)
         none_B = lengths_B == 0
         if bool(none_B.any()):
-            null_LD = lora.unwrap(self.transformer).y_embedder.y_embedding[:length].to(text_BLD)
-            text_BLD = torch.where(none_B[:, None, None], null_LD, text_BLD)
+            text_BLD = torch.where(none_B[:, None, None], self._null(text_BLD), text_BLD)
             half = batch // 2
             guided = batch == 2 * half and bool(none_B[:half].all()) and not bool(none_B[half:].any())
             lengths_B = lengths_B[half:].repeat(2) if guided else lengths_B.masked_fill(none_B, length)
@@ -213,7 +223,7 @@ class OpenSora:
 
     def scheduler(self) -> RFlowScheduler:
         """The scheduler for the current clips."""
-        scheduler = RFlowScheduler()
+        scheduler = RFlowScheduler(**self._scheduler)
         scheduler.clip = self._clip
         return scheduler
 

@@ -11,11 +11,12 @@ from posttrain.models.base import Defaults, ModelConfig
 
 # size, length and rate of PISA's clips; steps and guidance of Open-Sora's sampling script
 DEFAULTS = Defaults(frames=32, size=(256, 256), fps=16, steps=30, guidance=7.0)
+POCKET = Defaults(frames=33, size=(64, 64), fps=16, steps=12, guidance=1.0)
 
 
 def defaults(path: str) -> Defaults:
-    """The same for every model of the family."""
-    return DEFAULTS
+    """The same for every model of the family but the embedded one."""
+    return POCKET if path == "pocket" else DEFAULTS
 
 
 def needs_picture(path: str, revision: str | None = None) -> bool:

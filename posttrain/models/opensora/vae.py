@@ -38,6 +38,14 @@ SCALE = (3.85, 2.32, 2.33, 3.06)
 SHIFT = (-0.10, 0.34, 0.27, 0.98)
 
 
+def statistics(scale: Sequence[float] | None, shift: Sequence[float] | None, channels: int) -> tuple[Tensor, Tensor]:
+    """scale and shift as (1, C, 1, 1, 1); None: the published ones for their number of channels, else 1 and 0."""
+    published = channels == len(SCALE)
+    scale = scale or (SCALE if published else (1.0,) * channels)
+    shift = shift or (SHIFT if published else (0.0,) * channels)
+    return torch.tensor(scale).view(1, -1, 1, 1, 1), torch.tensor(shift).view(1, -1, 1, 1, 1)
+
+
 def count_latents(frames: int, piece: int | None = 17, factor: int = 4) -> int:
     """How many latent frames so many frames have: 1 -> 1, 16 -> 4, 17 -> 5, 32 -> 9, 34 -> 10."""
     if piece is None:
@@ -202,7 +210,7 @@ class OpenSoraVAE(Published):
     Args:
         temporal: arguments of TemporalVAE.
         spatial: arguments of diffusers' AutoencoderKL; None: the published ones.
-        scale, shift: per channel; where the weights' file has them, these count.
+        scale, shift: per channel; where the weights' file has them, these count. None: see `statistics`.
         spatial_scaling_factor: what the image latents are multiplied by.
         micro_frame_size: frames that go through the temporal autoencoder at once; None: all.
         micro_batch_size: frames that go through the image autoencoder at once, for memory alone; None: all.
@@ -215,8 +223,8 @@ class OpenSoraVAE(Published):
         self,
         temporal: dict[str, Any] | None = None,
         spatial: dict[str, Any] | None = None,
-        scale: Sequence[float] = SCALE,
-        shift: Sequence[float] = SHIFT,
+        scale: Sequence[float] | None = None,
+        shift: Sequence[float] | None = None,
         spatial_scaling_factor: float = 0.18215,
         micro_frame_size: int | None = 17,
         micro_batch_size: int | None = 4,
@@ -224,15 +232,17 @@ class OpenSoraVAE(Published):
         super().__init__()
         self.spatial_vae = SpatialVAE(SPATIAL if spatial is None else spatial)
         self.temporal_vae = TemporalVAE(**(temporal or {}))
-        self.register_buffer("scale", torch.tensor(scale).view(1, -1, 1, 1, 1))
-        self.register_buffer("shift", torch.tensor(shift).view(1, -1, 1, 1, 1))
+        scale_1C111, shift_1C111 = statistics(scale, shift, self.channels)
+        self.register_buffer("scale", scale_1C111)
+        self.register_buffer("shift", shift_1C111)
         self.spatial_scaling_factor = spatial_scaling_factor
         self.micro_frame_size, self.micro_batch_size = micro_frame_size, micro_batch_size
 
     @classmethod
     def constants(cls, config: dict[str, Any]) -> dict[str, Tensor]:
-        values = {"scale": config.get("scale", SCALE), "shift": config.get("shift", SHIFT)}
-        return {name: torch.tensor(value).view(1, -1, 1, 1, 1) for name, value in values.items()}
+        channels = (config.get("temporal") or {}).get("embed_dim", len(SCALE))
+        scale, shift = statistics(config.get("scale"), config.get("shift"), channels)
+        return {"scale": scale, "shift": shift}
 
     @property
     def channels(self) -> int:
@@ -251,6 +261,21 @@ class OpenSoraVAE(Published):
             sample: draw from both posteriors, first the image latents, `micro_batch_size` frames at a time, then the
                 pieces in turn; else take their means.
         """
+        latents = []
+        for mean, logvar in self._posteriors(video, sample, generator):
+            posterior = DiagonalGaussianDistribution(torch.cat([mean, logvar], dim=1))
+            latents.append(posterior.sample(generator) if sample else mean)
+        return (torch.cat(latents, dim=2) - self.shift) / self.scale
+
+    def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the latents, not normalised; of the image latents their means are taken."""
+        means, logvars = zip(*self._posteriors(video, sample=False), strict=True)
+        return torch.cat(means, dim=2), torch.cat(logvars, dim=2)
+
+    def _posteriors(
+        self, video: Tensor, sample: bool, generator: torch.Generator | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(mean, logvar) of each piece along time."""
         frames = video.transpose(1, 2).flatten(0, 1)
         drawn = []
         for some in frames.split(self.micro_batch_size or len(frames)):
@@ -258,12 +283,7 @@ class OpenSoraVAE(Published):
             drawn.append(posterior.sample(generator) if sample else posterior.mode())
         x = torch.cat(drawn).unflatten(0, video.shape[:1] + video.shape[2:3]).transpose(1, 2)
         x = x * self.spatial_scaling_factor
-        latents = []
-        for piece in x.split(self.micro_frame_size or x.shape[2], dim=2):
-            mean, logvar = self.temporal_vae.encode(piece)
-            posterior = DiagonalGaussianDistribution(torch.cat([mean, logvar], dim=1))
-            latents.append(posterior.sample(generator) if sample else mean)
-        return (torch.cat(latents, dim=2) - self.shift) / self.scale
+        return [self.temporal_vae.encode(piece) for piece in x.split(self.micro_frame_size or x.shape[2], dim=2)]
 
     def decode(self, z: Tensor, num_frames: int, recompute: bool = True) -> Tensor:
         """Pixels (B, 3, num_frames, 8 H, 8 W) of latents; differentiable, not clamped.

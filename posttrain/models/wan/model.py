@@ -166,6 +166,10 @@ class Wan:
         text_BLD = self._parts.here(self.text_encoder)(tokens.input_ids, tokens.attention_mask).last_hidden_state
         return (text_BLD * tokens.attention_mask[..., None]).float()
 
+    def without_caption(self, text_BLD: Tensor, empty_1LD: Tensor) -> Tensor:
+        """The encoded "", from which the stock pipeline's guidance leads too."""
+        return empty_1LD.to(text_BLD).expand_as(text_BLD)
+
     @torch.no_grad()
     def condition(self, first_BC1HW: Tensor, frames: int) -> dict[str, Tensor]:
         """Empty for models that take the picture as a clean latent. For the others, float32:
