@@ -64,7 +64,7 @@ class EvalConfig(Strict):
     every: int = Field(0, ge=0)
     seeds: int = Field(3, ge=1)
     limit: int | None = Field(None, ge=1)  # the first clips of each split
-    batch: int = Field(10, ge=1)  # clips sampled at once
+    batch: int = Field(8, ge=1)  # clips sampled at once
     sampler: SamplerConfig = SamplerConfig()
     tracker: str = "pocket"  # what follows the object: "pocket", or a SAM 2 in a folder or on the hub
 
