@@ -33,10 +33,10 @@ chaos: setup # kill, damage and mislead tiny runs; nothing may come of it but on
 test: setup # all tests
 	@./setup.sh chromium
 	@./setup.sh extras
-	@OMP_NUM_THREADS=1 $(python) -m pytest -n 3 --dist loadfile --no-loadscope-reorder # three processes of one thread: on two cores one often waits for a disk or a child
+	@OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder # two processes of one thread each
 
 test-fast: setup # a quick check while you work: what takes a second or less of every package
-	@OMP_NUM_THREADS=1 $(python) -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m 'not slow'
+	@OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 release-check: setup # compare what `make psft oro gdpo` gave with the README's table and the intervals of docs/results.md
 	@$(python) tests/release_check.py

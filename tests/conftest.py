@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: a test that r
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the most slow tests come first, so that of two processes neither waits long for the other in the end.
+    """Files with the most slow tests come first, so that no process waits long for another in the end.
 
     Skip what is marked `gpu` on a machine without one.
     """
