@@ -45,6 +45,7 @@ def gradient(video_BCFHW: Tensor, z_BCFHW: Tensor) -> Tensor:
     return torch.autograd.grad((video_BCFHW * weights).sum() + video_BCFHW.square().sum(), z_BCFHW)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{}, {"offload": True}, {"recompute": False}], ids=str)
 @pytest.mark.parametrize("frames", [1, 2, 3, 9])
 def test_pixels_and_gradient_are_those_of_diffusers(vae: AutoencoderKLWan, frames: int, how: dict[str, bool]) -> None:

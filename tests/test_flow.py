@@ -78,6 +78,7 @@ def test_times_are_distributed_as_named(kind: str, shift: float) -> None:
     assert scipy.stats.kstest(u, law).pvalue > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0])
 @pytest.mark.parametrize("kind", ["uniform", "logit_normal"])
 @pytest.mark.parametrize(("low", "high"), [(0.875, 1.0), (0.0, 0.875), (0.9, 1.0), (0.0, 0.9), (0.25, 0.5)])
@@ -311,6 +312,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: wan_folder(root / family, family) for family in FAMILIES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["unipc", "euler"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_gradient_is_that_of_plain_autograd(families: dict[str, Path], family: str, kind: str) -> None:

@@ -52,6 +52,7 @@ def test_an_error_ends_it_and_the_threads_are_given_back() -> None:
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.slow
 def test_two_batches_at_once_give_the_same_videos_and_latents() -> None:
     """Samplers, attention and the VAE keep nothing that another thread could change."""
     model = load(ModelConfig(family="wan", path="pocket"))

@@ -144,6 +144,7 @@ def filmed(index: int, **config) -> Take:
     return take
 
 
+@pytest.mark.slow
 def test_the_grid_tells_depth_and_height_and_whether_training_saw_them() -> None:
     rows = []
     for index in range(16):
@@ -165,6 +166,7 @@ def test_the_grid_tells_depth_and_height_and_whether_training_saw_them() -> None
     assert max(row["height"] for row in rows) > 1.5
 
 
+@pytest.mark.slow
 def test_what_cannot_be_filmed_is_refused() -> None:
     for make in (filmed, group):
         with pytest.raises(UserError) as error:

@@ -155,6 +155,7 @@ def test_what_touches_is_seen_to_touch(below: str):
         assert gaps(world(stone, lying, frames=9))[0] < 8e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "index"), SCENES)
 def test_what_touches_in_drawn_scenes_is_seen_to_touch(recipe: str, index: int):
     plan = recipes.load(RECIPES / f"{recipe}.yaml", [], cli.Recipe)
