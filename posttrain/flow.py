@@ -30,7 +30,11 @@ class SamplerConfig(Strict):
     def weight(self, boundary: float) -> Callable[[float], float]:
         """The guidance as a function of t, for a model whose second expert is used below `boundary` (0: no second)."""
         if self.guidance_low is not None and not boundary:
-            raise UserError("sampler.guidance_low: is only for a model with two experts; leave it out")
+            raise UserError(
+                "sampler.guidance_low: is only for a model with two experts; leave it out",
+                "conflict",
+                "sampler.guidance_low",
+            )
         low = self.guidance if self.guidance_low is None else self.guidance_low
         return lambda t: self.guidance if t >= boundary else low
 
@@ -140,7 +144,9 @@ def active_steps(grad: Grad, steps: int) -> frozenset[int]:
             active = frozenset(range(steps))
     if wrong := [number for number in sorted(active) if not 0 <= number < steps]:
         raise UserError(
-            f"method.grad: names step {wrong[0]}, but the steps are 0 to {steps - 1}; name fewer, or sample more steps"
+            f"method.grad: names step {wrong[0]}, but the steps are 0 to {steps - 1}; name fewer, or sample more steps",
+            "value",
+            "method.grad",
         )
     return active
 

@@ -59,7 +59,7 @@ def test_weights_have_the_shape_and_the_ranges_of_the_paper() -> None:
 
 
 def test_pair_by_hand() -> None:
-    """x = 2 [(.5 - .25) - (.75 - .25)] = -1/2; 3 log(1 + exp(.5 * -1/2))."""
+    """x = 2 [(0.5 - 0.25) - (0.75 - 0.25)] = -1/2; the loss is 3 log(1 + exp(0.5 * -1/2))."""
     errors = (torch.tensor([0.5]), torch.tensor([0.25]), torch.tensor([[0.75]]), torch.tensor([[0.25]]))
     for mode in ("pair", "sum"):
         loss, metrics = gdpo_loss(*errors, 0.5 * ONE, 3 * ONE, 2.0, mode)
@@ -96,7 +96,7 @@ def test_losers_that_count_less_by_hand() -> None:
     errors = (torch.tensor([0.5]), torch.tensor([0.25]), torch.tensor([[0.75]]), torch.tensor([[0.25]]))
     loss, metrics = gdpo_loss(*errors, ONE, ONE, 2.0, "sum", loser_weight=0.25)
     assert loss.item() == pytest.approx(math.log(1 + math.exp(0.25)))
-    assert metrics["margin"].item() == pytest.approx(0.25)  # is told as it is
+    assert metrics["margin"].item() == pytest.approx(0.25)  # the margin does not depend on loser_weight
 
 
 @pytest.mark.parametrize("loser_weight", [0.25, 0.75])

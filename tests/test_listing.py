@@ -1,5 +1,6 @@
 """Videos that a recipe names: lists and captions, which are left out and why, and a run on them."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -235,26 +236,26 @@ def test_samples_of_every_known_kind_are_scored(tmp_path) -> None:
     ]
 
 
-def test_each_folder_without_clips_gets_its_own_remedy(tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("data/drops/test_seen", "data/empty", "data/words", "data/deep/cups"):
-        Path(name).mkdir(parents=True)
-    for name in ("data/drops/test_seen/metadata.jsonl", "data/words/a.zip", "data/deep/cups/metadata.csv"):
-        Path(name).touch()
-    for folder, said in (
-        ("data/drosp", "did you mean data/drops"),
-        ("data/drops", "has no split train, but test_seen; .* another split"),
-        ("data/empty", "is empty; put videos there"),
-        ("data/words", r"holds no videos \(but .zip\); name the folder"),
-        ("data/deep", "has no split train, but cups; .* name such a folder"),
-        ("her/drops", "hf download --repo-type dataset her/drops --local-dir data/drops"),
-        ("hf://datasets/her/drops", "is not on this disk; `hf download --repo-type dataset her/drops"),
-        ("elsewhere/in/vain", "does not exist; film the clips"),
-    ):
-        for config in (DataConfig(clips=folder), DataConfig(clips=folder, **WANTED)):
-            with pytest.raises(UserError, match=said) as error:
-                Clips(config)
-            assert error.value.code == "missing"
+def test_each_folder_without_clips_gets_its_own_remedy(tmp_path: Path) -> None:
+    with contextlib.chdir(tmp_path):
+        for name in ("data/drops/test_seen", "data/empty", "data/words", "data/deep/cups"):
+            Path(name).mkdir(parents=True)
+        for name in ("data/drops/test_seen/metadata.jsonl", "data/words/a.zip", "data/deep/cups/metadata.csv"):
+            Path(name).touch()
+        for folder, said in (
+            ("data/drosp", "did you mean data/drops"),
+            ("data/drops", "has no split train, but test_seen; .* another split"),
+            ("data/empty", "is empty; put videos there"),
+            ("data/words", r"holds no videos \(but .zip\); name the folder"),
+            ("data/deep", "has no split train, but cups; .* name such a folder"),
+            ("her/drops", "hf download --repo-type dataset her/drops --local-dir data/drops"),
+            ("hf://datasets/her/drops", "is not on this disk; `hf download --repo-type dataset her/drops"),
+            ("elsewhere/in/vain", "does not exist; film the clips"),
+        ):
+            for config in (DataConfig(clips=folder), DataConfig(clips=folder, **WANTED)):
+                with pytest.raises(UserError, match=said) as error:
+                    Clips(config)
+                assert error.value.code == "missing"
 
 
 def test_one_file_gives_several_clips_and_slow_motion_its_true_rate(tmp_path) -> None:

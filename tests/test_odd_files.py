@@ -131,7 +131,7 @@ def test_a_part_in_columns_of_other_names_is_noted(tmp_path: Path) -> None:
 def test_of_two_lists_the_one_that_is_not_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clips, _ = chosen(tmp_path, metadata0csv="video,caption\na.mp4,one\n", videos0txt="a.mp4\n", prompts0txt="two\n")
     assert clips == [("a.mp4", "one")]
-    assert "metadata.csv is read, videos.txt is not" in capsys.readouterr().err
+    assert "metadata.csv is read; videos.txt is not" in capsys.readouterr().err
 
 
 def test_a_first_frame_from_an_odd_video_has_its_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

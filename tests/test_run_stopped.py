@@ -144,7 +144,7 @@ def test_a_disk_that_does_not_answer_loses_no_checkpoint(tmp_path, monkeypatch):
     train(Run(tmp_path, network(), Points(), config()))
     before = log(tmp_path)
 
-    def silent(path: Path) -> bytes:
+    def silent(path: Path) -> bytes:  # no real disk can be made to fail so here
         raise OSError(errno.EIO, "Input/output error", str(path))
 
     with monkeypatch.context() as patch:

@@ -21,7 +21,10 @@ DRIVER = 2.0  # GiB of a GPU that CUDA, its libraries and the allocator's gaps t
 
 
 class Finding(NamedTuple):
-    """One line: "ok", "note" (works, but slower or partly) or "bad" (something will fail). The remedy may be empty."""
+    """One line of the doctor; the remedy may be empty.
+
+    state: "ok", "note" (works, but slower, partly or on another machine) or "bad" (something will fail).
+    """
 
     name: str
     state: Literal["ok", "note", "bad"]
@@ -139,11 +142,11 @@ def check_cores() -> Iterator[Finding]:
 
 def check_recipe(line: str, memory: float, teraflop: float, gpu: float | None) -> Iterator[Finding]:
     """Whether what a recipe's training takes in one process (`line`, GiB, TFLOP a step) fits the GPU (GiB or None)."""
-    state: Literal["ok", "bad"] = "ok"
+    state: Literal["ok", "note", "bad"] = "ok"
     remedy = ""
     if gpu is None:
         if teraflop > CPU_STEP:
-            state, remedy = "bad", f"no GPU here: take one with {memory + DRIVER:.0f} GiB or more"
+            state, remedy = "note", f"no GPU here: it needs one with {memory + DRIVER:.0f} GiB or more"
     elif memory + DRIVER > gpu:
         state, remedy = "bad", "raise train.accumulate, set train.block_checkpointing=true, or make smaller clips"
     yield Finding("recipe", state, line, remedy)

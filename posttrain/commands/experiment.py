@@ -243,7 +243,7 @@ def _recipe_and_folder(target: Path | str) -> tuple[Path, Path | None]:
             path = folder / "recipe.yaml"
             if not path.exists():
                 raise UserError(
-                    f"{path}: does not exist; {folder} is not a run; give a recipe or a folder below {RUNS}"
+                    f"{path}: does not exist; {folder} is not a run; give a recipe or a folder below {RUNS}", "missing"
                 )
             return path, folder
     return Path(target), None
@@ -287,7 +287,9 @@ def claim(plan: Recipe, folder: Path, name: str) -> None:
         ]
         if differing:
             what = ", ".join(differing)
-            raise UserError(f"{path}: differs from {name} in {what}; choose another run=... or delete {folder}")
+            raise UserError(
+                f"{path}: differs from {name} in {what}; choose another run=... or delete {folder}", "other_run", "run"
+            )
     text, process = recipe.dump(plan), distributed.process()
     if process.is_main_process and (not path.exists() or path.read_text(errors="replace") != text):
         with files.alone(folder, BUSY, "run"):
@@ -335,7 +337,9 @@ def members(plan: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
         if plan.table and _measured(found[name]) != _measured(plan):
             raise UserError(
                 f"{path}: table.rows.{name.partition('/')[0]}: changes eval, but all rows "
-                "must be measured in the same way; leave it out"
+                "must be measured in the same way; leave it out",
+                "conflict",
+                "table.rows",
             )
         claim(found[name], folder / name, str(path))
     return [(member, folder / name) for name, member in found.items()]
@@ -368,7 +372,9 @@ def is_trained(folder: Path, meaning: dict[str, Any] | None = None) -> bool:
     if meaning is not None and (other := [key for key, value in meaning.items() if kept.get(key) != value]):
         what = ", ".join(other)
         raise UserError(
-            f"{folder / ADAPTER}: was trained with another {what}; choose another run=... or delete {folder}"
+            f"{folder / ADAPTER}: was trained with another {what}; choose another run=... or delete {folder}",
+            "other_run",
+            "run",
         )
     return True
 
@@ -381,7 +387,9 @@ def trained_files(folder: Path) -> dict[str, str]:
 
 def need_training(folder: Path) -> None:
     if not is_trained(folder):
-        raise UserError(f"{folder / ADAPTER}: is missing or incomplete; run `posttrain train` to its end first")
+        raise UserError(
+            f"{folder / ADAPTER}: is missing or incomplete; run `posttrain train` to its end first", "unfinished"
+        )
 
 
 def resolved(config: ModelConfig) -> ModelConfig:
@@ -394,7 +402,11 @@ def resolved(config: ModelConfig) -> ModelConfig:
     for number, adapter in enumerate(config.merge):
         path = _weights(f"model.merge.{number}.path", adapter.path, merge)
         if path.is_dir():
-            raise UserError(f"model.merge.{number}.path: {path} is a whole transformer; name it in model.start")
+            raise UserError(
+                f"model.merge.{number}.path: {path} is a whole transformer; name it in model.start",
+                "mismatch",
+                f"model.merge.{number}.path",
+            )
         merge += (adapter.model_copy(update={"path": str(path)}),)
     start = config.start and str(_weights("model.start", config.start, merge))
     return config.model_copy(update={"start": start, "merge": merge})
@@ -414,7 +426,9 @@ def _weights(field: str, source: str, merge: tuple[Merged, ...]) -> Path:
                     best(found.parent.parent)
                 _check_base(field, source, found.parent.parent, merge)
                 return found
-    raise UserError(f"{field}: {source} is no run, adapter file or transformer folder; name an existing one")
+    raise UserError(
+        f"{field}: {source} is not a run, adapter file or transformer folder; name an existing one", "missing", field
+    )
 
 
 def _check_base(field: str, source: str, run: Path, merge: tuple[Merged, ...]) -> None:
@@ -425,12 +439,16 @@ def _check_base(field: str, source: str, run: Path, merge: tuple[Merged, ...]) -
     try:
         base = resolved(recipe.load(run / "recipe.yaml", (), Recipe).model)
     except UserError as error:
-        raise UserError(f"{field}: {source}: its base cannot be read: {error}") from error
+        raise UserError(f"{field}: {source}: its base cannot be read: {error}", error.code, field) from error
     if base.start and Path(base.start).is_dir():
         raise UserError(
-            f"{field}: {source} was trained on {base.start}; "
-            f"`posttrain export {run} export=[merged]`, and start from the folder that it writes"
+            f"{field}: {source} was trained on {base.start}; run "
+            f"`posttrain export {run} export=[merged]`, and start from the folder that it writes",
+            "mismatch",
+            field,
         )
     if base.merge != merge[: len(base.merge)]:
         needed = [item.model_dump() for item in base.merge]
-        raise UserError(f"{field}: {source} was trained on merged adapters; put {needed} first in model.merge")
+        raise UserError(
+            f"{field}: {source} was trained on merged adapters; put {needed} first in model.merge", "mismatch", field
+        )

@@ -58,10 +58,14 @@ def sample(
         need_training(folder)
         if plan.model.conditioning == "text" and image is not None:
             raise UserError(
-                f"--image: {target} was trained without first frames (model.conditioning=text); leave it out"
+                f"--image: {target} was trained without first frames (model.conditioning=text); leave it out",
+                "conflict",
+                "--image",
             )
         if plan.model.conditioning == "image" and image is None:
-            raise UserError(f"--image: is missing; {target} was trained to continue a first frame; name one")
+            raise UserError(
+                f"--image: is missing; {target} was trained to continue a first frame; name one", "required", "--image"
+            )
         if family is not None:
             raise UserError(
                 "--family: is only for a model without a run; a run's recipe names its own", "conflict", "--family"
@@ -74,7 +78,9 @@ def sample(
                 if scale != 1:
                     if not lora.attached(model.transformer):
                         raise UserError(
-                            f"--scale: {folder} has no adapter, because all weights were trained; leave it out"
+                            f"--scale: {folder} has no adapter, because all weights were trained; leave it out",
+                            "conflict",
+                            "--scale",
                         )
                     lora.rescale(model.transformer, scale)
                 yield model
@@ -84,7 +90,9 @@ def sample(
         output = output or folder / "samples" / "asked"
     else:
         if scale != 1:
-            raise UserError(f"--scale: {target} is not a run and has no adapter; leave it out or name a run")
+            raise UserError(
+                f"--scale: {target} is not a run and has no adapter; leave it out or name a run", "conflict", "--scale"
+            )
         if image is None and family_of(family or FAMILY).needs_picture(target):
             raise UserError(f"--image: is missing; {target} continues a first frame; name one", "required", "--image")
         config, name, usual = alone(target, image is not None, device(), family or FAMILY), Path(target).name, {}

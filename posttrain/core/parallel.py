@@ -1,7 +1,7 @@
 """Independent pieces of work, two at a time on a CPU.
 
 The operators of small models use two threads badly: sampling and measuring ten pocket clips takes 7.3 s with one thread
-and 6.3 s with two, so two batches with one thread each take 3.7 s per batch.
+and 5.1 s with two; two batches at once, with one thread each, take 3.9 s per batch (docs/log/machines.md).
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -89,7 +89,7 @@ def entries(folder: Path | str, split: str) -> list[Entry]:
     for home in (folder / split, folder):
         if lists := [home / name for name in (*TABLES, *LISTS) if (home / name).is_file()]:
             if len(lists) > 1:
-                print(f"{home}: {lists[0].name} is read, {lists[1].name} is not", file=sys.stderr)
+                print(f"{home}: {lists[0].name} is read; {lists[1].name} is not", file=sys.stderr)
             return _of_split(_lists(lists[0]) if lists[0].name in LISTS else _table(lists[0]), split)
     for home in (folder / split, folder):
         videos = videos_in(home)

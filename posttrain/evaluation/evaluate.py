@@ -239,13 +239,13 @@ def complete(
     starts = range(len(record.clips), record.total, config.batch)
     batches = [range(first, min(first + config.batch, record.total)) for first in starts]
 
-    def measure(work: tuple[range, int]) -> tuple[Batch, list[ClipScore]]:
+    def measure(work: tuple[range, int]) -> list[ClipScore]:
         indices, seed = work
         batch, rows = clips.load(indices).to(model.device), [clips.row(i) for i in indices]
         videos = sample_row(shown, model, batch, rows, seed, config.sampler, texts)
         for name, video in zip(batch.ids, videos, strict=True):
             sample.write_video(samples / f"{name}-s{seed}.mp4", video, fps, noted=True)
-        return batch, benchmark.score(videos, batch, rows, even_times(videos.shape[1], fps), tracker)
+        return benchmark.score(videos, batch, rows, even_times(videos.shape[1], fps), tracker)
 
     with progress(title, record.total * record.seeds, len(record.clips) * record.seeds) as advance:
         measured = in_order(measure, product(batches, range(record.seeds)), model.device)
@@ -253,15 +253,14 @@ def complete(
         for indices in batches:
             by_seed = []
             for _ in range(record.seeds):
-                batch, scores = next(measured)
-                by_seed.append(scores)
+                by_seed.append(next(measured))
                 for _ in indices:
                     advance("")
             added = []
-            for name, index, *of_clip in zip(batch.ids, indices, *by_seed, strict=True):
+            for index, *of_clip in zip(indices, *by_seed, strict=True):
                 row = clips.row(index)
                 truth = schema.facts(row, kept_facts)
-                added.append(replace(merge(of_clip), id=name, caption=row.caption, truth=truth))
+                added.append(replace(merge(of_clip), id=clips.ids[index], caption=row.caption, truth=truth))
             now = time.monotonic()
             seconds, started = round(record.seconds + now - started, 2), now
             record = replace(record, clips=(*record.clips, *added), seconds=seconds)

@@ -62,7 +62,11 @@ def sample_clips(
     shape = model.latent_shape(frames, height, width)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     if guidance_low is not None and not model.boundary:
-        raise UserError("sampler.guidance_low: is only for a model with two experts; leave it out")
+        raise UserError(
+            "sampler.guidance_low: is only for a model with two experts; leave it out",
+            "conflict",
+            "sampler.guidance_low",
+        )
     first_BC1HW = torch.from_numpy(pictures).permute(0, 3, 1, 2)[:, :, None].float().to(model.device) / 127.5 - 1
     low = guidance if guidance_low is None else guidance_low
     unwanted = [negative] * count if max(guidance, low) > 1 else []

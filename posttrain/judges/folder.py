@@ -93,7 +93,7 @@ def score_videos(
     Args:
         ready: returns the judge; called only if there is something to do.
         version: of the judge's code; scores of another version are computed again, with a message.
-        device: the judge's, if two threads may call it at once.
+        device: the judge's, if two threads may call it at the same time; None: one video after the other.
 
     Raises:
         UserError: other_run: `path` has scores of another judge; or what the judge raises.

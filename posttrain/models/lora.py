@@ -393,7 +393,8 @@ def proceed(transformer: nn.Module, path: Path | str, read: Callable[[Path], Wei
     if len(ranks) > 1:
         several = ", ".join(map(str, ranks))
         raise UserError(
-            f"{path}: has layers of rank {several}, and model.adapter has one for all; merge it with model.merge",
+            f"{path}: has layers of different ranks ({several}), but model.adapter has one rank for all; "
+            "merge it with model.merge",
             "mismatch",
             "model.adapter.rank",
         )

@@ -1,6 +1,6 @@
 """The parts of a video model beside its transformer: read from their files when first needed."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from threading import Lock
 from typing import Any
 
@@ -22,11 +22,8 @@ class Parts:
     def __contains__(self, name: str) -> bool:
         return name in self._read
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._read)
-
     def __getitem__(self, name: str) -> Any:
-        with self._lock:  # two threads may ask at once
+        with self._lock:  # two threads may ask for a part at the same time
             if name not in self._held:
                 self._held[name] = self._read[name]()
             return self._held[name]

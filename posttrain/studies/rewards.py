@@ -79,7 +79,9 @@ def group_numbers(split: Split, count: int | None = None) -> list[int]:
     """
     numbers = list(dict.fromkeys(row.group for row in split.rows if row.group is not None))
     if not numbers:
-        raise UserError(f"{split.folder}: has no groups; film recipes/pocket/violations.yaml and name its folder")
+        raise UserError(
+            f"{split.folder}: has no groups; film recipes/pocket/violations.yaml and name its folder", "no_clips"
+        )
     return numbers[:count]
 
 

@@ -108,7 +108,9 @@ def open_benchmark(
         }
     splits = sorted(path.parent.name for path in folder.glob("*/metadata.jsonl"))
     if not splits:
-        raise UserError(f"{folder}: holds no clips to compare with; name PisaBench's real or sim, or a dataset folder")
+        raise UserError(
+            f"{folder}: holds no clips to compare with; name PisaBench's real or sim, or a dataset folder", "no_clips"
+        )
     if fps is not None:
         raise UserError(
             f"{folder}: its files already give the frame rate; leave --truth-fps out", "conflict", "--truth-fps"
@@ -187,7 +189,7 @@ def _published(scene: Path, fps: float, clicks: Clicks | None, follower: str, ca
     path, archive, info = scene / "clip_info.json", scene / "mask.npz", _info(scene)
     pictures = sorted(scene.glob("*.jpg"))
     if not pictures:
-        raise UserError(f"{scene}: has no pictures (.jpg); unpack PisaBench again")
+        raise UserError(f"{scene}: has no pictures (.jpg); unpack PisaBench again", "missing")
     height, width = _picture(pictures[0]).shape[:2]
     real = "points" in info
     target = _dropped(path, info["points"], (height, width)) if real else -1
@@ -198,10 +200,12 @@ def _published(scene: Path, fps: float, clicks: Clicks | None, follower: str, ca
         masks = partial(_stored, archive, target, len(info["points"]) if real else 1)
         return Truth(scene.name, row, first, masks, key, context)
     if not real:
-        raise UserError(f"{archive}: does not exist; unpack PisaBench again")
+        raise UserError(f"{archive}: does not exist; unpack PisaBench again", "missing")
     if clicks is None or cache is None:
         raise UserError(
-            f"{scene}: SAM 2 must make its masks from clicks; name one, as in --tracker facebook/sam2.1-hiera-large"
+            f"{scene}: SAM 2 must make its masks from clicks; name one, as in --tracker facebook/sam2.1-hiera-large",
+            "required",
+            "--tracker",
         )
     # the pictures' names and sizes are hashed instead of their bytes, about 40 GB in total
     sizes = [[picture.name, picture.stat().st_size] for picture in pictures]
@@ -214,13 +218,15 @@ def _published(scene: Path, fps: float, clicks: Clicks | None, follower: str, ca
 def _dropped(path: Path, points: Any, size: tuple[int, int]) -> int:
     """The object with the highest positive click; its clicks are checked."""
     if not isinstance(points, list) or not points:
-        raise UserError(f"{path}: points: should be a list of objects; unpack PisaBench again")
+        raise UserError(f"{path}: points: should be a list of objects; unpack PisaBench again", "format", "points")
     for number, entry in enumerate(points):
         clicks = [entry.get(sign, []) for sign in ("positive", "negative")] if isinstance(entry, dict) else [None]
         pairs = [pair for points_of in clicks for pair in (points_of if isinstance(points_of, list) else [None])]
         if not clicks[0] or not all(_inside(pair, size) for pair in pairs):
             raise UserError(
-                f"{path}: points[{number}]: should have clicks [x, y] inside the picture; unpack PisaBench again"
+                f"{path}: points[{number}]: should have clicks [x, y] inside the picture; unpack PisaBench again",
+                "format",
+                "points",
             )
     return min(range(len(points)), key=lambda i: min(y for _, y in points[i]["positive"]))
 
@@ -235,7 +241,7 @@ def _stored(archive: Path, target: int, objects: int, n: int) -> np.ndarray:
     masks = masks[:, None] if masks.ndim == 3 else masks
     if masks.ndim != 4 or masks.shape[1] < objects:
         shape = f"(frames, {objects} or more objects, H, W)"
-        raise UserError(f"{archive}: mask is {masks.shape}, not {shape}; unpack PisaBench again")
+        raise UserError(f"{archive}: mask is {masks.shape}, not {shape}; unpack PisaBench again", "format")
     return masks[:n, target] > 0
 
 
