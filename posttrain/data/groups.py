@@ -254,7 +254,7 @@ def _scores(path: Path, name: str, rows: dict[str, dict[str, Any]]) -> Scores:
     if name not in rows:
         raise UserError(f"{path}: has no row for {name}; run `posttrain score`, or remove the file", "unfinished")
     if "sha256" in rows[name] and files.seal(rows[name]) != rows[name]:  # scores of other programs have no digest
-        raise UserError(f"{path}: the row of {name} is not what was written; score it again", "damaged")
+        raise UserError(f"{path}: the row of {name} was changed after scoring; score it again", "damaged")
     for field in Scores._fields:
         value = rows[name].get(field)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:

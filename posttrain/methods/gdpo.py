@@ -352,12 +352,12 @@ def train(run: Run, model: VideoModel, config: Config, base: nn.Module | None) -
 
 
 def without_values(config: Config) -> Config:
-    """The config for a dry run: without scores, and with the reference computed at every step."""
+    """The Config for a dry run: it reads no scores, and computes the reference at every step instead of reading it."""
     return config.model_copy(update={"physics": None, "cached_draws": 0})
 
 
 def dry_batch(batch: Batch, config: Config, losers: int, clip: tuple[int, int, int]) -> Batch:
-    """A batch without values that also has losers (commands/dry.py)."""
+    """`batch` with tensors for its losers: shapes and no values, for a dry run (commands/dry.py)."""
     assert batch.z0_BCFHW is not None
     count, *shape = batch.z0_BCFHW.shape
     return replace(batch, losers_BMCFHW=torch.empty(count, losers, *shape))

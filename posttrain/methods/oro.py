@@ -126,7 +126,7 @@ def train(run: Run, model: VideoModel, config: Config, rewards: Mapping[str, tup
 
 
 def dry_batch(batch: Batch, config: Config, losers: int, clip: tuple[int, int, int]) -> Batch:
-    """A batch without values that has latents and the truth (commands/dry.py)."""
+    """`batch` with tensors for the true pictures, masks, flow and depth: no values, for a dry run (commands/dry.py)."""
     count, (frames, height, width), known = len(batch.ids), clip, base.truths(config.rewards)
     return replace(
         batch,
