@@ -85,13 +85,13 @@ def need_masks(clips: Clips) -> None:
 
 @dataclass(frozen=True)
 class Dry:
-    """What a dry run (commands/dry.py) of a method must know: it runs the method on tensors that have shapes and no values."""
+    """What a dry run (commands/dry.py), on tensors that have shapes and no values, must know about a method."""
 
     # the Config -> one that reads no values of tensors or files
     config: Callable[[Any], Any] = lambda config: config
     # (a batch of latents, config, losers in a group, (frames, height, width)) -> the batch that `data` gives
     batch: Callable[[Batch, Any, int, tuple[int, int, int]], Batch] = lambda batch, config, losers, clip: batch
-    # (the Config, n) -> the Config with a sampler of n steps, if memory and operations grow linearly with them; else None
+    # (the Config, n) -> the Config with n sampler steps, if memory and operations grow linearly with them; else None
     shorter: Callable[[Any, int], Any] = lambda config, steps: None
     # (the Config, losers in a group) -> how many clips of a group go through the model
     members: Callable[[Any, int], int] = lambda config, losers: 1 + losers

@@ -70,7 +70,7 @@ def true_masks(batch: Batch) -> Tensor:
 
 
 def contrast(video_BCFHW: Tensor, true_BCFHW: Tensor) -> Tensor:
-    """min(1, 2 c / c_true) for each picture after frame 0, (B, F - 1): 0 for one colour, 1 from half of the true contrast on.
+    """min(1, 2 c / c_true) of each picture after frame 0, (B, F - 1): 0 for one colour, 1 from half of c_true on.
 
     c is the contrast: the standard deviation over pixels, then the mean over channels. In a picture of one colour a
     network outputs what was common in its training data, so rewards give such a picture their largest error. Pictures
