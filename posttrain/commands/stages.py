@@ -163,7 +163,8 @@ def train(plan: Recipe, folder: Path) -> None:
         if plan.model.conditioning == "image" and shape[1] == 1:
             raise UserError(
                 f"data.frames: with {clips.splits[0].frames} frames a clip is one latent frame, and "
-                "model.conditioning=image gives that to the model, so nothing is left to learn; use more frames, or model.conditioning=text",
+                "model.conditioning=image gives that to the model, so nothing is left to learn; use more frames, or "
+                "model.conditioning=text",
                 "value",
                 "data.frames",
             )
