@@ -101,7 +101,8 @@ def oro_loss(
     )
     if torch.is_grad_enabled() and not z0_BCFHW.requires_grad:
         raise UserError(
-            "method.grad: the trained expert is not used at these steps; name steps of model.expert",
+            "method.grad: only the other expert runs at these steps, so there is no gradient; name earlier steps for "
+            "model.expert=high, later ones for low",
             "conflict",
             "method.grad",
         )
