@@ -203,11 +203,11 @@ def read_looks(run: Path) -> list[Look]:
     for number, line in enumerate(files.read_jsonl(path) if path.exists() else (), 1):
         if not isinstance(line.get("step"), int) or not line.keys() >= {field.name for field in fields(Look)}:
             raise UserError(
-                f"{path}:{number}: is not a look; remove {run} (keep a copy of its adapter/) and train again", "format"
+                f"{path}:{number}: is not a look; remove {run} (keep a copy of its adapter/), train again", "format"
             )
         if files.seal(line) != line:
             raise UserError(
-                f"{path}:{number}: was changed after training; remove {run} (keep a copy of its adapter/) and train again",
+                f"{path}:{number}: was changed; remove {run} (keep a copy of its adapter/), train again",
                 "damaged",
             )
         looks.append(Look(**{field.name: line[field.name] for field in fields(Look)}))
