@@ -91,7 +91,7 @@ def prepare(plan: Recipe) -> None:
 
 
 def film(plan: Recipe) -> None:
-    """Film the missing clips in separate processes, since this package does not import the simulator."""
+    """Film the missing clips in separate processes, since training code does not import the simulator."""
     makers = [plan.data.make] if isinstance(plan.data.make, str) else plan.data.make or []
     if not main_process():
         makers = []

@@ -21,7 +21,7 @@ The first latent frame is the condition and has no loss, as in psft.py; losers g
 With `loser_weight` lambda_l < 1 losers count less, x_j = beta T [(err_w - err_ref_w) - lambda_l (err_l - err_ref_l)_j],
 as in DPO-Shift (arXiv 2502.07599). Without it, the loss also falls if both errors grow and the loser's grows more,
 which happens with large beta T (docs/log). The inequalities above hold for any x.
-Flow-DPO (beta T 50, because its 100 includes a factor 1/2) and VideoDPO (2500, independent noise) are `pair` with one
+Flow-DPO (beta T 50, because its loss multiplies 100 by 1/2) and VideoDPO (2500, independent noise) are `pair` with one
 loser and without physics rewarding.
 """
 
