@@ -2,7 +2,7 @@
 
 Departures from Bullet's defaults:
 - Damping is 0.
-- Dropped bodies start with a velocity of g dt / 2 against gravity, which cancels the deviation g t dt / 2 of
+- Dropped bodies start with their velocity and g dt / 2 against gravity, which cancels the deviation g t dt / 2 of
   semi-implicit Euler from the parabola.
 - A step is 1/960 s or a little less (RATE, STEPS). Contacts begin at a gap of 0.5 mm instead of 2 cm, because bodies
   that touch earlier do not bounce. Overlaps are corrected slowly, because the correction adds speed. A ball keeps 0.005
@@ -128,6 +128,13 @@ def _add(bullet: ModuleType, body: Body) -> int:
     return handle
 
 
+def _hang(bullet: ModuleType, handle: int, point: Vector) -> None:
+    """Fix the point of a body that is now at `point` (metres in the world) there; the body can turn about it."""
+    position, turn = bullet.getBasePositionAndOrientation(handle)
+    arm = Rotation.from_quat(turn).inv().apply(np.subtract(point, position)).tolist()
+    bullet.createConstraint(handle, -1, -1, -1, bullet.JOINT_POINT2POINT, (0, 0, 0), arm, point)
+
+
 def _load(scene: Scene, steps: int, gap: float, mending: float) -> tuple[ModuleType, list[int], float]:
     """A new world with the floor (handle 0) and all bodies: (PyBullet, the bodies' handles, seconds per step).
 
@@ -150,7 +157,7 @@ def _load(scene: Scene, steps: int, gap: float, mending: float) -> tuple[ModuleT
 
 
 def simulate(scene: Scene, interventions: Sequence[Intervention] = (), config: Config = DEFAULT) -> Trajectory:
-    """The motion from time 0 on: `dropped` bodies fall from rest, `pile` rests, `moved` are fixed obstacles.
+    """The motion from time 0 on: `dropped` bodies fly, `pile` rests, `moved` are fixed obstacles.
 
     A contact's time is that of the first step with an impulse, plus the gap at that step divided by the closing speed.
     Its impulse is the sum of the normal impulses until the two bodies separate (or until the clip ends, if the body
@@ -162,7 +169,9 @@ def simulate(scene: Scene, interventions: Sequence[Intervention] = (), config: C
     gravity = np.array(scene.gravity)
     for handle, body in zip(handles, scene.bodies, strict=True):
         if body.role == "dropped":
-            bullet.resetBaseVelocity(handle, (-gravity * step / 2).tolist(), (0, 0, 0))
+            bullet.resetBaseVelocity(handle, (np.array(body.velocity) - gravity * step / 2).tolist(), (0, 0, 0))
+    for pivot in scene.pivots:
+        _hang(bullet, handles[pivot.body], pivot.point)
 
     hooks = [_hook(bullet, handles, scene, step, intervention) for intervention in interventions]
     poses, velocities = [], []  # for every record, those of every body
