@@ -6,7 +6,7 @@ Until the lowest point touches the floor, `length` metres along the slope, the a
     a ball that rolls    a = 5/7 g sin s, without slipping, since mu >= 2/7 tan s
 
 where mu is the product of the friction of the body and of the ramp. The row's `law`: g, slope (degrees, above 0 if
-it falls to the right), length (m), friction (mu), acceleration (m/s^2).
+it falls to the right), length (m), friction (mu), acceleration (m/s^2), front (m, from a box's centre to its front).
 """
 
 import math
@@ -120,6 +120,7 @@ def make(draw: Draw, config: Config, simulate: Simulate) -> setups.Made:
             "length": length,
             "friction": friction,
             "acceleration": acceleration,
+            "front": 0.0 if rolls else float(-outline(body)[:, 1].min()),
         }
         return framed and setups.Made(framed, trajectory, "roll" if rolls else "slide", law)
 
