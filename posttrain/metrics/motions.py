@@ -1,4 +1,5 @@
-"""The scorecards of one clip of a throw, a ramp, a pendulum or a collision in SI units, as physics.py for falls.
+"""The scorecards of one clip of a throw, a ramp, a pendulum, a collision or a tower in SI units, as physics.py for
+falls.
 
 A level pinhole camera sees a body that moves in a plane at `depth` Z, so a pixel is Z / focal metres. Positions are
 those of the mask's centre, x to the right and z up. The laws are fitted by least squares:
@@ -7,6 +8,7 @@ those of the mask's centre, x to the right and z up. The laws are fitted by leas
     ramp       s(t) = s0 + v t + a t^2 / 2 down the slope, n(t) = n0 + c s away from it     until the foot of the ramp
     pendulum   angle(t) = exp(gain t) p(t),   sin(p / 2) = k sn(K(k) - sqrt(g / l) t, k),   k = sin(amplitude / 2)
     collision  x(t) = x0 + v min(t, t_c) + u max(t - t_c, 0)                          the same t_c for both bodies
+    tower      angle'' = g (x cos angle + z sin angle) / I, from rest                 until TIPPED
 
 and the scorecards have
 
@@ -19,6 +21,7 @@ and the scorecards have
     collision  v, v_2, u, u_2  m/s, before and after · contact  s, t_c · momentum  1, gained at the collision, as a
                share of m |v| + m_2 |v_2|, 0 in truth · restitution  1, (u_2 - u) / (v - v_2) · energy  1, kinetic
                energy after the collision, as a share of that before · overlap  m, of the two balls at t_c, 0 in truth
+    tower      g  m/s^2, of one that topples · fallen  m, how far the top box has come down at the end
     all        permanence  1, share of the clip's time in which the target is visible
 
 A sigma is one standard deviation, to first order: that of the fit, and SCALE. Frames in which a mask touches the
@@ -28,10 +31,10 @@ Shape letters: F frames, H W pixels.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
+from scipy.integrate import solve_ivp
 from scipy.optimize import approx_fprime, least_squares
 from scipy.special import ellipj, ellipk
 
@@ -43,8 +46,53 @@ THROW = ("g", "vx", "vz", "contact", "sideways", "permanence")
 RAMP = ("acceleration", "friction", "share", "angle", "lift", "permanence")
 PENDULUM = ("period", "g", "amplitude", "gain", "arm", "stretch", "permanence")
 COLLISION = ("v", "v_2", "u", "u_2", "contact", "momentum", "restitution", "energy", "overlap", "permanence")
+TOWER = ("g", "fallen", "permanence")
 WAY = 0.95  # share of the way down a ramp that is fitted
+TIPPED = 0.5  # radians; later the boxes of a tower slide, or part from each other
+BOX = 0.06  # as SCALE, for the boxes of a tower: a box that turns shows other sides
 LANDS = 0.3  # m/s; a smaller change of the vertical velocity is not taken for a contact
+
+
+def scorecard(
+    motion: str,
+    law: Mapping[str, float],
+    masks_FHW: np.ndarray,
+    times_F: np.ndarray,
+    focal: float,
+    depth: float,
+    camera: tuple[float, float, float],
+    others_FHW: np.ndarray | None = None,
+) -> Card:
+    """The scorecard of a clip of a world with a law; further arguments as `throw`.
+
+    Args:
+        motion, law: of the clip's row (sim/worlds/setups.py).
+        camera: its position in the world, metres.
+        others_FHW: the masks of the second ball of a collision; without them a collision is not measured.
+
+    Returns:
+        The quantities of the motion; empty if `motion` has no scorecard here.
+    """
+    seen = masks_FHW, times_F, focal, depth
+
+    def point(name: str) -> tuple[float, float]:
+        return law[f"{name}_x"] - camera[0], law[f"{name}_z"] - camera[2]
+
+    match motion:
+        case "throw":
+            return throw(*seen)
+        case "slide" | "roll":
+            return ramp(*seen, law["slope"], law["length"], law["g"], law["front"])
+        case "swing":
+            return pendulum(*seen, point("pivot"), law["length"])
+        case "collide" if others_FHW is not None:
+            return collision(masks_FHW, others_FHW, times_F, focal, depth, law["mass"], law["mass_2"])
+        case "stand":
+            return tower(*seen, law["front"])
+        case "topple":
+            centre = law["centre_x"], law["centre_z"]
+            return tower(*seen, law["front"], law["side"], point("edge"), centre, law["inertia"])
+    return {}
 
 
 def throw(masks_FHW: np.ndarray, times_F: np.ndarray, focal: float, depth: float) -> Card:
@@ -210,7 +258,9 @@ def collision(
         return np.stack([np.ones_like(t), np.minimum(t, contact), np.maximum(t - contact, 0)], 1)
 
     def misfit(contact: float) -> float:
-        return float(sum(((y - (d := design(contact)) @ np.linalg.lstsq(d, y, rcond=None)[0]) ** 2).sum() for y in (x, x_2)))
+        return float(
+            sum(((y - (d := design(contact)) @ np.linalg.lstsq(d, y, rcond=None)[0]) ** 2).sum() for y in (x, x_2))
+        )
 
     contact = min(np.arange(t[0] + frame, t[-1] - frame, frame / 20), key=misfit, default=math.nan)
     if math.isnan(contact):
@@ -233,6 +283,65 @@ def collision(
         spread = np.sqrt(((approx_fprime(speeds, numbers) * sigma) ** 2).sum(1))
         pairs = zip(("momentum", "restitution", "energy"), numbers(speeds).tolist(), spread.tolist(), strict=True)
         card |= {name: Measure(value, s) for name, value, s in pairs}
+    return card
+
+
+def tower(
+    masks_FHW: np.ndarray,
+    times_F: np.ndarray,
+    focal: float,
+    depth: float,
+    front: float,
+    side: float = 0.0,
+    edge: tuple[float, float] = (0.0, 0.0),
+    centre: tuple[float, float] = (0.0, 0.0),
+    inertia: float = 1.0,
+) -> Card:
+    """The scorecard of a tower of boxes; further arguments as `throw`, with the masks of the top box.
+
+    Args:
+        front: as in `ramp`.
+        side: 1 if it must topple to the right, -1 to the left, 0 if it must stand. The rest is for towers that topple.
+        edge: that over which the upper part tips, metres to the right of the camera and above it.
+        centre: x and z, metres from the edge to the upper part's centre of mass, away from the tower and up.
+        inertia: I, m^2, the moment of inertia of the upper part about the edge, per mass.
+
+    Returns:
+        TOWER; None for what cannot be measured, because the box is not visible at the end, or the tower must stand, or
+        it does not tip.
+    """
+    checked(masks_FHW, inertia=inertia)
+    card, t, x, z, pixel = _path(TOWER, masks_FHW, times_F, focal, depth - front / 2)
+    if len(t) < 2:
+        return card
+    if t[-1] == times_F[-1]:
+        fallen = float(z[0] - z[-1])
+        card["fallen"] = Measure(fallen, math.hypot(NOISE * pixel * math.sqrt(2), BOX * fallen))
+    if not side:
+        return card
+    x, z = side * (x - edge[0]), z - edge[1]
+    angle = np.unwrap(np.arctan2(x, z))
+    angle -= angle[0]
+    beyond = angle > TIPPED
+    end = int(np.argmax(beyond)) if beyond.any() else len(t)
+    if end < 4 or angle[end - 1] * np.hypot(x[0], z[0]) < 1.5 * pixel:
+        return card
+
+    def slope(_: float, state: np.ndarray) -> list[float]:
+        return [state[1], (centre[0] * math.cos(state[0]) + centre[1] * math.sin(state[0])) / inertia]
+
+    # angle(t) is a function of sqrt(g) t, so it is integrated once, with g = 1
+    scaled = np.linspace(0, 10 * t[end - 1], 2000)
+    curve = solve_ivp(slope, (0.0, scaled[-1]), [0.0, 0.0], t_eval=scaled, rtol=1e-6).y[0]
+    weight = np.hypot(x[0], z[0]) / pixel
+
+    def misfit(p: np.ndarray) -> np.ndarray:
+        return np.asarray((np.interp(math.sqrt(p[0]) * t[:end], scaled, curve) - angle[:end]) * weight)
+
+    first = min(np.geomspace(0.2, 80.0, 60), key=lambda g: float((misfit(np.array([g])) ** 2).sum()))
+    fit = least_squares(misfit, [first], bounds=([0.05], [99.0]))
+    sigma = float(np.sqrt(fit_covariance(fit.jac, fit.fun, NOISE)[0, 0]))
+    card["g"] = Measure(float(fit.x[0]), math.hypot(sigma, BOX * float(fit.x[0])))
     return card
 
 

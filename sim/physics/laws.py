@@ -6,6 +6,7 @@ A ball of radius r is solid, with the moment of inertia 2/5 m r^2. Shape letters
 import math
 
 import numpy as np
+from scipy.integrate import solve_ivp
 from scipy.special import ellipj, ellipk
 
 from sim.physics.analytic import GRAVITY
@@ -58,17 +59,34 @@ def collision(masses: tuple[float, float], before: tuple[float, float], restitut
     return mean - m_ / (m + m_) * apart, mean + m / (m + m_) * apart
 
 
-def margin(centres: list[float], masses: list[float], width: float) -> tuple[float, int]:
-    """(m, k): by how many metres a tower of boxes stands, and the number k of boxes below the weakest joint.
+def margins(centres: list[float], masses: list[float], width: float) -> list[float]:
+    """By how many metres each joint of a tower of boxes holds, from the lowest joint up.
 
     The boxes, from the lowest up, have the same `width` and their `centres` along one axis. The boxes above a joint
     stand on the overlap of the two boxes that meet there, from l to r, if their common centre of mass c lies in it:
 
-        m = min over joints of min(c - l, r - c);   the tower stands if m > 0, and topples if m < 0
+        m = min(c - l, r - c);   the tower stands if all m > 0, and topples at a joint with m < 0
     """
-    margins = []
+    found = []
     for k in range(1, len(centres)):
         c = float(np.average(centres[k:], weights=masses[k:]))
         left, right = max(centres[k - 1 : k + 1]) - width / 2, min(centres[k - 1 : k + 1]) + width / 2
-        margins.append((min(c - left, right - c), k))
-    return min(margins)
+        found.append(min(c - left, right - c))
+    return found
+
+
+def tipping(centre: tuple[float, float], inertia: float, times_T: np.ndarray, gravity: float = GRAVITY) -> np.ndarray:
+    """The angle (T,) by which a rigid body has tipped over an edge, from rest at time 0.
+
+    With the centre of mass at `centre` (beside and above the edge, metres), and `inertia` per mass about the edge, in
+    m^2:
+
+        angle'' = g (x cos angle + z sin angle) / inertia
+    """
+
+    def slope(_: float, state: np.ndarray) -> list[float]:
+        angle, rate = state
+        return [rate, gravity * (centre[0] * math.cos(angle) + centre[1] * math.sin(angle)) / inertia]
+
+    end = float(np.max(times_T))
+    return np.asarray(solve_ivp(slope, (0.0, end), [0.0, 0.0], t_eval=times_T, rtol=1e-8, atol=1e-10).y[0])

@@ -89,6 +89,8 @@ def make(draw: Draw, config: Config, simulate: Simulate) -> setups.Made:
         (ball,) = staged.bodies
         _, y, z = ball.position
         rod = setups.part(draw, config, "rod/00", arm, (0.0, y, z + arm / 2))
+        if not setups.stands_out(config, staged, rod):
+            return None
         pivot = (0.0, y, z + arm)
         ball = replace(ball, position=(arm * math.sin(angle), y, pivot[2] - arm * math.cos(angle)))
         hung = replace(staged, bodies=(ball,), pivots=(Pivot(0, pivot),))
@@ -152,7 +154,7 @@ def violate(made: setups.Made, violation: Violation, simulate: Simulate) -> Traj
             heavier = replace(scene, bodies=(ball,), gravity=(0.0, 0.0, value * scene.gravity[2]))
             return with_rod(simulate(heavier), rod, pivot_3)
         case "period":
-            return with_rod(simulate(replace(scene, bodies=(ball,), fps=scene.fps / value)), rod, pivot_3)
+            return with_rod(simulate(replace(scene, bodies=(ball,), fps=scene.fps * value)), rod, pivot_3)
         case "gain":
             most = math.radians(HIGHEST)
             return _posed(scene, true, np.clip(np.exp(value * times_T) * angles_T, -most, most))

@@ -107,7 +107,7 @@ def make(draw: Draw, config: Config, simulate: Simulate) -> setups.Made:
         acceleration = laws.roll(slope, config.gravity) if rolls else laws.slide(slope, friction, config.gravity)
         scene = _centred(scene, heading, slope, length, acceleration, rolls)
         body, ramp = scene.bodies
-        if not setups.tells_apart(config, body, ramp):
+        if not (setups.tells_apart(config, body, ramp) and setups.stands_out(config, scene, ramp)):
             return None
         verb = "rolls" if rolls else "slides"
         caption = f"{drop.article(body.name)} {verb} down {drop.article(ramp.name)} to the "

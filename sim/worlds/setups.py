@@ -105,6 +105,13 @@ def tells_apart(config: Config, one: Body, other: Body) -> bool:
     return drop.distance(one.material.color, other.material.color) >= config.contrast
 
 
+def stands_out(config: Config, scene: Scene, part: Body) -> bool:
+    """Whether the part's colour differs from the floor's by half of config.contrast."""
+    return (
+        part.material is None or drop.distance(part.material.color, scene.background.floor.color) >= config.contrast / 2
+    )
+
+
 def extent(asset: str, size: float) -> np.ndarray:
     """Sides (3,) in metres of the asset's bounding box, in the frame of its mesh."""
     return np.asarray(np.ptp(library.hull(asset), axis=0) * size)
