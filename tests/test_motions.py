@@ -162,7 +162,11 @@ def test_what_vanishes_counts_as_not_permanent() -> None:
     assert value(true, "permanence") == 1
     assert value(gone, "permanence") == pytest.approx(25 / 33, abs=0.01)
     nothing = np.zeros((9, 64, 64), bool)
-    for measured in (motions.throw(nothing, even_times(9, 16), 70.0, 1.6), motions.collision(nothing, nothing, even_times(9, 16), 70.0, 1.6, 1.0, 1.0)):  # fmt: skip
+    times = even_times(9, 16)
+    for measured in (
+        motions.throw(nothing, times, 70.0, 1.6),
+        motions.collision(nothing, nothing, times, 70.0, 1.6, 1.0, 1.0),
+    ):
         assert measured.pop("permanence") == (0, 0)
         assert not any(measured.values())
 

@@ -1,4 +1,4 @@
-"""The worlds with one law: PyBullet moves their random scenes as the closed form says, and their violations break it."""
+"""The worlds with one law: PyBullet moves their random scenes as the closed form says, and violations break it."""
 
 import math
 from dataclasses import replace

@@ -92,7 +92,7 @@ def make(draw: Draw, config: Config, simulate: Simulate) -> setups.Made:
         framed = drop.place_camera(draw, config, scene, trajectory, (1,)) if sound else None
         u, u_2 = laws.collision((first.mass, second.mass), (v, v_2), first.restitution)
         law = {"mass": first.mass, "mass_2": second.mass, "v": v, "v_2": v_2, "u": u, "u_2": u_2}
-        return framed and setups.Made(framed, trajectory, "collide", law | {"restitution": first.restitution})
+        return setups.Made(framed, trajectory, "collide", law | {"restitution": first.restitution}) if framed else None
 
     return setups.attempt(one)
 

@@ -113,7 +113,7 @@ def make(draw: Draw, config: Config, simulate: Simulate) -> setups.Made:
             "pivot_x": 0.0,
             "pivot_z": pivot[2],
         }
-        return framed and setups.Made(framed, trajectory, "swing", law)
+        return setups.Made(framed, trajectory, "swing", law) if framed else None
 
     return setups.attempt(one)
 

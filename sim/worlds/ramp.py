@@ -1,4 +1,4 @@
-"""A box slides, or a ball rolls, down a ramp from rest. The ramp's upper face falls by the angle s to the left or right.
+"""A box slides, or a ball rolls, down a ramp from rest. The ramp falls by the angle s to the left or right.
 
 Until the lowest point touches the floor, `length` metres along the slope, the acceleration down the slope is
 
@@ -122,7 +122,7 @@ def make(draw: Draw, config: Config, simulate: Simulate) -> setups.Made:
             "acceleration": acceleration,
             "front": 0.0 if rolls else float(-outline(body)[:, 1].min()),
         }
-        return framed and setups.Made(framed, trajectory, "roll" if rolls else "slide", law)
+        return setups.Made(framed, trajectory, "roll" if rolls else "slide", law) if framed else None
 
     return setups.attempt(one)
 
@@ -156,7 +156,7 @@ def _placed(scene: Scene, ramp: Body, slope: float, heading: int, rolls: bool) -
 
 def _centred(scene: Scene, heading: int, slope: float, length: float, acceleration: float, rolls: bool) -> Scene:
     """The scene moved sideways, so that the middle of the body's way is about in the middle of the picture."""
-    body, ramp = scene.bodies
+    body, _ = scene.bodies
     foot = min(math.sqrt(2 * length / acceleration), (scene.frames - 1) / scene.fps)
     speed, left = acceleration * foot * math.cos(slope), (scene.frames - 1) / scene.fps - foot
     braked = abs(scene.gravity[2]) * scene.floor_friction * body.friction

@@ -16,7 +16,6 @@ from pydantic import Field, field_validator
 
 from posttrain.core.errors import UserError
 from sim.assets import library
-from sim.physics.base import Simulate
 from sim.render.base import Render
 from sim.scene import Body, Scene, Trajectory, Vector
 from sim.worlds import counterfactual, drop

@@ -80,7 +80,7 @@ def make(draw: Draw, config: Config, simulate: Simulate) -> setups.Made:
         trajectory = simulate(scene)
         framed = drop.place_camera(draw, config, scene, trajectory) if drop.sound(scene, trajectory) else None
         law = {"g": config.gravity, "vx": vx, "vz": vz}
-        return framed and setups.Made(framed, trajectory, "throw", law)
+        return setups.Made(framed, trajectory, "throw", law) if framed else None
 
     return setups.attempt(one)
 

@@ -11,10 +11,11 @@ centre of mass at (x, z) from the edge and the moment of inertia I about it, by 
     a'' = M g (x cos a + z sin a) / I
 
 The row's `law`: g, margin (m of the weakest joint, metres), side (1: it topples to the right, -1: to the left, 0: it
-stands), front (m, from a box's centre to its front), and, if it topples, edge_x and edge_z (metres), centre_x and centre_z (metres from the edge, x away from the
-tower) and inertia (I / M, m^2).
+stands), front (m, from a box's centre to its front), and, if it topples, edge_x and edge_z (metres), centre_x and
+centre_z (metres from the edge, x away from the tower) and inertia (I / M, m^2).
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, ClassVar
@@ -91,7 +92,7 @@ def make(draw: Draw, config: Config, simulate: Simulate) -> setups.Made:
         centres_N = width * centres_N
         margins = laws.margins(centres_N.tolist(), [1.0] * count, width)
         tower = _built(draw, config, top, order, centres_N, height)
-        if not all(setups.tells_apart(config, a, b) for a, b in zip(tower, tower[1:], strict=False)):
+        if not all(setups.tells_apart(config, a, b) for a, b in itertools.pairwise(tower)):
             return None
         caption = f"a tower of {NUMBERS[count]} boxes is let go."
         scene = replace(staged, bodies=tuple(tower), caption=caption)
@@ -100,7 +101,7 @@ def make(draw: Draw, config: Config, simulate: Simulate) -> setups.Made:
         law = {"g": config.gravity, "margin": min(margins), "side": 0.0, "front": depth / 2}
         if not stands:
             law |= _tipping(centres_N, width, height, int(np.argmin(margins)) + 1)
-        return framed and setups.Made(framed, trajectory, "stand" if stands else "topple", law)
+        return setups.Made(framed, trajectory, "stand" if stands else "topple", law) if framed else None
 
     return setups.attempt(one)
 
@@ -122,7 +123,7 @@ def _built(
     turn_33 = np.eye(3)[:, np.argsort(order)]  # the mesh's longest side along x, its shortest along z
     turn_33[:, order[1]] *= np.linalg.det(turn_33)
     i, j, k, w = Rotation.from_matrix(turn_33).as_quat().tolist()
-    boxes = []
+    boxes: list[Body] = []
     for n, x in reversed(list(enumerate(centres_N.tolist()))):
         box = replace(top, position=(x, top.position[1], (n + 0.5) * height), orientation=(w, i, j, k))
         if boxes and library.mesh(top.asset).texture is None:
