@@ -1,5 +1,6 @@
 """posttrain/metrics/motions.py: scorecards of rendered clips against the simulator's truth, and of clips that lie."""
 
+import json
 import math
 from functools import cache
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from posttrain.data import schema
+from posttrain.evaluation.benchmarks import pisa
 from posttrain.metrics import motions
 from posttrain.metrics.physics import Measure
 from posttrain.metrics.pisa import even_times
@@ -155,6 +158,22 @@ def test_a_tower_that_stands_for_too_long() -> None:
     true, late = group("topple", index, ("delay", 60.0))
     assert value(true, "fallen") > 0.1
     assert value(late, "fallen") == pytest.approx(0, abs=0.01)
+
+
+@pytest.mark.parametrize("world", ["throw", "ramp", "pendulum", "topple"])
+def test_an_evaluation_measures_a_row_s_own_motion(world: str) -> None:
+    (take,) = films(world, 0)
+    job = dataset.Job(world={"name": world, **POCKET, **WORLDS[world]})
+    row = json.loads(json.dumps(dataset.describe(job, "train", "00000", take) | {"sha256": ""}))
+    scene = take.scene
+    times = even_times(scene.frames, scene.fps)
+    found = pisa.card(take.clip.instances == 1, times, schema.from_json(row, "metadata.jsonl:1"))
+    for name, measure in card(take).items():
+        pair = found[name]
+        assert (pair is None) == (measure is None)
+        if pair and measure:
+            assert abs(pair[0]) == pytest.approx(abs(measure.value), abs=1e-6)
+    assert set(found) <= {metric.key for metric in pisa.SCORECARD}
 
 
 def test_what_vanishes_counts_as_not_permanent() -> None:

@@ -47,6 +47,7 @@ RAMP = ("acceleration", "friction", "share", "angle", "lift", "permanence")
 PENDULUM = ("period", "g", "amplitude", "gain", "arm", "stretch", "permanence")
 COLLISION = ("v", "v_2", "u", "u_2", "contact", "momentum", "restitution", "energy", "overlap", "permanence")
 TOWER = ("g", "fallen", "permanence")
+MIRRORED = ("vx", "sideways", "amplitude")  # signed by the side: average their magnitudes
 WAY = 0.95  # share of the way down a ramp that is fitted
 TIPPED = 0.5  # radians; later the boxes of a tower slide, or part from each other
 BOX = 0.06  # as SCALE, for the boxes of a tower: a box that turns shows other sides
