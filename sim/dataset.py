@@ -186,7 +186,7 @@ def describe(job: Job, split: str, name: str, take: Take) -> dict[str, Any]:
         },
         "gravity": scene.gravity,
         "bodies": [
-            {k: v for k, v in asdict(body).items() if k not in ("position", "orientation", "material")}
+            {k: v for k, v in asdict(body).items() if k not in ("position", "orientation", "material", "velocity")}
             for body in scene.bodies
         ],
         "target": target,

@@ -42,6 +42,7 @@ class Body:
     orientation: Quaternion
     role: Literal["dropped", "pile", "moved"]
     material: Material | None  # None: the asset's own texture
+    velocity: Vector = (0.0, 0.0, 0.0)  # metres per second at time 0, of a `dropped` body
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,14 @@ class Background:
 
 
 @dataclass(frozen=True)
+class Pivot:
+    """The body `body` turns about the fixed `point` (metres in the world), as if on a stiff rod without mass."""
+
+    body: int
+    point: Vector
+
+
+@dataclass(frozen=True)
 class Scene:
     """The input of engines and renderers. `target` is the index of the body that metrics score."""
 
@@ -96,6 +105,7 @@ class Scene:
     target: int
     caption: str
     seed: int
+    pivots: tuple[Pivot, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,11 @@ WORLDS: dict[str, dict[str, Any]] = {  # what makes a world's scenes quick; a ne
     "drop": {"dropped": (1, 2), "pile": (0, 1)},
     "motion": ALONE,
     "counterfactual": ALONE | {"members": 3},
+    "throw": {"members": 3},
+    "ramp": {"members": 3},
+    "pendulum": {"members": 3},
+    "collide": {"members": 3, "gap": (0.1, 0.2)},  # they meet within 9 frames
+    "topple": {"members": 3},
     "ambiguous": {"members": 2, "drop": (0.5, 1.0), "camera_height": (0.5, 0.5), "region": (0.7, 0.0)},
 }
 

@@ -100,6 +100,8 @@ class ClipRow:
         depths: metres, between which `depth` was drawn (ambiguous).
         beta: how fast the ray from the camera through the target's lowest point rises (ambiguous).
         id: whether depth and height are as in training (grid).
+        law: the true values of the scorecard's quantities, and what it must know of the scene (throw, ramp, pendulum,
+            collide, topple).
         written: the row as it is in its file; None for a row that was built in memory. See `to_json`.
     """
 
@@ -131,6 +133,7 @@ class ClipRow:
     depths: tuple[float, float] | None = None
     beta: float | None = None
     id: bool | None = None
+    law: dict[str, float] | None = None
     written: dict[str, Any] | None = field(default=None, repr=False, compare=False)
 
 

@@ -115,22 +115,12 @@ def scorecard(
         ValueError: masks_FHW is not (frames, H, W) or holds other values than a mask; the times do not fit or ascend; a
             number is not positive.
     """
-    masks = np.asarray(masks_FHW)
-    if masks.ndim != 3 or 0 in masks.shape:
-        raise ValueError(f"masks_FHW has shape {masks.shape}; expected (frames, H, W)")
-    if not ((masks == 0) | (masks == 1)).all():
-        raise ValueError("masks_FHW holds other values than 0 and 1; threshold it first")
-    numbers = {"focal": focal, "depth": depth, "drop_height": drop_height, "gravity": gravity}
-    for name, number in numbers.items():
-        if number is not None and not 0 < number < math.inf:
-            raise ValueError(f"{name} must be positive, got {number}")
-
+    masks = checked(masks_FHW, focal=focal, depth=depth, drop_height=drop_height, gravity=gravity)
     times_F = ascending(times_F, len(masks))
     card: dict[str, Measure | None] = dict.fromkeys(QUANTITIES)
-    masks = masks != 0
     seen = masks.any((1, 2))
     card["permanence"] = Measure(float(np.average(seen, weights=durations(times_F))), 0.0)
-    whole = seen & ~_cut(masks)
+    whole = seen & ~at_edge(masks)
     if whole.sum() < 4:
         return card
     t, masks, pixel = times_F[whole], masks[whole], depth / focal
@@ -145,6 +135,19 @@ def scorecard(
     if falling.sum() >= 4:
         card |= _sideways(t[falling], x[falling], NOISE * pixel)
     return card
+
+
+def checked(masks_FHW: np.ndarray, **numbers: float | None) -> np.ndarray:
+    """The masks as bool (F, H, W); ValueError if they are not masks, or one of the numbers is not positive."""
+    masks = np.asarray(masks_FHW)
+    if masks.ndim != 3 or 0 in masks.shape:
+        raise ValueError(f"masks_FHW has shape {masks.shape}; expected (frames, H, W)")
+    if not ((masks == 0) | (masks == 1)).all():
+        raise ValueError("masks_FHW holds other values than 0 and 1; threshold it first")
+    for name, number in numbers.items():
+        if number is not None and not 0 < number < math.inf:
+            raise ValueError(f"{name} must be positive, got {number}")
+    return np.asarray(masks != 0)
 
 
 def fit_fall(t: np.ndarray, z: np.ndarray, frame: float, pixel: float, height: int) -> Fall:
@@ -175,7 +178,7 @@ def fit_fall(t: np.ndarray, z: np.ndarray, frame: float, pixel: float, height: i
         design = np.stack([np.ones_like(t), -(t**2) / 2, np.zeros_like(t)], 1)
         parameters = np.linalg.lstsq(design, z, rcond=None)[0]
         jacobian, residual = design, z - design @ parameters
-    covariance = _covariance(jacobian, residual, NOISE * pixel)
+    covariance = fit_covariance(jacobian, residual, NOISE * pixel)
     if len(parameters) < 6:
         return Fall(parameters, covariance, falls, float(t[-1]))
     _, g, t0, contact, *_ = parameters
@@ -225,7 +228,7 @@ def _height(parameters: np.ndarray, t: np.ndarray) -> np.ndarray:
     return z0 - g * np.maximum(t - since - t0, 0) ** 2 / 2 + w * since + a * since**2 / 2
 
 
-def _covariance(jacobian: np.ndarray, residual: np.ndarray, noise: float) -> np.ndarray:
+def fit_covariance(jacobian: np.ndarray, residual: np.ndarray, noise: float) -> np.ndarray:
     """The covariance of the fitted parameters. The variance of a point is that of the residuals, at least noise^2."""
     freedom = max(len(residual) - jacobian.shape[1], 1)
     return max(noise**2, float(residual @ residual) / freedom) * np.linalg.pinv(jacobian.T @ jacobian)
@@ -269,7 +272,7 @@ def _sideways(t: np.ndarray, x: np.ndarray, noise: float) -> dict[str, Measure |
 
     steps = np.tri(len(t))[:, 1:].T  # 1 from frame 1 on, from frame 2 on, ...
     solution, residual, design = min(map(solve, steps), key=lambda fit: float(fit[1] @ fit[1]))
-    sigma = np.hypot(np.sqrt(np.diag(_covariance(design, residual, noise))), SCALE * solution)
+    sigma = np.hypot(np.sqrt(np.diag(fit_covariance(design, residual, noise))), SCALE * solution)
     return {name: Measure(float(solution[i]), float(sigma[i])) for i, name in ((1, "drift"), (2, "jump"))}
 
 
@@ -299,6 +302,6 @@ def _unhidden(fallen_F: np.ndarray, masks_FHW: np.ndarray, surface: float) -> np
     return fallen_F + np.where(fallen_F > surface, np.minimum(by_centre_F, by_area_F), 0.0)
 
 
-def _cut(masks_FHW: np.ndarray) -> np.ndarray:
+def at_edge(masks_FHW: np.ndarray) -> np.ndarray:
     """Whether (F,) the mask touches the picture's edge: then the body may be cut, and the centre is not the body's."""
     return masks_FHW.sum((1, 2)) > masks_FHW[:, 1:-1, 1:-1].sum((1, 2))

@@ -248,6 +248,8 @@ def scorecard(facts: dict[str, Any], styles: dict[str, str], quantities: Sequenc
         return None
     shown = []
     for quantity in quantities:
+        if not all(quantity.key in row["physics"] for row in rows):  # of another motion
+            continue
         cells = []
         for measured in (row["physics"][quantity.key] for row in rows):
             parts = (interval(measured, quantity.decimals), f"n {measured['n']}")

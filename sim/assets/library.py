@@ -19,7 +19,7 @@ from scipy.spatial import ConvexHull
 from posttrain.core.errors import UserError
 from sim.assets import convex
 from sim.assets.meshes import centred, read_obj, second_moments, smooth
-from sim.assets.shapes import SHAPES, sphere_points
+from sim.assets.shapes import FIXTURES, SHAPES, sphere_points
 
 CONVEX = 1.001  # if hull and mesh have a smaller ratio of volumes, the mesh collides as its hull
 NEAR = 0.02  # largest distance of a collision shape from the mesh, as a share of the longest side
@@ -69,6 +69,11 @@ def validation_ids() -> list[str]:
     return sorted(f"{name}/{i:02d}" for name in SHAPES if name != "ball" for i in numbers)
 
 
+def is_fixture(asset: str) -> bool:
+    """Whether the asset is a part that worlds use in every split: "ramp/25" (a wedge of 25 degrees), or "rod/00"."""
+    return category(asset) in FIXTURES
+
+
 def category(asset: str) -> str:
     """An asset's category: "ball" for "ball/00"."""
     return asset.partition("/")[0]
@@ -112,9 +117,11 @@ def mesh(asset: str) -> Mesh:
     name, _, number = asset.partition("/")
     folder = Path(pybullet_data.getDataPath())
     uv, texture = None, None
-    if asset not in object_ids() and asset not in validation_ids():
+    if name in FIXTURES:
+        vertices, faces = FIXTURES[name](int(number))
+    elif asset not in object_ids() and asset not in validation_ids():
         raise UserError(f"{asset}: there is no such asset; library.object_ids() lists them", "unknown_name")
-    if name == "toy":
+    elif name == "toy":
         vertices, faces, _, _ = read_obj(folder / "random_urdfs" / number / f"{number}.obj")
     elif name in MODELS:
         file, picture, up = MODELS[name]

@@ -193,3 +193,17 @@ SHAPES = {
     "star": star,
     "stone": stone,
 }
+
+
+def ramp(degrees: int) -> Shape:
+    """A wedge whose upper face falls by this angle towards +x."""
+    top = float(np.tan(np.radians(degrees)))
+    return convex(np.array([(x, y, z) for y in (-0.25, 0.25) for x, z in ((0.0, 0.0), (1.0, 0.0), (0.0, top))]))
+
+
+def rod(number: int) -> Shape:
+    """A thin cylinder along z."""
+    return solid([(0.015, 0.0), (0.015, 1.0)], segments=12)
+
+
+FIXTURES = {"ramp": ramp, "rod": rod}  # parts of worlds, drawn by no split

@@ -2,7 +2,7 @@
 
 SI units, z up; heights are those of a body's lowest point. There is no rotation or friction, so `simulate` refuses
 scenes that need them: bodies that may touch each other, bodies other than balls that touch the floor, and gravity that
-moves a body along the floor. Interventions are refused too.
+moves a body along the floor. Interventions, first velocities and pivots are refused too.
 
 Shape letters: T times, N bodies.
 """
@@ -93,6 +93,8 @@ def simulate(scene: Scene, interventions: Sequence[Intervention] = (), config: C
     if interventions:
         name = type(interventions[0]).__name__
         raise unsupported("analytic", scene, f"{name} has no closed form")
+    if scene.pivots or any(any(body.velocity) for body in scene.bodies):
+        raise unsupported("analytic", scene, "bodies that are thrown or hang on a pivot are not falls from rest")
     times_T = np.arange(scene.frames) / scene.fps
     positions_TN3 = np.tile(np.array([body.position for body in scene.bodies]), (scene.frames, 1, 1))
     contacts: list[Contact] = []

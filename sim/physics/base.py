@@ -19,7 +19,8 @@ class Simulate(Protocol):
     """An engine with its config."""
 
     def __call__(self, scene: Scene, interventions: Sequence[Intervention] = ()) -> Trajectory:
-        """The motion from time 0 on: `dropped` bodies fall from rest, `pile` rests, `moved` are fixed obstacles.
+        """The motion from time 0 on: `dropped` bodies start with their velocity, `pile` rests, `moved` are
+        fixed obstacles. Bodies of `scene.pivots` turn about a fixed point.
 
         Raises:
             UserError: the engine cannot simulate this scene, or one of the interventions.

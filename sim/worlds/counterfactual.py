@@ -13,9 +13,9 @@ Shape letters: T frames, N bodies.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -29,7 +29,8 @@ from sim.worlds import drop
 from sim.worlds.base import Draw, Take
 
 # kind of violation -> meaning of its value, least and largest value, and a sweep from mild to severe
-VIOLATIONS: dict[str, tuple[str, tuple[float, float], tuple[float, ...]]] = {
+Table = dict[str, tuple[str, tuple[float, float], tuple[float, ...]]]
+VIOLATIONS: Table = {
     "weak_gravity": ("of g", (0.0, 1.0), (0.8, 0.6, 0.4, 0.2)),
     "strong_gravity": ("of g", (1.0, 20.0), (1.25, 1.6, 2.5, 5.0)),
     "sideways_gravity": ("degrees from down", (0.0, 90.0), (1.0, 3.0, 10.0, 30.0)),
@@ -68,14 +69,19 @@ class Config(drop.Config):
     @field_validator("violations")
     @classmethod
     def _possible(cls, violations: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
-        if unknown := [kind for kind in violations if kind not in VIOLATIONS]:
-            known = ", ".join(VIOLATIONS)
-            raise PydanticCustomError("part", f"no violation is called {unknown[0]}; choose from {known}")
-        for kind, values in violations.items():
-            meaning, (least, largest), _ = VIOLATIONS[kind]
-            if wrong := [value for value in values if not least <= value <= largest]:
-                raise PydanticCustomError("part", f"{kind} is {wrong[0]:g}, not {least:g} to {largest:g} {meaning}")
-        return violations
+        return possible(violations, VIOLATIONS)
+
+
+def possible(violations: dict[str, tuple[float, ...]], table: Table) -> dict[str, tuple[float, ...]]:
+    """The violations, checked: `table` has their kinds, and their values are in its ranges."""
+    if unknown := [kind for kind in violations if kind not in table]:
+        known = ", ".join(table)
+        raise PydanticCustomError("part", f"no violation is called {unknown[0]}; choose from {known}")
+    for kind, values in violations.items():
+        meaning, (least, largest), _ = table[kind]
+        if wrong := [value for value in values if not least <= value <= largest]:
+            raise PydanticCustomError("part", f"{kind} is {wrong[0]:g}, not {least:g} to {largest:g} {meaning}")
+    return violations
 
 
 def group(draw: Draw, config: Config, simulate: Simulate) -> tuple[Scene, Trajectory, list[Violation]]:
@@ -85,41 +91,66 @@ def group(draw: Draw, config: Config, simulate: Simulate) -> tuple[Scene, Trajec
         UserError: as `drop.make`.
     """
     scene, trajectory = drop.make(draw, config, simulate)
-    possible = [
-        Violation(kind, value)
-        for kind, values in config.violations.items()
-        for value in values
-        if kind != "tunnel_pile" or any(body.role == "pile" for body in scene.bodies)
-    ]
-    if config.members is not None and config.members - 1 < len(possible):
-        chosen = sorted(draw.rng.choice(len(possible), config.members - 1, replace=False).tolist())
-        possible = [possible[i] for i in chosen]
-    return scene, trajectory, possible
+    pile = any(body.role == "pile" for body in scene.bodies)
+    violations = {kind: values for kind, values in config.violations.items() if pile or kind != "tunnel_pile"}
+    return scene, trajectory, chosen(draw, violations, config.members)
+
+
+def chosen(draw: Draw, violations: Mapping[str, Sequence[float]], members: int | None) -> list[Violation]:
+    """The violations of a group of `members` clips with the true one: all of them (None), or as many as there is space
+    for, drawn."""
+    every = [Violation(kind, value) for kind, values in violations.items() for value in values]
+    if members is None or members - 1 >= len(every):
+        return every
+    return [every[i] for i in sorted(draw.rng.choice(len(every), members - 1, replace=False).tolist())]
 
 
 def takes(draw: Draw, config: Config, simulate: Simulate, render: Render) -> Iterator[Take]:
     """The clips of a group, the true one first."""
     scene, true, violations = group(draw, config, simulate)
+    yield from films(
+        scene, true, violations, lambda violation: violate(scene, true, violation, simulate), VIOLATIONS, render
+    )
+
+
+def films(
+    scene: Scene,
+    true: Trajectory,
+    violations: Sequence[Violation],
+    broken: Callable[[Violation], Trajectory],
+    table: Table,
+    render: Render,
+    motion: str = "drop",
+    labels: Mapping[str, Any] | None = None,
+) -> Iterator[Take]:
+    """The clips of a group: the true one, and one of each violation, but for those that violate nothing.
+
+    Args:
+        broken: gives the motion of a violation.
+        table: the kinds of violation, as VIOLATIONS.
+        labels: further labels of all clips.
+    """
     truth = render(scene, true)
-    contact = _contact(scene, true)
-    height = None if contact is None else analytic.drop_height(contact, config.gravity)
-    yield Take(scene, true, truth, {"group": draw.index, "violation": None})
+    contact = contact_time(scene, true)
+    height = None if contact is None else analytic.drop_height(contact, abs(scene.gravity[2]))
+    shared = {"group": scene.seed, **(labels or {})}
+    yield Take(scene, true, truth, shared | {"violation": None}, motion)
     for violation in violations:
-        trajectory = violate(scene, true, violation, simulate)
+        trajectory = broken(violation)
         clip = render(scene, trajectory)
         clip.rgb[0] = truth.rgb[0]  # else a wider motion has coarser shadows, which would reveal it
         wrong = severity(scene, violation.kind, clip, trajectory, true, truth)
         if wrong < RIGHT:  # for example, the target never hits the pile that it would tunnel through
             continue
         seen = float((clip.instances == scene.target + 1).any(axis=(1, 2)).mean())
-        labels = {
+        described = {
             "kind": violation.kind,
             "value": violation.value,
-            "meaning": VIOLATIONS[violation.kind][0],
+            "meaning": table[violation.kind][0],
             "severity": wrong,
             "seen": seen,
         }
-        yield Take(scene, trajectory, clip, {"group": draw.index, "violation": labels, "drop_height": height})
+        yield Take(scene, trajectory, clip, shared | {"violation": described, "drop_height": height}, motion)
 
 
 def violate(scene: Scene, true: Trajectory, violation: Violation, simulate: Simulate) -> Trajectory:
@@ -179,11 +210,11 @@ def violate(scene: Scene, true: Trajectory, violation: Violation, simulate: Simu
 def intervention(scene: Scene, true: Trajectory, violation: Violation) -> Intervention:
     """The engine's intervention for hover, tunnel_floor, tunnel_pile, energy or teleport."""
     value, target = violation.value, scene.target
-    contact = _contact(scene, true)
+    contact = contact_time(scene, true)
     contact = (scene.frames - 1) / scene.fps if contact is None else contact
     match violation.kind:
         case "hover":
-            fall = abs(scene.gravity[2]) * contact**2 / 2
+            fall = abs(scene.gravity[2]) * contact**2 / 2 - scene.bodies[target].velocity[2] * contact
             return Hold(target, height=scene.bodies[target].position[2] - (1 - value) * fall)
         case "tunnel_floor":
             return Tunnel(target, (FLOOR,), depth=value)
@@ -201,7 +232,7 @@ def _inwards(scene: Scene) -> float:
     return -1.0 if scene.bodies[scene.target].position[0] > 0 else 1.0
 
 
-def _contact(scene: Scene, trajectory: Trajectory) -> float | None:
+def contact_time(scene: Scene, trajectory: Trajectory) -> float | None:
     """Seconds until the target touches anything, None if it never does."""
     return next((c.time for c in trajectory.contacts if scene.target in (c.a, c.b)), None)
 

@@ -22,7 +22,7 @@ from sim.geometry import focal_pixels, outline, paths, project
 from sim.physics import bullet
 from sim.physics.base import Simulate, energy_gain
 from sim.render.base import MOST, Render
-from sim.scene import Background, Body, Camera, Light, Material, Scene, Trajectory
+from sim.scene import Background, Body, Camera, Light, Material, Scene, Trajectory, Vector
 from sim.worlds.base import Amount, Amounts, Draw, Positive, Positives, Share, Shares, Take, WorldConfig, ascending
 
 SMALLEST = 2.0  # pixels, root of the area of the target's box; a smaller target may cover no pixel's centre
@@ -115,10 +115,10 @@ def make(draw: Draw, config: Config, simulate: Simulate) -> tuple[Scene, Traject
     heights, piles = numbers(draw, config)
     for _ in range(ATTEMPTS):
         scene = stage(draw, config, heights, piles)
-        if scene is None or not _large_enough(scene, config):
+        if scene is None or not large_enough(scene, config):
             continue
         trajectory = simulate(scene)
-        framed = place_camera(draw, config, scene, trajectory) if _sound(scene, trajectory) else None
+        framed = place_camera(draw, config, scene, trajectory) if sound(scene, trajectory) else None
         if framed is not None:
             return framed, trajectory
     raise UserError(
@@ -187,21 +187,24 @@ def stage(draw: Draw, config: Config, heights: np.ndarray, piles: np.ndarray) ->
         z = floor + height - points_V3[:, 2].min()
         dropped.append(replace(body, position=(float(spot[0]), float(spot[1]), float(z))))
     scene = replace(scene, bodies=(*dropped, *waiting), caption=sentence([body.name for body in dropped]))
-    if not _stands_out(scene, config):
+    if not stands_out(scene, config):
         return None
     # a single body hangs in the air
     return scene if len(scene.bodies) == 1 or bullet.clearance(scene) >= TOUCH else None
 
 
-def place_camera(draw: Draw, config: Config, scene: Scene, trajectory: Trajectory) -> Scene | None:
-    """Move the camera back until the picture shows all bodies at time 0, and the target in all frames.
+def place_camera(
+    draw: Draw, config: Config, scene: Scene, trajectory: Trajectory, others: tuple[int, ...] = ()
+) -> Scene | None:
+    """Move the camera back until the picture shows all bodies at time 0, and the target and `others` in all frames.
 
     None: the target is then too small, too large or hidden.
     """
     below = [[(*body.position[:2], 0.0)] for body in scene.bodies if body.role != "pile"]  # their shadows
     start_P3 = np.concatenate([*below, *(outline(body) + body.position for body in scene.bodies)])
     path_TV3 = paths(scene, trajectory, scene.target)
-    farthest = _farthest(scene.camera, np.concatenate([start_P3, path_TV3.reshape(-1, 3)]))
+    seen = [path_TV3, *(paths(scene, trajectory, i) for i in others)]
+    farthest = _farthest(scene.camera, np.concatenate([start_P3, *(path.reshape(-1, 3) for path in seen)]))
     x, y, z = scene.camera.position
     while y > farthest:
         y -= float(draw.rng.uniform(*config.camera_step)) + 1e-3
@@ -211,7 +214,7 @@ def place_camera(draw: Draw, config: Config, scene: Scene, trajectory: Trajector
         camera=replace(scene.camera, position=(x, y, z)),
         background=replace(scene.background, wall_y=behind + float(draw.rng.uniform(0.5, 4.0))),
     )
-    if not _large_enough(scene, config) or _hidden(scene, trajectory, path_TV3) > config.hidden:
+    if not large_enough(scene, config) or _hidden(scene, trajectory, path_TV3) > config.hidden:
         return None
     return scene
 
@@ -225,10 +228,10 @@ def alone(
     """
     near = config.model_copy(update={"camera_gap": depth})
     scene = stage(draw, near, np.array([height]), np.zeros(1, int))
-    if scene is None or not _large_enough(scene, near):
+    if scene is None or not large_enough(scene, near):
         return None
     trajectory = simulate(scene)
-    framed = place_camera(draw, near, scene, trajectory) if _sound(scene, trajectory) else None
+    framed = place_camera(draw, near, scene, trajectory) if sound(scene, trajectory) else None
     return (framed, trajectory) if framed is not None and framed.camera == scene.camera else None
 
 
@@ -254,7 +257,7 @@ def _farthest(camera: Camera, points_P3: np.ndarray) -> float:
     return float((points_P3[:, 1] - needed).min())
 
 
-def _sound(scene: Scene, trajectory: Trajectory) -> bool:
+def sound(scene: Scene, trajectory: Trajectory) -> bool:
     """Whether the simulation is plausible: piles stay at rest (within 2 mm) and energy never rises (within 1%)."""
     dropped = {i for i, body in enumerate(scene.bodies) if body.role == "dropped"}
     first = min((c.time for c in trajectory.contacts if {c.a, c.b} & dropped), default=np.inf)
@@ -263,7 +266,7 @@ def _sound(scene: Scene, trajectory: Trajectory) -> bool:
     return bool(moved <= 2e-3) and energy_gain(trajectory) <= 0.01
 
 
-def _large_enough(scene: Scene, config: Config) -> bool:
+def large_enough(scene: Scene, config: Config) -> bool:
     """Whether the target's size in pixels is allowed, seen from the nearest position that shows all of frame 0."""
     points_P3 = np.concatenate([outline(body) + body.position for body in scene.bodies])
     x, y, z = scene.camera.position
@@ -295,7 +298,7 @@ def _body(rng: np.random.Generator, config: Config, objects: list[str], role: Li
     size = float(rng.uniform(*config.size))
     w, i, j, k = rng.normal(size=4)
     norm = float(np.sqrt(w * w + i * i + j * j + k * k))
-    name, material = _look(rng, config, asset, size)
+    name, material = look(rng, config, asset, size)
     return Body(
         asset=asset,
         name=name,
@@ -329,7 +332,7 @@ def _top(body: Body, low_2: np.ndarray, high_2: np.ndarray) -> float:
     return 0.0 if apart else float(points_V3[:, 2].max())
 
 
-def _look(rng: np.random.Generator, config: Config, asset: str, size: float) -> tuple[str, Material | None]:
+def look(rng: np.random.Generator, config: Config, asset: str, size: float) -> tuple[str, Material | None]:
     """The name for captions, and a surface (None: the asset's own texture)."""
     mesh = library.mesh(asset)
     if mesh.texture is not None:
@@ -359,7 +362,7 @@ def _faded(material: Material, contrast: float) -> Material:
     return replace(material, second=(r, g, b))
 
 
-def _stands_out(scene: Scene, config: Config) -> bool:
+def stands_out(scene: Scene, config: Config) -> bool:
     """Whether the target's colour differs enough from all backgrounds that may be behind it."""
     behind, body = scene.background, scene.bodies[scene.target]
     if body.material:
@@ -371,6 +374,11 @@ def _stands_out(scene: Scene, config: Config) -> bool:
     upper = [behind.wall.color] if behind.wall else [behind.sky_horizon, behind.sky_zenith]
     colors = np.array([behind.floor.color, *upper])
     return float(np.linalg.norm(surfaces.encoded(colors) - own, axis=1).min()) >= config.contrast
+
+
+def distance(one: Vector, other: Vector) -> float:
+    """The sRGB distance of two linear colours."""
+    return float(np.linalg.norm(surfaces.encoded(np.array(one)) - surfaces.encoded(np.array(other))))
 
 
 def _light(rng: np.random.Generator, config: Config) -> Light:

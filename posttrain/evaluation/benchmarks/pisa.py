@@ -28,7 +28,7 @@ from posttrain.data.schema import ClipRow
 from posttrain.evaluation.benchmarks import distribution
 from posttrain.evaluation.benchmarks.base import TRUTH, Benchmark, ClipScore, Metric, Pair, TestSet, Trace
 from posttrain.metrics import masks as masks_module
-from posttrain.metrics import physics, pisa, retimed
+from posttrain.metrics import motions, physics, pisa, retimed
 from posttrain.metrics.masks import Track, segment
 from posttrain.metrics.retimed import Pictures
 from posttrain.types import Batch
@@ -63,7 +63,7 @@ METRICS = (
     Metric("no_contact", "Never lands", hint="share of clips", decimals=2, share=True, wire=False),
     Metric("span", "Compared", better="more", decimals=2, hint="share of the true clip", share=True, wire=False),
 )
-SCORECARD = (  # quantities of metrics/physics.py
+SCORECARD = (  # quantities of metrics/physics.py and motions.py; a report shows those that its clips have
     Metric("g", "g", "m/s²", "truth", 2),
     Metric("release", "Let go", "s", "truth"),
     Metric("contact", "Lands", "s", "truth"),
@@ -75,6 +75,20 @@ SCORECARD = (  # quantities of metrics/physics.py
     Metric("jump", "Jump", "m", "truth"),
     Metric("permanence", "Seen", "of the frames", "truth"),
     Metric("size", "Growth", "1/s", "truth"),
+    Metric("vx", "Thrown sideways", "m/s", "truth", 2),
+    Metric("vz", "Thrown up", "m/s", "truth", 2),
+    Metric("sideways", "Pushed sideways in flight", "m/s²", "truth", 2),
+    Metric("acceleration", "Speeds up", "m/s²", "truth", 2),
+    Metric("share", "Speeds up", "of g sin s", "truth"),
+    Metric("friction", "Friction", "", "truth"),
+    Metric("angle", "Off the slope by", "°", "truth", 1),
+    Metric("lift", "Leaves the slope by", "m", "truth"),
+    Metric("period", "Period", "s", "truth"),
+    Metric("amplitude", "Released at", "°", "truth", 1),
+    Metric("gain", "Swings grow by", "1/s", "truth"),
+    Metric("arm", "Arm", "m", "truth"),
+    Metric("stretch", "Arm grows by", "m/s", "truth"),
+    Metric("fallen", "Top box falls by", "m", "truth"),
 )
 NOTE = (
     "L2 and Chamfer: how far the generated object is from the simulated one, in units of the picture's diagonal. What "
@@ -173,12 +187,18 @@ def card(masks_FHW: np.ndarray, times_F: np.ndarray, row: ClipRow, span: float =
     if not (row.camera and row.distance and gravity):
         return {}
     focal = row.camera.intrinsics[0][0] * masks_FHW.shape[1] / row.size[0]
-    found = physics.scorecard(masks_FHW, times_F, focal, row.distance, row.drop_height or None, gravity)
+    found: motions.Card
+    if row.law and row.motion:
+        found = motions.scorecard(row.motion, row.law, masks_FHW, times_F, focal, row.distance, row.camera.position)
+        if not found:
+            return {}
+    else:
+        found = physics.scorecard(masks_FHW, times_F, focal, row.distance, row.drop_height or None, gravity)
     numbers = {name: measure and [round(measure.value, 6), round(measure.sigma, 6)] for name, measure in found.items()}
     if (seen := numbers["permanence"]) is not None:
         seen[0] = round(seen[0] * span, 6)
-    for name in physics.SIDEWAYS:
-        if (pair := numbers[name]) is not None:
+    for name in (*physics.SIDEWAYS, *motions.MIRRORED):
+        if (pair := numbers.get(name)) is not None:
             pair[0] = abs(pair[0])  # or left and right of two seeds would make none
     return numbers
 
