@@ -1,5 +1,6 @@
 """What all tests share: no network, slow files first, GPU tests only where there is a GPU, and a tiny Wan."""
 
+import gc
 import multiprocessing
 import os
 from collections import Counter
@@ -16,6 +17,20 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     # A core for each process of pytest-xdist: FFmpeg's and OpenGL's short threads need not wait for the other process.
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+def pytest_configure() -> None:
+    """Leave the garbage collector off while tests are imported.
+
+    The libraries make half a million lasting objects. The collector would walk through them again and again, which
+    takes as long as the imports.
+    """
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
