@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import forked
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: a test that reaches for the hub fails at once
 
@@ -31,6 +32,7 @@ def pytest_configure() -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
+    forked.start_server()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -79,10 +81,9 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def port(llava: Path) -> Iterator[int]:
     """That of a server of it, helpers/vlm_server.py, in a process of its own."""
     from helpers import vlm_server
-    from helpers.forked import launch
 
     here, there = multiprocessing.Pipe()
-    server = launch(vlm_server.serve, llava, there)
+    server = forked.launch(vlm_server.serve, llava, there)
     there.close()
     yield here.recv()
     server.kill()
