@@ -1,7 +1,7 @@
 """Wan 2.1 and 2.2: the family that a recipe names as `model.family: wan` (see `Family` in posttrain/models/base.py).
 
-loading.py and shapes.py are imported when a model is loaded: they need diffusers and transformers, which take seconds to
-import. Reading a recipe needs neither.
+loading.py and shapes.py are imported when a model is loaded: they need diffusers and transformers, which take seconds
+to import. Reading a recipe needs neither.
 """
 
 from pathlib import Path
