@@ -192,7 +192,7 @@ def filmed(tmp_path_factory: pytest.TempPathFactory) -> Split:
         region=(0.7, 0.0), camera_gap=1.6, camera_height=(0.5, 0.5), camera_step=(0.0, 0.0), target_pixels=(9, 24),
         texture=0.0, studio=True, contrast=0.4, sun=(82.0, 90.0), restitution=(0.2, 0.3),
         shapes=("ball", "barrel", "box"),
-        violations={kind: sweep[1:] for kind, (_, _, sweep) in counterfactual.VIOLATIONS.items() if kind in KINDS},
+        violations={kind: sweep for kind, (_, _, sweep) in counterfactual.VIOLATIONS.items() if kind in KINDS},
     )  # fmt: skip
     out = tmp_path_factory.mktemp("filmed")
     dataset.write(out, dataset.Job(world=world, seed=5), {"test_unseen": 1}, workers=1)
