@@ -7,7 +7,6 @@ import gc
 import importlib
 import multiprocessing
 import os
-import pickle
 import signal
 import socket
 import sys
@@ -66,12 +65,12 @@ def start_server() -> None:
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the ended ones need not be waited for
         while True:
-            request = theirs.recv_bytes()
+            request = theirs.recv()
             for name in HEAVY:  # once, before the first process
                 importlib.import_module(name)
             gc.freeze()
             if not os.fork():
-                _watch(request)
+                _watch(*request)
                 break
     except (EOFError, KeyboardInterrupt):
         pass
@@ -79,10 +78,9 @@ def start_server() -> None:
         os._exit(0)
 
 
-def _watch(request: bytes) -> None:
+def _watch(answers: Connection, target: Callable[..., None], arguments: Sequence[Any]) -> None:
     """Run what was asked for in a process, and send its number, and its exit code when it ends."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    answers, target, arguments = pickle.loads(request)
     process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
     process.start()
     answers.send(process.pid)
