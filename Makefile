@@ -35,7 +35,7 @@ test: setup # all tests
 	@./setup.sh extras
 	@OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder # two processes of one thread each
 
-test-fast: setup # a quick check while you work: what takes a second or less of every package
+test-fast: setup # a quick check while you work: the tests that take less than half a second
 	@OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 release-check: setup # compare what `make psft oro gdpo` gave with the README's table and the intervals of docs/results.md

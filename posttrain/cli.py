@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tool.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a key, as in train.batch=4")
             processes = "how many processes share train.batch (default: 1)"
             tool.add_argument("--processes", type=positive, default=1, metavar="N", help=processes)
+    _add_status(parsers)
     _add_compare(parsers)
     _add_sample(parsers)
     _add_score(parsers)
@@ -91,6 +92,12 @@ def _do(options: argparse.Namespace) -> int:
         return _doctor(options.recipe, options.overrides, options.processes)
     if options.command == "bench":
         return _bench()
+    if options.command == "status":
+        from posttrain.commands import status
+
+        for folder in status.runs(options.target):
+            print(status.line(status.status(folder)))
+        return 0
     from posttrain import api  # takes seconds, for torch
     from posttrain.commands import scoring
 
@@ -185,6 +192,12 @@ def _scoring(command: argparse.ArgumentParser) -> None:
     truth = "frame rate of the benchmark's clips (default: as their clip_info.json says)"
     group.add_argument("--truth-fps", type=rate, metavar="FPS", help=truth)
     group.add_argument("--out", metavar="FOLDER", help="folder for scores and report (default: runs/eval-<benchmark>)")
+
+
+def _add_status(parsers: Any) -> None:
+    text = "what a run has done so far, how long its training still takes, and whether a process works on it"
+    command = parsers.add_parser("status", help=text, description=text)
+    command.add_argument("target", metavar="RECIPE|RUN", help="a recipe file, a run's folder, or its name in runs/")
 
 
 def _add_compare(parsers: Any) -> None:

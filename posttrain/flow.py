@@ -137,6 +137,12 @@ def active_steps(grad: Grad, steps: int) -> frozenset[int]:
     """
     match grad:
         case Last(last=last):
+            if last > steps:
+                raise UserError(
+                    f"method.grad: last: {last} is more than the sampler's {steps} steps; ask for fewer",
+                    "value",
+                    "method.grad",
+                )
             active = frozenset(range(steps - last, steps))
         case Active(active=numbers):
             active = frozenset(numbers)

@@ -1,6 +1,7 @@
 """The whole command: every stage once, again without work, cut off, and refused."""
 
 import contextlib
+import json
 import os
 import random
 import re
@@ -29,6 +30,7 @@ import posttrain
 from posttrain import cli
 from posttrain.commands import stages
 from posttrain.commands.experiment import Recipe, members, open_run
+from posttrain.commands.status import status
 from posttrain.core import files, recipe
 from posttrain.core.errors import Code, UserError
 from posttrain.pocket import folder as pocket
@@ -158,6 +160,27 @@ def test_a_tracker_shows_the_log_and_the_videos_and_changes_nothing(home, finish
 
 
 @pytest.mark.slow
+def test_status_of_a_run_that_is_measured_one_that_trains_and_one_that_is_missing(home, finished):
+    before = contents(home / "runs")
+    code, said, _ = command(home, "status", "recipe.yaml")
+    assert code == 0
+    assert said.startswith("runs/try: measured\n")
+    assert "psft on unseen clips, 3 of 3" in said
+    cut = home / "cut"
+    shutil.copytree(finished, cut, ignore=shutil.ignore_patterns("trained.json", "evaluation"))
+    rows = [row | {"seconds": 2.0} for row in files.read_jsonl(finished / "log.jsonl")[:7]]
+    files.write_text(cut / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    with files.alone(cut, "works"):
+        now = status(cut)
+    assert (now.stage, now.step, now.steps, now.left, now.measured) == ("training", 7, 12, 10.0, [])
+    assert (now.pid, now.values["loss"], now.values["val_l2"]) == (os.getpid(), rows[6]["loss"], rows[5]["val_l2"])
+    assert now.memory is not None
+    assert now.memory > 1e8  # torch alone takes more
+    assert status(cut).pid is None
+    assert contents(home / "runs") == before
+    assert "does not exist" in refused(home, "status", "none")
+
+
 def test_another_recipe_in_the_same_folder_is_refused(home, finished):
     said = refused(home, "run", "recipe.yaml", "train.lr=0.02", "model.adapter.rank=4")
     assert said.startswith("runs/try/recipe.yaml: differs from recipe.yaml in model.adapter.rank (2, now 4), train.lr ")

@@ -1,4 +1,4 @@
-"""PSFT: fine-tune on simulated clips, measure, sample, export. python docs/examples/psft.py [train.steps=200 ...]"""
+"""PSFT: fine-tune, measure, sample, export. python docs/examples/psft.py [run=short train.steps=200]"""
 
 import sys
 

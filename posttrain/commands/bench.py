@@ -1,4 +1,4 @@
-"""`posttrain bench`: seconds that each stage takes on this machine, compared with what they should take at best."""
+"""`posttrain bench`: seconds that each stage takes on this machine, some of them relative to another stage."""
 
 import statistics
 import time

@@ -249,6 +249,19 @@ def _recipe_and_folder(target: Path | str) -> tuple[Path, Path | None]:
     return Path(target), None
 
 
+def run_folder(target: Path | str) -> Path:
+    """The folder of the run that `target` names, as for `load_recipe`; writes nothing.
+
+    Raises:
+        UserError: the recipe is wrong or missing, or it was not run yet.
+    """
+    path, folder = _recipe_and_folder(target)
+    folder = folder or RUNS / recipe.load(path, (), Recipe).run
+    if not (folder / "recipe.yaml").exists():
+        raise UserError(f"{folder}: does not exist; `posttrain run {target}` makes it", "missing")
+    return folder
+
+
 def open_run(target: Recipe | Path | str, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
     """The recipe and folder of a run, given as for `load_recipe` or as a recipe that was loaded.
 

@@ -4,8 +4,8 @@
     adapter/<run>_comfyui.safetensors          the same adapter for ComfyUI
     merged/transformer                         a diffusers transformer with the adapter merged
 
-If a model has two experts, each has its own run. The file names contain "high_noise" or "low_noise", and the merged
-low-noise expert is the folder `transformer_2`, as in diffusers.
+If a model has two experts, each has its own run. The name of the ComfyUI file contains "high_noise" or "low_noise",
+and the merged low-noise expert is the folder `transformer_2`, as in diffusers.
 """
 
 import math

@@ -190,8 +190,8 @@ def _ready(folder: Path, by: str, clips: Path | None, split: str, asked: Mapping
     if by == "simulator" and clips is None:
         if not (folder / split / "metadata.jsonl").is_file():
             raise UserError(
-                f"{folder}: is no dataset of `sim make`, whose truth the simulator knows; name that of these videos by "
-                "--clips, or let --judge vlm or endpoint score them",
+                f"{folder}: is not a dataset of `sim make`, which --judge simulator needs; name the dataset of these "
+                "videos with --clips, or use --judge vlm or endpoint",
                 "mismatch",
                 "--clips",
             )

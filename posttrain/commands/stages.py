@@ -91,7 +91,7 @@ def prepare(plan: Recipe) -> None:
 
 
 def film(plan: Recipe) -> None:
-    """Film the missing clips in separate processes, since this package does not import the simulator."""
+    """Film the missing clips in separate processes, since training code does not import the simulator."""
     makers = [plan.data.make] if isinstance(plan.data.make, str) else plan.data.make or []
     if not main_process():
         makers = []
@@ -162,8 +162,9 @@ def train(plan: Recipe, folder: Path) -> None:
         shape = model.latent_shape(clips.splits[0].frames, *clips.splits[0].size)
         if plan.model.conditioning == "image" and shape[1] == 1:
             raise UserError(
-                f"data.frames: clips of {clips.splits[0].frames} are only a first frame, which is given: nothing is "
-                "left to learn; take longer ones, or set model.conditioning=text",
+                f"data.frames: with {clips.splits[0].frames} frames a clip is one latent frame, and "
+                "model.conditioning=image gives that to the model, so nothing is left to learn; use more frames, or "
+                "model.conditioning=text",
                 "value",
                 "data.frames",
             )

@@ -27,7 +27,7 @@ Code = Literal[
     "unsupported",  # a valid request that is not implemented
     "network",  # the hub or a server does not answer
     "answer",  # a server's answer cannot be used
-    "internal",  # a worker process ended without a reason
+    "internal",  # a worker was killed, or `sim make` failed
 ]
 
 

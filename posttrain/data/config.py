@@ -36,7 +36,9 @@ class GroupsConfig(Strict):
     counterfactuals: bool = False  # clips of the same folder that break a law in the true clip's scene
     samples: tuple[str, ...] = ()  # folders with files <clip>-s<seed>.mp4 and scores.jsonl
     winner: Literal["true", "sample"] = "true"  # sample: the one with the best scores wins
-    samples_each: NonNegativeInt = 0  # the base model first samples seeds 0 to this; 0: use what is there
+    samples_each: NonNegativeInt = (
+        0  # samples that the base first makes of each clip, seeds 0, 1, ...; 0: use what is there
+    )
     sampler: SamplerConfig = SamplerConfig()  # of the base model
     negative: str = ""  # the negative prompt; used only if guidance is above 1
     batch: PositiveInt = 1  # samples that each process makes at once

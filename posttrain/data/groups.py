@@ -230,7 +230,10 @@ def _samples(
         why, remedy = "losers are weighted by their scores", ", or set method.physics=null"
         if config.winner == "sample":
             why, remedy = "the best sample wins", ""
-        raise UserError(f"{path}: does not exist, but {why}; run `posttrain score {folder}`{remedy}", "missing")
+        raise UserError(
+            f"{path}: does not exist, but {why}; run `posttrain score {folder} --clips DATASET --judge JUDGE`{remedy}",
+            "missing",
+        )
     return samples
 
 
@@ -252,9 +255,12 @@ def score_rows(path: Path) -> dict[str, dict[str, Any]]:
 
 def _scores(path: Path, name: str, rows: dict[str, dict[str, Any]]) -> Scores:
     if name not in rows:
-        raise UserError(f"{path}: has no row for {name}; run `posttrain score`, or remove the file", "unfinished")
+        raise UserError(
+            f"{path}: has no row for {name}; `posttrain score` adds it with the same judge, or remove that video",
+            "unfinished",
+        )
     if "sha256" in rows[name] and files.seal(rows[name]) != rows[name]:  # scores of other programs have no digest
-        raise UserError(f"{path}: the row of {name} is not what was written; score it again", "damaged")
+        raise UserError(f"{path}: the row of {name} was changed after scoring; score it again", "damaged")
     for field in Scores._fields:
         value = rows[name].get(field)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:

@@ -3,13 +3,13 @@
 Both are deviations, relative to that of the clip in which nothing moves:
 
     a counterfactual (sim/worlds/counterfactual.py)   pc = 1 - severity                          sa = 1
-    a sample of a true clip's first frame    pc = 1 - min(1, L2 / L2_frozen)            sa = 1 - vanished
+    a sample that continues a true clip               pc = 1 - min(1, L2 / L2_frozen)            sa = 1 - vanished
 
 L2 is PISA's (metrics/pisa.py, equation 6; 1 in frames where the object has vanished) for the sample's masks, L2_frozen
 the same for the true clip's first mask repeated. `vanished` is the share of frames in which the object of the caption
-is missing, including frames by which a sample is too short. The truth has pc = 1, a static video or worse pc = 0; if
-nothing moves in the true clip, any deviation gives 0. A counterfactual always has sa = 1, since its caption names the
-object that falls.
+is missing, including frames by which a sample is too short. The truth has pc = 1 up to the tracker's error, a static
+video or worse pc = 0; if nothing moves in the true clip, any deviation gives 0. A counterfactual always has sa = 1,
+since its caption names the object that falls.
 
 Shape letters: F frames, H W pixels.
 """

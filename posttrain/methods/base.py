@@ -85,18 +85,18 @@ def need_masks(clips: Clips) -> None:
 
 @dataclass(frozen=True)
 class Dry:
-    """The inputs of a dry run (commands/dry.py) of a video model's method."""
+    """What a dry run (commands/dry.py), on tensors that have shapes and no values, must know about a method."""
 
-    # the Config without what looks at values
+    # the Config -> one that reads no values of tensors or files
     config: Callable[[Any], Any] = lambda config: config
     # (a batch of latents, config, losers in a group, (frames, height, width)) -> the batch that `data` gives
     batch: Callable[[Batch, Any, int, tuple[int, int, int]], Batch] = lambda batch, config, losers, clip: batch
-    # the Config with a sampler of so many steps, where what is taken grows evenly with them; None where it does not
+    # (the Config, n) -> the Config with n sampler steps, if memory and operations grow linearly with them; else None
     shorter: Callable[[Any, int], Any] = lambda config, steps: None
-    # of groups, how many clips go through the model
+    # (the Config, losers in a group) -> how many clips of a group go through the model
     members: Callable[[Any, int], int] = lambda config, losers: 1 + losers
-    decodes: bool = False  # whether the model's decoder is asked
-    note: Callable[[Any], str] = lambda config: ""  # what is counted otherwise than in training, in a few words
+    decodes: bool = False  # whether training decodes latents
+    note: Callable[[Any], str] = lambda config: ""  # what the dry run counts differently from training, in a few words
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ The first latent frame is the condition and has no loss, as in psft.py; losers g
 With `loser_weight` lambda_l < 1 losers count less, x_j = beta T [(err_w - err_ref_w) - lambda_l (err_l - err_ref_l)_j],
 as in DPO-Shift (arXiv 2502.07599). Without it, the loss also falls if both errors grow and the loser's grows more,
 which happens with large beta T (docs/log). The inequalities above hold for any x.
-Flow-DPO (beta T 50, because its 100 includes a factor 1/2) and VideoDPO (2500, independent noise) are `pair` with one
+Flow-DPO (beta T 50, because its loss multiplies 100 by 1/2) and VideoDPO (2500, independent noise) are `pair` with one
 loser and without physics rewarding.
 """
 
@@ -352,12 +352,12 @@ def train(run: Run, model: VideoModel, config: Config, base: nn.Module | None) -
 
 
 def without_values(config: Config) -> Config:
-    """The config for a dry run: without scores, and with the reference computed at every step."""
+    """The Config for a dry run: it reads no scores, and computes the reference at every step instead of reading it."""
     return config.model_copy(update={"physics": None, "cached_draws": 0})
 
 
 def dry_batch(batch: Batch, config: Config, losers: int, clip: tuple[int, int, int]) -> Batch:
-    """A batch without values that also has losers (commands/dry.py)."""
+    """`batch` with tensors for its losers: shapes and no values, for a dry run (commands/dry.py)."""
     assert batch.z0_BCFHW is not None
     count, *shape = batch.z0_BCFHW.shape
     return replace(batch, losers_BMCFHW=torch.empty(count, losers, *shape))

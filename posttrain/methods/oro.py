@@ -101,7 +101,8 @@ def oro_loss(
     )
     if torch.is_grad_enabled() and not z0_BCFHW.requires_grad:
         raise UserError(
-            "method.grad: the trained expert is not used at these steps; name steps of model.expert",
+            "method.grad: only the other expert runs at these steps, so there is no gradient; name earlier steps for "
+            "model.expert=high, later ones for low",
             "conflict",
             "method.grad",
         )
@@ -126,7 +127,7 @@ def train(run: Run, model: VideoModel, config: Config, rewards: Mapping[str, tup
 
 
 def dry_batch(batch: Batch, config: Config, losers: int, clip: tuple[int, int, int]) -> Batch:
-    """A batch without values that has latents and the truth (commands/dry.py)."""
+    """`batch` with tensors for the true pictures, masks, flow and depth: no values, for a dry run (commands/dry.py)."""
     count, (frames, height, width), known = len(batch.ids), clip, base.truths(config.rewards)
     return replace(
         batch,

@@ -110,8 +110,8 @@ class VideoModel(Protocol):
     )  # what is trained: diffusers' ModelMixin with PeftAdapterMixin, or what was wrapped around it
     device: torch.device  # where the work is done, and where what it returns lies
     n_cond_frames: int  # latent frames at the start that stay clean (time 0, no loss): 1 or 0
-    times: tuple[float, float]  # t from low to below high, which `transformer` answers for
-    boundary: float  # at t >= boundary the expert for much noise answers; 0 where there is one for all times
+    times: tuple[float, float]  # low <= t < high: the times at which `transformer` is used
+    boundary: float  # at t >= boundary the expert for high noise is used; 0 if one is used at all times
     text_tokens: int  # the length L of text_BLD
 
     @property
@@ -148,7 +148,7 @@ class VideoModel(Protocol):
         """
 
     def without_caption(self, text_BLD: Tensor, empty_1LD: Tensor) -> Tensor:
-        """What training without a caption has in the place of text_BLD (same shape): the text that guidance leads from.
+        """What replaces text_BLD (same shape) in training without a caption: the unconditional text of guidance.
 
         Args:
             empty_1LD: of `encode_text([""])`.

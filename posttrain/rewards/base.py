@@ -70,11 +70,11 @@ def true_masks(batch: Batch) -> Tensor:
 
 
 def contrast(video_BCFHW: Tensor, true_BCFHW: Tensor) -> Tensor:
-    """The contrast of each picture after frame 0, (B, F - 1): 0 if it is flat, 1 from half of the true contrast on.
+    """min(1, 2 c / c_true) of each picture after frame 0, (B, F - 1): 0 for one colour, 1 from half of c_true on.
 
-    Contrast is the standard deviation over pixels, mean over channels. In a flat picture a network finds what was usual
-    in its training data, so rewards give such a picture their largest error. Half of the true contrast is enough,
-    because pictures may differ for good reasons.
+    c is the contrast: the standard deviation over pixels, then the mean over channels. In a picture of one colour a
+    network outputs what was common in its training data, so rewards give such a picture their largest error. Pictures
+    may differ in contrast without being wrong, so half of the true contrast is enough.
     """
     shown, true = (widened(video[:, :, 1:]).flatten(3).std(3).mean(1) for video in (video_BCFHW, true_BCFHW))
     return (2 * shown / true.clamp_min(1e-6)).clamp_max(1.0)

@@ -1,8 +1,9 @@
-"""The scored object's shape and position together, from one run of SAM 2, the expensive part of a reward:
+"""The scored object's shape and position together:
 
     R = R_segmentation + `distance` R_trajectory
 
-as in segmentation.py and trajectory.py. A sum of the two in a recipe gives the same and runs SAM 2 twice.
+with the terms of segmentation.py and trajectory.py. SAM 2, the expensive part, runs once for both; listing the two
+rewards in a recipe gives the same sum and runs it twice.
 """
 
 import torch
@@ -20,7 +21,7 @@ RANKS: tuple[str, ...] = ("weak_gravity", "hover", "delay", "vanish", "slow_moti
 
 
 class Config(segmentation.Config):
-    """As in segmentation.py, and the weight of the position relative to the shape."""
+    """The keys of segmentation.py, and `distance`: the weight of R_trajectory relative to R_segmentation."""
 
     distance: PositiveFloat = 4.0  # with this, both pull a half-covered object about equally
 

@@ -8,12 +8,12 @@ the true mask m, and D the picture's diagonal, all in pixels:
 with s^2 the mean squared distance of that mask's pixels from its centre, s*^2 the larger of the same of the true masks
 now and in frame 0, and u = 1 unless the picture has lost most of its contrast (rewards/base.py). So an object that has
 vanished, is smeared over a noisy frame, or is detected in a blank one, has the largest possible distance. w is 1 from
-half of the true area on, up to about twice its extent. R is in [-1, 0]; 0 if m is always empty. It is a differentiable
-form of PISA's L2 (posttrain/metrics/pisa.py).
+half of the true area on, up to about twice its extent. R is in [-1, 0]; 0 if m is always empty. In square pictures
+it is a differentiable form of PISA's L2 (posttrain/metrics/pisa.py).
 
 Not measured: shape and rotation, and size within that factor; use it together with `segmentation`. For a vanished
-object w has a gradient, but it seldom points to the true pixels (in 17% of such clips; that of `object` in 33%). A step
-along it brought the object nearer in three clips of four, along `object`'s in two (docs/log).
+object w has a gradient, but it points to the true pixels in only 17% of such clips (the gradient of `object` in 33%). A
+step along it brought the object nearer in three clips of four, along `object`'s in two (docs/log).
 """
 
 import math

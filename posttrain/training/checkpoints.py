@@ -88,7 +88,8 @@ def newest(folder: Path, meaning: Mapping[str, Any]) -> Checkpoint | None:
             continue
         if other := [key for key, value in meaning.items() if checkpoint.meta.get(key) != value]:
             raise UserError(
-                f"{path}: was made with another {', '.join(other)}; choose another run name or delete the folder",
+                f"{path}: was made with another {', '.join(other)}; set it back, "
+                f"choose another run=..., or delete {folder.parent}",
                 "other_run",
                 other[0],
             )

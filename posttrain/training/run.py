@@ -336,7 +336,7 @@ class Run:
         clips = ", ".join(self.data.ids[index] for index in order)
         broken = [self.data.ids[index] for index in order if not _finite(self.data.load([index]))]
         if broken:
-            remedy = f"the data of clip {broken[0]} are not finite: delete its cached latents, or leave the clip out"
+            remedy = f"the data of clip {broken[0]} are not finite: delete runs/cache, or leave the clip out"
         else:
             remedy = "the data of these clips are finite, so they are not the cause: lower train.lr"
         return UserError(

@@ -202,9 +202,14 @@ def read_looks(run: Path) -> list[Look]:
     path, looks = run / LOOKS, []
     for number, line in enumerate(files.read_jsonl(path) if path.exists() else (), 1):
         if not isinstance(line.get("step"), int) or not line.keys() >= {field.name for field in fields(Look)}:
-            raise UserError(f"{path}:{number}: is not a look; delete {run} and train again", "format")
+            raise UserError(
+                f"{path}:{number}: is not a look; remove {run} (keep a copy of its adapter/), train again", "format"
+            )
         if files.seal(line) != line:
-            raise UserError(f"{path}:{number}: is not what was written; delete {run} and train again", "damaged")
+            raise UserError(
+                f"{path}:{number}: was changed; remove {run} (keep a copy of its adapter/), train again",
+                "damaged",
+            )
         looks.append(Look(**{field.name: line[field.name] for field in fields(Look)}))
     return looks
 
@@ -252,7 +257,7 @@ def enough(clips: int, looks: int, wires: int) -> None:
         )
     if needed > EXACT:
         raise UserError(
-            f"eval.every: {looks} looks at {wires} wires are too many to tell changes from chance; look less often",
+            f"eval.every: {looks} looks at {wires} wires are too many to tell changes from chance; raise eval.every",
             "mismatch",
             "eval.every",
         )

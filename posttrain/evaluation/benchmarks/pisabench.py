@@ -181,7 +181,7 @@ def _info(scene: Path) -> dict[str, Any]:
     path = scene / "clip_info.json"
     info = files.read_object(path)
     if not isinstance(info.get("prompt"), str):
-        raise UserError(f"{path}: prompt: is missing; unpack PisaBench again", "format", "prompt")
+        raise UserError(f"{path}: prompt: is missing; correct it, or unpack PisaBench again", "format", "prompt")
     return info
 
 
@@ -189,7 +189,7 @@ def _published(scene: Path, fps: float, clicks: Clicks | None, follower: str, ca
     path, archive, info = scene / "clip_info.json", scene / "mask.npz", _info(scene)
     pictures = sorted(scene.glob("*.jpg"))
     if not pictures:
-        raise UserError(f"{scene}: has no pictures (.jpg); unpack PisaBench again", "missing")
+        raise UserError(f"{scene}: has no pictures (.jpg); correct it, or unpack PisaBench again", "missing")
     height, width = _picture(pictures[0]).shape[:2]
     real = "points" in info
     target = _dropped(path, info["points"], (height, width)) if real else -1
@@ -200,7 +200,7 @@ def _published(scene: Path, fps: float, clicks: Clicks | None, follower: str, ca
         masks = partial(_stored, archive, target, len(info["points"]) if real else 1)
         return Truth(scene.name, row, first, masks, key, context)
     if not real:
-        raise UserError(f"{archive}: does not exist; unpack PisaBench again", "missing")
+        raise UserError(f"{archive}: does not exist; correct it, or unpack PisaBench again", "missing")
     if clicks is None or cache is None:
         raise UserError(
             f"{scene}: SAM 2 must make its masks from clicks; name one, as in --tracker facebook/sam2.1-hiera-large",
@@ -218,13 +218,16 @@ def _published(scene: Path, fps: float, clicks: Clicks | None, follower: str, ca
 def _dropped(path: Path, points: Any, size: tuple[int, int]) -> int:
     """The object with the highest positive click; its clicks are checked."""
     if not isinstance(points, list) or not points:
-        raise UserError(f"{path}: points: should be a list of objects; unpack PisaBench again", "format", "points")
+        raise UserError(
+            f"{path}: points: should be a list of objects; correct it, or unpack PisaBench again", "format", "points"
+        )
     for number, entry in enumerate(points):
         clicks = [entry.get(sign, []) for sign in ("positive", "negative")] if isinstance(entry, dict) else [None]
         pairs = [pair for points_of in clicks for pair in (points_of if isinstance(points_of, list) else [None])]
         if not clicks[0] or not all(_inside(pair, size) for pair in pairs):
             raise UserError(
-                f"{path}: points[{number}]: should have clicks [x, y] inside the picture; unpack PisaBench again",
+                f"{path}: points[{number}]: should have clicks [x, y] inside the picture; "
+                "correct it, or unpack PisaBench again",
                 "format",
                 "points",
             )
@@ -241,7 +244,9 @@ def _stored(archive: Path, target: int, objects: int, n: int) -> np.ndarray:
     masks = masks[:, None] if masks.ndim == 3 else masks
     if masks.ndim != 4 or masks.shape[1] < objects:
         shape = f"(frames, {objects} or more objects, H, W)"
-        raise UserError(f"{archive}: mask is {masks.shape}, not {shape}; unpack PisaBench again", "format")
+        raise UserError(
+            f"{archive}: mask is {masks.shape}, not {shape}; correct it, or unpack PisaBench again", "format"
+        )
     return masks[:n, target] > 0
 
 
