@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from helpers import mutated
+from helpers import forked, mutated
 from helpers.killed import STAGES, Hit, gaps, left_behind, start
 from helpers.mutated import RECIPE, WORLD
 
@@ -304,6 +304,7 @@ def _endless(things: list[str], draws: random.Random) -> Iterator[str]:
 
 
 def main() -> int:
+    forked.start_server()
     minutes = float(sys.argv[1]) if len(sys.argv) > 1 else 10.0
     counts = attack(minutes, int(sys.argv[2]) if len(sys.argv) > 2 else 0)
     print(table(counts))

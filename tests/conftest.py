@@ -1,5 +1,6 @@
 """What all tests share: no network, slow files first, GPU tests only where there is a GPU, and a tiny Wan."""
 
+import gc
 import multiprocessing
 import os
 from collections import Counter
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import forked
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: a test that reaches for the hub fails at once
 
@@ -16,6 +18,21 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     # A core for each process of pytest-xdist: FFmpeg's and OpenGL's short threads need not wait for the other process.
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+def pytest_configure() -> None:
+    """Leave the garbage collector off while tests are imported.
+
+    The libraries make half a million lasting objects. The collector would walk through them again and again, which
+    takes as long as the imports.
+    """
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+    forked.start_server()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -64,10 +81,9 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def port(llava: Path) -> Iterator[int]:
     """That of a server of it, helpers/vlm_server.py, in a process of its own."""
     from helpers import vlm_server
-    from helpers.forked import launch
 
     here, there = multiprocessing.Pipe()
-    server = launch(vlm_server.serve, llava, there)
+    server = forked.launch(vlm_server.serve, llava, there)
     there.close()
     yield here.recv()
     server.kill()

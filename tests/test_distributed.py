@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from accelerate.commands.launch import launch_command, launch_command_parser
 from helpers import ranks
 from helpers.falling import write_dataset, write_groups
 from helpers.forked import together, two_ranks
@@ -27,12 +28,13 @@ from posttrain.core.files import read_jsonl
 from posttrain.models import lora
 
 ROOT = Path(__file__).parent.parent
+STEPS = 16
 RECIPE: dict[str, Any] = {
     "run": "alone",
     "model": {"path": "wan", "adapter": {"rank": 2, "alpha": 4}},
     "data": {"clips": "drops"},
     "method": {"name": "psft"},
-    "train": {"steps": 30, "batch": 4, "accumulate": 2, "lr": 0.01, "clip": 0.1, "schedule": "cosine", "ema": 0.9},
+    "train": {"steps": STEPS, "batch": 4, "accumulate": 2, "lr": 0.01, "clip": 0.1, "schedule": "cosine", "ema": 0.9},
     "export": ["diffusers"],
 }
 RECIPE["train"]["checkpoint_every"] = 2
@@ -154,7 +156,7 @@ def zero2(home: Path) -> list[dict[str, str]]:
         process.kill()
     code, said = finish(launcher)
     assert code == -signal.SIGKILL, said
-    assert len(read_jsonl(log)) < 30
+    assert len(read_jsonl(log)) < STEPS
     # without torch's own, by which a process asks the launcher, which is gone
     ours = [{k: v for k, v in names.items() if not k.startswith("TORCH")} for names in variables if "RANK" in names]
     return sorted(ours, key=lambda names: names["RANK"])
@@ -192,7 +194,7 @@ def test_zero_2_killed_and_continued_trains_as_one_process_which_can_take_over(h
     assert_same_training(home, "zero2")
     # what a checkpoint holds does not tell how many processes wrote it
     alone, zero = (
-        torch.load(home / "runs" / run / "checkpoints" / "step-000030" / "state.pt") for run in ("alone", "zero2")
+        torch.load(home / "runs" / run / "checkpoints" / "step-000016" / "state.pt") for run in ("alone", "zero2")
     )
     assert alone["optimizer"]["param_groups"] == zero["optimizer"]["param_groups"]
     for i, moments in alone["optimizer"]["state"].items():
@@ -202,19 +204,21 @@ def test_zero_2_killed_and_continued_trains_as_one_process_which_can_take_over(h
 
     # and one process goes on from the last but one
     checkpoints = home / "runs" / "zero2" / "checkpoints"
-    for path in (home / "runs" / "zero2" / "trained.json", checkpoints / "step-000030" / "meta.json"):
+    for path in (home / "runs" / "zero2" / "trained.json", checkpoints / "step-000016" / "meta.json"):
         path.unlink()
     with contextlib.chdir(home):
         assert cli.main(["train", "recipe.yaml", "run=zero2"]) == 0
-    assert (checkpoints / "damaged-step-000030").exists()
+    assert (checkpoints / "damaged-step-000016").exists()
     assert_same_training(home, "zero2")
 
 
 @pytest.mark.slow
-def test_two_that_would_be_one_are_refused(home):
-    command = ("--cpu", "-m", "posttrain", "train", "recipe.yaml", "run=cpu")
-    code, said = finish(start(home, *ACCELERATE, *command))
-    assert code != 0
+def test_two_that_would_be_one_are_refused(home, capfd):
+    """The launcher is called in this process; what it launches is one of its own."""
+    command = ("--cpu", "--num_processes", "2", "-m", "posttrain", "train", "recipe.yaml", "run=cpu")
+    with contextlib.chdir(home), pytest.raises(subprocess.CalledProcessError):
+        launch_command(launch_command_parser().parse_args(command))
+    said = capfd.readouterr().err
     assert "several processes were asked for and 1 started; use --config_file recipes/launch/ddp.yaml" in said
     assert not (home / "runs" / "cpu" / "log.jsonl").exists()
 

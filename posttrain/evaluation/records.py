@@ -12,7 +12,6 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from scipy.stats import bootstrap
 
 from posttrain.core import files
 from posttrain.core.errors import UserError
@@ -285,6 +284,8 @@ def interval(values: Sequence[float | None], statistic: Literal["mean", "median"
         return {statistic: None, "low": None, "high": None, "n": 0}
     low = high = middle = float(getattr(np, statistic)(present))
     if len(present) > 1:
+        from scipy.stats import bootstrap  # it takes half a second to import
+
         resampled = bootstrap(
             (present,),
             getattr(np, statistic),

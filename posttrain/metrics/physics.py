@@ -36,7 +36,6 @@ from typing import NamedTuple
 import numpy as np
 from scipy.linalg import block_diag
 from scipy.optimize import approx_fprime, least_squares
-from scipy.stats import theilslopes
 
 from posttrain.metrics.pisa import (
     FALL,
@@ -277,6 +276,8 @@ def _sideways(t: np.ndarray, x: np.ndarray, noise: float) -> dict[str, Measure |
 
 
 def _size(t: np.ndarray, masks_FHW: np.ndarray) -> Measure:
+    from scipy.stats import theilslopes  # it takes half a second to import
+
     slope, _, low, high = theilslopes(np.log(masks_FHW.sum((1, 2))) / 2, t, 0.68)
     return Measure(float(slope), math.hypot((high - low) / 2, TURNING / (t[-1] - t[0])))
 

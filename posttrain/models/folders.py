@@ -2,17 +2,19 @@
 line."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
 
 from posttrain.core.errors import UserError, printable
 from posttrain.core.files import read_object
 from posttrain.models.base import ModelConfig
 from posttrain.pocket import whole
+
+if TYPE_CHECKING:  # a recipe is read without transformers, which takes seconds to import
+    from transformers import PreTrainedModel
 
 # What is fetched of a hub repository: the parts a folder may have, and in them configs, vocabularies and safe weights.
 PARTS = ["transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler"]
@@ -64,7 +66,7 @@ def find(path: str, revision: str | None = None, embedded: str | None = None) ->
         ) from error
 
 
-def network(kind: type[PreTrainedModel], config: ModelConfig, part: str) -> Any:
+def network(kind: "type[PreTrainedModel]", config: ModelConfig, part: str) -> Any:
     """A network of `kind` with the weights that `config.path` names, float32; `init: random` uses only its config.
 
     The path is a transformers folder, a hub id, or "pocket": the embedded folder `part`.
@@ -176,6 +178,8 @@ def load_tokenizer(root: Path, name: str) -> Any:
         raise UserError(
             f"{root / name}: has none of {', '.join(VOCABULARIES)}; get this part of the model again", "missing"
         )
+    from transformers import AutoTokenizer
+
     return load_part(AutoTokenizer, root, name, trust_remote_code=False)
 
 

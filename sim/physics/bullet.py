@@ -7,8 +7,8 @@ Departures from Bullet's defaults:
 - A step is 1/960 s or a little less (RATE, STEPS). Contacts begin at a gap of 0.5 mm instead of 2 cm, because bodies
   that touch earlier do not bounce. Overlaps are corrected slowly, because the correction adds speed. A bounce keeps at
   most 0.006 more of the speed than the restitution (a ball 0.005); with 1/240 s, 2 mm and ten times the correction it
-  was 0.035 more, and contacts were 2 ms late. In scenes with obstacles, overlaps are corrected ten times as fast: else
-  a box sinks up to 6 mm into the ramp that it slides down.
+  was 0.035 more, and contacts were 2 ms late. In scenes with obstacles, overlaps are corrected ten times as fast:
+  else a box sinks up to 6 mm into the ramp that it slides down.
 - Bodies collide as the convex parts of library.parts, without Bullet's margin, with which they would touch 1 mm above
   the mesh. Balls are spheres.
 - A body has the inertia of its mesh; Bullet's default is that of the bounding box. So the body's frame in Bullet is

@@ -1,28 +1,99 @@
-"""Real processes that start fast: they are forked from a server that has imported the large libraries once."""
+"""Real processes that start at once: they are forked from a server, which is a fork of this process.
 
+conftest.py starts the server when all tests are imported and none has run: PyTorch's threads do not survive a fork.
+"""
+
+import gc
+import importlib
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-HEAVY = (
+HEAVY = (  # what nearly all processes need, if a test has not imported it
     "accelerate",
     "peft",
     "diffusers.training_utils",
     "diffusers.pipelines.wan.pipeline_wan_i2v",
-    "transformers.models.umt5.modeling_umt5",
+    "posttrain.api",
+    "posttrain.models.wan.loading",
+    "scipy.stats",
 )
 
+_requests: Connection
 
-def launch(target: Callable[..., None], *arguments: Any) -> Any:
-    """A started process that runs `target(*arguments)`."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(HEAVY))
-    process = context.Process(target=target, args=arguments)
+
+class Process:
+    """A process that the server started; `exitcode` is None until it ended, and -signal if a signal ended it."""
+
+    def __init__(self, pid: int, end: Connection) -> None:
+        self.pid, self._end, self._exitcode = pid, end, None
+
+    @property
+    def exitcode(self) -> int | None:
+        self.join(0)
+        return self._exitcode
+
+    def is_alive(self) -> bool:
+        return self.exitcode is None
+
+    def join(self, seconds: float | None = None) -> None:
+        if self._exitcode is None and self._end.poll(seconds):
+            self._exitcode = self._end.recv()
+
+    def kill(self) -> None:
+        if self.is_alive():
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def start_server() -> None:
+    """Fork this process into a server, which ends with it."""
+    global _requests
+    theirs, _requests = multiprocessing.Pipe(duplex=False)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    if os.fork():
+        theirs.close()
+        return
+    try:
+        _requests.close()
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the ended ones need not be waited for
+        while True:
+            request = theirs.recv()
+            for name in HEAVY:  # once, before the first process
+                importlib.import_module(name)
+            gc.freeze()
+            if not os.fork():
+                _watch(*request)
+                break
+    except (EOFError, KeyboardInterrupt):
+        pass
+    finally:
+        os._exit(0)
+
+
+def _watch(answers: Connection, target: Callable[..., None], arguments: Sequence[Any]) -> None:
+    """Run what was asked for in a process, and send its number, and its exit code when it ends."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
     process.start()
+    answers.send(process.pid)
+    process.join()
+    answers.send(process.exitcode)
+
+
+def launch(target: Callable[..., None], *arguments: Any) -> Process:
+    """A started process that runs `target(*arguments)`."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    _requests.send((theirs, target, arguments))
+    process = Process(ours.recv(), ours)
+    theirs.close()
     return process
 
 

@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-from diffusers import WanPipeline
-from diffusers.loaders import WanLoraLoaderMixin
 from safetensors import safe_open
 from torch import nn
 
@@ -53,6 +51,8 @@ def read(file: Path) -> Weights:
     Raises:
         UserError: diffusers would ignore a part of it that is not zero, such as a change of a norm.
     """
+    from diffusers.loaders import WanLoraLoaderMixin
+
     weights, metadata = WanLoraLoaderMixin.lora_state_dict(
         str(file), return_lora_metadata=True, use_safetensors=True, local_files_only=True
     )
@@ -85,5 +85,7 @@ def _converted(name: str) -> str:
 
 def load_stock_adapter(transformer: nn.Module, file: Path) -> None:
     """Put the adapter in `file` onto `transformer` with the stock pipeline."""
+    from diffusers import WanPipeline
+
     parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
     WanPipeline(transformer=transformer, **parts).load_lora_weights(str(file))

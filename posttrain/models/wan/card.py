@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.models.base import ModelConfig
-from posttrain.models.wan.folder import EMBEDDED
-from posttrain.models.wan.loading import EXPERTS
+from posttrain.models.wan.folder import EMBEDDED, EXPERTS
 from posttrain.models.wan.published import defaults, needs_picture
 
 

@@ -7,6 +7,7 @@ from posttrain.core.files import read_object
 from posttrain.models.folders import find
 
 EMBEDDED = "wan"  # in posttrain/pocket
+EXPERTS = {"high": "transformer", "low": "transformer_2"}  # parts of the folder
 
 
 def diffusers_folder(path: str, revision: str | None = None) -> Path:

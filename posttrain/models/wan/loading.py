@@ -23,13 +23,12 @@ from posttrain.models import lora
 from posttrain.models.base import ModelConfig
 from posttrain.models.folders import check_files, load_part, load_tokenizer
 from posttrain.models.wan import adapters
-from posttrain.models.wan.folder import diffusers_folder
+from posttrain.models.wan.folder import EXPERTS, diffusers_folder
 from posttrain.models.wan.model import Wan, architecture
 from posttrain.models.wan.padding import fold_padding
 from posttrain.models.wan.precision import keep_float32
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-EXPERTS = {"high": "transformer", "low": "transformer_2"}
 
 
 def initialise(config: dict[str, Any], seed: int) -> WanTransformer3DModel:
