@@ -450,7 +450,7 @@ def test_any_videos_train_psft_and_are_listed_before(home) -> None:
 def test_clips_that_are_given_whole_are_refused_before_they_are_encoded(home) -> None:
     code, out, said = command(home, "train", "recipe.yaml", "run=single", "data.frames=1")
     assert code == 1
-    assert "data.frames: clips of 1 are only a first frame" in said
+    assert "data.frames: with 1 frames " in said
     assert "latents:" not in out
     code, _, said = command(home, "train", "recipe.yaml", "run=pictures", "data.frames=1", "model.conditioning=text")
     assert code == 0, said
