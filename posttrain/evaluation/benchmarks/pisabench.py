@@ -189,7 +189,7 @@ def _published(scene: Path, fps: float, clicks: Clicks | None, follower: str, ca
     path, archive, info = scene / "clip_info.json", scene / "mask.npz", _info(scene)
     pictures = sorted(scene.glob("*.jpg"))
     if not pictures:
-        raise UserError(f"{scene}: has no pictures (.jpg); correct it, or unpack PisaBench again", "missing")
+        raise UserError(f"{scene}: has no pictures (.jpg); add them, or unpack PisaBench again", "missing")
     height, width = _picture(pictures[0]).shape[:2]
     real = "points" in info
     target = _dropped(path, info["points"], (height, width)) if real else -1
@@ -200,7 +200,7 @@ def _published(scene: Path, fps: float, clicks: Clicks | None, follower: str, ca
         masks = partial(_stored, archive, target, len(info["points"]) if real else 1)
         return Truth(scene.name, row, first, masks, key, context)
     if not real:
-        raise UserError(f"{archive}: does not exist; correct it, or unpack PisaBench again", "missing")
+        raise UserError(f"{archive}: does not exist; make it, or unpack PisaBench again", "missing")
     if clicks is None or cache is None:
         raise UserError(
             f"{scene}: SAM 2 must make its masks from clicks; name one, as in --tracker facebook/sam2.1-hiera-large",
