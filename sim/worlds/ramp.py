@@ -66,12 +66,7 @@ def takes(draw: Draw, config: Config, simulate: Simulate, render: Render) -> Ite
     Raises:
         UserError: no scene fits the ranges, or the split has none of `shapes`.
     """
-    made = make(draw, config, simulate)
-
-    def broken(violation: Violation) -> Trajectory:
-        return violate(made, violation, simulate)
-
-    yield from setups.films(draw, config, made, broken, render)
+    return setups.films(draw, config, simulate, render, make, violate)
 
 
 def make(draw: Draw, config: Config, simulate: Simulate) -> setups.Made:

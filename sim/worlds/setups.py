@@ -9,13 +9,14 @@ Shape letters: T frames, N bodies.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import numpy as np
 from pydantic import Field, field_validator
 
 from posttrain.core.errors import UserError
 from sim.assets import library
+from sim.physics.base import Simulate
 from sim.render.base import Render
 from sim.scene import Body, Scene, Trajectory, Vector
 from sim.worlds import counterfactual, drop
@@ -39,6 +40,9 @@ class Config(drop.Config):
     @classmethod
     def _possible(cls, violations: dict[str, tuple[float, ...]] | None) -> dict[str, tuple[float, ...]] | None:
         return violations and counterfactual.possible(violations, cls.table)
+
+
+Of = TypeVar("Of", bound=Config)  # the Config of one of these worlds
 
 
 @dataclass(frozen=True)
@@ -66,16 +70,30 @@ def attempt(make: Callable[[], Made | None]) -> Made:
 
 def films(
     draw: Draw,
-    config: Config,
-    made: Made,
-    broken: Callable[[Violation], Trajectory],
+    config: Of,
+    simulate: Simulate,
     render: Render,
+    make: Callable[[Draw, Of, Simulate], Made],
+    violate: Callable[[Made, Violation, Simulate], Trajectory],
 ) -> Iterator[Take]:
-    """The clips of a scene; `broken` gives the motion of a violation."""
+    """The clips of a scene.
+
+    Args:
+        make: a world's scene with its true motion.
+        violate: the motion of that scene with one law broken.
+
+    Raises:
+        UserError: as `make` and `violate`.
+    """
+    made = make(draw, config, simulate)
     scene, true, labels = made.scene, made.trajectory, {"law": made.law}
     if config.members == 1:
         yield Take(scene, true, render(scene, true), labels, made.motion)
         return
+
+    def broken(violation: Violation) -> Trajectory:
+        return violate(made, violation, simulate)
+
     sweeps = config.violations or {kind: sweep for kind, (_, _, sweep) in config.table.items()}
     violations = counterfactual.chosen(draw, sweeps, config.members)
     yield from counterfactual.films(scene, true, violations, broken, config.table, render, made.motion, labels)
